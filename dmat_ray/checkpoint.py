@@ -1,0 +1,129 @@
+"""Trained classifiers as folders: `model.safetensors`, `run.json`, and while training `state.pt`.
+
+`run.json` holds the whole config, class names, image shape, the generator's sha256, epoch and metrics: resume and
+evaluation read it, nothing is typed twice. It is written last, so that a folder without it is no checkpoint.
+"""
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import dmat_ray
+from dmat_ray import classifiers
+from dmat_ray.cli import validate
+from dmat_ray.config import Config
+from dmat_ray.data.manifold_set import write_json
+from dmat_ray.errors import UserError
+
+MODEL, RUN, STATE = "model.safetensors", "run.json", "state.pt"
+VERSION = 1
+# settings that may differ between a checkpoint and the run that goes on from it
+HARMLESS = ("output", "name", "methods", "evaluation", "tune", "cluster", "tracking", "gan")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the numbers."""
+    return {
+        "dmat_ray": dmat_ray.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pyarrow": pyarrow.__version__,
+    }
+
+
+def describe_run(
+    config: Config, class_names: tuple[str, ...], channels: int, resolution: int, generator_sha256: str
+) -> dict[str, Any]:
+    """The part of run.json that does not change while training."""
+    return {
+        "version": VERSION,
+        "config": config.to_json(),
+        "class_names": list(class_names),
+        "channels": channels,
+        "resolution": resolution,
+        "generator_sha256": generator_sha256,
+        "versions": versions(),
+    }
+
+
+def save(folder: Path, network: nn.Module, run: dict[str, Any], state: dict[str, Any] | None = None) -> None:
+    """Write a checkpoint; run.json comes last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RUN).unlink(missing_ok=True)
+    tensors = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    save_file(tensors, folder / MODEL)
+    if state is not None:
+        torch.save(state, folder / STATE)
+    write_json(folder / RUN, run)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json of a checkpoint; raises UserError if there is none or it is of another version."""
+    path = folder / RUN
+    if not path.is_file():
+        raise UserError(f"there is no trained model at '{folder}' (no {RUN}); train one with jobs/train.py")
+    run: dict[str, Any] = json.loads(path.read_text())
+    if run.get("version") != VERSION:
+        raise UserError(f"the checkpoint '{folder}' has format version {run.get('version')}, this program reads {VERSION}")
+    return run
+
+
+def load_weights(folder: Path, network: nn.Module) -> None:
+    """Fill `network`; raises UserError if the weights are another architecture's or damaged."""
+    try:
+        missing, unexpected = network.load_state_dict(load_file(folder / MODEL), strict=False)
+    except FileNotFoundError:
+        raise UserError(f"the checkpoint '{folder}' has no {MODEL}") from None
+    except (RuntimeError, SafetensorError) as error:
+        lines = str(error).strip().splitlines()
+        raise UserError(f"the weights in '{folder}' do not fit the network: {lines[min(1, len(lines) - 1)].strip()}") from None
+    if missing or unexpected:
+        what = f"it lacks {missing[0]}" if missing else f"it has {unexpected[0]}, which the network has not"
+        raise UserError(f"the weights in '{folder}' are of another architecture: {what}")
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Optimiser state and progress of a checkpoint made while training."""
+    path = folder / STATE
+    if not path.is_file():
+        raise UserError(f"the checkpoint '{folder}' has no {STATE}: it can be evaluated, but training cannot go on from it")
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+def load_classifier(folder: Path, device: torch.device | str = "cpu") -> tuple[classifiers.Classifier, dict[str, Any]]:
+    """A trained classifier in eval mode, and its run.json."""
+    run = read_run(folder)
+    config = validate(run["config"])
+    network = classifiers.build(config.classifier, run["channels"], len(run["class_names"]))
+    load_weights(folder, network)
+    return network.to(device).eval(), run
+
+
+def require_same_config(old: dict[str, Any], new: Config, folder: Path) -> None:
+    """Raise UserError naming the first setting that differs and that would change what is trained."""
+    for name, value in _flat(new.to_json()).items():
+        if name.split(".")[0] not in HARMLESS and (before := _flat(old).get(name, "absent")) != value:
+            raise UserError(
+                f"'{folder}' was trained with {name} = {before}, now it is {value}; go on with the old value, or train under "
+                "another --name"
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def flatten_config(config: Config) -> dict[str, Any]:
+    """Dotted name -> value, for tracking."""
+    return _flat(config.to_json())

@@ -1,0 +1,73 @@
+"""Networks to be trained. Every one takes images in [0, 1] and normalises them inside itself."""
+
+import torch
+from torch import Tensor, nn
+
+from dmat_ray.config import ClassifierConfig
+from dmat_ray.errors import UserError
+
+
+class DigitsCNN(nn.Sequential):
+    """Four convolutions with batch norm and a linear head, for 32x32 images; about 100,000 weights."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
+            conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+            return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+        super().__init__(
+            *block(channels, 16, 2),
+            *block(16, 32, 1),
+            *block(32, 64, 2),
+            *block(64, 64, 2),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(64 * 4, num_classes),
+        )
+
+
+class Classifier(nn.Module):
+    """Input check, normalisation, network: x_BCHW in [0, 1] -> logits_BK."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        logits: Tensor = self.network((x_BCHW - self.mean) / self.std)
+        return logits
+
+
+def build(config: ClassifierConfig, channels: int, num_classes: int) -> Classifier:
+    """A freshly initialised classifier; raises UserError for an unknown name or a normalisation of another shape."""
+    for name, values in (("mean", config.mean), ("std", config.std)):
+        if len(values) not in (1, channels):
+            raise UserError(f"classifier.{name} has {len(values)} values, images have {channels} channel(s)")
+    if config.name == "digits_cnn":
+        return Classifier(DigitsCNN(channels, num_classes), config.mean, config.std)
+    import torchvision  # four seconds of imports, which the small network does without
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if config.name not in known:
+        raise UserError(
+            f"classifier.name '{config.name}' is not known; choose 'digits_cnn' or a torchvision model: {', '.join(known)}"
+        )
+    network = torchvision.models.get_model(config.name, weights=None, num_classes=num_classes)
+    if channels == 1:
+        _take_grey(network)
+    return Classifier(network, config.mean, config.std)
+
+
+def _take_grey(network: nn.Module) -> None:
+    """Make the first convolution take one channel: a grey image then counts as an RGB image with three equal ones."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and module.in_channels == 3:
+            module.weight = nn.Parameter(module.weight.detach().sum(dim=1, keepdim=True))
+            module.in_channels = 1
+            return
+    raise UserError("this torchvision model has no three-channel convolution to replace; set data.channels 3")

@@ -1,0 +1,121 @@
+"""The command line of every job: presets, then any setting by its dotted name."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from dmat_ray import presets
+from dmat_ray.config import Config
+from dmat_ray.errors import UserError
+
+EPILOG = """\
+Any setting is given by its dotted name: --objective.image.eps 8/255 --training.epochs 5
+Lists are given with commas: --evaluation.sets on_manifold,natural
+Presets are layered left to right, then the settings of the command line: --preset demo dmat
+"""
+
+
+def validate(values: dict[str, Any]) -> Config:
+    """A Config from nested values; raises UserError naming every wrong key, what was found and what is allowed."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(describe(error)) from None
+
+
+def describe(error: ValidationError) -> str:
+    """A pydantic error as one line: each wrong setting by its dotted name, with what was found."""
+    parts = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "settings"
+        message = item["msg"].removeprefix("Value error, ")
+        found = item["input"]
+        shown = "" if isinstance(found, dict | Config) or item["type"] == "value_error" else f" (found {found!r})"
+        if item["type"] == "extra_forbidden":
+            message = "there is no such setting"
+        parts.append(f"{where}: {message}{shown}")
+    return "; ".join(parts)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=44, width=min(120, int(os.environ.get("COLUMNS", "120"))))
+
+
+def _source(parser: argparse.ArgumentParser) -> tuple[type[BaseSettings], CliSettingsSource[Any]]:
+    class Arguments(Config, BaseSettings):
+        model_config = SettingsConfigDict(frozen=True, extra="forbid")
+
+    Arguments.__doc__ = None
+    source: CliSettingsSource[Any] = CliSettingsSource(
+        Arguments, root_parser=parser, cli_avoid_json=True, cli_hide_none_type=True, cli_use_class_docs_for_groups=True
+    )
+    return Arguments, source
+
+
+def parse(
+    description: str,
+    argv: Sequence[str] | None = None,
+    *,
+    preset: Sequence[str] = (),
+    add: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> tuple[Config, argparse.Namespace]:
+    """The Config that a command line describes, and the job's own arguments that `add` put on the parser.
+
+    `preset` names the layers used when none are given. Raises UserError for a wrong value, exits with 2 for an
+    unknown option.
+    """
+    parser = _Parser(
+        description=description,
+        usage="%(prog)s [--preset NAME ...] [--SECTION.FIELD VALUE ...]",
+        epilog=EPILOG,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    shipped = ", ".join(presets.names())
+    parser.add_argument(
+        "--preset", nargs="+", default=list(preset), metavar="NAME",
+        help=f"settings to start from: {shipped}, or YAML files (default: {' '.join(preset) or 'none'})",
+    )  # fmt: skip
+    if add is not None:
+        add(parser)
+    arguments, source = _source(parser)
+    namespace = parser.parse_args(argv)
+    layers = presets.load(namespace.preset)
+    layers.setdefault("name", "_".join(part.rsplit("/", 1)[-1].removesuffix(".yaml") for part in namespace.preset))
+
+    class Layered(arguments):  # type: ignore[misc, valid-type]
+        @classmethod
+        def settings_customise_sources(
+            cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return source(parsed_args=namespace), init_settings
+
+    try:
+        return Config.model_validate(Layered(**layers).model_dump()), namespace
+    except ValidationError as error:
+        raise UserError(describe(error)) from None
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a job's main: what the user can fix ends in one line and exit code 2, anything else keeps its traceback."""
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("DMAT_RAY_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)

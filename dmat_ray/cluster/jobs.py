@@ -1,0 +1,97 @@
+"""What the scripts in jobs/ call: each stage with its session, its MLflow run and its lines."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dmat_ray.cluster import tracking
+from dmat_ray.cluster.session import connected
+from dmat_ray.config import Config
+
+
+class Speaker:
+    """Prints one line per event, with the seconds since the start and the stage's name."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    def stage(self, name: str) -> Callable[[str], None]:
+        """A function that prints a line of this stage."""
+
+        def say(line: str) -> None:
+            print(f"[{time.monotonic() - self._began:5.0f} s] {name:<9} {line}", flush=True)
+
+        return say
+
+
+def set_folder(config: Config) -> Path:
+    """Where the on-manifold set lies."""
+    return Path(config.output).resolve() / "on_manifold_set"
+
+
+def project(config: Config, say: Callable[[str], None], parent: str | None = None) -> dict[str, Any]:
+    """Projection, tracked. Returns the manifest."""
+    from dmat_ray.cluster import project as stage
+    from dmat_ray.data.manifold_set import MANIFEST, read_manifest
+
+    if config.projection.lpips_weights == "random" and config.projection.lpips > 0:
+        say("LPIPS runs on a random backbone (projection.lpips_weights=random): it guides the search, it is not perceptual")
+    folder = set_folder(config)
+    listing = stage.prepare(config, folder)
+    if stage.is_projected(config, folder, listing):
+        say("the on-manifold set is whole and unchanged, nothing to do")
+        return read_manifest(folder)
+    with connected(config.cluster), tracking.tracked(config, "", "project", parent) as run:
+        manifest = stage.project(config, folder, listing, say)
+        run.metrics({f"mean_{k}": v for k, v in manifest["means"].items()} | {"images": manifest["count"]}, step=0)
+        run.artifact(folder / MANIFEST)
+    counts = ", ".join(f"{n} {split}" for split, n in sorted(manifest["splits"].items()))
+    poor = manifest["status"].get("poor", 0)
+    rejected = len(manifest["rejected"])
+    error = manifest["means"]["l1"]
+    say(f"on-manifold set: {counts} images, mean |g(w) - x| {error:.4f}, {poor} poor, {rejected} rejected")
+    return manifest
+
+
+def train(configs: list[Config], say: Callable[[str], None], parent: str | None = None) -> list[Path]:
+    """Training, tracked. Returns the folders of the models."""
+    from dmat_ray.cluster import train as stage
+
+    todo = stage.untrained(configs, say)
+    if todo:
+        with connected(configs[0].cluster):
+            stage.train_models(todo, say, parent)
+    return [stage.model_folder(c) for c in configs]
+
+
+def evaluate(config: Config, models: dict[str, Path], say: Callable[[str], None], parent: str | None = None) -> Any:
+    """Evaluation and report, tracked. Returns the rows."""
+    from dmat_ray import report
+    from dmat_ray.cluster import evaluate as stage
+    from dmat_ray.metrics import accuracies
+
+    folder = Path(config.output).resolve() / "evaluation"
+    page = Path(config.output).resolve() / "report.html"
+    stage.check(config, set_folder(config), models)
+    if page.is_file() and stage.is_evaluated(config, set_folder(config), models, folder):
+        say("the rows and the report are there and unchanged, nothing to do")
+        return stage.read_rows(folder)
+    with connected(config.cluster), tracking.tracked(config, "", "evaluate", parent) as run:
+        rows = stage.evaluate(config, set_folder(config), models, folder, say)
+        for (model, set_name, attack), accuracy in accuracies(rows).items():
+            name = "".join(c if c.isalnum() or c in "-_. /" else "_" for c in f"{model}/{set_name}/{attack}")
+            run.metrics({name: accuracy.value}, step=0)
+        say("writing the report")
+        report.write(config, set_folder(config), models, rows, page)
+        run.artifact(folder / stage.ROWS)
+        run.artifact(page)
+    return rows
+
+
+def ui_command(config: Config) -> str:
+    """The command that opens MLflow's pages on this machine."""
+    if config.tracking.uri:
+        return f"open {config.tracking.uri}"
+    return f"{sys.executable} -m mlflow ui --backend-store-uri {tracking.tracking_uri(config)}"

@@ -1,0 +1,91 @@
+"""Connecting to Ray, and what its processes must know before they start."""
+
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dmat_ray.config import ClusterConfig
+from dmat_ray.errors import UserError
+
+# Read by Ray when it is imported or when a process starts; a user's own value wins.
+ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report blocks until it is polled, 2 s by default
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # two workers on two busy cores need more than the usual 60 s
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # the C++ side writes advice for Ray's developers to the driver's terminal
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "PYTHONWARNINGS": "ignore",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def prepare_environment() -> None:
+    """Set what is not set. Call it before ray is imported."""
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+
+
+def cluster_address(config: ClusterConfig) -> str | None:
+    """The configured address, or that of the Ray job that this process is the driver of."""
+    return config.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def quiet_loggers() -> None:
+    """Leave the terminal to the job's own lines; Ray's full logs stay in its session folder."""
+    for name in ("ray.data", "ray.train", "ray.tune", "mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def _native_stderr_held() -> Iterator[None]:
+    """Holds back what C++ writes to file descriptor 2, and lets it through only if the body raises."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as held:
+        terminal = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(terminal, held.read())
+            raise
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+
+
+@contextmanager
+def connected(config: ClusterConfig) -> Iterator[None]:
+    """Inside, Ray is connected: to `config.address`, to the submitted job's cluster, or to a Ray of its own."""
+    prepare_environment()
+    import ray
+    import ray.data
+
+    quiet_loggers()
+    if ray.is_initialized():
+        yield
+        return
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    address = cluster_address(config)
+    common = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    if address is None:
+        # more logical CPUs than cores: Ray Data, Train's controller and small helpers each ask for some
+        cpus = config.num_cpus or max(6, os.cpu_count() or 1)
+        with _native_stderr_held():
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
+    else:
+        try:
+            with _native_stderr_held():
+                ray.init(address=address, **common)
+        except ConnectionError as error:
+            raise UserError(f"cluster.address '{address}' cannot be reached: {str(error).splitlines()[0]}") from None
+    ray.data.DataContext.get_current().enable_progress_bars = False  # jobs print their own lines
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,189 @@
+"""Training on Ray Train: DDP workers, checkpoints that survive, one or several runs in one worker group."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+
+from dmat_ray import checkpoint, classifiers
+from dmat_ray.cluster import tracking
+from dmat_ray.cluster.context import RayContext
+from dmat_ray.cluster.events import listen
+from dmat_ray.config import Config
+from dmat_ray.data import manifold_set
+from dmat_ray.errors import UserError
+from dmat_ray.manifold import generators
+from dmat_ray.trainer import check_inputs, split_validation, train
+
+
+class _NamedContext(RayContext):
+    """Takes up the group's latest checkpoint only if it belongs to this run."""
+
+    def latest_checkpoint(self) -> Path | None:
+        found = super().latest_checkpoint()
+        return found if found is not None and _run_name(found) == self._name else None
+
+
+def _run_name(folder: Path) -> str:
+    return str(checkpoint.read_run(folder)["config"]["name"])
+
+
+def worker(settings: dict[str, Any]) -> None:
+    """What every Ray Train worker runs: the runs of `settings`, one after the other, from the latest checkpoint on."""
+    configs = [Config.model_validate(c) for c in settings["configs"]]
+    latest = ray.train.get_checkpoint()
+    if latest is not None:
+        with latest.as_directory() as folder:
+            current = _run_name(Path(folder))
+        # the runs before it are finished: they come in order
+        configs = configs[[c.name for c in configs].index(current) :]
+    torch.set_num_threads(configs[0].cluster.threads_per_worker)
+    data = manifold_set.open_set(Path(settings["set"]), "train")
+    for config in configs:
+        context = _NamedContext(config.name, settings["mailbox"])
+        generator = generators.load_generator(config.generator.path, context.device)
+        train(config, data, generator, generators.fingerprint(config.generator.path), context)
+
+
+def model_folder(config: Config) -> Path:
+    """Where a trained model ends up."""
+    return Path(config.output).resolve() / "models" / config.name
+
+
+def set_folder(config: Config) -> Path:
+    """Where the on-manifold set lies."""
+    return Path(config.output).resolve() / "on_manifold_set"
+
+
+def is_trained(config: Config) -> bool:
+    """True if the model is there, finished, with these settings and this set."""
+    folder = model_folder(config)
+    if not (folder / checkpoint.RUN).is_file():
+        return False
+    run = checkpoint.read_run(folder)
+    with contextlib.suppress(UserError):
+        checkpoint.require_same_config(run["config"], config, folder)
+        sha = generators.fingerprint(config.generator.path)
+        return bool(run["epoch"] == config.training.epochs and run["generator_sha256"] == sha)
+    return False
+
+
+def _describe(name: str, metrics: dict[str, float], epochs: int) -> str:
+    losses = [
+        f"{part} {metrics[f'train_{part}_accuracy']:.0%}"
+        for part in ("clean", "image", "latent", "fog")
+        if f"train_{part}_accuracy" in metrics
+    ]
+    line = f"{name}: epoch {metrics['epoch']:.0f}/{epochs}, loss {metrics['train_loss']:.3f}, training accuracy " + ", ".join(
+        losses
+    )
+    if "val_robust" in metrics:
+        line += f"; held out: clean {metrics['val_clean']:.0%}, under all attacks {metrics['val_robust']:.0%}"
+    return line
+
+
+def untrained(configs: list[Config], say: Callable[[str], None]) -> list[Config]:
+    """Those whose model is not there yet, checked against the set. Needs no Ray.
+
+    Raises UserError for settings that do not fit the set, or names that clash.
+    """
+    names = [c.name for c in configs]
+    if len(set(names)) < len(names) or "" in names:
+        raise UserError(f"every model needs a name of its own; given: {', '.join(map(repr, names))}")
+    todo = []
+    for config in configs:
+        if is_trained(config):
+            say(f"{config.name}: is trained already and unchanged, nothing to do")
+        else:
+            todo.append(config)
+    if todo:
+        data = manifold_set.open_set(set_folder(todo[0]), "train")
+        for config in todo:
+            check_inputs(config, data, generators.fingerprint(config.generator.path), config.cluster.train_workers)
+            classifiers.build(config.classifier, data.natural.shape[1], len(data.class_names))
+            split_validation(data, config.training)
+    return todo
+
+
+def train_models(todo: list[Config], say: Callable[[str], None], parent: str | None = None) -> None:
+    """Train models that `untrained` returned. Ray must be connected.
+
+    All runs share one worker group, one after the other: its start-up is paid once. A rerun after a crash goes on from
+    the latest checkpoint.
+    """
+    set_path = set_folder(todo[0])
+    first, epochs = todo[0], {c.name: c.training.epochs for c in todo}
+    storage = Path(first.output).resolve() / "train"
+    key = "-".join([todo[0].name if len(todo) == 1 else f"{len(todo)}_models", *(_key(c) for c in todo)])[:120]
+    with contextlib.ExitStack() as stack:
+        runs = {c.name: stack.enter_context(tracking.tracked(c, c.name, "train", parent)) for c in todo}
+
+        def handle(event: dict[str, Any]) -> None:
+            metrics, name = event["metrics"], event["run"]
+            runs[name].metrics(metrics, step=int(metrics["epoch"]))
+            say(_describe(name, metrics, epochs[name]))
+
+        mailbox = stack.enter_context(listen(handle))
+        trainer = ray.train.torch.TorchTrainer(
+            worker,
+            train_loop_config={
+                "configs": [c.to_json() for c in todo],
+                "set": str(set_path),
+                "mailbox": mailbox,
+            },
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=first.cluster.train_workers,
+                use_gpu=first.cluster.gpus_per_worker > 0,
+                resources_per_worker={"CPU": 1, **_gpu(first)},
+            ),
+            run_config=ray.train.RunConfig(
+                name=key,
+                storage_path=str(storage),
+                failure_config=ray.train.FailureConfig(max_failures=first.cluster.max_failures),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2 if len(todo) == 1 else None),
+            ),
+        )
+        trainer.fit()
+        for config in todo:
+            final = _final_checkpoint(storage / key, config)
+            folder = model_folder(config)
+            _publish(final, folder)
+            runs[config.name].artifact(folder, "checkpoint")
+    shutil.rmtree(storage / key, ignore_errors=True)
+
+
+def _gpu(config: Config) -> dict[str, float]:
+    return {"GPU": config.cluster.gpus_per_worker} if config.cluster.gpus_per_worker > 0 else {}
+
+
+def _key(config: Config) -> str:
+    """Changes with whatever changes the trained weights."""
+    relevant = {k: v for k, v in config.to_json().items() if k not in checkpoint.HARMLESS}
+    text = json.dumps([relevant, config.name, config.cluster.train_workers], sort_keys=True)
+    return manifold_set.text_digest(text)[:8]
+
+
+def _final_checkpoint(folder: Path, config: Config) -> Path:
+    for found in sorted(folder.glob("checkpoint_*"), reverse=True):
+        if (found / checkpoint.RUN).is_file():
+            run = checkpoint.read_run(found)
+            if run["config"]["name"] == config.name and run["epoch"] == config.training.epochs:
+                return found
+    raise RuntimeError(f"Ray Train finished, but '{folder}' holds no final checkpoint of {config.name}")
+
+
+def _publish(source: Path, folder: Path) -> None:
+    """The model without its optimiser state, in place of an older one, whole or not at all."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name in (checkpoint.MODEL, checkpoint.RUN):
+        shutil.copy2(source / name, partial / name)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)

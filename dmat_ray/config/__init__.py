@@ -1,0 +1,92 @@
+"""Every setting of dmat_ray as frozen pydantic models. Imports neither torch nor ray.
+
+A `Config` comes from presets (YAML, layered left to right), then command-line overrides by dotted name; it travels
+between processes, into checkpoints and into MLflow as one JSON dict. Images are in [0, 1], so every image budget is
+in [0, 1] units and may be written as a fraction ("8/255"); latent budgets are in raw W units unless `scale` says std.
+"""
+
+from typing import Any
+
+from pydantic import Field
+
+from dmat_ray.config.attacks import (
+    AttackConfig,
+    AttackRow,
+    CleanRow,
+    CleanTerm,
+    EvaluationConfig,
+    FogRow,
+    FogTerm,
+    FogThreat,
+    ImageRow,
+    ImageTerm,
+    ImageThreat,
+    LatentRow,
+    LatentTerm,
+    LatentThreat,
+    ObjectiveConfig,
+    Row,
+    Term,
+)
+from dmat_ray.config.base import Fraction, Section
+from dmat_ray.config.data import DataConfig, GanConfig, GeneratorConfig, ProjectionConfig, StyleGAN2Config
+from dmat_ray.config.training import ClassifierConfig, ClusterConfig, TrackingConfig, TrainingConfig, TuneConfig
+
+
+class Config(Section):
+    """All settings of dmat_ray."""
+
+    output: str = Field("runs/default", min_length=1, description="folder that everything is written under")
+    name: str = Field("", description="name of the trained model; empty = the presets' names")
+    methods: tuple[str, ...] = Field(
+        ("standard", "at", "om_at", "dmat"), description="presets that pipeline.py trains, in this order"
+    )
+    data: DataConfig = DataConfig()
+    generator: GeneratorConfig = GeneratorConfig()
+    gan: GanConfig = GanConfig()
+    projection: ProjectionConfig = ProjectionConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tune: TuneConfig = TuneConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; `Config.model_validate` of it gives an equal Config."""
+        return self.model_dump(mode="json")
+
+
+__all__ = [
+    "AttackConfig",
+    "AttackRow",
+    "ClassifierConfig",
+    "CleanRow",
+    "CleanTerm",
+    "ClusterConfig",
+    "Config",
+    "DataConfig",
+    "EvaluationConfig",
+    "FogRow",
+    "FogTerm",
+    "FogThreat",
+    "Fraction",
+    "GanConfig",
+    "GeneratorConfig",
+    "ImageRow",
+    "ImageTerm",
+    "ImageThreat",
+    "LatentRow",
+    "LatentTerm",
+    "LatentThreat",
+    "ObjectiveConfig",
+    "ProjectionConfig",
+    "Row",
+    "Section",
+    "StyleGAN2Config",
+    "Term",
+    "TrackingConfig",
+    "TrainingConfig",
+    "TuneConfig",
+]

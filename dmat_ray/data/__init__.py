@@ -1,0 +1,1 @@
+"""Images in, and the on-manifold set."""

@@ -1,0 +1,1 @@
+"""Generators of the image manifold, their training, and projection onto it."""

@@ -1,0 +1,43 @@
+"""Settings by name: YAML files, each a partial config, layered left to right."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dmat_ray.errors import UserError
+
+FOLDER = Path(__file__).parent
+
+
+def names() -> list[str]:
+    """The presets that ship with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, section by section."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def load(layers: list[str]) -> dict[str, Any]:
+    """Presets by name, or YAML files by path (anything with a dot or a slash), the later over the earlier."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        is_file = "/" in layer or "." in layer
+        path = Path(layer) if is_file else FOLDER / f"{layer}.yaml"
+        if not path.is_file():
+            choices = "" if is_file else f"; choose from {', '.join(names())}, or give the path of a YAML file"
+            raise UserError(f"preset '{layer}' does not exist{choices}")
+        try:
+            values = yaml.safe_load(path.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise UserError(f"preset '{layer}' is not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise UserError(f"preset '{layer}' holds a {type(values).__name__}, not settings by section")
+        merged = merge(merged, values)
+    return merged

@@ -1,0 +1,169 @@
+"""What people look at: the table in the terminal, and one self-contained HTML page with curves and a gallery."""
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jinja2 import Environment, PackageLoader, select_autoescape
+from rich.console import Console
+from rich.table import Table
+
+from dmat_ray import checkpoint
+from dmat_ray.config import Config, EvaluationConfig, LatentRow
+from dmat_ray.data import manifold_set
+from dmat_ray.evaluation import rows_of
+from dmat_ray.manifold import generators
+from dmat_ray.metrics import Accuracy, accuracies
+
+SET_NAMES = {"on_manifold": "on-manifold test images g(w)", "natural": "natural test images x"}
+GALLERY_SIZE = 8
+
+
+def _columns(config: EvaluationConfig, set_name: str) -> list[str]:
+    return [row.name for row in config.attacks if set_name == "on_manifold" or not isinstance(row, LatentRow)]
+
+
+def terminal_table(rows: pa.Table, models: list[str], config: EvaluationConfig) -> str:
+    """Accuracy in per cent, methods x attacks, a block for each test set; the best of a column is in bold."""
+    found = accuracies(rows)
+    console = Console(width=110, force_terminal=False, color_system=None, record=True, file=io.StringIO())
+    for set_name in config.sets:
+        columns = _columns(config, set_name)
+        count = found[models[0], set_name, columns[0]].count
+        table = Table(title=f"accuracy (%) on {count} {SET_NAMES[set_name]}", title_justify="left")
+        table.add_column("method")
+        for column in columns:
+            table.add_column(column, justify="right")
+        for model in models:
+            table.add_row(model, *(f"{100 * found[model, set_name, c].value:.1f}" for c in columns))
+        console.print(table)
+    return console.export_text().rstrip()
+
+
+def write(config: Config, set_folder: Path, models: dict[str, Path], rows: pa.Table, path: Path) -> Path:
+    """Write the page for these rows; `models` maps names to folders, in the order of the table."""
+    environment = Environment(loader=PackageLoader("dmat_ray", "templates"), autoescape=select_autoescape())
+    runs = {name: checkpoint.read_run(folder) for name, folder in models.items()}
+    manifest = manifold_set.read_manifest(set_folder)
+    page = environment.get_template("report.html").render(
+        title=config.tracking.experiment,
+        tables=_tables(rows, list(models), config.evaluation),
+        curves=_curves({name: run["history"] for name, run in runs.items()}),
+        gallery=_gallery(config, set_folder, models),
+        manifest=manifest,
+        config=_yaml(config),
+        versions=manifest["versions"],
+    )
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(page)
+    partial.replace(path)
+    return path
+
+
+def _tables(rows: pa.Table, models: list[str], config: EvaluationConfig) -> list[dict[str, Any]]:
+    found = accuracies(rows)
+    tables = []
+    for set_name in config.sets:
+        columns = _columns(config, set_name)
+        best = {c: max(found[m, set_name, c].value for m in models) for c in columns}
+        body = [{"method": m, "cells": [_cell(found[m, set_name, c], best[c]) for c in columns]} for m in models]
+        count = found[models[0], set_name, columns[0]].count
+        tables.append({"title": SET_NAMES[set_name], "count": count, "columns": columns, "rows": body})
+    return tables
+
+
+def _cell(accuracy: Accuracy, best: float) -> dict[str, Any]:
+    interval = f"95 % interval {100 * accuracy.low:.1f} to {100 * accuracy.high:.1f}"
+    return {"text": f"{100 * accuracy.value:.1f}", "hover": interval, "best": accuracy.value == best}
+
+
+def _yaml(config: Config) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(config.to_json(), sort_keys=False))
+
+
+def _curves(histories: dict[str, list[dict[str, float]]]) -> list[dict[str, str]]:
+    """One SVG each for the loss and the held-out accuracies over epochs."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    wanted = [
+        ("train_loss", "training loss (each method its own)"),
+        ("val_clean", "held-out accuracy, clean"),
+        ("val_image", "held-out accuracy, image attack"),
+        ("val_latent", "held-out accuracy, latent attack"),
+    ]
+    drawn = []
+    for metric, title in wanted:
+        if not any(metric in h for history in histories.values() for h in history):
+            continue
+        figure, axes = pyplot.subplots(figsize=(4.2, 2.8), layout="constrained")
+        for name, history in histories.items():
+            points = [(h["epoch"], h[metric]) for h in history if metric in h]
+            axes.plot(*zip(*points, strict=True), label=name, linewidth=1.6)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("epoch", fontsize=9)
+        if metric.startswith("val_"):
+            axes.set_ylim(0, 1.02)
+        axes.legend(fontsize=8, frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+        svg = buffer.getvalue()
+        drawn.append({"title": title, "svg": svg[svg.index("<svg") :]})
+    return drawn
+
+
+def _png(x_CHW: torch.Tensor) -> str:
+    from PIL import Image
+
+    pixels = manifold_set.quantise(x_CHW)
+    image = Image.fromarray(pixels[0] if pixels.shape[0] == 1 else pixels.transpose(1, 2, 0))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _gallery(config: Config, set_folder: Path, models: dict[str, Path]) -> list[dict[str, Any]]:
+    """For each model: natural and on-manifold images and every attack of the suite, with the predicted labels."""
+    data = manifold_set.open_set(set_folder, "test")
+    index = _one_of_each_class(data.label)
+    generator = generators.load_generator(config.generator.path)
+    names = data.class_names
+    blocks = []
+    for model, folder in models.items():
+        network, _ = checkpoint.load_classifier(folder)
+        lines = []
+        natural = data.batch(index, "natural")
+        with torch.no_grad():
+            guess = network(natural.x_BCHW).argmax(dim=1)
+        lines.append(_line("natural x", natural.x_BCHW, guess.numpy(), data.label[index], names))
+        batch = data.batch(index, "on_manifold")
+        for table, x in rows_of(network, generator, batch, config.evaluation, model, "on_manifold"):
+            attack = table["attack"][0].as_py()
+            title = "on-manifold g(w)" if attack == "clean" else attack
+            lines.append(_line(title, x, table["prediction"].to_numpy(), data.label[index], names))
+        blocks.append({"model": model, "lines": lines})
+    return blocks
+
+
+def _one_of_each_class(labels: np.ndarray) -> np.ndarray:
+    """Positions of the first example of up to GALLERY_SIZE classes."""
+    return np.array([int(np.flatnonzero(labels == c)[0]) for c in np.unique(labels)[:GALLERY_SIZE]])
+
+
+def _line(title: str, x: torch.Tensor, guess: np.ndarray, label: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
+    images = [
+        {"src": _png(image), "label": html.escape(names[int(g)]), "right": bool(g == y)}
+        for image, g, y in zip(x, guess, label, strict=True)
+    ]
+    return {"title": title, "images": images}

@@ -1,0 +1,91 @@
+"""Types that cross rooms: the batch, and the protocols of generator, threat and run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dmat_ray.rng import Draws
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples: `id` (B), `x_BCHW` float in [0, 1], `y_B` int64, and `w_BLD` with g(w) = x where it is known."""
+
+    id: Sequence[str]
+    x_BCHW: Tensor
+    y_B: Tensor
+    w_BLD: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`."""
+        w = None if self.w_BLD is None else self.w_BLD.to(device)
+        return Batch(self.id, self.x_BCHW.to(device), self.y_B.to(device), w)
+
+    def __len__(self) -> int:
+        return len(self.id)
+
+
+class Generator(Protocol):
+    """A map from W+ to images whose range stands for the image manifold."""
+
+    z_dim: int
+    w_dim: int
+    num_ws: int
+    resolution: int
+    channels: int
+    w_mean: Tensor
+    w_std: Tensor
+
+    def mapping(self, z_BZ: Tensor, truncation_psi: float = 1.0) -> Tensor:
+        """z ~ N(0, 1) -> w_BLD."""
+
+    def synthesis(self, w_BLD: Tensor, clamp: bool = True) -> Tensor:
+        """w_BLD -> x_BCHW, in [0, 1] unless `clamp` is False."""
+
+
+class Threat(Protocol):
+    """A way to render a batch under a parameter theta that may move only so far."""
+
+    def start(self, batch: Batch, draws: Draws | None) -> Tensor:
+        """First theta, batch first: random inside the budget, or with draws=None the one closest to no change."""
+
+    def render(self, batch: Batch, theta: Tensor) -> Tensor:
+        """x_BCHW in [0, 1], differentiable in theta."""
+
+    def ascend(self, batch: Batch, theta: Tensor, gradient: Tensor, step_size: float) -> Tensor:
+        """theta after a step of steepest ascent in the threat's norm, back inside its ball or box."""
+
+    def distance(self, batch: Batch, theta: Tensor) -> Tensor:
+        """How far theta has gone, per example, in the units of `eps`."""
+
+    @property
+    def limit(self) -> float:
+        """The largest `distance` that the threat allows."""
+
+    @property
+    def default_step(self) -> float | None:
+        """Step size the threat's source prescribes per sqrt-step, or None for 2.5 limit / steps."""
+
+
+class RunContext(Protocol):
+    """Where a training loop runs: one process, torchrun, or a Ray Train worker. The loop knows no more than this."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def wrap(self, module: torch.nn.Module) -> torch.nn.Module:
+        """The module as trained here: itself for one worker, under DistributedDataParallel for several."""
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its mean over all workers, in place."""
+
+    def report(self, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
+        """Hand over metrics, already the same on all workers, and on rank 0 a finished checkpoint folder."""
+
+    def latest_checkpoint(self) -> Path | None:
+        """The checkpoint to go on from, if there is one."""

@@ -1,0 +1,44 @@
+"""All stages: project, train every method, evaluate, report. Stages whose output is whole and unchanged are skipped."""
+
+from pathlib import Path
+
+from dmat_ray import cli, presets
+from dmat_ray.cluster.session import prepare_environment
+from dmat_ray.config import Config
+
+
+def main() -> None:
+    config, _ = cli.parse(str(__doc__), preset=["demo"])
+    methods = {name: _method(config, name) for name in config.methods}
+    prepare_environment()
+    from dmat_ray import report
+    from dmat_ray.cluster import jobs, tracking
+    from dmat_ray.cluster.session import connected
+
+    speaker = jobs.Speaker()
+    say = speaker.stage("pipeline")
+    limits = config.data.train_limit, config.data.test_limit
+    subset = f", a subset: at most {limits[0]} training and {limits[1]} test images" if any(limits) else ""
+    say(f"data {config.data.source}{subset}; output in {config.output}")
+    with connected(config.cluster), tracking.tracked(config, "", "pipeline") as run:
+        say("Ray is up")
+        jobs.project(config, speaker.stage("project"), run.id)
+        folders = jobs.train(list(methods.values()), speaker.stage("train"), run.id)
+        models = dict(zip(methods, folders, strict=True))
+        rows = jobs.evaluate(config, models, speaker.stage("evaluate"), run.id)
+        page = Path(config.output).resolve() / "report.html"
+        run.artifact(page)
+        say("done")
+    print(report.terminal_table(rows, list(models), config.evaluation))
+    print(f"\nreport: {page}")
+    print(f"MLflow: {jobs.ui_command(config)}")
+
+
+def _method(config: Config, name: str) -> Config:
+    """The pipeline's settings with the objective's weights of a method's preset."""
+    layered = presets.merge(config.to_json(), presets.load([name]))
+    return cli.validate({**layered, "name": name})
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,16 @@
+"""Project every image into the generator's W+ space: an on-manifold data set in Parquet, with its manifest."""
+
+from dmat_ray import cli
+from dmat_ray.cluster.session import prepare_environment
+
+
+def main() -> None:
+    config, _ = cli.parse(str(__doc__), preset=["demo"])
+    prepare_environment()
+    from dmat_ray.cluster import jobs
+
+    jobs.project(config, jobs.Speaker().stage("project"))
+
+
+if __name__ == "__main__":
+    cli.run(main)
