@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmat_ray.config import AttackConfig
+from dmat_ray.errors import UserError
 from dmat_ray.rng import Draws
 from dmat_ray.types import Batch, Threat
 
@@ -96,8 +97,11 @@ def attack(
     """Search the threat for each example's worst case of `loss` (default: cross entropy to the label).
 
     Random starts derive from (seed, example id, purpose, restart). With restarts, each example keeps the result with
-    the highest loss. Raises UserError if the batch is outside [0, 1].
+    the highest loss. Raises UserError if the batch is outside [0, 1] or the network puts out values that are not finite.
     """
+    low, high = batch.x_BCHW.aminmax()
+    if not (low >= 0 and high <= 1):
+        raise UserError(f"images must lie in [0, 1]; these range from {low:.6g} to {high:.6g}")
     loss = loss or cross_entropy(batch.y_B)
     best: Attacked | None = None
     with frozen(network):
@@ -106,6 +110,10 @@ def attack(
             found = _search(network, threat, batch, loss, config, draws)
             best = found if best is None else _worse(best, found)
     assert best is not None
+    if not torch.isfinite(best.loss_B).all():
+        raise UserError(
+            "the attacked network puts out values that are not finite; if it is in training, lower training.lr_values"
+        )
     _check(threat, batch, best)
     return best
 

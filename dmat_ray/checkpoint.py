@@ -4,7 +4,7 @@
 evaluation read it, nothing is typed twice. It is written last, so that a folder without it is no checkpoint.
 """
 
-import json
+import pickle
 import platform
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import dmat_ray
 from dmat_ray import classifiers
 from dmat_ray.cli import validate
 from dmat_ray.config import Config
-from dmat_ray.data.manifold_set import write_json
+from dmat_ray.data.manifold_set import read_json, write_json
 from dmat_ray.errors import UserError
 
 MODEL, RUN, STATE = "model.safetensors", "run.json", "state.pt"
@@ -69,7 +69,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     path = folder / RUN
     if not path.is_file():
         raise UserError(f"there is no trained model at '{folder}' (no {RUN}); train one with jobs/train.py")
-    run: dict[str, Any] = json.loads(path.read_text())
+    run: dict[str, Any] = read_json(path)
     if run.get("version") != VERSION:
         raise UserError(f"the checkpoint '{folder}' has format version {run.get('version')}, this program reads {VERSION}")
     return run
@@ -94,7 +94,10 @@ def load_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE
     if not path.is_file():
         raise UserError(f"the checkpoint '{folder}' has no {STATE}: it can be evaluated, but training cannot go on from it")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"'{path}' is damaged ({type(error).__name__}); remove the checkpoint to train anew") from None
     return state
 
 

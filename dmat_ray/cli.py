@@ -58,7 +58,12 @@ def _source(parser: argparse.ArgumentParser) -> tuple[type[BaseSettings], CliSet
 
     Arguments.__doc__ = None
     source: CliSettingsSource[Any] = CliSettingsSource(
-        Arguments, root_parser=parser, cli_avoid_json=True, cli_hide_none_type=True, cli_use_class_docs_for_groups=True
+        Arguments,
+        root_parser=parser,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+        cli_parse_none_str="null",
+        cli_use_class_docs_for_groups=True,
     )
     return Arguments, source
 

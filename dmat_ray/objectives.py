@@ -34,6 +34,8 @@ class Objective:
         that gradients are averaged). Each term is its own train-mode forward, as published: batch norm sees
         image-space and latent-space examples apart.
         """
+        # every attack comes before the first train-mode forward, which moves the batch-norm statistics that attacks see
+        worst = [self._worst(network, batch, term, threat, seed, f"{purpose}/{name}") for name, term, threat in self.active]
         smoothing = self.config.label_smoothing
         total = batch.x_BCHW.new_zeros(())
         metrics: dict[str, Tensor] = {}
@@ -43,25 +45,26 @@ class Objective:
             loss = F.cross_entropy(clean_logits, batch.y_B, label_smoothing=smoothing)
             total = total + self.config.clean.weight * loss
             metrics |= _term_metrics("clean", loss, clean_logits, batch.y_B)
-        for name, term, threat in self.active:
-            where = f"{purpose}/{name}"
+        for (name, term, _), x_BCHW in zip(self.active, worst, strict=True):
+            logits = trained(x_BCHW)
             if term.divergence == "ce":
-                found = attack(network, threat, batch, term, seed=seed, purpose=where)
-                logits = trained(found.x_BCHW)
                 loss = F.cross_entropy(logits, batch.y_B, label_smoothing=smoothing)
             else:
-                with frozen(network), torch.no_grad():
-                    target = network(batch.x_BCHW)
-                found = attack(network, threat, batch, term, seed=seed, purpose=where, loss=kl_to(target))
-                logits = trained(found.x_BCHW)
                 # both sides carry gradient in the TRADES loss
                 reference = trained(batch.x_BCHW) if clean_logits is None else clean_logits
-                p, log_q = reference.softmax(dim=1), logits.log_softmax(dim=1)
-                loss = F.kl_div(log_q, p, reduction="batchmean")
+                loss = F.kl_div(logits.log_softmax(dim=1), reference.softmax(dim=1), reduction="batchmean")
             total = total + term.weight * loss
             metrics |= _term_metrics(name, loss, logits, batch.y_B)
         metrics["loss"] = total.detach()
         return total, metrics
+
+    def _worst(self, network: nn.Module, batch: Batch, term: Term, threat: Threat, seed: int, purpose: str) -> Tensor:
+        """The images that a term's attack ends with."""
+        loss = None
+        if term.divergence == "kl":
+            with frozen(network), torch.no_grad():
+                loss = kl_to(network(batch.x_BCHW))
+        return attack(network, threat, batch, term, seed=seed, purpose=purpose, loss=loss).x_BCHW
 
 
 def _term_metrics(name: str, loss: Tensor, logits: Tensor, y_B: Tensor) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """What people look at: the table in the terminal, and one self-contained HTML page with curves and a gallery."""
 
 import base64
-import html
 import io
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from dmat_ray.metrics import Accuracy, accuracies
 
 SET_NAMES = {"on_manifold": "on-manifold test images g(w)", "natural": "natural test images x"}
 GALLERY_SIZE = 8
+WIDTH = 110
 
 
 def _columns(config: EvaluationConfig, set_name: str) -> list[str]:
@@ -29,19 +29,27 @@ def _columns(config: EvaluationConfig, set_name: str) -> list[str]:
 
 
 def terminal_table(rows: pa.Table, models: list[str], config: EvaluationConfig) -> str:
-    """Accuracy in per cent, methods x attacks, a block for each test set; the best of a column is in bold."""
+    """Accuracy in per cent, methods x attacks, a block for each test set; many attacks take several tables."""
     found = accuracies(rows)
-    console = Console(width=110, force_terminal=False, color_system=None, record=True, file=io.StringIO())
+    # markup would swallow a name such as "at [fast]"
+    console = Console(width=WIDTH, force_terminal=False, color_system=None, record=True, markup=False, file=io.StringIO())
+    room = WIDTH - max(len(name) for name in ("method", *models)) - 4
     for set_name in config.sets:
         columns = _columns(config, set_name)
-        count = found[models[0], set_name, columns[0]].count
-        table = Table(title=f"accuracy (%) on {count} {SET_NAMES[set_name]}", title_justify="left")
-        table.add_column("method")
+        console.print(f"accuracy (%) on {found[models[0], set_name, columns[0]].count} {SET_NAMES[set_name]}")
+        parts: list[list[str]] = [[]]
         for column in columns:
-            table.add_column(column, justify="right")
-        for model in models:
-            table.add_row(model, *(f"{100 * found[model, set_name, c].value:.1f}" for c in columns))
-        console.print(table)
+            if parts[-1] and sum(max(len(c), 5) + 3 for c in [*parts[-1], column]) > room:
+                parts.append([])
+            parts[-1].append(column)
+        for part in parts:
+            table = Table()
+            table.add_column("method")
+            for column in part:
+                table.add_column(column, justify="right")
+            for model in models:
+                table.add_row(model, *(f"{100 * found[model, set_name, c].value:.1f}" for c in part))
+            console.print(table)
     return console.export_text().rstrip()
 
 
@@ -163,7 +171,6 @@ def _one_of_each_class(labels: np.ndarray) -> np.ndarray:
 
 def _line(title: str, x: torch.Tensor, guess: np.ndarray, label: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
     images = [
-        {"src": _png(image), "label": html.escape(names[int(g)]), "right": bool(g == y)}
-        for image, g, y in zip(x, guess, label, strict=True)
+        {"src": _png(image), "label": names[int(g)], "right": bool(g == y)} for image, g, y in zip(x, guess, label, strict=True)
     ]
     return {"title": title, "images": images}

@@ -60,6 +60,7 @@ class _Validator:
         mine = self.index[context.rank :: context.world_size]
         names = ["clean", *terms, "robust"]
         right = torch.zeros(len(names) + 1, device=context.device)
+        network.eval()  # as it will be used, and so that its batch-norm statistics stay those of the training
         for start in range(0, len(mine), 100):
             batch = self.data.batch(mine[start : start + 100], self.config.training.images).to(context.device)
             with torch.no_grad():

@@ -16,7 +16,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     config, arguments = cli.parse(str(__doc__), preset=["demo"], add=add)
-    prepare_environment()
+    prepare_environment(config)
     from dmat_ray import report
     from dmat_ray.cluster import jobs
 

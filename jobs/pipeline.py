@@ -10,7 +10,7 @@ from dmat_ray.config import Config
 def main() -> None:
     config, _ = cli.parse(str(__doc__), preset=["demo"])
     methods = {name: _method(config, name) for name in config.methods}
-    prepare_environment()
+    prepare_environment(config)
     from dmat_ray import report
     from dmat_ray.cluster import jobs, tracking
     from dmat_ray.cluster.session import connected

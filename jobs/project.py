@@ -6,7 +6,7 @@ from dmat_ray.cluster.session import prepare_environment
 
 def main() -> None:
     config, _ = cli.parse(str(__doc__), preset=["demo"])
-    prepare_environment()
+    prepare_environment(config)
     from dmat_ray.cluster import jobs
 
     jobs.project(config, jobs.Speaker().stage("project"))

@@ -6,7 +6,7 @@ from dmat_ray.cluster.session import prepare_environment
 
 def main() -> None:
     config, _ = cli.parse(str(__doc__), preset=["demo", "dmat"])
-    prepare_environment()
+    prepare_environment(config)
     from dmat_ray.cluster import jobs
 
     say = jobs.Speaker().stage("train")

@@ -82,6 +82,7 @@ def evaluate(config: Config, set_path: Path, models: dict[str, Path], folder: Pa
     (folder / DONE).unlink(missing_ok=True)
     work = evaluation.chunks(list(models), config.evaluation, size)
     actors = min(config.cluster.evaluation_actors, len(work))
+    say(f"starting {actors} actors for {len(work)} chunks")
     items = ray.data.from_items([{"chunk": json.dumps(vars(c))} for c in work], override_num_blocks=len(work))
     results = items.map_batches(
         ChunkEvaluator,

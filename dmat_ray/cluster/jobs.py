@@ -1,5 +1,6 @@
 """What the scripts in jobs/ call: each stage with its session, its MLflow run and its lines."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -94,4 +95,4 @@ def ui_command(config: Config) -> str:
     """The command that opens MLflow's pages on this machine."""
     if config.tracking.uri:
         return f"open {config.tracking.uri}"
-    return f"{sys.executable} -m mlflow ui --backend-store-uri {tracking.tracking_uri(config)}"
+    return f"{os.path.relpath(sys.executable)} -m mlflow ui --backend-store-uri {tracking.tracking_uri(config)}"

@@ -166,6 +166,7 @@ def project(config: Config, folder: Path, listing: Listing, say: Callable[[str],
     todo = [s for s in shards if s["name"] not in done]
     if len(todo) < len(shards):
         say(f"going on: {len(shards) - len(todo)} of {len(shards)} shards are there")
+    say(f"starting {min(config.cluster.projection_actors, len(todo))} actors for {len(todo)} shards")
     total, count, began = len(listing.examples), sum(done.values()), time.monotonic()
     fresh = 0
     for summary in _run(config, folder, todo) if todo else ():

@@ -7,8 +7,9 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from dmat_ray.config import ClusterConfig
+from dmat_ray.config import ClusterConfig, Config
 from dmat_ray.errors import UserError
 
 # Read by Ray when it is imported or when a process starts; a user's own value wins.
@@ -23,10 +24,31 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }
 
+# For a Ray of this machine and this job alone. The first makes all of Ray's processes listen on loopback only, which is
+# otherwise so on macOS and Windows and not on Linux; the others leave out helpers of Ray Train that a single node has no
+# use for, each of which would be one more process to start.
+LOCAL_ENVIRONMENT = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+}
 
-def prepare_environment() -> None:
-    """Set what is not set. Call it before ray is imported."""
-    for key, value in ENVIRONMENT.items():
+
+def prepare_environment(config: Config | None = None) -> None:
+    """Set what is not set. Call it before ray is imported.
+
+    Raises UserError for an output folder that would be lost: a submitted job runs in a copy of its working directory.
+    """
+    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    if config is not None and submitted and not Path(config.output).is_absolute():
+        raise UserError(
+            f"output '{config.output}' is relative, but a submitted job runs in a temporary copy of its working directory; "
+            "give --output an absolute path that all nodes share"
+        )
+    local = {} if os.environ.get("RAY_ADDRESS") else LOCAL_ENVIRONMENT
+    for key, value in {**ENVIRONMENT, **local}.items():
         os.environ.setdefault(key, value)
 
 
@@ -77,7 +99,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         # more logical CPUs than cores: Ray Data, Train's controller and small helpers each ask for some
         cpus = config.num_cpus or max(6, os.cpu_count() or 1)
         with _native_stderr_held():
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **common)
     else:
         try:
             with _native_stderr_held():

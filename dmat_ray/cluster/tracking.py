@@ -53,8 +53,8 @@ def open_run(config: Config, name: str, stage: str, parent: str | None = None) -
     """The run of a stage: a new one with the config as params, or, if one with the same key is unfinished, that one."""
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for chatty in ("mlflow", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     from mlflow import MlflowClient
     from mlflow.entities import Param, RunTag
 

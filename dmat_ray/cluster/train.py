@@ -130,6 +130,7 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: str | N
             say(_describe(name, metrics, epochs[name]))
 
         mailbox = stack.enter_context(listen(handle))
+        say(f"starting {first.cluster.train_workers} workers to train {', '.join(epochs)}")
         trainer = ray.train.torch.TorchTrainer(
             worker,
             train_loop_config={

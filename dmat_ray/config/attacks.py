@@ -145,4 +145,6 @@ class EvaluationConfig(Section):
             raise ValueError(f"attack names must be unique; given more than once: {', '.join(twice)}")
         if not names or not self.sets:
             raise ValueError("evaluation needs at least one attack and one test set")
+        if "natural" in self.sets and all(isinstance(row, LatentRow) for row in self.attacks):
+            raise ValueError("natural images have no w, and every attack is latent; give sets=on_manifold or another attack")
         return self

@@ -79,6 +79,14 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote; raises UserError for a damaged file."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"'{path}' is damaged: {error}") from None
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a finished set; raises UserError for one that is missing, unfinished or of another version."""
     path = folder / MANIFEST
@@ -86,7 +94,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"there is no on-manifold set at '{folder}'; make it with jobs/project.py")
     if not path.is_file():
         raise UserError(f"the on-manifold set '{folder}' is unfinished: it has no {MANIFEST}; run jobs/project.py again")
-    manifest: dict[str, Any] = json.loads(path.read_text())
+    manifest: dict[str, Any] = read_json(path)
     if manifest.get("version") != VERSION:
         raise UserError(f"the set '{folder}' has format version {manifest.get('version')}, this program reads {VERSION}")
     return manifest
@@ -122,7 +130,12 @@ def open_set(folder: Path, split: str, *, include_poor: bool = False) -> Manifol
         path = folder / SHARDS / name
         if not path.is_file():
             raise UserError(f"the set '{folder}' lacks its shard {name}; run jobs/project.py again")
-        table = pq.read_table(path)
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"shard {name} of '{folder}' is damaged ({str(error).splitlines()[0]}); remove it and run jobs/project.py again"
+            ) from None
         if table.num_rows != rows:
             raise UserError(f"shard {name} of '{folder}' has {table.num_rows} rows, its manifest says {rows}")
         tables.append(table)

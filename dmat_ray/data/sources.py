@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from dmat_ray.config import DataConfig
@@ -49,12 +49,17 @@ def decode(content: bytes, resolution: int, channels: int) -> np.ndarray:
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
-            picture = image.convert("L" if channels == 1 else "RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            # Pillow clips 16-bit grey at 255 when it converts; its upper byte is what is meant
+            deep = image.mode == "I" or image.mode.startswith("I;16")
+            shallow = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)) if deep else image
+            picture = shallow.convert("L" if channels == 1 else "RGB")
+    except Exception as error:  # Pillow's readers raise whatever they stumble over in damaged bytes
         raise ValueError(f"cannot be read as an image: {type(error).__name__}") from None
     width, height = picture.size
     if (width, height) != (resolution, resolution):
         scale = resolution / min(width, height)
+        if 4 * min(width, height) < resolution:
+            raise ValueError(f"is {width}x{height} pixels, too small to be enlarged to {resolution}")
         if max(width, height) > 50 * min(width, height):
             raise ValueError(f"is {width}x{height} pixels, too narrow to crop a square from")
         size = max(resolution, round(width * scale)), max(resolution, round(height * scale))

@@ -1,6 +1,5 @@
 """Generators as folders: `generator.safetensors` with the weights, `card.json` with everything else."""
 
-import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dmat_ray.cli import describe
 from dmat_ray.config import StyleGAN2Config
-from dmat_ray.data.manifold_set import sha256, write_json
+from dmat_ray.data.manifold_set import read_json, sha256, write_json
 from dmat_ray.errors import UserError
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 
@@ -39,7 +38,7 @@ def fingerprint(path: str) -> str:
 
 def read_card(path: str) -> dict[str, Any]:
     """The JSON card of a generator."""
-    card: dict[str, Any] = json.loads((folder_of(path) / CARD).read_text())
+    card: dict[str, Any] = read_json(folder_of(path) / CARD)
     return card
 
 
@@ -59,7 +58,7 @@ def load_generator(path: str, device: torch.device | str = "cpu") -> StyleGAN2:
     if card.get("kind") != "stylegan2":
         raise UserError(f"generator '{path}' is of kind '{card.get('kind')}'; this version reads 'stylegan2'")
     try:
-        generator = StyleGAN2(StyleGAN2Config.model_validate(card["architecture"]))
+        generator = StyleGAN2(StyleGAN2Config.model_validate(card.get("architecture")))
         generator.load_state_dict(load_file(folder / WEIGHTS))
     except ValidationError as error:
         raise UserError(f"the card of generator '{path}': {describe(error)}") from None

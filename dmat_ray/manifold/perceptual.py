@@ -8,6 +8,7 @@ seeded random one.
 import contextlib
 import io
 import os
+import pickle
 import warnings
 from pathlib import Path
 
@@ -61,8 +62,11 @@ class Perceptual(torch.nn.Module):
 
     def _load(self, path: Path, net: str) -> None:
         """torchvision's feature layers into the package's slices, which keep torchvision's layer numbers."""
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        layers = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            layers = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
+        except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+            raise UserError(f"'{path}' does not hold the weights of {net}: no state dict ({type(error).__name__})") from None
         own = self.metric.net.state_dict()
         try:
             filled = {key: layers[key.split(".", 1)[1]] for key in own}

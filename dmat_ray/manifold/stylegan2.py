@@ -256,7 +256,7 @@ class DiscriminatorBlock(nn.Module):
         self.skip = EqualConv(inputs, outputs, 1, bias=False, down=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = leaky_relu(self.conv1(leaky_relu(self.conv0(x))))
+        y: Tensor = leaky_relu(self.conv1(leaky_relu(self.conv0(x))))
         y = (y + self.skip(x)) * math.sqrt(0.5)
         return y
 

@@ -1,0 +1,90 @@
+"""How good a manifold is a generator? What a separately trained classifier makes of g(w) after projection.
+
+    python benchmarks/manifold_quality.py [--preset demo] [--SECTION.FIELD VALUE ...]
+
+Trains a small network on the natural training images only, then compares its accuracy on natural test images x and on
+their projections g(w), and on class-conditional samples where the generator has classes. One process, no Ray.
+"""
+
+import json
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmat_ray import classifiers, cli
+from dmat_ray.config import ClassifierConfig
+from dmat_ray.data.sources import decode, list_examples, to_unit
+from dmat_ray.manifold import generators
+from dmat_ray.manifold.projection import Projector
+
+
+def train_judge(x: Tensor, y: Tensor, classes: int, epochs: int = 12) -> torch.nn.Module:
+    """A classifier of natural images, with small shifts as augmentation."""
+    torch.manual_seed(1)
+    network = classifiers.build(ClassifierConfig(name="digits_cnn"), x.shape[1], classes)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
+    steps = epochs * (len(x) // 64)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
+    for step in range(steps):
+        if step % (len(x) // 64) == 0:
+            order = torch.randperm(len(x))
+        pick = order[(step % (len(x) // 64)) * 64 :][:64]
+        shift = torch.randint(-2, 3, (2,)).tolist()
+        loss = F.cross_entropy(network(torch.roll(x[pick], shift, dims=(2, 3))), y[pick])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return network.eval()
+
+
+@torch.no_grad()
+def accuracy(network: torch.nn.Module, x: Tensor, y: Tensor) -> float:
+    """Share of correct answers."""
+    return float((network(x).argmax(dim=1) == y).float().mean())
+
+
+def main() -> None:
+    config, _ = cli.parse(str(__doc__), preset=["demo"])
+    data = config.data.model_copy(update={"train_limit": None})
+    listing = list_examples(data)
+    splits = {}
+    for split in ("train", "test"):
+        chosen = [e for e in listing.examples if e.split == split]
+        pixels = np.stack([decode(e.read(), data.resolution, data.channels) for e in chosen])
+        splits[split] = to_unit(pixels), torch.tensor([e.label for e in chosen]), [e.id for e in chosen]
+    judge = train_judge(*splits["train"][:2], len(listing.class_names))
+    generator = generators.load_generator(config.generator.path)
+    projector = Projector(generator, config.projection, torch.device("cpu"))
+    x, y, ids = splits["test"]
+    began, size = time.monotonic(), config.projection.batch_size
+    parts = [projector.project(x[i : i + size], ids[i : i + size]) for i in range(0, len(x), size)]
+    seconds = time.monotonic() - began
+    rendered = torch.cat([p.x_BCHW for p in parts])
+    on_x, on_g = accuracy(judge, x, y), accuracy(judge, rendered, y)
+    result = {
+        "test_images": len(x),
+        "accuracy_natural": on_x,
+        "accuracy_projected": on_g,
+        "kept": on_g / on_x,
+        "mean_l1": float(torch.cat([p.l1_B for p in parts]).mean()),
+        "mean_l2": float(torch.cat([p.l2_B for p in parts]).mean()),
+        "worst_l1": float(torch.cat([p.l1_B for p in parts]).max()),
+        "seconds_per_image": seconds / len(x),
+    }
+    z = torch.randn(2000, generator.z_dim, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        samples = generator.synthesis(generator.mapping(z))
+        guess = judge(samples).argmax(dim=1)
+    result["samples_per_class"] = torch.bincount(guess, minlength=len(listing.class_names)).tolist()
+    if generator.config.num_classes:
+        result["samples_of_their_class"] = float((guess == generator.map.class_of(z)).float().mean())
+    result["pixel_deviation_samples_over_data"] = float(samples.std(dim=0).mean() / x.std(dim=0).mean())
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,28 @@
+"""One real Ray for all tests of this folder."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from dmat_ray.cluster.session import connected, prepare_environment
+from dmat_ray.config import ClusterConfig
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """Ray on this machine, with more logical CPUs than cores, as the jobs start it."""
+    prepare_environment()
+    with connected(ClusterConfig()):
+        yield
+
+
+@pytest.fixture
+def lines() -> list[str]:
+    """What a stage said."""
+    return []
+
+
+@pytest.fixture
+def say(lines: list[str]) -> Callable[[str], None]:
+    """A stage's voice, which writes to `lines`."""
+    return lines.append

@@ -1,0 +1,179 @@
+"""The main path on a real Ray: project, train with two DDP workers, evaluate, report, MLflow in sqlite."""
+
+import json
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from mlflow import MlflowClient
+from small import settings
+
+from dmat_ray.cluster import jobs, tracking
+from dmat_ray.config import Config
+from dmat_ray.data.sources import list_examples
+from dmat_ray.metrics import accuracies
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
+METHODS = ("standard", "dmat")
+
+
+def read_set(config: Config) -> dict[str, list]:
+    """All rows of a set, by plain pyarrow, sorted by id."""
+    return pq.read_table(jobs.set_folder(config) / "shards").sort_by("id").to_pydict()
+
+
+@pytest.fixture(scope="module")
+def finished(ray_session, tmp_path_factory) -> tuple[Config, dict[str, Path], list[str]]:
+    """A whole pipeline: the settings, the models, and what was said."""
+    config, lines = settings(tmp_path_factory.mktemp("pipeline")), []
+    with tracking.tracked(config, "", "pipeline") as run:
+        jobs.project(config, lines.append, run.id)
+        configs = [settings(Path(config.output), "--name", m, preset=("demo", m)) for m in METHODS]
+        models = dict(zip(METHODS, jobs.train(configs, lines.append, run.id), strict=True))
+        jobs.evaluate(config, models, lines.append, run.id)
+    return config, models, lines
+
+
+def test_set_is_whole_and_opens_in_plain_pyarrow(finished):
+    config, _, _ = finished
+    table, listing = read_set(config), list_examples(config.data)
+    assert table["id"] == [e.id for e in listing.examples]
+    assert table["label"] == [e.label for e in listing.examples]
+    assert sorted(set(table["split"])) == ["test", "train"]
+    manifest = json.loads((jobs.set_folder(config) / "manifest.json").read_text())
+    assert manifest["count"] == 100
+    assert manifest["splits"] == {"test": 40, "train": 60}
+    assert not manifest["lpips_is_perceptual"]
+    w = np.array(table["w"], dtype=np.float32)
+    assert w.shape == (100, np.prod(manifest["shapes"]["w"]))
+    assert np.isfinite(w).all()
+
+
+def test_set_renders_again_from_w(finished):
+    import torch
+
+    from dmat_ray.data.manifold_set import open_set
+    from dmat_ray.manifold.generators import load_generator
+
+    config, _, _ = finished
+    data, generator = open_set(jobs.set_folder(config), "test"), load_generator(config.generator.path)
+    x = generator.synthesis(torch.from_numpy(data.w)).numpy() * 255
+    assert np.abs(x - data.on_manifold).max() <= 0.51
+
+
+def test_set_does_not_depend_on_the_number_of_actors(finished, tmp_path, say):
+    config, _, _ = finished
+    other = settings(tmp_path, "--cluster.projection_actors", 1)
+    jobs.project(other, say)
+    assert read_set(other) == read_set(config)
+
+
+def test_random_lpips_is_said_so(finished):
+    _, _, lines = finished
+    assert any("not perceptual" in line for line in lines)
+
+
+def test_second_run_has_nothing_to_do(finished, say, lines):
+    config, models, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in Path(config.output).rglob("*.parquet")}
+    jobs.project(config, say)
+    configs = [settings(Path(config.output), "--name", m, preset=("demo", m)) for m in METHODS]
+    jobs.train(configs, say)
+    jobs.evaluate(config, models, say)
+    assert sum("nothing to do" in line for line in lines) == 4
+    assert before == {p: p.stat().st_mtime_ns for p in Path(config.output).rglob("*.parquet")}
+
+
+def test_rows_are_one_per_example_and_attack(finished):
+    config, _, _ = finished
+    rows = pq.read_table(Path(config.output) / "evaluation" / "rows.parquet")
+    names = [row.name for row in config.evaluation.attacks]
+    natural = [n for n in names if not n.startswith("OM-")]
+    assert rows.num_rows == 2 * 40 * (len(names) + len(natural))
+    keys = list(zip(*(rows[c].to_pylist() for c in ("model", "set", "attack", "id")), strict=True))
+    assert len(set(keys)) == len(keys)
+    budget = {row.name: getattr(row, "eps", 0.0) for row in config.evaluation.attacks}
+    for row in rows.to_pylist():
+        assert row["correct"] == (row["prediction"] == row["label"])
+        if row["attack"] in ("FGSM", "PGD-20"):
+            assert row["linf"] <= budget[row["attack"]] + 1e-6
+        if row["attack"] == "PGD-20 L2":
+            assert row["l2"] <= budget["PGD-20 L2"] + 1e-4
+
+
+def test_rows_do_not_depend_on_the_number_of_actors(finished, tmp_path, say):
+    config, models, _ = finished
+    shutil.copytree(jobs.set_folder(config), tmp_path / "on_manifold_set")
+    other = settings(tmp_path, "--cluster.evaluation_actors", 1)
+    rows = jobs.evaluate(other, models, say)
+    assert rows.equals(pq.read_table(Path(config.output) / "evaluation" / "rows.parquet"))
+
+
+def test_same_settings_train_the_same_model_twice(finished, tmp_path, say):
+    config, models, _ = finished
+    shutil.copytree(jobs.set_folder(config), tmp_path / "on_manifold_set")
+    (again,) = jobs.train([settings(tmp_path, "--name", "dmat", preset=("demo", "dmat"))], say)
+    first, second = (json.loads((f / "run.json").read_text())["history"] for f in (models["dmat"], again))
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"examples_per_second"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-6), key
+
+
+def test_mlflow_holds_every_stage(finished):
+    config, _, _ = finished
+    client = MlflowClient(tracking.tracking_uri(config))
+    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    runs = {r.data.tags["mlflow.runName"]: r for r in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"pipeline", "project", "train: standard", "train: dmat", "evaluate"}
+    assert all(r.info.status == "FINISHED" for r in runs.values())
+    parent = runs["pipeline"].info.run_id
+    assert all(r.data.tags["mlflow.parentRunId"] == parent for n, r in runs.items() if n != "pipeline")
+    dmat = runs["train: dmat"]
+    assert dmat.data.params["objective.image.weight"] == "0.5"
+    assert float(dmat.data.params["objective.image.eps"]) == config.objective.image.eps
+    losses = client.get_metric_history(dmat.info.run_id, "train_loss")
+    assert [m.step for m in losses] == [1, 2]
+    stored = [a.path for a in client.list_artifacts(dmat.info.run_id, "checkpoint")]
+    assert sorted(stored) == ["checkpoint/model.safetensors", "checkpoint/run.json"]
+    assert "report.html" in [a.path for a in client.list_artifacts(runs["evaluate"].info.run_id)]
+    rows = pq.read_table(Path(config.output) / "evaluation" / "rows.parquet")
+    for (model, set_name, attack), accuracy in accuracies(rows).items():
+        assert runs["evaluate"].data.metrics[f"{model}/{set_name}/{attack}"] == pytest.approx(accuracy.value)
+
+
+def train_workers() -> list[psutil.Process]:
+    """Ray Train's worker processes that descend from this one."""
+    return [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline()[:1])]
+
+
+def test_killed_worker_is_replaced_and_training_goes_on(finished, tmp_path):
+    config, _, _ = finished
+    shutil.copytree(jobs.set_folder(config), tmp_path / "on_manifold_set")
+    lines: list[str] = []
+    killed = threading.Event()
+
+    def kill_after_first_epoch() -> None:
+        while not any("epoch 1/" in line for line in lines):
+            time.sleep(0.05)
+        os.kill(train_workers()[0].pid, 9)
+        killed.set()
+
+    # longer epochs than elsewhere, so that the kill comes while the second one runs
+    options = ("--name", "dmat", "--training.epochs", 3, "--objective.latent.steps", 40)
+    threading.Thread(target=kill_after_first_epoch, daemon=True).start()
+    (folder,) = jobs.train([settings(tmp_path, *options, preset=("demo", "dmat"))], lines.append)
+    assert killed.is_set()
+    history = json.loads((folder / "run.json").read_text())["history"]
+    assert [h["epoch"] for h in history] == [1, 2, 3]
+    calm = tmp_path / "calm"
+    shutil.copytree(jobs.set_folder(config), calm / "on_manifold_set")
+    (undisturbed,) = jobs.train([settings(calm, *options, preset=("demo", "dmat"))], lines.append)
+    expected = json.loads((undisturbed / "run.json").read_text())["history"]
+    assert [h["train_loss"] for h in history] == pytest.approx([h["train_loss"] for h in expected], rel=1e-4)

@@ -1,0 +1,25 @@
+"""What a local Ray opens and where output may go."""
+
+import psutil
+import pytest
+from small import settings
+
+from dmat_ray.cluster.session import prepare_environment
+from dmat_ray.errors import UserError
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_ray_listens_on_loopback_only():
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    listening = [c.laddr.ip for p in processes for c in p.net_connections(kind="tcp") if c.status == psutil.CONN_LISTEN]
+    assert len(listening) >= 4
+    assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
+
+
+def test_relative_output_of_a_submitted_job_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    prepare_environment(settings(tmp_path))
+    with pytest.raises(UserError, match="output 'runs/demo' is relative"):
+        prepare_environment(settings("runs/demo"))

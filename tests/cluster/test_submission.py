@@ -1,0 +1,80 @@
+"""`ray job submit` against a head node on loopback."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from small import SMALL
+
+pytestmark = pytest.mark.cluster
+ROOT = Path(__file__).parents[2]
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody uses."""
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [int(s.getsockname()[1]) for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory) -> Iterator[dict[str, str]]:
+    """A head node with its dashboard; yields the environment in which `ray job` finds it."""
+    gcs, dashboard, client = free_ports(3)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    # without tokens only because everything stays on loopback
+    environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    # the folder of Ray's sockets must have a short path
+    folder = Path("/tmp") / f"dmat_{os.getpid()}"
+    command = [RAY, "start", "--head", "--block", "--num-cpus=6", "--node-ip-address=127.0.0.1", f"--port={gcs}"]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]
+    command += [f"--ray-client-server-port={client}", "--disable-usage-stats"]
+    log = (tmp_path_factory.mktemp("head") / "log").open("w")
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    url = f"http://127.0.0.1:{dashboard}"
+    try:
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"{url}/api/version", timeout=1)
+                break
+            except OSError:
+                assert process.poll() is None, Path(log.name).read_text()
+                time.sleep(0.3)
+        yield {**environment, "RAY_API_SERVER_ADDRESS": url, "GCS_PORT": str(gcs)}
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def submit(head: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
+    """`ray job submit --working-dir . -- python ...`, as the README says it."""
+    full = [RAY, "job", "submit", "--working-dir", ".", "--", sys.executable, *command]
+    return subprocess.run(full, cwd=ROOT, env=head, capture_output=True, text=True, timeout=500, check=False)
+
+
+def test_submitted_jobs_train_and_fail_as_they_should(head, tmp_path):
+    done = submit(head, "jobs/project.py", "--output", str(tmp_path), *SMALL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "60 train images" in done.stdout
+    done = submit(head, "jobs/train.py", "--preset", "demo", "dmat", "--output", str(tmp_path), *SMALL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "demo_dmat: epoch 2/2" in done.stdout
+    run = json.loads((tmp_path / "models" / "demo_dmat" / "run.json").read_text())
+    assert run["epoch"] == 2
+    failed = submit(head, "jobs/train.py", "--output", str(tmp_path / "nothing"), *SMALL)
+    assert failed.returncode != 0
+    assert "there is no on-manifold set" in failed.stdout

@@ -1,0 +1,42 @@
+"""What torchrun starts in test_trainer.py: one training with two workers; each writes down what it ends with."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from dmat_ray.config import Config
+from dmat_ray.data.manifold_set import open_set
+from dmat_ray.local import LocalContext
+from dmat_ray.manifold import generators
+from dmat_ray.trainer import train
+
+
+class RecordingContext(LocalContext):
+    """Keeps the network that the loop wraps, and the metrics of every worker."""
+
+    def wrap(self, module: torch.nn.Module) -> torch.nn.Module:
+        self.network, self.reports = module, []
+        return super().wrap(module)
+
+    def report(self, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
+        self.reports.append(dict(metrics))
+        super().report(metrics, checkpoint)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder, set_folder = Path(sys.argv[1]), Path(sys.argv[2])
+    config = Config.model_validate(json.loads((folder / "config.json").read_text()))
+    generator = generators.load_generator(config.generator.path)
+    context = RecordingContext(folder)
+    train(config, open_set(set_folder, "train"), generator, generators.fingerprint(config.generator.path), context)
+    found = {"weights": context.network.state_dict(), "reports": context.reports, "world_size": context.world_size}
+    torch.save(found, folder / f"rank{context.rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
