@@ -1,12 +1,17 @@
 """How good a manifold is a generator? What a separately trained classifier makes of g(w) after projection.
 
-    python benchmarks/manifold_quality.py [--preset demo] [--SECTION.FIELD VALUE ...]
+    python benchmarks/manifold_quality.py [--card] [--preset demo] [--SECTION.FIELD VALUE ...]
+
+--card writes the result, with the command, into the generator's card.json.
 
 Trains a small network on the natural training images only, then compares its accuracy on natural test images x and on
 their projections g(w), and on class-conditional samples where the generator has classes. One process, no Ray.
 """
 
+import argparse
 import json
+import shlex
+import sys
 import time
 
 import numpy as np
@@ -16,6 +21,7 @@ from torch import Tensor
 
 from dmat_ray import classifiers, cli
 from dmat_ray.config import ClassifierConfig
+from dmat_ray.data.manifold_set import write_json
 from dmat_ray.data.sources import decode, list_examples, to_unit
 from dmat_ray.manifold import generators
 from dmat_ray.manifold.projection import Projector
@@ -47,9 +53,13 @@ def accuracy(network: torch.nn.Module, x: Tensor, y: Tensor) -> float:
     return float((network(x).argmax(dim=1) == y).float().mean())
 
 
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--card", action="store_true", help="write the result into the generator's card.json")
+
+
 def main() -> None:
-    config, _ = cli.parse(str(__doc__), preset=["demo"])
-    data = config.data.model_copy(update={"train_limit": None})
+    config, arguments = cli.parse(str(__doc__), preset=["demo"], add=add)
+    data = config.data.model_copy(update={"train_limit": None, "test_limit": None})
     listing = list_examples(data)
     splits = {}
     for split in ("train", "test"):
@@ -84,6 +94,11 @@ def main() -> None:
         result["samples_of_their_class"] = float((guess == generator.map.class_of(z)).float().mean())
     result["pixel_deviation_samples_over_data"] = float(samples.std(dim=0).mean() / x.std(dim=0).mean())
     print(json.dumps(result, indent=1))
+    if arguments.card:
+        del result["seconds_per_image"]
+        command = shlex.join(["python", "benchmarks/manifold_quality.py", *sys.argv[1:]])
+        card = {**generators.read_card(config.generator.path), "metrics": {"command": command, **result}}
+        write_json(generators.folder_of(config.generator.path) / generators.CARD, card)
 
 
 if __name__ == "__main__":

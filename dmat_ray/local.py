@@ -15,7 +15,8 @@ def average_over_workers_(tensors: Sequence[Tensor], world_size: int) -> None:
     """Mean over all processes of the default group, in place; one flat message for each dtype."""
     if world_size == 1:
         return
-    for dtype in {t.dtype for t in tensors}:
+    # in the order of the tensors: a set's order would differ between processes, and they would wait for each other
+    for dtype in dict.fromkeys(t.dtype for t in tensors):
         group = [t for t in tensors if t.dtype == dtype]
         flat = torch.cat([t.reshape(-1) for t in group])
         dist.all_reduce(flat)

@@ -1,4 +1,4 @@
-"""What torchrun starts in test_trainer.py: one training with two workers; each writes down what it ends with."""
+"""What torchrun starts in test_local.py: one training with two workers; each writes down what it ends with."""
 
 import json
 import sys
@@ -19,6 +19,7 @@ class RecordingContext(LocalContext):
 
     def wrap(self, module: torch.nn.Module) -> torch.nn.Module:
         self.network, self.reports = module, []
+        self.first_weights = {key: value.clone() for key, value in module.state_dict().items()}
         return super().wrap(module)
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
@@ -33,7 +34,16 @@ def main() -> None:
     generator = generators.load_generator(config.generator.path)
     context = RecordingContext(folder)
     train(config, open_set(set_folder, "train"), generator, generators.fingerprint(config.generator.path), context)
-    found = {"weights": context.network.state_dict(), "reports": context.reports, "world_size": context.world_size}
+    rank = float(context.rank)
+    averaged = [torch.tensor([rank, 2 * rank]), torch.tensor([[2 + rank]]), torch.tensor(rank, dtype=torch.float64)]
+    context.average_(averaged)
+    found = {
+        "first_weights": context.first_weights,
+        "weights": context.network.state_dict(),
+        "reports": context.reports,
+        "averaged": averaged,
+        "world_size": context.world_size,
+    }
     torch.save(found, folder / f"rank{context.rank}.pt")
     torch.distributed.destroy_process_group()
 

@@ -1,0 +1,196 @@
+"""Shared fixtures: everything tiny, random and seeded, so that the whole core suite runs in a minute on one core."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import settings
+from PIL import Image
+from torch import Tensor, nn
+
+from dmat_ray.config import Config, StyleGAN2Config
+from dmat_ray.manifold import generators
+from dmat_ray.manifold.stylegan2 import StyleGAN2
+from dmat_ray.types import Batch
+
+# the same examples on every run, and no folder of failing ones left behind
+settings.register_profile("dmat_ray", derandomize=True, deadline=None, database=None, max_examples=20)
+settings.load_profile("dmat_ray")
+torch.set_num_threads(1)
+
+CLASS_NAMES = ["dark", "light", "<b>bright & white</b>"]
+
+
+def random_generator(resolution: int = 8, channels: int = 1, seed: int = 0) -> StyleGAN2:
+    """A StyleGAN 2 with a few hundred weights whose images lie mostly inside (0, 1)."""
+    torch.manual_seed(seed)
+    shape = StyleGAN2Config(
+        resolution=resolution, channels=channels, z_dim=8, w_dim=8, mapping_layers=2, channel_base=32, channel_max=8
+    )
+    generator = StyleGAN2(shape)
+    with torch.no_grad():
+        for layer in generator.synth.images:
+            layer.conv.weight *= 0.4
+    generator.measure_w(samples=1000)
+    return generator.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def make_generator() -> Callable[..., StyleGAN2]:
+    """make_generator(resolution, channels, seed)."""
+    return random_generator
+
+
+@pytest.fixture(scope="session")
+def generator_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved 8x8 grey generator."""
+    folder = tmp_path_factory.mktemp("generator")
+    generators.save_generator(folder, random_generator(), {"name": "tiny"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def generator(generator_folder: Path) -> StyleGAN2:
+    """The generator of `generator_folder`, loaded."""
+    return generators.load_generator(str(generator_folder))
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """Pixels (H, W) or (H, W, C) as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def write_set(folder: Path, generator_folder: Path, *, train: int = 24, test: int = 12, shards: int = 3, seed: int = 0) -> Path:
+    """An on-manifold set as its documentation describes it, written with plain pyarrow; the label is the brightness of g(w)."""
+    generator = generators.load_generator(str(generator_folder))
+    count, size = train + test, generator.resolution
+    rng = np.random.default_rng(seed)
+    w = generator.mapping(torch.from_numpy(rng.standard_normal((count, generator.z_dim), dtype=np.float32))).contiguous()
+    with torch.no_grad():
+        x = (generator.synthesis(w) * 255).round().to(torch.uint8).numpy()
+    brightness = x.reshape(count, -1).mean(axis=1)
+    label = brightness.argsort().argsort() * 3 // count
+    natural = np.clip(x.astype(int) + rng.integers(-5, 6, x.shape), 0, 255).astype(np.uint8)
+    pixels = generator.channels * size * size
+    (folder / "shards").mkdir(parents=True)
+    rows = {}
+    for k, index in enumerate(np.array_split(rng.permutation(count), shards)):
+        table = pa.table(
+            {
+                "id": [f"example-{i:03d}" for i in index],
+                "split": ["train" if i < train else "test" for i in index],
+                "label": pa.array(label[index], pa.int64()),
+                "image": [{"bytes": png(natural[i].transpose(1, 2, 0).squeeze()), "path": f"{i}.png"} for i in index],
+                "on_manifold": pa.FixedSizeListArray.from_arrays(pa.array(x[index].ravel()), pixels),
+                "w": pa.FixedSizeListArray.from_arrays(pa.array(w.numpy()[index].ravel()), generator.num_ws * generator.w_dim),
+                "lpips": pa.array(np.zeros(len(index)), pa.float32()),
+                "l1": pa.array(np.zeros(len(index)), pa.float32()),
+                "l2": pa.array(np.zeros(len(index)), pa.float32()),
+                "steps": pa.array(np.full(len(index), 10), pa.int32()),
+                "status": ["ok"] * len(index),
+            }
+        )
+        name = f"part-{k:06d}.parquet"
+        pq.write_table(table, folder / "shards" / name)
+        rows[name] = table.num_rows
+    manifest = {
+        "version": 1,
+        "generator_sha256": generators.fingerprint(str(generator_folder)),
+        "class_names": CLASS_NAMES,
+        "shards": rows,
+        "shapes": {"on_manifold": [generator.channels, size, size], "w": [generator.num_ws, generator.w_dim]},
+        "count": count,
+        "splits": {"train": train, "test": test},
+        "status": {"ok": count},
+        "usable": {"train": train, "test": test},
+        "means": {"lpips": 0.0, "l1": 0.01, "l2": 0.001},
+        "projection": {"lpips": 0.1},
+        "lpips_is_perceptual": False,
+        "rejected": {},
+        "versions": {"dmat_ray": "0.1.0", "torch": "2"},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture
+def make_set(tmp_path: Path, generator_folder: Path) -> Callable[..., Path]:
+    """make_set(train=, test=, shards=) writes a fresh set that a test may damage."""
+    return lambda **sizes: write_set(tmp_path / "on_manifold_set", generator_folder, **sizes)
+
+
+@pytest.fixture(scope="session")
+def set_folder(tmp_path_factory: pytest.TempPathFactory, generator_folder: Path) -> Path:
+    """A set to read only."""
+    return write_set(tmp_path_factory.mktemp("shared") / "on_manifold_set", generator_folder)
+
+
+@pytest.fixture(scope="session")
+def make_config(generator_folder: Path) -> Callable[..., Config]:
+    """make_config(training={...}, objective={...}): the settings of a training that takes a second."""
+
+    def make(**sections: Any) -> Config:
+        objective = {
+            "clean": {"weight": 0},
+            "image": {"weight": 0.5, "eps": 0.1, "steps": 2},
+            "latent": {"weight": 0.5, "eps": 0.1, "steps": 2},
+        }
+        training = {"epochs": 2, "batch_size": 8, "lr_epochs": [0, 2], "lr_values": [0.05, 0.01], "val_examples": 6}
+        values: dict[str, Any] = {
+            "data": {"resolution": 8},
+            "generator": {"path": str(generator_folder)},
+            "classifier": {"name": "digits_cnn"},
+            "objective": {**objective, **sections.pop("objective", {})},
+            "training": {**training, **sections.pop("training", {})},
+            **sections,
+        }
+        return Config.model_validate(values)
+
+    return make
+
+
+class SmallNet(nn.Module):
+    """Two convolutions with batch norm and dropout: whatever an attack must leave alone."""
+
+    def __init__(self, channels: int = 1, num_classes: int = 4) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 8, 3, stride=2, padding=1)
+        self.drop = nn.Dropout(0.2)
+        self.head = nn.Linear(8 * 16, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv1(x * 4 - 2)).relu()
+        return self.head(self.drop(self.conv2(x).tanh()).flatten(1))
+
+
+@pytest.fixture
+def small_net() -> SmallNet:
+    """A seeded network for 8x8 grey images and 4 classes, in training mode, its batch-norm statistics not the initial ones."""
+    torch.manual_seed(3)
+    network = SmallNet()
+    network(torch.rand(32, 1, 8, 8))
+    return network
+
+
+@pytest.fixture(scope="session")
+def make_batch(generator: StyleGAN2) -> Callable[..., Batch]:
+    """make_batch(count, seed): examples of `generator`, with their w and labels below 4."""
+
+    def make(count: int = 6, seed: int = 0, prefix: str = "example") -> Batch:
+        rng = torch.Generator().manual_seed(seed)
+        w = generator.mapping(torch.randn(count, generator.z_dim, generator=rng)).contiguous()
+        y = torch.randint(4, (count,), generator=rng)
+        return Batch([f"{prefix}-{i}" for i in range(count)], generator.synthesis(w), y, w)
+
+    return make

@@ -1,0 +1,196 @@
+"""The command line: presets, overrides, help and errors as a user meets them."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from dmat_ray import cli, presets
+from dmat_ray.config import Config
+from dmat_ray.errors import UserError
+
+
+def parsed(*argv: str) -> Config:
+    return cli.parse("A job.", argv)[0]
+
+
+def test_no_arguments_give_the_defaults() -> None:
+    assert parsed() == Config()
+
+
+def test_presets_are_layered_left_to_right(tmp_path: Path) -> None:
+    below, above = tmp_path / "below.yaml", tmp_path / "above.yaml"
+    below.write_text("training: {epochs: 3, batch_size: 7}\nobjective:\n  image: {weight: 0.1, eps: 0.15}\n")
+    above.write_text("training: {epochs: 4}\nobjective:\n  image: {weight: 0.25}\n")
+    config = parsed("--preset", str(below), "dmat", str(above))
+    assert config.objective.image.weight == 0.25, "the last layer wins"
+    assert config.objective.latent.weight == 0.5, "dmat says so, and nobody after it"
+    assert config.objective.image.eps == 0.15, "what only the first layer says, holds"
+    assert (config.training.epochs, config.training.batch_size) == (4, 7)
+    assert parsed("--preset", str(above), "dmat").objective.image.weight == 0.5
+
+
+def test_name_joins_the_presets(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("training: {epochs: 3}\n")
+    assert parsed("--preset", "demo", str(mine)).name == "demo_mine"
+    assert parsed("--preset", "demo", "--name", "other").name == "other"
+
+
+def test_the_jobs_own_preset_is_used_when_none_is_given() -> None:
+    assert cli.parse("A job.", [], preset=["dmat"])[0].objective.latent.weight == 0.5
+    assert cli.parse("A job.", ["--preset", "at"], preset=["dmat"])[0].objective.latent.weight == 0
+
+
+def test_overrides_win_over_presets() -> None:
+    config = parsed(
+        *("--preset", "demo", "dmat", "--objective.image.eps", "8/255", "--training.epochs", "5"),
+        *("--evaluation.sets", "natural", "--objective.image.norm=l2", "--objective.image.random_start", "false"),
+        *("--training.lr_epochs", "0,2,5", "--training.lr_values", "0,0.1,0.01", "--methods", "dmat,at"),
+    )
+    assert config.objective.image.eps == 8 / 255
+    assert config.training.epochs == 5
+    assert config.evaluation.sets == ("natural",)
+    assert config.objective.image.norm == "l2"
+    assert config.objective.image.random_start is False
+    assert config.training.lr_epochs == (0, 2, 5)
+    assert config.training.lr_values == (0, 0.1, 0.01)
+    assert config.methods == ("dmat", "at")
+    assert config.objective.image.steps == parsed("--preset", "demo").objective.image.steps
+
+
+def test_null_clears_a_limit(tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text("data: {train_limit: 100}\nobjective: {image: {step_size: 0.1}}\n")
+    config = parsed("--preset", str(path), "--data.train_limit", "null", "--objective.image.step_size", "null")
+    assert (config.data.train_limit, config.objective.image.step_size) == (None, None)
+    assert parsed("--preset", str(path)).data.train_limit == 100
+
+
+def test_arguments_of_the_job_itself() -> None:
+    def add(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--models", nargs="+")
+
+    config, arguments = cli.parse("A job.", ["--models", "a", "b", "--training.epochs", "7"], add=add)
+    assert arguments.models == ["a", "b"]
+    assert config.training.epochs == 7
+
+
+@pytest.mark.parametrize("option", ["--objective.image.epsilon", "--epochs", "--training.epoch", "--nonsense.x"])
+def test_unknown_option_exits_2_with_one_line(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parsed(option, "3")
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert option in captured.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--objective.image.eps", "x/255"], ["objective.image.eps", "x/255"]),
+        (["--objective.image.eps", "-1"], ["objective.image.eps", "-1", "greater than or equal to 0"]),
+        (["--objective.image.norm", "l7"], ["objective.image.norm", "l7", "'linf'", "'l2'"]),
+        (["--training.epochs", "many"], ["training.epochs", "many"]),
+        (["--evaluation.sets", "natural,train"], ["evaluation.sets", "train", "'on_manifold'", "'natural'"]),
+        (["--projection.lpips_net", "resnet"], ["projection.lpips_net", "resnet", "'alex'", "'vgg'", "'squeeze'"]),
+        (["--preset", "nonsense"], ["nonsense", *presets.names()]),
+        (["--preset", "absent/file.yaml"], ["absent/file.yaml", "does not exist"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_wrong_values_name_key_value_and_choices(argv: list[str], parts: list[str]) -> None:
+    with pytest.raises(UserError) as raised:
+        parsed(*argv)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert [part for part in parts if part not in message] == [], message
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("training: {epoch: 3}", ["training.epoch", "no such setting"]),
+        ("training: {epochs: 0, momentum: 2}", ["training.epochs", "training.momentum"]),
+        ("- a list", ["list"]),
+        ("training: {epochs: [", ["not valid YAML"]),
+        ("training: 3", ["training", "3"]),
+        ("evaluation: {attacks: [{threat: rain, name: a}]}", ["evaluation.attacks", "rain", "'fog'"]),
+    ],
+)
+def test_wrong_files_are_described(tmp_path: Path, text: str, parts: list[str]) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as raised:
+        parsed("--preset", str(path))
+    message = str(raised.value)
+    assert "\n" not in message
+    assert [part for part in parts if part not in message] == [], message
+
+
+def test_empty_file_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "nothing.yaml"
+    path.write_text("# only a comment\n")
+    assert parsed("--preset", str(path), "--name", "x") == Config(name="x")
+
+
+def test_help_lists_every_section_and_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parsed("--help")
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert text.startswith("usage:")
+    assert "A job." in text
+    missing = [name for name in Config.model_fields if f"--{name}" not in text and f"{name}" not in text.split()]
+    assert missing == []
+    deep = ["--objective.image.eps", "--objective.latent.scale", "--gan.architecture.w_dim", "--cluster.train_workers"]
+    assert [option for option in [*deep, *presets.names()] if option not in text] == []
+
+
+def test_validate_lists_every_wrong_setting() -> None:
+    with pytest.raises(UserError) as raised:
+        cli.validate({"training": {"epochs": 0}, "data": {"channels": 2}})
+    assert "training.epochs" in str(raised.value)
+    assert "data.channels" in str(raised.value)
+
+
+def test_run_prints_one_line_for_what_the_user_can_fix(capsys: pytest.CaptureFixture[str]) -> None:
+    def job() -> None:
+        cli.parse("A job.", ["--training.epochs", "0"])
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(job)
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert captured.out == ""
+    assert captured.err.startswith("error: training.epochs")
+    assert captured.err.count("\n") == 1
+
+
+def test_run_keeps_the_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    def job() -> None:
+        raise UserError("wrong")
+
+    monkeypatch.setenv("DMAT_RAY_TRACEBACK", "1")
+    with pytest.raises(UserError, match="wrong"):
+        cli.run(job)
+
+
+def test_run_does_not_hide_other_errors() -> None:
+    def job() -> None:
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError, match="a bug"):
+        cli.run(job)
+
+
+def test_interrupt_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    def job() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(job)
+    assert stopped.value.code == 130
+    assert "run the same command again" in capsys.readouterr().err

@@ -1,0 +1,212 @@
+"""Settings: what is accepted, what is refused, and that JSON carries them unchanged."""
+
+import itertools
+import json
+import types
+from collections.abc import Iterator
+from typing import Any, Literal, Union, get_args, get_origin
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from dmat_ray import presets
+from dmat_ray.config import Config, ImageThreat, ObjectiveConfig, Section, StyleGAN2Config
+
+NAMES = presets.names()
+COMBINATIONS = [[], *[[name] for name in NAMES], *[list(pair) for pair in itertools.permutations(NAMES, 2)]]
+
+
+def again(config: Config) -> Config:
+    """`config` through real JSON text."""
+    return Config.model_validate(json.loads(json.dumps(config.to_json())))
+
+
+def sections_in(annotation: Any) -> Iterator[type[Section]]:
+    """Section classes that an annotation mentions."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    elif get_origin(annotation) in (tuple, list, dict, Union, types.UnionType) or hasattr(annotation, "__metadata__"):
+        for argument in get_args(annotation):
+            yield from sections_in(argument)
+
+
+def all_sections() -> set[type[Section]]:
+    """Config and every section below it."""
+    found: set[type[Section]] = set()
+    todo: list[type[Section]] = [Config]
+    while todo:
+        section = todo.pop()
+        if section not in found:
+            found.add(section)
+            todo += [s for field in section.model_fields.values() for s in sections_in(field.annotation)]
+    return found
+
+
+@pytest.mark.parametrize("layers", COMBINATIONS, ids="+".join)
+def test_json_round_trip_of_presets(layers: list[str]) -> None:
+    config = Config.model_validate(presets.load(layers))
+    assert again(config) == config
+
+
+@given(
+    eps=st.floats(0, 1e6),
+    seed=st.integers(0, 2**62),
+    output=st.text(min_size=1),
+    limit=st.none() | st.integers(1, 10**9),
+    rates=st.lists(st.floats(0, 10), min_size=2, max_size=6),
+)
+def test_json_round_trip_of_any_values(eps: float, seed: int, output: str, limit: int | None, rates: list[float]) -> None:
+    config = Config.model_validate(
+        {
+            "output": output,
+            "data": {"train_limit": limit},
+            "objective": {"image": {"eps": eps}},
+            "training": {"lr_values": rates, "lr_epochs": list(range(len(rates))), "seed": seed},
+        }
+    )
+    assert again(config) == config
+    assert (config.objective.image.eps, config.training.seed, config.training.lr_values) == (eps, seed, tuple(rates))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("8/255", 8 / 255), (" 1 / 4 ", 0.25), ("0.5/2", 0.25), ("0.1", 0.1), (0.2, 0.2), ("0/255", 0.0)]
+)
+def test_budgets_may_be_fractions(text: Any, value: float) -> None:
+    assert ImageThreat.model_validate({"eps": text}).eps == value
+
+
+@pytest.mark.parametrize("text", ["8/0", "a/255", "1/2/3", "/", "8 of 255", "-1/255", "nan/1", "inf/1", None, ""])
+def test_wrong_fractions_are_refused(text: Any) -> None:
+    with pytest.raises(ValidationError, match="eps"):
+        ImageThreat.model_validate({"eps": text})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"unknown": 1},
+        {"objective": {"image": {"epsilon": 0.1}}},
+        {"training": {"learning_rate": 0.1}},
+        {"evaluation": {"attacks": [{"threat": "image", "name": "a", "wibble_decay": 2}]}},
+    ],
+)
+def test_unknown_keys_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        Config.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"output": ""},
+        {"data": {"resolution": 4}},
+        {"data": {"channels": 2}},
+        {"data": {"test_share": 0}},
+        {"data": {"test_share": 1}},
+        {"data": {"train_limit": 0}},
+        {"data": {"seed": -1}},
+        {"objective": {"image": {"eps": -0.1}}},
+        {"objective": {"image": {"eps": float("nan")}}},
+        {"objective": {"image": {"eps": float("inf")}}},
+        {"objective": {"image": {"steps": 0}}},
+        {"objective": {"image": {"step_size": 0}}},
+        {"objective": {"image": {"restarts": 0}}},
+        {"objective": {"image": {"norm": "l1"}}},
+        {"objective": {"latent": {"weight": -1}}},
+        {"objective": {"label_smoothing": 1}},
+        {"training": {"epochs": 0}},
+        {"training": {"epochs": 1.5}},
+        {"training": {"momentum": 1}},
+        {"training": {"lr_epochs": [0, 1], "lr_values": [0.1]}},
+        {"training": {"lr_epochs": [0], "lr_values": [0.1]}},
+        {"training": {"lr_epochs": [1, 0], "lr_values": [0.1, 0.2]}},
+        {"training": {"lr_epochs": [0, 0], "lr_values": [0.1, 0.2]}},
+        {"training": {"lr_epochs": [0, 1], "lr_values": [0.1, -0.2]}},
+        {"projection": {"lpips": 0, "l1": 0, "l2": 0}},
+        {"projection": {"steps": 0}},
+        {"evaluation": {"attacks": []}},
+        {"evaluation": {"sets": []}},
+        {"evaluation": {"sets": ["train"]}},
+        {"evaluation": {"attacks": [{"threat": "clean", "name": "a"}, {"threat": "image", "name": "a"}]}},
+        {"evaluation": {"attacks": [{"threat": "rain", "name": "a"}]}},
+        {"evaluation": {"attacks": [{"threat": "image"}]}},
+        {"gan": {"architecture": {"resolution": 24}}},
+        {"gan": {"architecture": {"num_classes": 65, "z_dim": 64}}},
+        {"cluster": {"train_workers": 0}},
+        {"data": []},
+    ],
+    ids=str,
+)
+def test_values_out_of_range_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Config.model_validate(values)
+
+
+@pytest.mark.parametrize("section", sorted(all_sections(), key=lambda s: s.__name__), ids=lambda s: s.__name__)
+def test_sections_are_frozen_and_described(section: type[Section]) -> None:
+    assert section.model_config["frozen"]
+    assert section.model_config["extra"] == "forbid"
+    assert section.__doc__
+    for name, field in section.model_fields.items():
+        is_section = any(True for _ in sections_in(field.annotation)) and get_origin(field.annotation) is not tuple
+        is_tag = get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1
+        assert field.description or is_section or is_tag, f"{section.__name__}.{name} has no description"
+
+
+def test_walk_finds_sections_at_every_depth() -> None:
+    found = {section.__name__ for section in all_sections()}
+    assert {"Config", "ImageTerm", "FogRow", "CleanRow", "StyleGAN2Config", "TrackingConfig"} <= found
+
+
+def test_settings_cannot_be_changed() -> None:
+    config = Config()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.objective.image.eps = 0.5  # type: ignore[misc]
+
+
+def test_fingerprint_changes_with_any_setting() -> None:
+    base = ObjectiveConfig()
+    other = ObjectiveConfig.model_validate({"fog": {"restarts": 2}})
+    assert base.fingerprint() == ObjectiveConfig().fingerprint()
+    assert base.fingerprint() != other.fingerprint()
+
+
+def test_all_weights_zero_names_the_choices() -> None:
+    with pytest.raises(ValidationError, match="clean, image, latent, fog"):
+        ObjectiveConfig.model_validate({"clean": {"weight": 0}})
+
+
+def test_kl_without_random_start_is_refused() -> None:
+    values: dict[str, Any] = {"image": {"weight": 1, "divergence": "kl", "random_start": False}}
+    with pytest.raises(ValidationError, match="random_start"):
+        ObjectiveConfig.model_validate(values)
+    values["image"]["weight"] = 0
+    assert ObjectiveConfig.model_validate(values).image.divergence == "kl"
+
+
+def test_published_shape_of_w_plus() -> None:
+    """256x256 takes 14 vectors in the paper (arXiv 2009.02470)."""
+    assert StyleGAN2Config(resolution=256).num_ws == 14
+    assert StyleGAN2Config(resolution=32).resolutions == [4, 8, 16, 32]
+
+
+def test_defaults_are_the_published_settings() -> None:
+    """The paper's training attacks and schedule, in [0, 1] units."""
+    config = Config()
+    assert (config.objective.image.eps, config.objective.image.steps) == (4 / 255, 5)
+    assert (config.objective.latent.eps, config.objective.latent.scale) == (0.02, "raw")
+    assert config.training.lr_epochs == (0, 1, 6, 12, 15, 20)
+    assert config.training.lr_values == (0, 0.4, 0.04, 0.004, 0.0004, 0.0001)
+    assert (config.projection.steps, config.projection.lr, config.projection.noise, config.projection.l1) == (
+        1000,
+        0.1,
+        0.05,
+        100,
+    )
+
+
+def test_dmat_preset_is_the_published_mixture() -> None:
+    objective = Config.model_validate(presets.load(["dmat"])).objective
+    assert (objective.clean.weight, objective.image.weight, objective.latent.weight) == (0, 0.5, 0.5)

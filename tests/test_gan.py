@@ -1,0 +1,141 @@
+"""Training of a generator: losses against their formulas, and a training that must learn something."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dmat_ray.config import GanConfig, StyleGAN2Config
+from dmat_ray.errors import UserError
+from dmat_ray.local import LocalContext
+from dmat_ray.manifold import gan
+from dmat_ray.manifold.stylegan2 import Discriminator, StyleGAN2
+
+SHAPE = StyleGAN2Config(
+    resolution=8, channels=1, z_dim=8, w_dim=8, mapping_layers=2, channel_base=64, channel_max=8, num_classes=3
+)
+
+
+def settings(**values: object) -> GanConfig:
+    return GanConfig.model_validate({"architecture": SHAPE, "batch_size": 8, "kimg": 0.08, "report_kimg": 0.04, **values})
+
+
+def train(config: GanConfig, images: Tensor, labels: Tensor, folder: Path, reports: list[Mapping[str, float]]) -> StyleGAN2:
+    return gan.train_generator(config, images, labels, LocalContext(folder, reports.append))
+
+
+def test_losses_are_those_of_goodfellow() -> None:
+    real, fake = torch.tensor([2.0, -1.0], dtype=torch.float64), torch.tensor([0.5, -3.0, 1.0], dtype=torch.float64)
+
+    def sigmoid(x: Tensor) -> np.ndarray:
+        return 1 / (1 + np.exp(-x.numpy()))
+
+    assert gan.generator_loss(fake).item() == pytest.approx(-np.log(sigmoid(fake)).mean())
+    expected = -np.log(sigmoid(real)).mean() - np.log(1 - sigmoid(fake)).mean()
+    assert gan.discriminator_loss(real, fake).item() == pytest.approx(expected)
+
+
+@pytest.fixture
+def discriminator() -> Callable[[Tensor], Tensor]:
+    torch.manual_seed(0)
+    return Discriminator(SHAPE).double()
+
+
+def test_r1_is_the_squared_norm_of_a_measured_gradient(discriminator: Callable[[Tensor], Tensor]) -> None:
+    x, h = torch.rand(4, 1, 8, 8, dtype=torch.float64), 1e-6
+    penalty = gan.r1_penalty(discriminator, x)
+    slopes = torch.zeros_like(x)
+    with torch.no_grad():
+        for k in range(x.numel()):
+            up, down = x.clone(), x.clone()
+            up.view(-1)[k] += h
+            down.view(-1)[k] -= h
+            slopes.view(-1)[k] = (discriminator(up).sum() - discriminator(down).sum()) / (2 * h)
+    assert penalty.item() == pytest.approx((slopes**2).sum().item() / 4, rel=1e-5)
+
+
+def test_r1_has_a_gradient_itself(discriminator: Discriminator) -> None:
+    x, h = torch.rand(4, 1, 8, 8, dtype=torch.float64), 1e-6
+    gan.r1_penalty(discriminator, x).backward()
+    weight = discriminator.stem.weight
+    assert weight.grad is not None
+    slope = weight.grad.view(-1)[0].item()
+    with torch.no_grad():
+        weight.view(-1)[0] += h
+    up = gan.r1_penalty(discriminator, x).item()
+    with torch.no_grad():
+        weight.view(-1)[0] -= 2 * h
+    down = gan.r1_penalty(discriminator, x).item()
+    assert slope == pytest.approx((up - down) / (2 * h), rel=1e-4)
+
+
+def test_augmentation() -> None:
+    x = torch.rand(64, 1, 8, 8)
+    rng = torch.Generator().manual_seed(0)
+    torch.testing.assert_close(gan.augment(x, 0.0, rng), x, atol=1e-5, rtol=0)
+    moved = (gan.augment(x, 0.5, rng) - x).abs().amax(dim=(1, 2, 3)) > 1e-3
+    assert 16 < moved.sum() < 48
+    flat = torch.full((8, 1, 8, 8), 0.4)
+    torch.testing.assert_close(gan.augment(flat, 0.8, rng), flat)
+
+
+def test_style_mixing_joins_two_codes() -> None:
+    torch.manual_seed(0)
+    generator = StyleGAN2(SHAPE)
+    rng = torch.Generator().manual_seed(0)
+    plain, labels = gan.mixed_w(generator, 32, 0.0, rng)
+    assert labels is not None
+    assert labels.shape == (32,)
+    assert torch.equal(plain, plain[:, :1].expand_as(plain))
+    mixed, labels = gan.mixed_w(generator, 32, 1.0, rng, pairs=True)
+    changes = (mixed[:, 1:] != mixed[:, :-1]).any(dim=2).sum(dim=1)
+    assert changes.tolist() == [1] * 32, "one crossover each"
+    assert labels is not None
+    assert torch.equal(labels[0::2], labels[1::2])
+
+
+def test_mode_seeking_is_the_inverse_distance_of_pairs() -> None:
+    x = torch.rand(6, 1, 4, 4) * 2 - 1
+    distances = [np.abs((x[i] - x[i + 1]).numpy()).mean() for i in (0, 2, 4)]
+    assert gan.mode_seeking(x).item() == pytest.approx(1 / np.mean(distances), rel=0.02)
+
+
+def test_training_learns_the_brightness_of_its_classes(tmp_path: Path) -> None:
+    """Three classes of one grey level each, on noise: the samples of a class come to have its level."""
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.arange(3).repeat(20)
+    images = torch.tensor([0.1, 0.5, 0.9])[labels].view(-1, 1, 1, 1) + 0.02 * torch.randn(60, 1, 8, 8, generator=rng)
+    reports: list[Mapping[str, float]] = []
+    config = settings(kimg=1.6, report_kimg=0.8, ema_kimg=0.1, augment=0, lr_generator=0.02, lr_discriminator=0.02)
+    generator = train(config, images, labels, tmp_path, reports)
+    z = torch.randn(300, 8, generator=rng)
+    made = generator.map.class_of(z)
+    level = generator.synthesis(generator.mapping(z)).mean(dim=(1, 2, 3))
+    means = [level[made == c].mean().item() for c in range(3)]
+    assert means == pytest.approx([0.1, 0.5, 0.9], abs=0.2)
+    assert [r["kimg"] for r in reports] == [0.8, 1.6]
+    assert all(np.isfinite(v) for r in reports for v in r.values())
+    w = generator.mapping(z)[:, 0]
+    torch.testing.assert_close(generator.w_mean, w.mean(dim=0), atol=0.3, rtol=0)
+    assert not generator.training
+
+
+def test_training_repeats_by_seed_and_reads_bytes(tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(20) % 3
+    one = train(settings(), images, labels, tmp_path, []).state_dict()
+    same = train(settings(), images.float() / 255, labels, tmp_path, []).state_dict()
+    other = train(settings(seed=1), images, labels, tmp_path, []).state_dict()
+    assert all(torch.allclose(one[key], same[key]) for key in one)
+    assert not torch.allclose(one["synth.const"], other["synth.const"])
+
+
+def test_what_does_not_fit_the_architecture_is_refused(tmp_path: Path) -> None:
+    images, labels = torch.rand(8, 1, 8, 8), torch.arange(8) % 3
+    with pytest.raises(UserError, match=r"images are \(3, 8, 8\).*gan\.architecture makes \(1, 8, 8\)"):
+        train(settings(), images.expand(-1, 3, -1, -1), labels, tmp_path, [])
+    with pytest.raises(UserError, match="labels reach 5"):
+        train(settings(), images, labels + 3, tmp_path, [])

@@ -1,0 +1,104 @@
+"""The direction of imports: config and types, then the core, then the cluster; ray and mlflow in the cluster only."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+import dmat_ray
+
+ROOT = Path(dmat_ray.__file__).parent
+
+
+def dotted(path: Path) -> str:
+    return ".".join(["dmat_ray", *path.relative_to(ROOT).with_suffix("").parts])
+
+
+SOURCES = {dotted(path): path.read_text() for path in sorted(ROOT.rglob("*.py"))}
+CORE = [name for name in SOURCES if not name.startswith("dmat_ray.cluster.")]
+CONFIG = [name for name in SOURCES if name.startswith("dmat_ray.config.")]
+
+
+def imports_of(module: str, source: str) -> Iterator[str]:
+    """Every module that a source imports, at its top or inside a function, absolute or relative or by a text."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = module.split(".")[: -node.level] if node.level else []
+            origin = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{origin}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__"):
+                yield str(node.args[0].value)
+
+
+def within(modules: Iterable[str], *packages: str) -> list[str]:
+    return [m for m in modules if any(m == p or m.startswith(f"{p}.") for p in packages)]
+
+
+def test_the_walk_sees_imports_of_every_kind() -> None:
+    source = """
+import torch
+def f():
+    import ray.train as t
+    from ..config import Config
+    from . import balls
+    importlib.import_module("mlflow.client")
+    from dmat_ray import presets
+"""
+    expected = ["torch", "ray.train", "dmat_ray.config.Config", "dmat_ray.threats.balls", "mlflow.client", "dmat_ray.presets"]
+    assert sorted(imports_of("dmat_ray.threats.image", source)) == sorted(expected)
+    assert within(["rayon", "ray", "ray.data"], "ray") == ["ray", "ray.data"]
+    assert len(CORE) > 25
+    assert len(CONFIG) >= 4
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_the_core_knows_neither_ray_nor_mlflow_nor_the_cluster(module: str) -> None:
+    assert within(imports_of(module, SOURCES[module]), "ray", "mlflow", "dmat_ray.cluster") == []
+
+
+@pytest.mark.parametrize("module", CONFIG)
+def test_config_imports_nothing_but_itself_and_errors(module: str) -> None:
+    found = list(imports_of(module, SOURCES[module]))
+    own = within(found, "dmat_ray")
+    assert within(own, "dmat_ray.config", "dmat_ray.errors") == own
+    assert within(found, "torch", "torchvision", "lpips", "numpy", "pyarrow") == []
+
+
+def test_types_rest_on_random_numbers_only() -> None:
+    own = within(imports_of("dmat_ray.types", SOURCES["dmat_ray.types"]), "dmat_ray")
+    assert own == ["dmat_ray.rng.Draws"]
+    assert within(imports_of("dmat_ray.rng", SOURCES["dmat_ray.rng"]), "dmat_ray") == []
+
+
+def in_fresh_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_core_imports_where_ray_and_mlflow_do_not() -> None:
+    modules = [name.removesuffix(".__init__") for name in CORE]
+    code = f"""
+import importlib, sys
+sys.modules["ray"] = sys.modules["mlflow"] = None
+for name in {modules!r}:
+    importlib.import_module(name)
+try:
+    import ray
+except ImportError:
+    print("ray is blocked,", len({modules!r}), "modules imported")
+"""
+    assert in_fresh_python(code).strip() == f"ray is blocked, {len(modules)} modules imported"
+
+
+def test_the_command_line_answers_without_torch() -> None:
+    """A typing error should not cost the seconds that torch takes to import."""
+    code = "import sys; from dmat_ray import cli; cli.parse('x', ['--training.epochs', '3']); print('torch' in sys.modules)"
+    assert in_fresh_python(code).strip() == "False"

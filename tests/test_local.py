@@ -1,0 +1,134 @@
+"""Running without ray: one process, and two under torchrun that must do what one would by averaging."""
+
+import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dmat_ray import checkpoint, objectives
+from dmat_ray.config import Config
+from dmat_ray.data.manifold_set import epoch_batches, open_set
+from dmat_ray.local import LocalContext
+from dmat_ray.manifold.stylegan2 import StyleGAN2
+from dmat_ray.trainer import learning_rate, split_validation
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def config(make_config: Callable[..., Config]) -> Config:
+    # 19 examples in batches of 8: the last batch has 3, which two workers cannot share without topping up
+    return make_config(training={"val_examples": 5})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, config: Config, set_folder: Path) -> Path:
+    """The folder of a training that torchrun ran with two workers over the loopback device."""
+    folder = tmp_path_factory.mktemp("two_workers")
+    (folder / "config.json").write_text(json.dumps(config.to_json()))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    address = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    script = [str(Path(__file__).with_name("two_workers.py")), str(folder), str(set_folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*torchrun, *address, *script], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(finished: Path) -> list[dict[str, Any]]:
+    """What each worker wrote down."""
+    return [torch.load(finished / f"rank{r}.pt", weights_only=True) for r in range(2)]
+
+
+def timeless(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {key: value for key, value in metrics.items() if key != "examples_per_second"}
+
+
+def test_two_workers_end_with_equal_weights(ranks: list[dict[str, Any]], finished: Path) -> None:
+    assert [rank["world_size"] for rank in ranks] == [2, 2]
+    one, two = ranks[0]["weights"], ranks[1]["weights"]
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert [timeless(m) for m in ranks[0]["reports"]] == [timeless(m) for m in ranks[1]["reports"]]
+    saved, _ = checkpoint.load_classifier(finished / "checkpoint")
+    assert all(torch.equal(value, one[key]) for key, value in saved.state_dict().items())
+
+
+def test_averages_are_means_over_the_workers(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        averaged = [t.tolist() for t in rank["averaged"]]
+        assert averaged == [[0.5, 1.0], [[2.5]], 0.5]
+
+
+def test_two_workers_average_their_gradients(
+    ranks: list[dict[str, Any]], config: Config, set_folder: Path, generator: StyleGAN2
+) -> None:
+    """The same training in one process: two networks, each with its part of the batch, move by the mean gradient."""
+    data, settings = open_set(set_folder, "train"), config.training
+    index, _ = split_validation(data, settings)
+    workers = [checkpoint.classifiers.build(config.classifier, 1, 3)]
+    workers[0].load_state_dict(ranks[0]["first_weights"])
+    workers.append(copy.deepcopy(workers[0]))
+    optimizers = [torch.optim.SGD(w.parameters(), lr=0, momentum=0.9, weight_decay=1e-4) for w in workers]
+    objective = objectives.build(config.objective, generator)
+    for epoch in range(settings.epochs):
+        dealt = [
+            epoch_batches(data, index, images="on_manifold", batch_size=8, epoch=epoch, seed=0, rank=r, world_size=2)
+            for r in (0, 1)
+        ]
+        for step, parts in enumerate(zip(*dealt, strict=True)):
+            for worker, part in zip(workers, parts, strict=True):
+                worker.train().zero_grad()
+                objective(worker, worker, part, seed=0, purpose=f"train/{epoch}")[0].backward()
+            for pair in zip(*(w.parameters() for w in workers), strict=True):
+                mean = (pair[0].grad + pair[1].grad) / 2
+                pair[0].grad, pair[1].grad = mean.clone(), mean.clone()
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = learning_rate(settings, epoch + step / 3)
+                optimizer.step()
+        for one, two in zip(*(w.buffers() for w in workers), strict=True):
+            if one.is_floating_point():
+                mean = (one + two) / 2
+                one.copy_(mean)
+                two.copy_(mean)
+    for key, value in workers[0].state_dict().items():
+        np.testing.assert_allclose(value, ranks[0]["weights"][key], atol=1e-4, rtol=1e-3, err_msg=key)
+
+
+def test_a_checkpoint_replaces_the_one_before(tmp_path: Path) -> None:
+    reports: list[Mapping[str, float]] = []
+    context = LocalContext(tmp_path, reports.append)
+    assert context.latest_checkpoint() is None
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.txt").write_text(name)
+        context.report({"epoch": 1.0}, tmp_path / name)
+    context.report({"epoch": 2.0})
+    found = context.latest_checkpoint()
+    assert found is not None
+    assert [p.name for p in found.iterdir()] == ["second.txt"]
+    assert reports == [{"epoch": 1.0}, {"epoch": 1.0}, {"epoch": 2.0}]
+
+
+def test_one_process_is_its_own_average(tmp_path: Path) -> None:
+    context = LocalContext(tmp_path)
+    value, network = torch.tensor([3.0]), torch.nn.Linear(1, 1)
+    context.average_([value])
+    assert value.item() == 3.0
+    assert context.wrap(network) is network
+    assert (context.rank, context.world_size) == (0, 1)
