@@ -39,7 +39,7 @@ def versions() -> dict[str, str]:
 
 
 def describe_run(
-    config: Config, class_names: tuple[str, ...], channels: int, resolution: int, generator_sha256: str
+    config: Config, class_names: tuple[str, ...], channels: int, resolution: int, generator_sha256: str, set_sha256: str
 ) -> dict[str, Any]:
     """The part of run.json that does not change while training."""
     return {
@@ -49,6 +49,7 @@ def describe_run(
         "channels": channels,
         "resolution": resolution,
         "generator_sha256": generator_sha256,
+        "set_sha256": set_sha256,
         "versions": versions(),
     }
 

@@ -63,6 +63,20 @@ def build(config: ClassifierConfig, channels: int, num_classes: int) -> Classifi
     return Classifier(network, config.mean, config.std)
 
 
+def require_trainable(config: ClassifierConfig, channels: int, resolution: int, num_classes: int) -> None:
+    """Raise UserError unless the named network takes such images in training mode and puts out one logit a class."""
+    network = build(config, channels, num_classes).train()
+    try:
+        with torch.no_grad():
+            logits = network(torch.zeros(2, channels, resolution, resolution))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"classifier.name '{config.name}' cannot take {resolution}x{resolution} images: {str(error).splitlines()[0]}"
+        ) from None
+    if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
+        raise UserError(f"classifier.name '{config.name}' does not put out one logit a class; choose another, e.g. resnet18")
+
+
 def _take_grey(network: nn.Module) -> None:
     """Make the first convolution take one channel: a grey image then counts as an RGB image with three equal ones."""
     for module in network.modules():

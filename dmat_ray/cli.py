@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -107,20 +108,54 @@ def parse(
             return source(parsed_args=namespace), init_settings
 
     try:
-        return Config.model_validate(Layered(**layers).model_dump()), namespace
+        return with_absolute_paths(Config.model_validate(Layered(**layers).model_dump())), namespace
     except ValidationError as error:
         raise UserError(describe(error)) from None
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The same settings with the paths of inputs made absolute: workers run in other folders.
+
+    `output` stays as given; the jobs resolve it where they start.
+    """
+
+    def absolute(value: str) -> str:
+        reserved = value in ("mnist5k", "mnist32", "pretrained", "random")
+        return str(Path(value).resolve()) if Path(value).exists() and not reserved else value
+
+    projection = config.projection.model_copy(update={"lpips_weights": absolute(config.projection.lpips_weights)})
+    data = config.data.model_copy(update={"source": absolute(config.data.source)})
+    generator = config.generator.model_copy(update={"path": absolute(config.generator.path)})
+    return config.model_copy(update={"data": data, "generator": generator, "projection": projection})
+
+
+def user_error_behind(error: BaseException) -> UserError | None:
+    """The UserError that caused `error`, also through the wrappers in which Ray brings it back from a worker."""
+    queue: list[Any] = [error]
+    seen: set[int] = set()
+    while queue:
+        current = queue.pop(0)
+        if isinstance(current, UserError):
+            return current
+        if not isinstance(current, BaseException) or id(current) in seen:
+            continue
+        seen.add(id(current))
+        queue += [current.__cause__, getattr(current, "cause", None), getattr(current, "_base_exc", None)]
+        failures = getattr(current, "worker_failures", None)
+        queue += list(failures.values()) if isinstance(failures, dict) else []
+    return None
 
 
 def run(main: Callable[[], None]) -> None:
     """Call a job's main: what the user can fix ends in one line and exit code 2, anything else keeps its traceback."""
     try:
         main()
-    except UserError as error:
-        if os.environ.get("DMAT_RAY_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        known = user_error_behind(error) or (error if isinstance(error, OSError) and error.filename else None)
+        if known is None or os.environ.get("DMAT_RAY_TRACEBACK"):
+            raise
+        print(f"error: {known}", file=sys.stderr, flush=True)
+        sys.exit(2)

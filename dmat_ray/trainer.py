@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dmat_ray import checkpoint, classifiers, objectives, threats
 from dmat_ray.attack import attack
-from dmat_ray.config import Config, ImageTerm, LatentTerm, TrainingConfig
+from dmat_ray.config import Config, FogTerm, ImageTerm, LatentTerm, TrainingConfig
 from dmat_ray.data.manifold_set import ManifoldSet, epoch_batches, require_generator, steps_per_epoch
 from dmat_ray.errors import UserError
 from dmat_ray.rng import derive
@@ -54,9 +54,10 @@ class _Validator:
 
     def __call__(self, network: nn.Module, context: RunContext) -> dict[str, float]:
         objective, seed = self.config.objective, self.config.training.seed
-        terms: dict[str, ImageTerm | LatentTerm] = {"image": objective.image}
+        terms: dict[str, ImageTerm | LatentTerm | FogTerm] = {"image": objective.image}
         if self.config.training.images == "on_manifold":
             terms["latent"] = objective.latent
+        terms |= {name: term for name, term in objective.adversarial.items() if term.weight > 0}
         mine = self.index[context.rank :: context.world_size]
         names = ["clean", *terms, "robust"]
         right = torch.zeros(len(names) + 1, device=context.device)
@@ -97,12 +98,14 @@ def train(
     optimizer = torch.optim.SGD(
         network.parameters(), lr=settings.lr_values[0], momentum=settings.momentum, weight_decay=settings.weight_decay
     )
-    run = checkpoint.describe_run(config, data.class_names, channels, resolution, generator_sha256)
+    run = checkpoint.describe_run(config, data.class_names, channels, resolution, generator_sha256, data.sha256)
     first_epoch: int = 0
     history: list[dict[str, float]] = []
     if (found := context.latest_checkpoint()) is not None:
         old = checkpoint.read_run(found)
         checkpoint.require_same_config(old["config"], config, found)
+        if old["set_sha256"] != data.sha256:
+            raise UserError(f"'{found}' was trained on another on-manifold set; train under another --name")
         checkpoint.load_weights(found, network)
         state = checkpoint.load_state(found)
         optimizer.load_state_dict(state["optimizer"])

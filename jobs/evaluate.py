@@ -24,7 +24,9 @@ def main() -> None:
     given = arguments.models or sorted(p.name for p in root.glob("[!.]*") if p.is_dir())
     if not given:
         raise UserError(f"there are no models under '{root}'; train one with jobs/train.py, or name folders with --models")
-    models = {Path(name).name: Path(name) if Path(name).is_dir() else root / name for name in given}
+    models = {Path(name).name: (root / name if (root / name).is_dir() else Path(name)).resolve() for name in given}
+    if len(models) < len(given):
+        raise UserError(f"two of the models have the same name: {', '.join(given)}")
     rows = jobs.evaluate(config, models, jobs.Speaker().stage("evaluate"))
     print(report.terminal_table(rows, list(models), config.evaluation))
     print(f"report: {Path(config.output).resolve() / 'report.html'}")

@@ -9,7 +9,8 @@ from dmat_ray.config import Config
 
 def main() -> None:
     config, _ = cli.parse(str(__doc__), preset=["demo"])
-    methods = {name: _method(config, name) for name in config.methods}
+    configs = [_method(config, name) for name in config.methods]
+    methods = {c.name: c for c in configs}
     prepare_environment(config)
     from dmat_ray import report
     from dmat_ray.cluster import jobs, tracking
@@ -37,7 +38,7 @@ def main() -> None:
 def _method(config: Config, name: str) -> Config:
     """The pipeline's settings with the objective's weights of a method's preset."""
     layered = presets.merge(config.to_json(), presets.load([name]))
-    return cli.validate({**layered, "name": name})
+    return cli.validate({**layered, "name": Path(name).stem})
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ def main() -> None:
     from dmat_ray.cluster import gan
     from dmat_ray.cluster.jobs import Speaker
     from dmat_ray.cluster.session import connected
+    from dmat_ray.manifold.gan import check_images
 
     say = Speaker().stage("generator")
     command = shlex.join(["python", "jobs/train_generator.py", *sys.argv[1:]])
-    gan.training_images(config.data)  # bad data ends here, before Ray starts
+    check_images(config.gan, *gan.training_images(config.data))  # bad data ends here, before Ray starts
     with connected(config.cluster):
         folder = gan.train(config, Path(config.output).resolve() / "generator", command, say)
     say(f"generator in {folder}; use it with --generator.path {folder}")

@@ -15,7 +15,7 @@ def main() -> None:
         found = tune.search(config, Speaker().stage("tune"))
     print(f"trials by {config.tune.metric}, best first:")
     for result in found:
-        sample = ", ".join(f"{key} = {value:.3g}" for key, value in result["sample"].items())
+        sample = ", ".join(f"{key} = {value}" for key, value in result["sample"].items())
         print(f"  {result['metrics'][config.tune.metric]:.3f}  {sample}")
 
 

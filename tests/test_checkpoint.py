@@ -26,7 +26,7 @@ def saved(tmp_path: Path, make_config: MakeConfig) -> Path:
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     network(torch.rand(8, 1, 8, 8)).sum().backward()
     optimizer.step()
-    run = checkpoint.describe_run(config, ("a", "b", "c"), 1, 8, "f" * 64)
+    run = checkpoint.describe_run(config, ("a", "b", "c"), 1, 8, "f" * 64, "e" * 64)
     state = {"optimizer": optimizer.state_dict(), "epoch": 1}
     checkpoint.save(tmp_path / "checkpoint", network, {**run, "epoch": 1, "history": [{"train_loss": 0.5}]}, state)
     return tmp_path / "checkpoint"

@@ -194,3 +194,31 @@ def test_interrupt_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None
         cli.run(job)
     assert stopped.value.code == 130
     assert "run the same command again" in capsys.readouterr().err
+
+
+def test_error_in_a_worker_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    class WorkerGroupError(RuntimeError):
+        """As Ray Train brings errors back: a mapping of rank to exception, each with its cause."""
+
+        def __init__(self) -> None:
+            super().__init__("training failed")
+            failed = RuntimeError("task failed")
+            failed.cause = UserError("the loss is nan")
+            self.worker_failures = {0: failed}
+
+    def main() -> None:
+        raise RuntimeError("outer") from WorkerGroupError()
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(main)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: the loss is nan\n"
+
+
+def test_paths_of_inputs_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "mnist32").mkdir()
+    config, _ = cli.parse("test", ["--data.source", "photos", "--generator.path", "mnist32"])
+    assert config.data.source == str(tmp_path / "photos")
+    assert config.generator.path == "mnist32", "the shipped generator, whatever lies here"

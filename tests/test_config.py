@@ -51,7 +51,7 @@ def test_json_round_trip_of_presets(layers: list[str]) -> None:
 
 
 @given(
-    eps=st.floats(0, 1e6),
+    eps=st.floats(0, 1),
     seed=st.integers(0, 2**62),
     output=st.text(min_size=1),
     limit=st.none() | st.integers(1, 10**9),
@@ -108,6 +108,10 @@ def test_unknown_keys_are_refused(values: dict[str, Any]) -> None:
         {"data": {"train_limit": 0}},
         {"data": {"seed": -1}},
         {"objective": {"image": {"eps": -0.1}}},
+        {"objective": {"image": {"eps": 8}}},
+        {"name": "../elsewhere"},
+        {"tracking": {"uri": "http://me:secret@127.0.0.1:5000"}},
+        {"methods": []},
         {"objective": {"image": {"eps": float("nan")}}},
         {"objective": {"image": {"eps": float("inf")}}},
         {"objective": {"image": {"steps": 0}}},

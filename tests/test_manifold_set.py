@@ -179,7 +179,9 @@ def test_an_epoch_holds_every_example_once(set_folder: Path, size: int, batch_si
     found = batches(data, index, batch_size=batch_size, epoch=epoch, seed=seed)
     assert len(found) == manifold_set.steps_per_epoch(size, batch_size)
     assert sorted(chain(*ids(found))) == sorted(data.id[i] for i in index)
-    assert all(len(batch) == batch_size for batch in found[:-1])
+    sizes = [len(batch) for batch in found]
+    assert max(sizes) <= batch_size
+    assert max(sizes) - min(sizes) <= 1, "no short last batch"
 
 
 @given(workers=st.integers(1, 4), size=st.integers(4, 24), batch_size=st.integers(4, 12))

@@ -76,7 +76,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, config: Config, set_folder:
     """Two random networks, saved as if trained."""
     root, data = tmp_path_factory.mktemp("models"), open_set(set_folder, "test")
     x = data.batch(np.arange(len(data)), "natural").x_BCHW
-    run = checkpoint.describe_run(config, data.class_names, 1, 8, data.manifest["generator_sha256"])
+    run = checkpoint.describe_run(config, data.class_names, 1, 8, data.manifest["generator_sha256"], data.sha256)
     for seed, name in enumerate(MODELS):
         torch.manual_seed(seed)
         network = classifiers.build(config.classifier, 1, 3)

@@ -57,7 +57,7 @@ def fingerprint(config: Config, set_path: Path, models: dict[str, Path]) -> dict
 def is_evaluated(config: Config, set_path: Path, models: dict[str, Path], folder: Path) -> bool:
     """True if `folder` holds the rows of exactly this."""
     path = folder / DONE
-    return path.is_file() and json.loads(path.read_text()) == fingerprint(config, set_path, models)
+    return path.is_file() and manifold_set.read_json(path) == fingerprint(config, set_path, models)
 
 
 def read_rows(folder: Path) -> pa.Table:
@@ -92,7 +92,7 @@ def evaluate(config: Config, set_path: Path, models: dict[str, Path], folder: Pa
             "models": {k: str(v) for k, v in models.items()},
         },
         batch_size=1,
-        num_cpus=1,
+        num_cpus=config.cluster.threads_per_worker,
         num_gpus=config.cluster.gpus_per_worker or None,
         compute=ray.data.ActorPoolStrategy(min_size=actors, max_size=actors, initial_size=actors),
     )
@@ -101,6 +101,8 @@ def evaluate(config: Config, set_path: Path, models: dict[str, Path], folder: Pa
         tables.append(table.cast(evaluation.SCHEMA))
         say(f"evaluated {len(tables)}/{len(work)} chunks, {time.monotonic() - began:.0f} s")
     rows = pa.concat_tables(tables).sort_by(evaluation.SORT)
+    found = set(zip(rows["model"].to_pylist(), rows["set"].to_pylist(), strict=True))
+    assert len(found) == len(models) * len(config.evaluation.sets), "rows of a model or test set are missing"
     partial = folder / f".{ROWS}.partial"
     pq.write_table(rows, partial, compression="zstd")
     partial.replace(folder / ROWS)

@@ -4,6 +4,8 @@ Metrics travel here as they come up, so that only the driver talks to MLflow and
 neither credentials nor a shared disk for it.
 """
 
+import contextlib
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -11,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 class _Mailbox:
@@ -26,28 +29,40 @@ class _Mailbox:
 
 
 def send(mailbox: str, event: dict[str, Any]) -> None:
-    """From any process of the job: hand `event` (JSON values) to the driver's listener."""
-    ray.get_actor(mailbox).put.remote(event)
+    """From any process of the job: hand `event` (JSON values) to the driver's listener, if that is still there.
+
+    Losing a line must not end a training: its numbers are in the checkpoint's history as well.
+    """
+    try:
+        ray.get_actor(mailbox).put.remote(event)
+    except (ValueError, ray.exceptions.RayError) as error:
+        print(f"no listener for events: {error}", file=sys.stderr)
 
 
 @contextmanager
 def listen(handle: Callable[[dict[str, Any]], None], interval_s: float = 0.3) -> Iterator[str]:
     """Calls `handle` in a thread for every event sent to the mailbox whose name this yields; all are handled at exit."""
     name = f"dmat_ray_events_{uuid.uuid4().hex[:12]}"
-    actor = ray.remote(_Mailbox).options(name=name, num_cpus=0).remote()
+    # on the driver's own node: a spot worker may go at any time
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(_Mailbox).options(name=name, num_cpus=0, scheduling_strategy=here).remote()
     stop = threading.Event()
-    failures: list[BaseException] = []
+    complained = False
 
     def drain() -> None:
-        for event in ray.get(actor.take.remote()):
-            handle(event)
+        nonlocal complained
+        for event in ray.get(actor.take.remote(), timeout=60):
+            try:
+                handle(event)
+            except Exception as error:  # hours of training must not end because a tracking server has a bad minute
+                if not complained:
+                    print(f"warning: an event could not be handled: {error}", file=sys.stderr, flush=True)
+                complained = True
 
     def loop() -> None:
-        try:
-            while not stop.wait(interval_s):
+        while not stop.wait(interval_s):
+            with contextlib.suppress(ray.exceptions.RayError):
                 drain()
-        except BaseException as error:  # handed to the driver's thread below
-            failures.append(error)
 
     thread = threading.Thread(target=loop, daemon=True)
     thread.start()
@@ -56,7 +71,6 @@ def listen(handle: Callable[[dict[str, Any]], None], interval_s: float = 0.3) ->
     finally:
         stop.set()
         thread.join()
-    if failures:
-        raise failures[0]
-    drain()
-    ray.kill(actor)
+        with contextlib.suppress(ray.exceptions.RayError):
+            drain()
+            ray.kill(actor)

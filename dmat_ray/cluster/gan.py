@@ -16,6 +16,7 @@ from dmat_ray.checkpoint import versions
 from dmat_ray.cluster import tracking
 from dmat_ray.cluster.context import RayContext
 from dmat_ray.cluster.events import listen
+from dmat_ray.cluster.session import worker_resources
 from dmat_ray.config import Config, DataConfig
 from dmat_ray.data.sources import decode, list_examples
 from dmat_ray.errors import UserError
@@ -28,8 +29,17 @@ SAMPLES = "samples.png"
 def training_images(config: DataConfig) -> tuple[Tensor, Tensor]:
     """uint8 images (N, C, H, W) and labels (N) of the training split."""
     examples = [e for e in list_examples(config).examples if e.split == "train"]
-    images = np.stack([decode(e.read(), config.resolution, config.channels) for e in examples])
-    return torch.from_numpy(images), torch.tensor([e.label for e in examples])
+    images, labels, rejected = [], [], {}
+    for example in examples:
+        try:
+            images.append(decode(example.read(), config.resolution, config.channels))
+            labels.append(example.label)
+        except (OSError, ValueError) as error:
+            rejected[example.id] = str(error)
+    if len(rejected) > config.max_rejected * len(examples) or not images:
+        name, reason = next(iter(rejected.items()))
+        raise UserError(f"{len(rejected)} of {len(examples)} images were rejected; the first: '{name}' {reason}")
+    return torch.from_numpy(np.stack(images)), torch.tensor(labels)
 
 
 def worker(settings: dict[str, Any]) -> None:
@@ -87,21 +97,24 @@ def train(config: Config, folder: Path, command: str, say: Callable[[str], None]
                 say(f"{metrics['kimg']:.0f} of {config.gan.kimg:.0f} thousand images, {text}")
 
         with listen(handle) as mailbox:
-            gpus = config.cluster.gpus_per_worker
             result = ray.train.torch.TorchTrainer(
                 worker,
                 train_loop_config={"config": config.to_json(), "mailbox": mailbox, "command": command},
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=config.cluster.train_workers,
-                    use_gpu=gpus > 0,
-                    resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})},
+                    use_gpu=config.cluster.gpus_per_worker > 0,
+                    resources_per_worker=worker_resources(config.cluster),
                 ),
                 run_config=ray.train.RunConfig(name=name, storage_path=str(storage)),
             ).fit()
         assert result.checkpoint is not None
-        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         for file in (WEIGHTS, SAMPLES, CARD):
-            shutil.copy2(Path(result.checkpoint.path) / file, folder / file)
+            shutil.copy2(Path(result.checkpoint.path) / file, partial / file)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
         run.artifact(folder, "generator")
     shutil.rmtree(storage / name, ignore_errors=True)
     return folder

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dmat_ray.cluster import tracking
-from dmat_ray.cluster.session import connected
+from dmat_ray.cluster.session import connected, set_folder
 from dmat_ray.config import Config
 
 
@@ -25,11 +25,6 @@ class Speaker:
             print(f"[{time.monotonic() - self._began:5.0f} s] {name:<9} {line}", flush=True)
 
         return say
-
-
-def set_folder(config: Config) -> Path:
-    """Where the on-manifold set lies."""
-    return Path(config.output).resolve() / "on_manifold_set"
 
 
 def project(config: Config, say: Callable[[str], None], parent: str | None = None) -> dict[str, Any]:
@@ -79,6 +74,7 @@ def evaluate(config: Config, models: dict[str, Path], say: Callable[[str], None]
     if page.is_file() and stage.is_evaluated(config, set_folder(config), models, folder):
         say("the rows and the report are there and unchanged, nothing to do")
         return stage.read_rows(folder)
+    page.unlink(missing_ok=True)  # a page of other rows must not pass for theirs, whenever this run may end
     with connected(config.cluster), tracking.tracked(config, "", "evaluate", parent) as run:
         rows = stage.evaluate(config, set_folder(config), models, folder, say)
         for (model, set_name, attack), accuracy in accuracies(rows).items():

@@ -49,9 +49,12 @@ class ShardProjector:
         data, began = self.config.data, time.monotonic()
         examples, contents, pixels, rejected = [], [], [], {}
         for item in shard["examples"]:
-            content = bytes.fromhex(item["hex"]) if "hex" in item else Path(item["path"]).read_bytes()
             try:
+                content = bytes.fromhex(item["hex"]) if "hex" in item else Path(item["path"]).read_bytes()
                 pixels.append(decode(content, data.resolution, data.channels))
+            except OSError as error:
+                rejected[item["id"]] = f"cannot be opened: {error.strerror}"
+                continue
             except ValueError as error:
                 rejected[item["id"]] = str(error)
                 continue
@@ -78,9 +81,12 @@ class ShardProjector:
         path = self.folder / manifold_set.SHARDS / shard["name"]
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         pq.write_table(pa.table(columns, schema=schema), partial, compression="zstd")
+        reasons = path.with_suffix(".rejected.json")
         if rejected:
-            # beside the shard and before it, so that a rerun which finds the shard also finds its rejects
-            manifold_set.write_json(path.with_suffix(".rejected.json"), rejected)
+            # beside the shard and before it, so that a rerun which finds the shard knows that it is not whole
+            manifold_set.write_json(reasons, rejected)
+        else:
+            reasons.unlink(missing_ok=True)
         partial.replace(path)
         return {"name": path.name, "rows": len(examples), "rejected": rejected, "seconds": time.monotonic() - began}
 
@@ -101,14 +107,23 @@ def plan(listing: Listing, batch_size: int) -> list[dict[str, Any]]:
     ]
 
 
+def _digest(listing: Listing) -> str:
+    """Changes when an image is added, removed, renamed or relabelled.
+
+    Not when a file's content changes: a repaired image must not undo a half-finished set.
+    """
+    return manifold_set.text_digest("\n".join(f"{e.id}\t{e.split}\t{e.label}" for e in listing.examples))
+
+
 def settings_of(config: Config, listing: Listing) -> dict[str, Any]:
     """What a set depends on: two runs with equal settings make the same set."""
     return {
-        "data": config.data.model_dump(mode="json"),
+        "data": config.data.model_dump(mode="json", exclude={"max_rejected"}),
         "projection": config.projection.model_dump(mode="json"),
         "generator_sha256": generators.fingerprint(config.generator.path),
         "class_names": list(listing.class_names),
         "examples": len(listing.examples),
+        "listing_sha256": _digest(listing),
     }
 
 
@@ -151,7 +166,8 @@ def is_projected(config: Config, folder: Path, listing: Listing) -> bool:
     if not (folder / manifold_set.MANIFEST).is_file():
         return False
     manifest = manifold_set.read_manifest(folder)
-    return all(manifest.get(k) == v for k, v in settings_of(config, listing).items())
+    whole = all(_rows(folder / manifold_set.SHARDS / name) == rows for name, rows in manifest["shards"].items())
+    return whole and all(manifest.get(k) == v for k, v in settings_of(config, listing).items())
 
 
 def project(config: Config, folder: Path, listing: Listing, say: Callable[[str], None]) -> dict[str, Any]:
@@ -162,7 +178,8 @@ def project(config: Config, folder: Path, listing: Listing, say: Callable[[str],
     settings = settings_of(config, listing)
     (folder / manifold_set.MANIFEST).unlink(missing_ok=True)
     shards = plan(listing, config.projection.batch_size)
-    done, rejected = _finished(folder, shards)
+    done = _finished(folder, shards)
+    rejected: dict[str, str] = {}
     todo = [s for s in shards if s["name"] not in done]
     if len(todo) < len(shards):
         say(f"going on: {len(shards) - len(todo)} of {len(shards)} shards are there")
@@ -180,24 +197,29 @@ def project(config: Config, folder: Path, listing: Listing, say: Callable[[str],
         first = next(iter(rejected.items()))
         raise UserError(
             f"{len(rejected)} of {total} images were rejected, more than data.max_rejected = {config.data.max_rejected}; "
-            f"the first: '{first[0]}' {first[1]}"
+            f"the first: '{first[0]}' {first[1]}. Repair or replace the files, or raise data.max_rejected, and run again"
         )
     manifest = _manifest(config, folder, settings, done, rejected)
     manifold_set.write_json(folder / manifold_set.MANIFEST, manifest)
     return manifest
 
 
-def _finished(folder: Path, shards: list[dict[str, Any]]) -> tuple[dict[str, int], dict[str, str]]:
+def _finished(folder: Path, shards: list[dict[str, Any]]) -> dict[str, int]:
     done: dict[str, int] = {}
-    rejected: dict[str, str] = {}
     for shard in shards:
         path = folder / manifold_set.SHARDS / shard["name"]
-        if path.is_file():
-            done[shard["name"]] = pq.read_metadata(path).num_rows
-            reasons = path.with_suffix(".rejected.json")
-            if reasons.is_file():
-                rejected |= json.loads(reasons.read_text())
-    return done, rejected
+        # a shard with rejects is done again, in case they have been repaired
+        if (rows := _rows(path)) is not None and not path.with_suffix(".rejected.json").is_file():
+            done[shard["name"]] = rows
+    return done
+
+
+def _rows(shard: Path) -> int | None:
+    """Rows of a shard; None if it is missing or damaged."""
+    try:
+        return int(pq.read_metadata(shard).num_rows)
+    except (pa.ArrowException, OSError):
+        return None
 
 
 def _run(config: Config, folder: Path, todo: list[dict[str, Any]]) -> Any:
@@ -209,7 +231,7 @@ def _run(config: Config, folder: Path, todo: list[dict[str, Any]]) -> Any:
         ShardProjector,
         fn_constructor_kwargs={"config": config.to_json(), "folder": str(folder.resolve())},
         batch_size=1,
-        num_cpus=1,
+        num_cpus=config.cluster.threads_per_worker,
         num_gpus=config.cluster.gpus_per_worker or None,
         compute=ray.data.ActorPoolStrategy(min_size=actors, max_size=actors, initial_size=actors),
     )

@@ -47,14 +47,49 @@ def prepare_environment(config: Config | None = None) -> None:
             f"output '{config.output}' is relative, but a submitted job runs in a temporary copy of its working directory; "
             "give --output an absolute path that all nodes share"
         )
-    local = {} if os.environ.get("RAY_ADDRESS") else LOCAL_ENVIRONMENT
+    own = config is None or cluster_address(config.cluster) is None
+    local = LOCAL_ENVIRONMENT if own and not os.environ.get("RAY_ADDRESS") else {}
     for key, value in {**ENVIRONMENT, **local}.items():
         os.environ.setdefault(key, value)
 
 
 def cluster_address(config: ClusterConfig) -> str | None:
     """The configured address, or that of the Ray job that this process is the driver of."""
-    return config.address or os.environ.get("RAY_ADDRESS") or None
+    address = config.address or os.environ.get("RAY_ADDRESS") or None
+    return None if address == "local" else address
+
+
+def set_folder(config: Config) -> Path:
+    """Where the on-manifold set of an output folder lies."""
+    return Path(config.output).resolve() / "on_manifold_set"
+
+
+def worker_resources(config: ClusterConfig) -> dict[str, float]:
+    """What Ray sets aside for one worker or actor."""
+    gpus = {"GPU": config.gpus_per_worker} if config.gpus_per_worker > 0 else {}
+    return {"CPU": config.threads_per_worker, **gpus}
+
+
+def _local_cpus(config: ClusterConfig) -> int:
+    """Logical CPUs of a local Ray: the workers', and some for Ray Data, Train's controller and small helpers.
+
+    Raises UserError if the machine has not what the settings ask for; Ray would wait for it for ever.
+    """
+    workers = max(config.train_workers, config.projection_actors, config.evaluation_actors)
+    need = workers * config.threads_per_worker + 2
+    if config.num_cpus is not None and config.num_cpus < need:
+        raise UserError(f"cluster.num_cpus is {config.num_cpus}, but {workers} workers and Ray's helpers need {need}")
+    if config.gpus_per_worker > 0:
+        import torch
+
+        found = torch.cuda.device_count()
+        if found < workers * config.gpus_per_worker:
+            raise UserError(
+                f"{workers} workers with cluster.gpus_per_worker {config.gpus_per_worker:g} need "
+                f"{workers * config.gpus_per_worker:g} GPUs, this machine has {found}; lower cluster.train_workers, "
+                "cluster.projection_actors and cluster.evaluation_actors, or set cluster.gpus_per_worker 0"
+            )
+    return config.num_cpus or max(6, need, os.cpu_count() or 1)
 
 
 def quiet_loggers() -> None:
@@ -96,15 +131,14 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     address = cluster_address(config)
     common = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     if address is None:
-        # more logical CPUs than cores: Ray Data, Train's controller and small helpers each ask for some
-        cpus = config.num_cpus or max(6, os.cpu_count() or 1)
+        cpus = _local_cpus(config)
         with _native_stderr_held():
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **common)
     else:
         try:
             with _native_stderr_held():
                 ray.init(address=address, **common)
-        except ConnectionError as error:
+        except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(f"cluster.address '{address}' cannot be reached: {str(error).splitlines()[0]}") from None
     ray.data.DataContext.get_current().enable_progress_bars = False  # jobs print their own lines
     try:

@@ -56,7 +56,7 @@ def open_run(config: Config, name: str, stage: str, parent: str | None = None) -
     for chatty in ("mlflow", "alembic"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     from mlflow import MlflowClient
-    from mlflow.entities import Param, RunTag
+    from mlflow.entities import Param
 
     Path(config.output).mkdir(parents=True, exist_ok=True)
     client = MlflowClient(tracking_uri(config))
@@ -75,11 +75,12 @@ def open_run(config: Config, name: str, stage: str, parent: str | None = None) -
         run_id = found[0].info.run_id
         client.update_run(run_id, status="RUNNING")
         return Run(client, run_id)
-    tags = [RunTag(KEY, key), RunTag("dmat_ray.stage", stage)] + ([RunTag(PARENT, parent)] if parent else [])
-    run = client.create_run(experiment_id, run_name=f"{stage}: {name}" if name else stage)
+    tags = {KEY: key, "dmat_ray.stage": stage, **({PARENT: parent} if parent else {})}
+    # tags with the run itself: a kill right after it must not leave one that is never found again
+    run = client.create_run(experiment_id, tags=tags, run_name=f"{stage}: {name}" if name else stage)
     params = [Param(k, str(v)[:6000]) for k, v in flatten_config(config).items()]
     for start in range(0, len(params), 100):
-        client.log_batch(run.info.run_id, params=params[start : start + 100], tags=tags if start == 0 else [])
+        client.log_batch(run.info.run_id, params=params[start : start + 100])
     return Run(client, run.info.run_id)
 
 

@@ -12,9 +12,10 @@ import ray.train.torch
 import torch
 
 from dmat_ray import checkpoint, classifiers
-from dmat_ray.cluster import tracking
+from dmat_ray.cluster import session, tracking
 from dmat_ray.cluster.context import RayContext
 from dmat_ray.cluster.events import listen
+from dmat_ray.cluster.session import set_folder
 from dmat_ray.config import Config
 from dmat_ray.data import manifold_set
 from dmat_ray.errors import UserError
@@ -56,11 +57,6 @@ def model_folder(config: Config) -> Path:
     return Path(config.output).resolve() / "models" / config.name
 
 
-def set_folder(config: Config) -> Path:
-    """Where the on-manifold set lies."""
-    return Path(config.output).resolve() / "on_manifold_set"
-
-
 def is_trained(config: Config) -> bool:
     """True if the model is there, finished, with these settings and this set."""
     folder = model_folder(config)
@@ -69,9 +65,15 @@ def is_trained(config: Config) -> bool:
     run = checkpoint.read_run(folder)
     with contextlib.suppress(UserError):
         checkpoint.require_same_config(run["config"], config, folder)
-        sha = generators.fingerprint(config.generator.path)
-        return bool(run["epoch"] == config.training.epochs and run["generator_sha256"] == sha)
+        same_generator = run["generator_sha256"] == generators.fingerprint(config.generator.path)
+        same_set = run.get("set_sha256") == _set_digest(config)
+        return bool(run["epoch"] == config.training.epochs and same_generator and same_set)
     return False
+
+
+def _set_digest(config: Config) -> str:
+    """What `ManifoldSet.sha256` of the output folder's set is."""
+    return manifold_set.text_digest(json.dumps(manifold_set.read_manifest(set_folder(config)), sort_keys=True))
 
 
 def _describe(name: str, metrics: dict[str, float], epochs: int) -> str:
@@ -106,7 +108,7 @@ def untrained(configs: list[Config], say: Callable[[str], None]) -> list[Config]
         data = manifold_set.open_set(set_folder(todo[0]), "train")
         for config in todo:
             check_inputs(config, data, generators.fingerprint(config.generator.path), config.cluster.train_workers)
-            classifiers.build(config.classifier, data.natural.shape[1], len(data.class_names))
+            classifiers.require_trainable(config.classifier, data.natural.shape[1], data.natural.shape[2], len(data.class_names))
             split_validation(data, config.training)
     return todo
 
@@ -120,7 +122,8 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: str | N
     set_path = set_folder(todo[0])
     first, epochs = todo[0], {c.name: c.training.epochs for c in todo}
     storage = Path(first.output).resolve() / "train"
-    key = "-".join([todo[0].name if len(todo) == 1 else f"{len(todo)}_models", *(_key(c) for c in todo)])[:120]
+    label = todo[0].name if len(todo) == 1 else f"{len(todo)}_models"
+    key = f"{label}-{manifold_set.text_digest(' '.join(_key(c) for c in todo))[:12]}"
     with contextlib.ExitStack() as stack:
         runs = {c.name: stack.enter_context(tracking.tracked(c, c.name, "train", parent)) for c in todo}
 
@@ -141,7 +144,7 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: str | N
             scaling_config=ray.train.ScalingConfig(
                 num_workers=first.cluster.train_workers,
                 use_gpu=first.cluster.gpus_per_worker > 0,
-                resources_per_worker={"CPU": 1, **_gpu(first)},
+                resources_per_worker=session.worker_resources(first.cluster),
             ),
             run_config=ray.train.RunConfig(
                 name=key,
@@ -159,14 +162,10 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: str | N
     shutil.rmtree(storage / key, ignore_errors=True)
 
 
-def _gpu(config: Config) -> dict[str, float]:
-    return {"GPU": config.cluster.gpus_per_worker} if config.cluster.gpus_per_worker > 0 else {}
-
-
 def _key(config: Config) -> str:
     """Changes with whatever changes the trained weights."""
     relevant = {k: v for k, v in config.to_json().items() if k not in checkpoint.HARMLESS}
-    text = json.dumps([relevant, config.name, config.cluster.train_workers], sort_keys=True)
+    text = json.dumps([relevant, config.name, config.cluster.train_workers, _set_digest(config)], sort_keys=True)
     return manifold_set.text_digest(text)[:8]
 
 

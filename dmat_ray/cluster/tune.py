@@ -12,9 +12,10 @@ import ray.tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from dmat_ray import cli, presets
-from dmat_ray.cluster import tracking
+from dmat_ray.cluster import session, tracking
 from dmat_ray.cluster.events import listen, send
-from dmat_ray.cluster.train import set_folder, untrained, worker
+from dmat_ray.cluster.session import set_folder
+from dmat_ray.cluster.train import untrained, worker
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
 
@@ -36,7 +37,10 @@ def load_space(path: str) -> ModuleType:
 
 def trial_config(base: dict[str, Any], overrides: dict[str, Any], name: str, epochs: int) -> Config:
     """The base settings with a sample's values (by dotted name); raises UserError for keys and values that do not fit."""
-    layered = {**base, "name": name}
+    old = base["training"]
+    # the whole schedule in the trial's few epochs: a trial must not be judged in the middle of its highest rates
+    knots = [k * epochs / old["epochs"] for k in old["lr_epochs"]]
+    layered = presets.merge(base, {"name": name, "training": {"lr_epochs": knots}})
     for key, value in {**overrides, "training.epochs": epochs}.items():
         nested: Any = value
         for part in reversed(key.split(".")):
@@ -63,7 +67,7 @@ def _trial(sample: dict[str, Any], *, base: dict[str, Any], overrides: Callable[
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.cluster.train_workers,
             use_gpu=config.cluster.gpus_per_worker > 0,
-            resources_per_worker={"CPU": 1, **({"GPU": g} if (g := config.cluster.gpus_per_worker) else {})},
+            resources_per_worker=session.worker_resources(config.cluster),
         ),
         run_config=ray.train.RunConfig(
             name=config.name,
@@ -73,6 +77,29 @@ def _trial(sample: dict[str, Any], *, base: dict[str, Any], overrides: Callable[
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
         ),
     ).fit()
+
+
+def _fit(config: Config, base: dict[str, Any], space: ModuleType, domains: dict[str, Any], set_path: str, mailbox: str) -> Any:
+    trainable = ray.tune.with_parameters(_trial, base=base, overrides=space.settings, set_path=set_path, mailbox=mailbox)
+    results = ray.tune.Tuner(
+        ray.tune.with_resources(trainable, {"CPU": 0.5}),
+        param_space=domains,
+        tune_config=ray.tune.TuneConfig(
+            metric=config.tune.metric,
+            mode="max",
+            num_samples=config.tune.num_samples,
+            max_concurrent_trials=config.tune.max_concurrent,
+        ),
+        run_config=ray.tune.RunConfig(
+            name=Path(config.tune.space).stem,
+            storage_path=str(Path(config.output) / "tune"),
+            verbose=0,
+        ),
+    ).fit()
+    if results.errors:
+        first = results.errors[0]
+        raise RuntimeError(f"{len(results.errors)} trials failed; the first: {first}") from first
+    return results
 
 
 def search(config: Config, say: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -88,6 +115,10 @@ def search(config: Config, say: Callable[[str], None]) -> list[dict[str, Any]]:
     with tracking.tracked(config, Path(config.tune.space).stem, "tune") as parent:
         children: dict[str, tracking.Run] = {}
 
+        def finish(status: str) -> None:
+            for child in children.values():
+                child.finish(status)
+
         def handle(event: dict[str, Any]) -> None:
             name = event["run"]
             if "config" in event:
@@ -102,29 +133,13 @@ def search(config: Config, say: Callable[[str], None]) -> list[dict[str, Any]]:
             value = metrics[config.tune.metric]
             say(f"{name}: epoch {metrics['epoch']:.0f}/{config.tune.epochs}, {config.tune.metric} {value:.3f}")
 
-        with listen(handle) as mailbox:
-            trainable = ray.tune.with_parameters(
-                _trial, base=base, overrides=space.settings, set_path=str(set_folder(probe)), mailbox=mailbox
-            )
-            results = ray.tune.Tuner(
-                ray.tune.with_resources(trainable, {"CPU": 0.5}),
-                param_space=domains,
-                tune_config=ray.tune.TuneConfig(
-                    metric=config.tune.metric,
-                    mode="max",
-                    num_samples=config.tune.num_samples,
-                    max_concurrent_trials=config.tune.max_concurrent,
-                ),
-                run_config=ray.tune.RunConfig(
-                    name=Path(config.tune.space).stem,
-                    storage_path=str(Path(config.output) / "tune"),
-                    verbose=0,
-                ),
-            ).fit()
-        for child in children.values():
-            child.finish("FAILED" if results.errors else "FINISHED")
-        if results.errors:
-            raise RuntimeError(f"{len(results.errors)} trials failed; the first: {results.errors[0]}")
+        try:
+            with listen(handle) as mailbox:
+                results = _fit(config, base, space, domains, str(set_folder(probe)), mailbox)
+        except BaseException:
+            finish("FAILED")
+            raise
+        finish("FINISHED")
         found = [{"sample": r.config, "metrics": r.metrics} for r in results]
         found.sort(key=lambda r: -r["metrics"][config.tune.metric])
         parent.metrics({f"best_{config.tune.metric}": found[0]["metrics"][config.tune.metric]}, step=0)

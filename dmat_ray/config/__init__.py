@@ -37,9 +37,13 @@ class Config(Section):
     """All settings of dmat_ray."""
 
     output: str = Field("runs/default", min_length=1, description="folder that everything is written under")
-    name: str = Field("", description="name of the trained model; empty = the presets' names")
+    name: str = Field(
+        "",
+        pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*)?$",
+        description="name of the trained model (letters, digits, _ . -); empty = the presets' names",
+    )
     methods: tuple[str, ...] = Field(
-        ("standard", "at", "om_at", "dmat"), description="presets that pipeline.py trains, in this order"
+        ("standard", "at", "om_at", "dmat"), min_length=1, description="presets that pipeline.py trains, in this order"
     )
     data: DataConfig = DataConfig()
     generator: GeneratorConfig = GeneratorConfig()

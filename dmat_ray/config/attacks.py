@@ -19,6 +19,12 @@ class ImageThreat(Section):
     norm: Literal["linf", "l2"] = Field("linf", description="norm of the ball")
     eps: Fraction = Field(4 / 255, ge=0, description="radius in [0, 1] pixel units, e.g. 4/255")
 
+    @model_validator(mode="after")
+    def _in_pixel_units(self) -> "ImageThreat":
+        if self.norm == "linf" and self.eps > 1:
+            raise ValueError(f"eps is {self.eps:g}, but pixels are in [0, 1]; did you mean {self.eps:g}/255?")
+        return self
+
 
 class LatentThreat(Section):
     """A move along the manifold: g(w + lambda)."""
@@ -33,7 +39,7 @@ class FogThreat(Section):
     """Diamond-square fog laid over the image; the attack chooses the noise of every level."""
 
     threat: CliSuppress[Literal["fog"]] = "fog"
-    eps: Fraction = Field(128 / 255, ge=0, description="density in [0, 1] pixel units")
+    eps: Fraction = Field(128 / 255, ge=0, le=1, description="density in [0, 1] pixel units, e.g. 128/255")
     wibble_decay: float = Field(2.0, gt=0, description="how much weaker each finer level is")
 
 
@@ -41,7 +47,9 @@ class AttackConfig(Section):
     """Search inside a threat: sign- or norm-steepest ascent with projection (FGSM is one step of it)."""
 
     steps: int = Field(5, ge=1, description="gradient steps")
-    step_size: Fraction | None = Field(None, gt=0, description="length of a step in units of eps's; null = 2.5 eps / steps")
+    step_size: Fraction | None = Field(
+        None, gt=0, description="length of a step in theta's units (eps's; fog: its unit box); null = 2.5 times across / steps"
+    )
     random_start: bool = Field(True, description="start at a random point of the ball")
     restarts: int = Field(1, ge=1, description="independent searches; each example keeps its worst")
 

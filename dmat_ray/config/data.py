@@ -11,11 +11,13 @@ class DataConfig(Section):
     """Where natural images come from, and how they are split."""
 
     source: str = Field("mnist5k", description="'mnist5k' (5,000 embedded digits) or a folder with one sub-folder a class")
-    resolution: int = Field(32, ge=8, le=1024, description="height and width in pixels that images are brought to")
+    resolution: int = Field(
+        32, ge=8, le=1024, description="height and width in pixels; images of another size are scaled and cropped at the centre"
+    )
     channels: Literal[1, 3] = Field(1, description="1 (grey) or 3 (RGB)")
     test_share: float = Field(0.2, gt=0, lt=1, description="share of every class that goes to the test split")
-    train_limit: int | None = Field(None, ge=1, description="at most this many training images (stratified); null = all")
-    test_limit: int | None = Field(None, ge=1, description="at most this many test images (stratified); null = all")
+    train_limit: int | None = Field(None, ge=1, description="at most this many training images, the classes in turn; null = all")
+    test_limit: int | None = Field(None, ge=1, description="at most this many test images, the classes in turn; null = all")
     max_rejected: float = Field(
         0.01, ge=0, le=1, description="share of unreadable images above which a run fails instead of leaving them out"
     )

@@ -1,6 +1,7 @@
 """Settings of the classifier, its training, the search and the cluster."""
 
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -51,7 +52,9 @@ class TuneConfig(Section):
     num_samples: int = Field(1, ge=1, description="draws from the space (grid entries are run once a draw)")
     max_concurrent: int = Field(1, ge=1, description="trials at a time")
     epochs: int = Field(2, ge=1, description="epochs of each trial")
-    metric: str = Field("val_robust", description="what to maximise: a metric that training reports")
+    metric: Literal["val_robust", "val_clean", "val_image", "val_latent"] = Field(
+        "val_robust", description="what to maximise, on training.val_examples held-out images"
+    )
 
 
 class ClusterConfig(Section):
@@ -60,7 +63,9 @@ class ClusterConfig(Section):
     address: str | None = Field(
         None, description="address of a Ray cluster; null = that of the submitted job, else a Ray of its own on this machine"
     )
-    num_cpus: int | None = Field(None, ge=1, description="logical CPUs of a local Ray; null = 4, or the machine's if more")
+    num_cpus: int | None = Field(
+        None, ge=1, description="logical CPUs of a local Ray; null = the machine's, at least 6 and what the workers need"
+    )
     train_workers: int = Field(2, ge=1, description="DDP workers")
     projection_actors: int = Field(2, ge=1, description="projection actors")
     evaluation_actors: int = Field(2, ge=1, description="evaluation actors")
@@ -74,3 +79,13 @@ class TrackingConfig(Section):
 
     uri: str | None = Field(None, description="tracking URI; null = sqlite in the output folder")
     experiment: str = Field("dmat_ray", min_length=1, description="experiment name")
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrackingConfig":
+        if self.uri is not None and urlsplit(self.uri).password:
+            # the message must not repeat the password
+            raise ValueError(
+                "uri holds a password, and settings are written into checkpoints and reports; give it by environment "
+                "(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD), or use a tracking server in front of the database"
+            )
+        return self

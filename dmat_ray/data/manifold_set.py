@@ -115,6 +115,11 @@ class ManifoldSet:
     def __len__(self) -> int:
         return len(self.id)
 
+    @property
+    def sha256(self) -> str:
+        """Digest of the manifest: names the set in checkpoints."""
+        return text_digest(json.dumps(self.manifest, sort_keys=True))
+
     def batch(self, index: np.ndarray, images: str) -> Batch:
         """Examples by position; `images` is 'on_manifold' (with w) or 'natural' (without: w does not render x)."""
         source = self.on_manifold if images == "on_manifold" else self.natural
@@ -174,7 +179,7 @@ def require_generator(manifest: dict[str, Any], sha: str, what: str) -> None:
 
 
 def steps_per_epoch(size: int, batch_size: int) -> int:
-    """Steps of an epoch over `size` examples; the last, short batch counts."""
+    """Steps of an epoch over `size` examples, none of them with more than `batch_size`."""
     return math.ceil(size / batch_size)
 
 
@@ -192,12 +197,12 @@ def epoch_batches(
     """This worker's part of every global batch of an epoch over the examples at `index`.
 
     The global order depends on (seed, epoch) alone and is the same for any number of workers; worker r takes
-    examples r, r + world_size, ... of each global batch. A batch that does not divide by the workers is topped up
-    from the epoch's beginning, so that all workers have equal parts.
+    examples r, r + world_size, ... of each global batch. The batches of an epoch are as equal as can be: a short last
+    one would weigh its examples more, and one of a single example has no batch statistics. A batch that does not divide
+    by the workers is topped up from the epoch's beginning, so that all workers have equal parts.
     """
     order = index[np.random.default_rng([seed, epoch]).permutation(len(index))]
-    for i in range(steps_per_epoch(len(order), batch_size)):
-        part = order[i * batch_size : (i + 1) * batch_size]
+    for part in np.array_split(order, steps_per_epoch(len(order), batch_size)):
         short = -len(part) % world_size
         part = np.concatenate([part, order[:short]])
         yield data.batch(part[rank::world_size], images)

@@ -96,7 +96,7 @@ def split_by_class(labels: list[int], test_share: float, seed: int) -> list[str]
 
 
 def _limited(examples: list[Example], limit: int | None, num_classes: int) -> list[Example]:
-    """The first `limit` examples, taking the classes in turn (examples come shuffled within their class)."""
+    """At most `limit` examples, taking the classes in turn (examples come shuffled within their class)."""
     if limit is None or limit >= len(examples):
         return examples
     if limit < num_classes:

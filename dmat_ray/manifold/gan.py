@@ -88,6 +88,18 @@ def _update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
         a.lerp_(p, 1.0 - decay)
 
 
+def check_images(config: GanConfig, images: Tensor, labels: Tensor) -> None:
+    """Raise UserError unless images (N, C, H, W) and labels (N) are those that the architecture makes."""
+    shape = config.architecture
+    if images.shape[1:] != (shape.channels, shape.resolution, shape.resolution):
+        raise UserError(
+            f"images are {tuple(images.shape[1:])} (C, H, W), but gan.architecture makes "
+            f"({shape.channels}, {shape.resolution}, {shape.resolution})"
+        )
+    if shape.num_classes and int(labels.max()) >= shape.num_classes:
+        raise UserError(f"labels reach {int(labels.max())}, but gan.architecture.num_classes is {shape.num_classes}")
+
+
 def train_generator(
     config: GanConfig,
     images: Tensor,
@@ -102,14 +114,7 @@ def train_generator(
     Each worker draws its own `batch_size / world_size` images; gradients are averaged over workers before each
     optimiser step. Metrics go to `context.report` every `report_kimg`; `on_report` sees the averaged generator then.
     """
-    shape = config.architecture
-    if images.shape[1:] != (shape.channels, shape.resolution, shape.resolution):
-        raise UserError(
-            f"images are {tuple(images.shape[1:])} (C, H, W), but gan.architecture makes "
-            f"({shape.channels}, {shape.resolution}, {shape.resolution})"
-        )
-    if shape.num_classes and int(labels.max()) >= shape.num_classes:
-        raise UserError(f"labels reach {int(labels.max())}, but gan.architecture.num_classes is {shape.num_classes}")
+    check_images(config, images, labels)
     torch.manual_seed(config.seed)
     device = context.device
     generator, discriminator = StyleGAN2(config.architecture).to(device), Discriminator(config.architecture).to(device)
