@@ -151,7 +151,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print("interrupted; give the same command again", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         known = user_error_behind(error) or (error if isinstance(error, OSError) and error.filename else None)

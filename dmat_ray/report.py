@@ -20,7 +20,7 @@ from dmat_ray.manifold import generators
 from dmat_ray.metrics import Accuracy, accuracies
 
 SET_NAMES = {"on_manifold": "on-manifold test images g(w)", "natural": "natural test images x"}
-GALLERY_SIZE = 8
+GALLERY_SIZE = 10
 WIDTH = 110
 
 
