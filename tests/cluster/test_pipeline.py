@@ -1,14 +1,10 @@
 """The main path on a real Ray: project, train with two DDP workers, evaluate, report, MLflow in sqlite."""
 
 import json
-import os
 import shutil
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
@@ -115,17 +111,6 @@ def test_rows_do_not_depend_on_the_number_of_actors(finished, tmp_path, say):
     assert rows.equals(pq.read_table(Path(config.output) / "evaluation" / "rows.parquet"))
 
 
-def test_same_settings_train_the_same_model_twice(finished, tmp_path, say):
-    config, models, _ = finished
-    shutil.copytree(jobs.set_folder(config), tmp_path / "on_manifold_set")
-    (again,) = jobs.train([settings(tmp_path, "--name", "dmat", preset=("demo", "dmat"))], say)
-    first, second = (json.loads((f / "run.json").read_text())["history"] for f in (models["dmat"], again))
-    for a, b in zip(first, second, strict=True):
-        assert a.keys() == b.keys()
-        for key in a.keys() - {"examples_per_second"}:
-            assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-6), key
-
-
 def test_mlflow_holds_every_stage(finished):
     config, _, _ = finished
     client = MlflowClient(tracking.tracking_uri(config))
@@ -146,34 +131,3 @@ def test_mlflow_holds_every_stage(finished):
     rows = pq.read_table(Path(config.output) / "evaluation" / "rows.parquet")
     for (model, set_name, attack), accuracy in accuracies(rows).items():
         assert runs["evaluate"].data.metrics[f"{model}/{set_name}/{attack}"] == pytest.approx(accuracy.value)
-
-
-def train_workers() -> list[psutil.Process]:
-    """Ray Train's worker processes that descend from this one."""
-    return [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline()[:1])]
-
-
-def test_killed_worker_is_replaced_and_training_goes_on(finished, tmp_path):
-    config, _, _ = finished
-    shutil.copytree(jobs.set_folder(config), tmp_path / "on_manifold_set")
-    lines: list[str] = []
-    killed = threading.Event()
-
-    def kill_after_first_epoch() -> None:
-        while not any("epoch 1/" in line for line in lines):
-            time.sleep(0.05)
-        os.kill(train_workers()[0].pid, 9)
-        killed.set()
-
-    # longer epochs than elsewhere, so that the kill comes while the second one runs
-    options = ("--name", "dmat", "--training.epochs", 3, "--objective.latent.steps", 40)
-    threading.Thread(target=kill_after_first_epoch, daemon=True).start()
-    (folder,) = jobs.train([settings(tmp_path, *options, preset=("demo", "dmat"))], lines.append)
-    assert killed.is_set()
-    history = json.loads((folder / "run.json").read_text())["history"]
-    assert [h["epoch"] for h in history] == [1, 2, 3]
-    calm = tmp_path / "calm"
-    shutil.copytree(jobs.set_folder(config), calm / "on_manifold_set")
-    (undisturbed,) = jobs.train([settings(calm, *options, preset=("demo", "dmat"))], lines.append)
-    expected = json.loads((undisturbed / "run.json").read_text())["history"]
-    assert [h["train_loss"] for h in history] == pytest.approx([h["train_loss"] for h in expected], rel=1e-4)

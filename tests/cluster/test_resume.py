@@ -2,21 +2,27 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from small import SMALL, settings
 
 from dmat_ray.cluster import jobs
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 ROOT = Path(__file__).parents[2]
+# slow enough that a kill comes in the middle
+PROJECTION = ("--projection.steps", "60", "--projection.batch_size", "5")
+TRAINING = (*PROJECTION, "--preset", "demo", "dmat", "--training.epochs", "3", "--objective.latent.steps", "40")
 
 
 def start(job: str, output: Path, *options: str) -> subprocess.Popen[str]:
@@ -41,42 +47,80 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
-@pytest.mark.usefixtures("ray_session")
-def test_killed_drivers_are_resumed(tmp_path, say):
-    """Projection is killed after its first shards, training after its first checkpoint; both end as if they had not been."""
-    # slow enough that the kill comes in the middle
-    projection = ("--projection.steps", "60", "--projection.batch_size", "5")
-    killed, calm = tmp_path / "killed", tmp_path / "calm"
-    shards = killed / "on_manifold_set" / "shards"
+@pytest.fixture(scope="module")
+def calm(ray_session, tmp_path_factory) -> Path:
+    """The output folder of a projection and a training that nothing disturbed."""
+    output = tmp_path_factory.mktemp("calm")
+    jobs.project(settings(output, *PROJECTION), print)
+    jobs.train([settings(output, *TRAINING)], print)
+    return output
 
-    process = start("project.py", killed, *projection)
+
+def history(output: Path) -> list[dict[str, float]]:
+    """Each epoch's metrics of the model, but for the speed."""
+    run = json.loads((output / "models" / "demo_dmat" / "run.json").read_text())
+    return [{k: v for k, v in epoch.items() if k != "examples_per_second"} for epoch in run["history"]]
+
+
+def same_training(output: Path, calm: Path) -> None:
+    """Every metric of every epoch is that of the undisturbed run, up to float rounding."""
+    assert [h["epoch"] for h in history(output)] == [1, 2, 3]
+    for found, expected in zip(history(output), history(calm), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_killed_projection_goes_on(tmp_path, calm):
+    shards = tmp_path / "on_manifold_set" / "shards"
+    process = start("project.py", tmp_path, *PROJECTION)
     wait_for(lambda: len(list(shards.glob("part-*.parquet"))) >= 2, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    assert not (killed / "on_manifold_set" / "manifest.json").exists()
+    assert not (tmp_path / "on_manifold_set" / "manifest.json").exists()
     before = {p.name: p.stat().st_mtime_ns for p in shards.glob("part-*.parquet")}
     assert 2 <= len(before) < 20
-    assert "going on" in finish(start("project.py", killed, *projection))
+    assert "going on" in finish(start("project.py", tmp_path, *PROJECTION))
     assert before == {name: (shards / name).stat().st_mtime_ns for name in before}
-
-    jobs.project(settings(calm, *projection), say)
-    left, right = (pq.read_table(o / "on_manifold_set" / "shards").sort_by("id") for o in (killed, calm))
+    left, right = (pq.read_table(o / "on_manifold_set" / "shards").sort_by("id") for o in (tmp_path, calm))
     assert left.to_pydict() == right.to_pydict()
 
-    training = (*projection, "--preset", "demo", "dmat", "--training.epochs", "3", "--objective.latent.steps", "40")
-    process = start("train.py", killed, *training)
-    wait_for(lambda: any((killed / "train").rglob("checkpoint_*/run.json")), process)
+
+def test_killed_driver_of_a_training_goes_on(tmp_path, calm):
+    shutil.copytree(calm / "on_manifold_set", tmp_path / "on_manifold_set")
+    process = start("train.py", tmp_path, *TRAINING)
+    wait_for(lambda: any((tmp_path / "train").rglob("checkpoint_*/run.json")), process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    assert not list((killed / "models").glob("*")) if (killed / "models").exists() else True
-    resumed = finish(start("train.py", killed, *training))
+    assert not (tmp_path / "models").exists()
+    resumed = finish(start("train.py", tmp_path, *TRAINING))
     assert "epoch 1/3" not in resumed
     assert "epoch 3/3" in resumed
+    same_training(tmp_path, calm)
 
-    (model,) = jobs.train(
-        [settings(calm, *projection, "--training.epochs", 3, "--objective.latent.steps", 40, preset=("demo", "dmat"))], say
-    )
-    expected = json.loads((model / "run.json").read_text())["history"]
-    history = json.loads((killed / "models" / "demo_dmat" / "run.json").read_text())["history"]
-    assert [h["epoch"] for h in history] == [1, 2, 3]
-    assert [h["train_loss"] for h in history] == pytest.approx([h["train_loss"] for h in expected], rel=1e-4)
+
+def train_workers() -> list[psutil.Process]:
+    """Ray Train's worker processes that descend from this one."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(process.cmdline()[:1]):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def test_killed_worker_is_replaced_and_training_goes_on(tmp_path, calm):
+    shutil.copytree(calm / "on_manifold_set", tmp_path / "on_manifold_set")
+    lines: list[str] = []
+    killed = threading.Event()
+
+    def kill_after_first_epoch() -> None:
+        while not any("epoch 1/" in line for line in lines):
+            time.sleep(0.05)
+        os.kill(train_workers()[0].pid, signal.SIGKILL)
+        killed.set()
+
+    threading.Thread(target=kill_after_first_epoch, daemon=True).start()
+    jobs.train([settings(tmp_path, *TRAINING)], lines.append)
+    assert killed.is_set()
+    same_training(tmp_path, calm)

@@ -30,6 +30,18 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def wait_for_agent(environment: dict[str, str]) -> None:
+    """The dashboard answers before the node's agent takes jobs."""
+    for _ in range(20):
+        done = subprocess.run(
+            [RAY, "job", "submit", "--no-wait", "--", "true"], env=environment, capture_output=True, check=False
+        )
+        if done.returncode == 0:
+            return
+        time.sleep(1)
+    raise AssertionError(done.stdout.decode() + done.stderr.decode())
+
+
 @pytest.fixture(scope="module")
 def head(tmp_path_factory) -> Iterator[dict[str, str]]:
     """A head node with its dashboard; yields the environment in which `ray job` finds it."""
@@ -53,6 +65,7 @@ def head(tmp_path_factory) -> Iterator[dict[str, str]]:
             except OSError:
                 assert process.poll() is None, Path(log.name).read_text()
                 time.sleep(0.3)
+        wait_for_agent({**environment, "RAY_API_SERVER_ADDRESS": url})
         yield {**environment, "RAY_API_SERVER_ADDRESS": url, "GCS_PORT": str(gcs)}
     finally:
         process.terminate()
