@@ -193,7 +193,7 @@ def test_interrupt_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as stopped:
         cli.run(job)
     assert stopped.value.code == 130
-    assert "run the same command again" in capsys.readouterr().err
+    assert "give the same command again" in capsys.readouterr().err
 
 
 def test_error_in_a_worker_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,3 +222,10 @@ def test_paths_of_inputs_become_absolute(tmp_path: Path, monkeypatch: pytest.Mon
     config, _ = cli.parse("test", ["--data.source", "photos", "--generator.path", "mnist32"])
     assert config.data.source == str(tmp_path / "photos")
     assert config.generator.path == "mnist32", "the shipped generator, whatever lies here"
+
+
+def test_numbers_with_few_choices_are_read_from_text() -> None:
+    config = parsed("--data.channels", "3", "--gan.architecture.channels", "3")
+    assert (config.data.channels, config.gan.architecture.channels) == (3, 3)
+    with pytest.raises(UserError, match=r"data\.channels.*1 or 3"):
+        parsed("--data.channels", "2")

@@ -1,10 +1,13 @@
 """Settings of data, generators and projection."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from dmat_ray.config.base import Section
+
+# a command line brings text, which a Literal of numbers does not take
+Channels = Annotated[Literal[1, 3], BeforeValidator(lambda v: int(v) if v in ("1", "3") else v)]
 
 
 class DataConfig(Section):
@@ -14,7 +17,7 @@ class DataConfig(Section):
     resolution: int = Field(
         32, ge=8, le=1024, description="height and width in pixels; images of another size are scaled and cropped at the centre"
     )
-    channels: Literal[1, 3] = Field(1, description="1 (grey) or 3 (RGB)")
+    channels: Channels = Field(1, description="1 (grey) or 3 (RGB)")
     test_share: float = Field(0.2, gt=0, lt=1, description="share of every class that goes to the test split")
     train_limit: int | None = Field(None, ge=1, description="at most this many training images, the classes in turn; null = all")
     test_limit: int | None = Field(None, ge=1, description="at most this many test images, the classes in turn; null = all")
@@ -34,7 +37,7 @@ class StyleGAN2Config(Section):
     """Shape of a StyleGAN 2 generator and of the discriminator trained against it."""
 
     resolution: int = Field(32, ge=8, le=1024, description="image height and width in pixels, a power of two")
-    channels: Literal[1, 3] = Field(1, description="image channels: 1 (grey) or 3 (RGB)")
+    channels: Channels = Field(1, description="image channels: 1 (grey) or 3 (RGB)")
     num_classes: int = Field(0, ge=0, description="classes of a conditional generator; 0 = unconditional")
     z_dim: int = Field(64, ge=1, description="dimensions of the input noise z")
     w_dim: int = Field(64, ge=1, description="dimensions of one w vector")
