@@ -32,7 +32,7 @@ def free_ports(count: int) -> list[int]:
 
 def wait_for_agent(environment: dict[str, str]) -> None:
     """The dashboard answers before the node's agent takes jobs."""
-    for _ in range(20):
+    for _ in range(40):
         done = subprocess.run(
             [RAY, "job", "submit", "--no-wait", "--", "true"], env=environment, capture_output=True, check=False
         )
@@ -45,7 +45,7 @@ def wait_for_agent(environment: dict[str, str]) -> None:
 @pytest.fixture(scope="module")
 def head(tmp_path_factory) -> Iterator[dict[str, str]]:
     """A head node with its dashboard; yields the environment in which `ray job` finds it."""
-    gcs, dashboard, client = free_ports(3)
+    gcs, dashboard, client, agent = free_ports(4)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     # without tokens only because everything stays on loopback
     environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -53,7 +53,8 @@ def head(tmp_path_factory) -> Iterator[dict[str, str]]:
     folder = Path("/tmp") / f"dmat_{os.getpid()}"
     command = [RAY, "start", "--head", "--block", "--num-cpus=6", "--node-ip-address=127.0.0.1", f"--port={gcs}"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]
-    command += [f"--ray-client-server-port={client}", "--disable-usage-stats"]
+    # the agent's usual port is taken by the Ray that the other tests share
+    command += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}", "--disable-usage-stats"]
     log = (tmp_path_factory.mktemp("head") / "log").open("w")
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     url = f"http://127.0.0.1:{dashboard}"
