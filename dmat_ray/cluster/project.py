@@ -60,7 +60,9 @@ class ShardProjector:
                 continue
             examples.append(item)
             contents.append(content)
+        path = self.folder / manifold_set.SHARDS / shard["name"]
         if not examples:
+            path.unlink(missing_ok=True)  # one of an earlier run, when some of these could still be read
             return {"name": shard["name"], "rows": 0, "rejected": rejected, "seconds": 0.0}
         found = self.projector.project(to_unit(np.stack(pixels)), [e["id"] for e in examples])
         generator, poor = self.projector.generator, self.config.projection.poor_l1
@@ -78,7 +80,6 @@ class ShardProjector:
             "status": ["ok" if e <= poor else "poor" for e in found.l1_B.tolist()],
         }
         schema = manifold_set.schema(generator.channels, generator.resolution, generator.num_ws, generator.w_dim)
-        path = self.folder / manifold_set.SHARDS / shard["name"]
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         pq.write_table(pa.table(columns, schema=schema), partial, compression="zstd")
         reasons = path.with_suffix(".rejected.json")
@@ -183,7 +184,8 @@ def project(config: Config, folder: Path, listing: Listing, say: Callable[[str],
     todo = [s for s in shards if s["name"] not in done]
     if len(todo) < len(shards):
         say(f"going on: {len(shards) - len(todo)} of {len(shards)} shards are there")
-    say(f"starting {min(config.cluster.projection_actors, len(todo))} actors for {len(todo)} shards")
+    if todo:
+        say(f"starting {min(config.cluster.projection_actors, len(todo))} actors for {len(todo)} shards")
     total, count, began = len(listing.examples), sum(done.values()), time.monotonic()
     fresh = 0
     for summary in _run(config, folder, todo) if todo else ():
