@@ -56,6 +56,18 @@ def require_inside(settings: threats.ThreatSettings, threat: Any, batch: Batch, 
     assert (threat.distance(batch, theta) <= threat.limit * (1 + 1e-5) + 1e-6).all()
 
 
+def walk_inside(
+    settings: Any, threat: Any, batch: Batch, seed: int, steps: list[tuple[float, float]], rng: torch.Generator
+) -> None:
+    """Steps along random gradients, from both starts, never leave the budget."""
+    for draws in (None, Draws(seed, batch.id, "test")):
+        theta = threat.start(batch, draws)
+        require_inside(settings, threat, batch, theta)
+        for scale, step_size in steps:
+            theta = threat.ascend(batch, theta, scale * torch.randn(theta.shape, generator=rng), step_size)
+            require_inside(settings, threat, batch, theta)
+
+
 @pytest.mark.parametrize("name", [n for n in SETTINGS if "latent" not in n])
 @given(
     seed=st.integers(0, 10**6),
@@ -69,12 +81,7 @@ def test_pixel_threats_stay_in_budget(
     settings, rng = SETTINGS[name], torch.Generator().manual_seed(seed)
     threat = threats.build(settings, None)
     batch = Batch(["a", "b"], random_images(rng, 2, channels, *size), torch.zeros(2, dtype=torch.int64))
-    for draws in (None, Draws(seed, batch.id, "test")):
-        theta = threat.start(batch, draws)
-        require_inside(settings, threat, batch, theta)
-        for scale, step_size in steps:
-            theta = threat.ascend(batch, theta, scale * torch.randn(theta.shape, generator=rng), step_size)
-            require_inside(settings, threat, batch, theta)
+    walk_inside(settings, threat, batch, seed, steps, rng)
 
 
 @pytest.mark.parametrize("name", [n for n in SETTINGS if "latent" in n])
@@ -84,12 +91,7 @@ def test_latent_threats_stay_in_budget(generator: StyleGAN2, name: str, seed: in
     threat = threats.build(settings, generator)
     w = generator.mapping(torch.randn(2, 8, generator=rng))
     batch = Batch(["a", "b"], generator.synthesis(w), torch.zeros(2, dtype=torch.int64), w)
-    for draws in (None, Draws(seed, batch.id, "test")):
-        theta = threat.start(batch, draws)
-        require_inside(settings, threat, batch, theta)
-        for scale, step_size in steps:
-            theta = threat.ascend(batch, theta, scale * torch.randn(theta.shape, generator=rng), step_size)
-            require_inside(settings, threat, batch, theta)
+    walk_inside(settings, threat, batch, seed, steps, rng)
 
 
 @pytest.mark.parametrize("name", [n for n in SETTINGS if n != "fog"])

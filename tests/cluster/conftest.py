@@ -7,11 +7,13 @@ import pytest
 from dmat_ray.cluster.session import connected, prepare_environment
 from dmat_ray.config import ClusterConfig
 
+# before any test module imports ray, which reads some of these once and for all
+prepare_environment()
+
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """Ray on this machine, with more logical CPUs than cores, as the jobs start it."""
-    prepare_environment()
     with connected(ClusterConfig()):
         yield
 

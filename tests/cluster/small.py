@@ -1,5 +1,9 @@
-"""Settings small enough for two cores."""
+"""Settings small enough for two cores, and servers on loopback."""
 
+import socket
+import subprocess
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -18,3 +22,27 @@ def settings(output: Path, *options: Any, preset: tuple[str, ...] = ("demo",)) -
     """The demo's settings at a size for tests, under `output`."""
     config, _ = cli.parse("test", ["--preset", *preset, "--output", str(output), *SMALL, *map(str, options)])
     return config
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody uses."""
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [int(s.getsockname()[1]) for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def wait_until_answers(url: str, process: "subprocess.Popen[bytes]", log: Path, seconds: float = 120) -> None:
+    """Poll `url` until something answers; fails with the log if the process ends or time is up first."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=1)
+            return
+        except OSError:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.2)

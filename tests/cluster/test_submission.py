@@ -3,31 +3,18 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from small import SMALL
+from small import SMALL, free_ports, wait_until_answers
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody uses."""
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [int(s.getsockname()[1]) for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def wait_for_agent(environment: dict[str, str]) -> None:
@@ -47,8 +34,8 @@ def head(tmp_path_factory) -> Iterator[dict[str, str]]:
     """A head node with its dashboard; yields the environment in which `ray job` finds it."""
     gcs, dashboard, client, agent = free_ports(4)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    # without tokens only because everything stays on loopback
-    environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    # without tokens only because everything stays on loopback, which the last variable sees to
+    environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     # the folder of Ray's sockets must have a short path
     folder = Path("/tmp") / f"dmat_{os.getpid()}"
     command = [RAY, "start", "--head", "--block", "--num-cpus=6", "--node-ip-address=127.0.0.1", f"--port={gcs}"]
@@ -59,15 +46,9 @@ def head(tmp_path_factory) -> Iterator[dict[str, str]]:
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     url = f"http://127.0.0.1:{dashboard}"
     try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"{url}/api/version", timeout=1)
-                break
-            except OSError:
-                assert process.poll() is None, Path(log.name).read_text()
-                time.sleep(0.3)
+        wait_until_answers(f"{url}/api/version", process, Path(log.name))
         wait_for_agent({**environment, "RAY_API_SERVER_ADDRESS": url})
-        yield {**environment, "RAY_API_SERVER_ADDRESS": url, "GCS_PORT": str(gcs)}
+        yield {**environment, "RAY_API_SERVER_ADDRESS": url}
     finally:
         process.terminate()
         process.wait(timeout=60)

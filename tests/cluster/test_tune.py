@@ -1,16 +1,13 @@
 """A search: Ray Tune over Ray Train runs, tracked in a real MLflow server."""
 
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from small import settings
+from small import free_ports, settings, wait_until_answers
 
 from dmat_ray.cluster import jobs, tune
 from dmat_ray.errors import UserError
@@ -31,30 +28,17 @@ def settings(sample):
 """
 
 
-def free_port() -> int:
-    """A port of loopback that nobody uses."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[str]:
     """An MLflow server on loopback with sqlite behind it."""
-    folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
+    folder, port = tmp_path_factory.mktemp("mlflow"), free_ports(1)[0]
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder / 'm.db'}", "--artifacts-destination", str(folder / "artifacts")]
     log = (folder / "log").open("w")
     process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=1)
-                break
-            except OSError:
-                assert process.poll() is None, (folder / "log").read_text()
-                time.sleep(0.2)
+        wait_until_answers(f"{url}/health", process, folder / "log")
         yield url
     finally:
         process.terminate()
