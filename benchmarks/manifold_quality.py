@@ -67,7 +67,7 @@ def main() -> None:
         pixels = np.stack([decode(e.read(), data.resolution, data.channels) for e in chosen])
         splits[split] = to_unit(pixels), torch.tensor([e.label for e in chosen]), [e.id for e in chosen]
     judge = train_judge(*splits["train"][:2], len(listing.class_names))
-    generator = generators.load_generator(config.generator.path)
+    generator = generators.load_configured(config.generator)
     projector = Projector(generator, config.projection, torch.device("cpu"))
     x, y, ids = splits["test"]
     began, size = time.monotonic(), config.projection.batch_size

@@ -145,7 +145,7 @@ def _gallery(config: Config, set_folder: Path, models: dict[str, Path]) -> list[
     """For each model: natural and on-manifold images and every attack of the suite, with the predicted labels."""
     data = manifold_set.open_set(set_folder, "test")
     index = _one_of_each_class(data.label)
-    generator = generators.load_generator(config.generator.path)
+    generator = generators.load_configured(config.generator)
     names = data.class_names
     blocks = []
     for model, folder in models.items():

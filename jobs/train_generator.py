@@ -14,13 +14,16 @@ def main() -> None:
     from dmat_ray.cluster import gan
     from dmat_ray.cluster.jobs import Speaker
     from dmat_ray.cluster.session import connected
-    from dmat_ray.manifold.gan import check_images
 
     say = Speaker().stage("generator")
-    command = shlex.join(["python", "jobs/train_generator.py", *sys.argv[1:]])
-    check_images(config.gan, *gan.training_images(config.data))  # bad data ends here, before Ray starts
-    with connected(config.cluster):
-        folder = gan.train(config, Path(config.output).resolve() / "generator", command, say)
+    output = Path(config.output).resolve()
+    folder = output / "generator"
+    if gan.is_trained(config, folder):
+        say("is trained already and unchanged, nothing to do")
+    else:
+        gan.check(config, output / "train")  # bad data ends here, before Ray starts
+        with connected(config.cluster):
+            gan.train(config, folder, shlex.join(["python", "jobs/train_generator.py", *sys.argv[1:]]), say)
     say(f"generator in {folder}; use it with --generator.path {folder}")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,20 +12,23 @@ from torch import Tensor
 from dmat_ray.config import GanConfig, StyleGAN2Config
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
-from dmat_ray.manifold import gan
-from dmat_ray.manifold.stylegan2 import Discriminator, StyleGAN2
+from dmat_ray.manifold import gan, gan_trainer
+from dmat_ray.manifold.discriminator import Discriminator
+from dmat_ray.manifold.stylegan2 import StyleGAN2
 
 SHAPE = StyleGAN2Config(
     resolution=8, channels=1, z_dim=8, w_dim=8, mapping_layers=2, channel_base=64, channel_max=8, num_classes=3
 )
 
 
-def settings(**values: object) -> GanConfig:
-    return GanConfig.model_validate({"architecture": SHAPE, "batch_size": 8, "kimg": 0.08, "report_kimg": 0.04, **values})
+def settings(**values: Any) -> GanConfig:
+    short = {"batch_size": 8, "kimg": 0.08, "report_kimg": 0.04, "snapshot_kimg": 0.04}
+    quality = {"network": "none", "samples": 60, **values.pop("quality", {})}
+    return GanConfig.model_validate({"architecture": SHAPE, **short, "quality": quality, **values})
 
 
 def train(config: GanConfig, images: Tensor, labels: Tensor, folder: Path, reports: list[Mapping[str, float]]) -> StyleGAN2:
-    return gan.train_generator(config, images, labels, LocalContext(folder, reports.append))
+    return gan_trainer.train_generator(config, images, labels, LocalContext(folder, reports.append))
 
 
 def test_losses_are_those_of_goodfellow() -> None:
@@ -72,29 +76,52 @@ def test_r1_has_a_gradient_itself(discriminator: Discriminator) -> None:
     assert slope == pytest.approx((up - down) / (2 * h), rel=1e-4)
 
 
-def test_augmentation() -> None:
-    x = torch.rand(64, 1, 8, 8)
-    rng = torch.Generator().manual_seed(0)
-    torch.testing.assert_close(gan.augment(x, 0.0, rng), x, atol=1e-5, rtol=0)
-    moved = (gan.augment(x, 0.5, rng) - x).abs().amax(dim=(1, 2, 3)) > 1e-3
-    assert 16 < moved.sum() < 48
-    flat = torch.full((8, 1, 8, 8), 0.4)
-    torch.testing.assert_close(gan.augment(flat, 0.8, rng), flat)
-
-
 def test_style_mixing_joins_two_codes() -> None:
     torch.manual_seed(0)
     generator = StyleGAN2(SHAPE)
-    rng = torch.Generator().manual_seed(0)
-    plain, labels = gan.mixed_w(generator, 32, 0.0, rng)
+    plain, labels = gan.mixed_w(generator, 0.0, gan.StepDraws(0, 1, 32))
     assert labels is not None
     assert labels.shape == (32,)
     assert torch.equal(plain, plain[:, :1].expand_as(plain))
-    mixed, labels = gan.mixed_w(generator, 32, 1.0, rng, pairs=True)
+    mixed, labels = gan.mixed_w(generator, 1.0, gan.StepDraws(0, 1, 32), pairs=True)
     changes = (mixed[:, 1:] != mixed[:, :-1]).any(dim=2).sum(dim=1)
     assert changes.tolist() == [1] * 32, "one crossover each"
     assert labels is not None
     assert torch.equal(labels[0::2], labels[1::2])
+
+
+def test_draws_of_a_step_do_not_depend_on_the_number_of_workers() -> None:
+    whole = gan.StepDraws(3, 7, 8)
+    parts = [gan.StepDraws(3, 7, 8, rank, 2) for rank in range(2)]
+    for draw in (lambda d: d.normal(2, 3), lambda d: d.uniform(), lambda d: d.integers(1, 5), lambda d: d.normal(4)):
+        torch.testing.assert_close(draw(whole), torch.cat([draw(part) for part in parts]), rtol=0, atol=0)
+    other_step, other_seed = gan.StepDraws(3, 8, 8).uniform(), gan.StepDraws(4, 7, 8).uniform()
+    first = gan.StepDraws(3, 7, 8).uniform()
+    assert not torch.equal(first, other_step)
+    assert not torch.equal(first, other_seed)
+    assert int(gan.StepDraws(0, 0, 500).integers(1, 5).min()) >= 1
+    assert int(gan.StepDraws(0, 0, 500).integers(1, 5).max()) == 4
+
+
+def test_path_lengths_are_norms_of_a_measured_jacobian() -> None:
+    """J_w^T y of each layer by central differences, its norm over D, and the quadratic mean of the layers."""
+    torch.manual_seed(0)
+    generator = StyleGAN2(SHAPE).double()
+    w = torch.randn(2, generator.num_ws, 8, dtype=torch.float64, requires_grad=True)
+    y, h = torch.randn(2, 1, 8, 8, dtype=torch.float64), 1e-6
+    slopes = torch.zeros(2, generator.num_ws, 8, dtype=torch.float64)
+    with torch.no_grad():
+        for layer in range(generator.num_ws):
+            for d in range(8):
+                moved = torch.zeros_like(w)
+                moved[:, layer, d] = h
+                change = generator.synth(w + moved) - generator.synth(w - moved)
+                slopes[:, layer, d] = (change * y / 8).sum(dim=(1, 2, 3)) / (2 * h)
+    expected = (slopes**2).sum(dim=2).mean(dim=1).sqrt()
+    lengths = gan.path_lengths(generator.synth, w, y)
+    torch.testing.assert_close(lengths, expected, atol=1e-7, rtol=1e-5)
+    lengths.sum().backward()
+    assert generator.synth.const.grad is not None, "the penalty has a gradient itself"
 
 
 def test_mode_seeking_is_the_inverse_distance_of_pairs() -> None:
@@ -109,7 +136,9 @@ def test_training_learns_the_brightness_of_its_classes(tmp_path: Path) -> None:
     labels = torch.arange(3).repeat(20)
     images = torch.tensor([0.1, 0.5, 0.9])[labels].view(-1, 1, 1, 1) + 0.02 * torch.randn(60, 1, 8, 8, generator=rng)
     reports: list[Mapping[str, float]] = []
-    config = settings(kimg=1.6, report_kimg=0.8, ema_kimg=0.1, augment=0, lr_generator=0.02, lr_discriminator=0.02)
+    config = settings(
+        kimg=1.6, report_kimg=0.8, snapshot_kimg=1.6, ema_kimg=0.1, augment=0, lr_generator=0.02, lr_discriminator=0.02
+    )
     generator = train(config, images, labels, tmp_path, reports)
     z = torch.randn(300, 8, generator=rng)
     made = generator.map.class_of(z)
@@ -126,9 +155,9 @@ def test_training_learns_the_brightness_of_its_classes(tmp_path: Path) -> None:
 def test_training_repeats_by_seed_and_reads_bytes(tmp_path: Path) -> None:
     images = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(20) % 3
-    one = train(settings(), images, labels, tmp_path, []).state_dict()
-    same = train(settings(), images.float() / 255, labels, tmp_path, []).state_dict()
-    other = train(settings(seed=1), images, labels, tmp_path, []).state_dict()
+    one = train(settings(), images, labels, tmp_path / "one", []).state_dict()
+    same = train(settings(), images.float() / 255, labels, tmp_path / "same", []).state_dict()
+    other = train(settings(seed=1), images, labels, tmp_path / "other", []).state_dict()
     assert all(torch.allclose(one[key], same[key]) for key in one)
     assert not torch.allclose(one["synth.const"], other["synth.const"])
 

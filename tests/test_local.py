@@ -2,10 +2,6 @@
 
 import copy
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torchrun import run_two_workers
 
 from dmat_ray import checkpoint, objectives
 from dmat_ray.config import Config
@@ -20,12 +17,6 @@ from dmat_ray.data.manifold_set import epoch_batches, open_set
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.trainer import learning_rate, split_validation
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +30,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, config: Config, set_folde
     """The folder of a training that torchrun ran with two workers over the loopback device."""
     folder = tmp_path_factory.mktemp("two_workers")
     (folder / "config.json").write_text(json.dumps(config.to_json()))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    address = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    script = [str(Path(__file__).with_name("two_workers.py")), str(folder), str(set_folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [*torchrun, *address, *script], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_two_workers("two_workers.py", str(folder), str(set_folder))
     return folder
 
 

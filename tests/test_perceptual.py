@@ -1,5 +1,7 @@
 """LPIPS against the lpips package, and where its backbone's weights come from."""
 
+import dataclasses
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +11,9 @@ import torch
 import torchvision
 from torch import Tensor
 
+from dmat_ray import weights
 from dmat_ray.errors import UserError
-from dmat_ray.manifold.perceptual import HASHED_NAMES, Perceptual
+from dmat_ray.manifold.perceptual import Perceptual
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +112,12 @@ def test_pretrained_weights_come_from_torchs_cache(tmp_path: Path, squeeze_file:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     folder.mkdir(parents=True)
-    (folder / HASHED_NAMES["squeeze"]).write_bytes(squeeze_file.read_bytes())
+    known = weights.KNOWN["lpips_squeeze"]
+    (folder / known.file).write_bytes(squeeze_file.read_bytes())
+    with pytest.raises(UserError, match=r"is not torchvision's pretrained squeezenet1_1: its sha256 begins with"):
+        Perceptual("squeeze", "pretrained")
+    digest = hashlib.sha256(squeeze_file.read_bytes()).hexdigest()
+    monkeypatch.setitem(weights.KNOWN, "lpips_squeeze", dataclasses.replace(known, sha256=digest))
     require_torchvisions_features(Perceptual("squeeze", "pretrained"), squeeze_file)
 
 
@@ -122,7 +130,7 @@ def test_pretrained_weights_come_from_torchs_cache(tmp_path: Path, squeeze_file:
     ],
 )
 def test_file_names_are_torchvisions(net: str, entry: torchvision.models.WeightsEnum) -> None:
-    assert entry.url.rsplit("/", 1)[-1] == HASHED_NAMES[net]
+    assert entry.url.rsplit("/", 1)[-1] == weights.KNOWN[f"lpips_{net}"].file
 
 
 def test_missing_pretrained_weights_name_the_file_and_the_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +138,14 @@ def test_missing_pretrained_weights_name_the_file_and_the_ways_out(tmp_path: Pat
     with pytest.raises(UserError) as raised:
         Perceptual("vgg", "pretrained")
     message = str(raised.value)
-    parts = [str(tmp_path), HASHED_NAMES["vgg"], "TORCH_HOME", "projection.lpips_weights", "lpips_weights=random", "torchvision"]
+    parts = [
+        str(tmp_path),
+        weights.KNOWN["lpips_vgg"].file,
+        "TORCH_HOME",
+        "projection.lpips_weights",
+        "lpips_weights=random",
+        "torchvision",
+    ]
     assert [part for part in parts if part not in message] == []
     assert "\n" not in message
 

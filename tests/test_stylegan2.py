@@ -14,7 +14,10 @@ from torch import Tensor
 from dmat_ray.config import StyleGAN2Config
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import generators
-from dmat_ray.manifold.stylegan2 import Discriminator, Mapping, ModulatedConv, StyleGAN2, downsample, filter_1331, upsample
+from dmat_ray.manifold.base import Mapping
+from dmat_ray.manifold.discriminator import Discriminator
+from dmat_ray.manifold.resampling import downsample, filter_1331, upsample
+from dmat_ray.manifold.stylegan2 import ModulatedConv, StyleGAN2
 
 TAPS = np.array([1.0, 3.0, 3.0, 1.0]) / 8
 

@@ -29,7 +29,7 @@ class ChunkEvaluator:
         self.device = device_of_actor()
         torch.set_num_threads(self.config.cluster.threads_per_worker)
         self.data = manifold_set.open_set(Path(set_path), "test")
-        self.generator = generators.load_generator(self.config.generator.path, self.device)
+        self.generator = generators.load_configured(self.config.generator, self.device)
         self.loaded: dict[str, torch.nn.Module] = {}
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:

@@ -38,7 +38,7 @@ class ShardProjector:
         self.config = Config.model_validate(config)
         self.folder, self.device = Path(folder), device_of_actor()
         torch.set_num_threads(self.config.cluster.threads_per_worker)
-        generator = generators.load_generator(self.config.generator.path, self.device)
+        generator = generators.load_configured(self.config.generator, self.device)
         self.projector = Projector(generator, self.config.projection, self.device)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -122,6 +122,7 @@ def settings_of(config: Config, listing: Listing) -> dict[str, Any]:
         "data": config.data.model_dump(mode="json", exclude={"max_rejected"}),
         "projection": config.projection.model_dump(mode="json"),
         "generator_sha256": generators.fingerprint(config.generator.path),
+        "generator_precision": config.generator.precision,
         "class_names": list(listing.class_names),
         "examples": len(listing.examples),
         "listing_sha256": _digest(listing),
@@ -155,7 +156,7 @@ def prepare(config: Config, folder: Path) -> Listing:
     Raises UserError for data, a generator, LPIPS weights or a half-finished set that do not fit.
     """
     listing = list_examples(config.data)
-    generator = generators.load_generator(config.generator.path)
+    generator = generators.load_configured(config.generator)
     generators.require_images(generator, config.generator.path, config.data.channels, config.data.resolution)
     Projector(generator, config.projection.model_copy(update={"candidates": 1}), torch.device("cpu"))
     _prepare_folder(folder, settings_of(config, listing))
@@ -247,7 +248,7 @@ def _manifest(
     shards = {name: rows for name, rows in sorted(done.items()) if rows}
     columns = ["split", "label", "status", "lpips", "l1", "l2"]
     table = pa.concat_tables(pq.read_table(folder / manifold_set.SHARDS / n, columns=columns) for n in shards)
-    generator = generators.load_generator(config.generator.path)
+    generator = generators.load_configured(config.generator)
     size = generator.resolution
     return {
         "version": manifold_set.VERSION,

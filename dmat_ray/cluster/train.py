@@ -48,7 +48,7 @@ def worker(settings: dict[str, Any]) -> None:
     data = manifold_set.open_set(Path(settings["set"]), "train")
     for config in configs:
         context = _NamedContext(config.name, settings["mailbox"])
-        generator = generators.load_generator(config.generator.path, context.device)
+        generator = generators.load_configured(config.generator, context.device)
         train(config, data, generator, generators.fingerprint(config.generator.path), context)
 
 

@@ -29,7 +29,8 @@ from dmat_ray.config.attacks import (
     Term,
 )
 from dmat_ray.config.base import Fraction, Section
-from dmat_ray.config.data import DataConfig, GanConfig, GeneratorConfig, ProjectionConfig, StyleGAN2Config
+from dmat_ray.config.data import DataConfig, ProjectionConfig
+from dmat_ray.config.generators import GanConfig, GeneratorConfig, QualityConfig, StyleGAN1Config, StyleGAN2Config, StyleGANConfig
 from dmat_ray.config.training import ClassifierConfig, ClusterConfig, TrackingConfig, TrainingConfig, TuneConfig
 
 
@@ -86,9 +87,12 @@ __all__ = [
     "LatentThreat",
     "ObjectiveConfig",
     "ProjectionConfig",
+    "QualityConfig",
     "Row",
     "Section",
+    "StyleGAN1Config",
     "StyleGAN2Config",
+    "StyleGANConfig",
     "Term",
     "TrackingConfig",
     "TrainingConfig",

@@ -1,4 +1,4 @@
-"""Settings of data, generators and projection."""
+"""Settings of data and projection."""
 
 from typing import Annotated, Literal
 
@@ -25,68 +25,6 @@ class DataConfig(Section):
         0.01, ge=0, le=1, description="share of unreadable images above which a run fails instead of leaving them out"
     )
     seed: int = Field(0, ge=0, description="seed of the split and of the subsets")
-
-
-class GeneratorConfig(Section):
-    """The generator whose range stands for the image manifold."""
-
-    path: str = Field("mnist32", description="'mnist32' (shipped) or a folder with generator.safetensors and card.json")
-
-
-class StyleGAN2Config(Section):
-    """Shape of a StyleGAN 2 generator and of the discriminator trained against it."""
-
-    resolution: int = Field(32, ge=8, le=1024, description="image height and width in pixels, a power of two")
-    channels: Channels = Field(1, description="image channels: 1 (grey) or 3 (RGB)")
-    num_classes: int = Field(0, ge=0, description="classes of a conditional generator; 0 = unconditional")
-    z_dim: int = Field(64, ge=1, description="dimensions of the input noise z")
-    w_dim: int = Field(64, ge=1, description="dimensions of one w vector")
-    mapping_layers: int = Field(4, ge=1, description="fully connected layers from z to w")
-    mapping_rate: float = Field(0.1, gt=0, le=1, description="learning rate of those layers relative to the others")
-    channel_base: int = Field(512, ge=8, description="feature channels at a resolution r are channel_base / r ...")
-    channel_max: int = Field(128, ge=1, description="... but at most this many")
-    noise: bool = Field(False, description="per-layer noise; after training the buffers are fixed")
-
-    @model_validator(mode="after")
-    def _check(self) -> "StyleGAN2Config":
-        if self.resolution & (self.resolution - 1):
-            raise ValueError(f"resolution {self.resolution} is not a power of two")
-        if self.num_classes > self.z_dim:
-            raise ValueError(f"num_classes {self.num_classes} is more than z_dim {self.z_dim}, which chooses the class")
-        return self
-
-    @property
-    def resolutions(self) -> list[int]:
-        """4, 8, ... up to the image's own."""
-        return [2**k for k in range(2, self.resolution.bit_length())]
-
-    @property
-    def num_ws(self) -> int:
-        """Number of w vectors that a W+ code holds."""
-        return 2 * len(self.resolutions)
-
-    def width(self, resolution: int) -> int:
-        """Feature channels at `resolution`."""
-        return max(1, min(self.channel_base // resolution, self.channel_max))
-
-
-class GanConfig(Section):
-    """Training of a generator: non-saturating logistic loss, lazy R1, EMA, style mixing."""
-
-    architecture: StyleGAN2Config = StyleGAN2Config()
-    kimg: float = Field(300.0, gt=0, description="length of training in thousands of real images shown")
-    batch_size: int = Field(32, ge=4, description="images a step, over all workers")
-    lr_generator: float = Field(0.01, gt=0, description="Adam's learning rate of the generator")
-    lr_discriminator: float = Field(0.004, gt=0, description="Adam's learning rate of the discriminator")
-    fade: float = Field(0.3, ge=0, le=1, description="share of the training at the end in which both rates fall to 0")
-    r1_gamma: float = Field(1.0, ge=0, description="weight of the R1 gradient penalty")
-    mode_seeking: float = Field(0.1, ge=0, description="weight of the term that keeps two z of one class apart")
-    r1_interval: int = Field(8, ge=1, description="steps between two R1 penalties (lazy regularisation)")
-    ema_kimg: float = Field(5.0, gt=0, description="half-life of the averaged generator in thousands of images")
-    style_mixing: float = Field(0.5, ge=0, le=1, description="probability that two z share one image")
-    augment: float = Field(0.3, ge=0, le=0.8, description="probability of a small affine warp of what the critic sees")
-    report_kimg: float = Field(10.0, gt=0, description="thousands of images between two reports")
-    seed: int = Field(0, ge=0, description="seed of weights, noise and order")
 
 
 class ProjectionConfig(Section):

@@ -7,7 +7,6 @@ seeded random one.
 
 import contextlib
 import io
-import os
 import pickle
 import warnings
 from pathlib import Path
@@ -17,31 +16,9 @@ import torch
 from torch import Tensor
 
 from dmat_ray.errors import UserError
+from dmat_ray.weights import locate
 
-HASHED_NAMES = {
-    "alex": "alexnet-owt-7be5be79.pth",
-    "vgg": "vgg16-397923af.pth",
-    "squeeze": "squeezenet1_1-b8a52dc0.pth",
-}
 SMALLEST = {"alex": 32, "vgg": 32, "squeeze": 32}
-
-
-def _backbone_file(net: str, weights: str) -> Path:
-    """Where the backbone's weights lie; never downloads."""
-    if weights != "pretrained":
-        path = Path(weights)
-        if not path.is_file():
-            raise UserError(f"projection.lpips_weights '{weights}' is no file; give 'pretrained', 'random' or a state dict")
-        return path
-    path = Path(torch.hub.get_dir()) / "checkpoints" / HASHED_NAMES[net]
-    if not path.is_file():
-        model = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}[net]
-        raise UserError(
-            f"LPIPS needs torchvision's pretrained {model}, and '{path}' is not there. On a machine with a network: "
-            f"python -c \"import torchvision; torchvision.models.{model}(weights='DEFAULT')\", then copy the file here, "
-            "set TORCH_HOME, or give its path as projection.lpips_weights; projection.lpips_weights=random does without"
-        )
-    return path
 
 
 class Perceptual(torch.nn.Module):
@@ -50,7 +27,8 @@ class Perceptual(torch.nn.Module):
     def __init__(self, net: str, weights: str, seed: int = 0) -> None:
         super().__init__()
         self.random = weights == "random"
-        path = None if self.random else _backbone_file(net, weights)
+        without = "projection.lpips_weights=random does without"
+        path = None if self.random else locate(f"lpips_{net}", weights, "projection.lpips_weights", without)
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # the package calls torchvision in a deprecated way
             torch.manual_seed(seed)
@@ -88,8 +66,3 @@ class Perceptual(torch.nn.Module):
             weight = layer.model[-1].weight.view(1, -1, 1, 1)
             total = total + ((a - b).square() * weight).sum(dim=1).mean(dim=(1, 2))
         return total
-
-
-def torch_home() -> str:
-    """The folder that pretrained backbones are looked for in."""
-    return os.path.join(torch.hub.get_dir(), "checkpoints")

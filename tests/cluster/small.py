@@ -7,6 +7,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from dmat_ray import cli
 from dmat_ray.config import Config
 
@@ -46,3 +48,15 @@ def wait_until_answers(url: str, process: "subprocess.Popen[bytes]", log: Path, 
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < end, log.read_text()
             time.sleep(0.2)
+
+
+def train_workers() -> list[psutil.Process]:
+    """Ray Train's worker processes that descend from this one."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(process.cmdline()[:1]):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found

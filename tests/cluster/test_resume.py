@@ -11,10 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
-from small import SMALL, settings
+from small import SMALL, settings, train_workers
 
 from dmat_ray.cluster import jobs
 
@@ -95,18 +94,6 @@ def test_killed_driver_of_a_training_goes_on(tmp_path, calm):
     assert "epoch 1/3" not in resumed
     assert "epoch 3/3" in resumed
     same_training(tmp_path, calm)
-
-
-def train_workers() -> list[psutil.Process]:
-    """Ray Train's worker processes that descend from this one."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if "RayTrainWorker" in " ".join(process.cmdline()[:1]):
-                found.append(process)
-        except psutil.NoSuchProcess:
-            continue
-    return found
 
 
 def test_killed_worker_is_replaced_and_training_goes_on(tmp_path, calm):

@@ -1,0 +1,1 @@
+"""Generators that come from elsewhere: checkpoints of other projects, and decoders exported as programs."""

@@ -1,0 +1,286 @@
+"""The loop of generator training: alternating steps, lazy penalties, averaging, augmentation, snapshots, resume.
+
+A StyleGAN 2 with an exponential moving average of its weights (arXiv 1912.04958), penalties every few steps with
+their weight scaled up to match (lazy regularisation, section 3.1), and adaptive augmentation (arXiv 2006.06676). Every
+snapshot is judged (see `quality`); the result is the best one, so that a collapse late in a training costs nothing but time.
+"""
+
+import copy
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmat_ray import checkpoint
+from dmat_ray.config import GanConfig
+from dmat_ray.data.manifold_set import read_json, write_json
+from dmat_ray.errors import UserError
+from dmat_ray.manifold import gan
+from dmat_ray.manifold.augment import adapted, augment
+from dmat_ray.manifold.discriminator import Discriminator
+from dmat_ray.manifold.quality import Judge
+from dmat_ray.manifold.stylegan2 import StyleGAN2
+from dmat_ray.rng import derive
+from dmat_ray.types import RunContext
+
+PROGRESS = "gan.json"
+ADA_INTERVAL = 4
+PATH_DECAY = 0.01
+DEAD_END = "lower gan.lr_generator and gan.lr_discriminator or raise gan.r1_gamma"
+
+# the averaged generator, thousands of images so far, and the quality of its samples
+OnSnapshot = Callable[[StyleGAN2, float, dict[str, float]], None]
+
+
+def check_images(config: GanConfig, images: Tensor, labels: Tensor) -> None:
+    """Raise UserError unless images (N, C, H, W) and labels (N) are those that the architecture makes."""
+    shape = config.architecture
+    if images.shape[1:] != (shape.channels, shape.resolution, shape.resolution):
+        raise UserError(
+            f"images are {tuple(images.shape[1:])} (C, H, W), but gan.architecture makes "
+            f"({shape.channels}, {shape.resolution}, {shape.resolution})"
+        )
+    if shape.num_classes and int(labels.max()) >= shape.num_classes:
+        raise UserError(f"labels reach {int(labels.max())}, but gan.architecture.num_classes is {shape.num_classes}")
+
+
+def check_workers(config: GanConfig, world_size: int) -> None:
+    """Raise UserError unless the batch can be cut into pairs for this many workers."""
+    if config.batch_size % (2 * world_size):
+        raise UserError(
+            f"gan.batch_size {config.batch_size} must be a multiple of {2 * world_size}: pairs of images for each of "
+            f"{world_size} worker(s); change it or cluster.train_workers"
+        )
+
+
+@contextmanager
+def _arithmetic(config: GanConfig, device: torch.device) -> Iterator[None]:
+    """TF32 for matrix products, if the settings say so, and what was before afterwards."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    if config.precision != "float32":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+class _Training:
+    """Everything that a step changes: two networks, their optimisers, the average, and a few numbers."""
+
+    def __init__(self, config: GanConfig, context: RunContext) -> None:
+        torch.manual_seed(derive(config.seed, "gan weights") % 2**31)
+        self.config, self.context, self.device = config, context, context.device
+        self.generator = StyleGAN2(config.architecture).to(self.device)
+        self.discriminator = Discriminator(config.architecture).to(self.device)
+        self.average = copy.deepcopy(self.generator).eval().requires_grad_(False)
+        self.opt_g = torch.optim.Adam(self.generator.parameters(), lr=config.lr_generator, betas=(0.0, 0.99), eps=1e-8)
+        self.opt_d = torch.optim.Adam(self.discriminator.parameters(), lr=config.lr_discriminator, betas=(0.0, 0.99), eps=1e-8)
+        self.probability = config.augment
+        self.path_mean = torch.zeros((), device=self.device)
+        # loss_g, loss_d, mean sign of D on real images, steps; since the last report, and since the last adaptation
+        self.sums, self.signs = torch.zeros(4, device=self.device), torch.zeros(2, device=self.device)
+        self.steps = max(1, math.ceil(config.kimg * 1000 / config.batch_size))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold so that the next step is the one that would have come."""
+        networks = {
+            name: getattr(self, name).state_dict() for name in ("generator", "discriminator", "average", "opt_g", "opt_d")
+        }
+        tensors = {"path_mean": self.path_mean, "sums": self.sums, "signs": self.signs}
+        return {**networks, **tensors, "probability": self.probability}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Back to where `state` was taken."""
+        for name in ("generator", "discriminator", "average", "opt_g", "opt_d"):
+            getattr(self, name).load_state_dict(state[name])
+        for name in ("path_mean", "sums", "signs"):
+            setattr(self, name, state[name].to(self.device))
+        self.probability = state["probability"]
+
+    def _update(self, optimizer: torch.optim.Optimizer, model: nn.Module, loss: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.context.average_([p.grad for p in model.parameters() if p.grad is not None])
+        optimizer.step()
+
+    def step(self, i: int, images: Tensor, labels: Tensor) -> None:
+        """Step `i`, counted from 1: the generator's update, then the discriminator's, then the average's."""
+        config, device = self.config, self.device
+        draws = gan.StepDraws(config.seed, i, config.batch_size, self.context.rank, self.context.world_size)
+        torch.manual_seed(derive(config.seed, "gan noise", i, self.context.rank) % 2**31)
+        fade = min(1.0, (1 - (i - 1) / self.steps) / config.fade) if config.fade else 1.0
+        self.opt_g.param_groups[0]["lr"] = config.lr_generator * fade
+        self.opt_d.param_groups[0]["lr"] = config.lr_discriminator * fade
+        pick = draws.integers(0, len(images))
+        real = images[pick].to(device)
+        real = (real.float() / 255 if real.dtype == torch.uint8 else real) * 2 - 1
+        label = labels[pick].to(device)
+
+        def critic(x: Tensor, y: Tensor | None) -> Tensor:
+            seen = augment(x, config.augmentations, self.probability, draws.uniform, draws.normal)
+            logits: Tensor = self.discriminator(seen, y)
+            return logits.float()
+
+        lowered = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+        self.discriminator.requires_grad_(False)
+        w, y = gan.mixed_w(self.generator, config.style_mixing, draws, pairs=True)
+        with lowered:
+            fake = self.generator.synth(w).float()
+            loss_g = gan.generator_loss(critic(fake, y))
+        total = loss_g + config.mode_seeking * gan.mode_seeking(fake)
+        if config.path_length and i % config.path_interval == 0:
+            total = total + self._path_penalty(draws)
+        self._update(self.opt_g, self.generator, total)
+        self.discriminator.requires_grad_(True)
+
+        with torch.no_grad(), lowered:
+            w, y = gan.mixed_w(self.generator, config.style_mixing, draws)
+            fake = self.generator.synth(w).float()
+        with lowered:
+            real_logit, fake_logit = critic(real, label), critic(fake, y)
+        loss_d = gan.discriminator_loss(real_logit, fake_logit)
+        total = loss_d
+        if config.r1_gamma and i % config.r1_interval == 0:
+            penalty = gan.r1_penalty(lambda x: critic(x, label), real)
+            total = total + penalty * (config.r1_gamma / 2 * config.r1_interval)
+        self._update(self.opt_d, self.discriminator, total)
+
+        # a short average at first, so that the early samples are not those of the untrained network
+        decay = min(0.5 ** (config.batch_size / (config.ema_kimg * 1000)), i / (i + 10))
+        with torch.no_grad():
+            for a, p in zip(self.average.parameters(), self.generator.parameters(), strict=True):
+                a.lerp_(p, 1.0 - decay)
+            sign, one = real_logit.sign().mean(), torch.ones((), device=device)
+            self.sums += torch.stack([loss_g, loss_d, sign, one]).detach()
+            self.signs += torch.stack([sign, one]).detach()
+        if config.ada_target is not None and i % ADA_INTERVAL == 0:
+            self.context.average_([self.signs])
+            kimg = float(self.signs[1]) * config.batch_size / 1000
+            sign_mean = float(self.signs[0] / self.signs[1])
+            self.probability = adapted(self.probability, sign_mean, config.ada_target, kimg, config.ada_kimg)
+            self.signs.zero_()
+
+    def _path_penalty(self, draws: gan.StepDraws) -> Tensor:
+        """Squared distance of path lengths to their running mean, on half of the batch, as its authors do."""
+        config = self.config
+        w, _ = gan.mixed_w(self.generator, config.style_mixing, draws)
+        w = w[: max(1, len(w) // 2)]
+        shape = config.architecture
+        y = draws.normal(shape.channels, shape.resolution, shape.resolution)[: len(w)].to(w)
+        lengths = gan.path_lengths(self.generator.synth, w, y)
+        mean = lengths.detach().mean()
+        self.context.average_([mean])
+        self.path_mean = self.path_mean.lerp(mean, PATH_DECAY)
+        return (lengths - self.path_mean).square().mean() * (config.path_length * config.path_interval)
+
+    def losses(self) -> dict[str, float]:
+        """Means since the last call, over all workers. Raises UserError if a loss is no number any more."""
+        self.context.average_([self.sums])
+        loss_g, loss_d, sign = (self.sums[:3] / self.sums[3]).tolist()
+        self.sums.zero_()
+        if not math.isfinite(loss_g + loss_d):
+            raise UserError(f"generator training diverged: losses are {loss_g} and {loss_d}; {DEAD_END}")
+        return {"loss_g": loss_g, "loss_d": loss_d, "real_sign": sign, "augment": self.probability}
+
+
+def _better(new: dict[str, float], old: dict[str, float] | None, judge: Judge, keep: str) -> bool:
+    """Whether a snapshot of this quality takes the place of the best so far: alive before collapsed, then the lower FID."""
+    if old is None or keep == "last":
+        return True
+    if judge.collapsed(new) != judge.collapsed(old):
+        return judge.collapsed(old)
+    return "fid" not in new or new["fid"] <= old["fid"]
+
+
+def train_generator(
+    config: GanConfig,
+    images: Tensor,
+    labels: Tensor,
+    context: RunContext,
+    on_snapshot: OnSnapshot | None = None,
+) -> StyleGAN2:
+    """Train on `images` (N, C, H, W), float in [0, 1] or uint8, and return the averaged generator that `config.keep` names.
+
+    `labels` (N) are used if the architecture has classes, and by the judge of samples. Each worker works on its part of
+    every batch; gradients are averaged over workers before each optimiser step. Losses go to `context.report` every
+    `report_kimg`; every `snapshot_kimg` a checkpoint does, with the samples' quality, and `on_snapshot` is called on
+    rank 0. Goes on from `context.latest_checkpoint()`, on one worker with the very numbers of an uninterrupted run.
+    """
+    check_images(config, images, labels)
+    check_workers(config, context.world_size)
+    training = _Training(config, context)
+    first, best, best_quality, history = 0, None, None, []
+    if (found := context.latest_checkpoint()) is not None:
+        progress, state = read_progress(found, config)
+        training.load(state)
+        first, best, best_quality, history = progress["step"], state["best"], progress["best"], progress["history"]
+    if first == training.steps:
+        return _restored(config, best, context.device)
+    judge = Judge(config.quality, images, labels, context.device) if context.rank == 0 else None
+    per_kimg = 1000 / config.batch_size
+    report_every = max(1, round(config.report_kimg * per_kimg))
+    # a multiple, so that a snapshot's losses are means over a whole interval
+    snapshot_every = report_every * max(1, round(config.snapshot_kimg / config.report_kimg))
+    began, begun_at = time.monotonic(), first
+    with _arithmetic(config, context.device):
+        for i in range(first + 1, training.steps + 1):
+            training.step(i, images, labels)
+            last = i == training.steps
+            snapshot = last or i % snapshot_every == 0
+            if not snapshot and i % report_every:
+                continue
+            speed = (i - begun_at) * config.batch_size / (time.monotonic() - began)
+            metrics = {"kimg": i / per_kimg, **training.losses(), "images_per_second": speed}
+            if not snapshot:
+                context.report(metrics)
+                continue
+            training.average.measure_w(seed=config.seed)
+            if judge is None:
+                context.report(metrics)
+                continue
+            quality = judge(training.average)
+            metrics |= quality | {"collapsed": float(judge.collapsed(quality))}
+            history.append(metrics)
+            if on_snapshot is not None:
+                on_snapshot(training.average, metrics["kimg"], quality)
+            if _better(quality, best_quality, judge, config.keep):
+                best_quality = {**quality, "kimg": metrics["kimg"]}
+                best = copy.deepcopy(training.average.state_dict())
+            progress = {"config": config.model_dump(mode="json"), "step": i, "best": best_quality, "history": history}
+            with tempfile.TemporaryDirectory(prefix="dmat_ray_") as folder:
+                torch.save({**training.state(), "best": best}, Path(folder) / checkpoint.STATE)
+                write_json(Path(folder) / PROGRESS, progress)
+                context.report(metrics, Path(folder))
+    return training.average if best is None else _restored(config, best, context.device)
+
+
+def _restored(config: GanConfig, state: Any, device: torch.device) -> StyleGAN2:
+    generator = StyleGAN2(config.architecture)
+    generator.load_state_dict(state)
+    return generator.to(device).eval().requires_grad_(False)
+
+
+def read_progress(folder: Path, config: GanConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a checkpoint says of itself, and its tensors; raises UserError if it is damaged or of another training."""
+    path = folder / PROGRESS
+    if not path.is_file():
+        raise UserError(f"'{folder}' is no checkpoint of a generator training (no {PROGRESS})")
+    progress: dict[str, Any] = read_json(path)
+    if progress["config"] != config.model_dump(mode="json"):
+        raise UserError(f"'{folder}' was trained with other settings under gan.*; give another --output or remove it")
+    return progress, checkpoint.load_state(folder)
+
+
+def result_of(folder: Path, config: GanConfig) -> tuple[StyleGAN2, dict[str, float]]:
+    """The generator that a finished training's last checkpoint holds, and its quality."""
+    progress, state = read_progress(folder, config)
+    return _restored(config, state["best"], torch.device("cpu")), progress["best"]

@@ -1,0 +1,80 @@
+"""Make a generator of somebody else's checkpoint: weights in safetensors, a card, a grid of samples.
+
+    python jobs/import_generator.py --checkpoint FILE --output runs/x
+
+Reads StyleGAN 1 of InterFaceGAN, HiGAN and GenForce (.pth), StyleGAN 2 of rosinality (.pt) and of NVlabs (.pkl), a folder
+of dmat_ray, and a decoder exported as a program (TorchScript, torch.export), whose shapes --card describes. The format is
+recognised by content. Nothing in a checkpoint is executed; of a program, only arithmetic is.
+"""
+
+import argparse
+from pathlib import Path
+
+from dmat_ray import cli
+from dmat_ray.errors import UserError
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="the file or folder to import")
+    parser.add_argument("--card", metavar="FILE", help="JSON card of a decoder that is an exported program")
+    parser.add_argument("--overwrite", action="store_true", help="replace a generator that is already in the output folder")
+
+
+def import_weights(path: Path, folder: Path) -> None:
+    """Write the generator in `path`, a checkpoint or a folder of ours, into `folder`."""
+    from dmat_ray.checkpoint import versions
+    from dmat_ray.data.manifold_set import sha256
+    from dmat_ray.manifold import generators
+    from dmat_ray.manifold.formats import exported, foreign
+    from dmat_ray.manifold.samples import sample_grid
+
+    if path.is_dir():
+        card = generators.read_card(str(path))
+        if card["kind"] in exported.FILES:
+            raise UserError(f"checkpoint '{path}' is a folder with a program: use it as --generator.path {path}")
+        generator = generators.load_generator(str(path))
+        found, notes = "folder of dmat_ray", []
+    else:
+        imported = foreign.import_checkpoint(path)
+        generator, found, notes = imported.generator, imported.format, imported.notes
+        source = {"file": path.name, "sha256": sha256(path), "format": found}
+        card = {"source": source, "notes": notes, "versions": versions()}
+    classes = f", {generator.num_classes} classes" if generator.num_classes else ""
+    print(
+        f"{path.name}: {found}; {generator.resolution}x{generator.resolution} images with {generator.channels} channel(s)"
+        f"{classes}, z of {generator.z_dim}, W+ of {generator.num_ws}x{generator.w_dim}"
+    )
+    for note in notes:
+        print(f"  note: {note}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "samples.png").write_bytes(sample_grid(generator))
+    generators.save_generator(folder, generator, card)
+
+
+def main() -> None:
+    config, arguments = cli.parse(str(__doc__), add=add)
+    path, folder = Path(arguments.checkpoint), Path(config.output).resolve() / "generator"
+    if not path.exists():
+        raise UserError(f"there is no checkpoint '{path}'")
+    if (folder / "card.json").exists() and not arguments.overwrite:
+        raise UserError(f"'{folder}' holds a generator already; give another --output, or --overwrite")
+    from dmat_ray.manifold.formats import exported
+
+    if path.is_file() and exported.is_program(path):
+        exported.import_program(path, Path(arguments.card) if arguments.card else None, folder)
+        from dmat_ray.manifold import generators
+        from dmat_ray.manifold.samples import sample_grid
+
+        decoder = generators.load_generator(str(folder))
+        (folder / "samples.png").write_bytes(sample_grid(decoder))
+        shape = f"{decoder.resolution}x{decoder.resolution} images with {decoder.channels} channel(s)"
+        print(f"{path.name}: {generators.read_card(str(folder))['kind']}; {shape}, W+ of {decoder.num_ws}x{decoder.w_dim}")
+    elif arguments.card:
+        raise UserError(f"--card describes exported programs only, and '{path}' is none")
+    else:
+        import_weights(path, folder)
+    print(f"generator in {folder}; use it with --generator.path {folder}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

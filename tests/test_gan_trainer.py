@@ -1,0 +1,215 @@
+"""The loop of generator training: killed and resumed, collapsed, adapted, and in several precisions."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torchrun import run_two_workers
+
+from dmat_ray.config import GanConfig, StyleGAN2Config
+from dmat_ray.errors import UserError
+from dmat_ray.local import LocalContext
+from dmat_ray.manifold import gan, gan_trainer
+from dmat_ray.manifold.gan_trainer import _Training, read_progress, result_of, train_generator
+
+SHAPE = {"resolution": 8, "z_dim": 8, "w_dim": 8, "mapping_layers": 2, "channel_base": 64, "channel_max": 8, "noise": True}
+
+
+def settings(**values: Any) -> GanConfig:
+    quality = {"network": "none", "samples": 60, **values.pop("quality", {})}
+    short = {"batch_size": 8, "kimg": 0.4, "report_kimg": 0.04, "snapshot_kimg": 0.08}
+    return GanConfig.model_validate({"architecture": {**SHAPE, "num_classes": 3}, **short, "quality": quality, **values})
+
+
+def some_images() -> tuple[Tensor, Tensor]:
+    return torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3
+
+
+def train(config: GanConfig, folder: Path) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    reports: list[dict[str, float]] = []
+    state = train_generator(config, *some_images(), LocalContext(folder, lambda m: reports.append(dict(m)))).state_dict()
+    return state, reports
+
+
+def timeless(reports: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in report.items() if k != "images_per_second"} for report in reports]
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    folder.mkdir(exist_ok=True)
+    script = Path(__file__).with_name("gan_process.py")
+    return subprocess.Popen([sys.executable, str(script), str(folder)], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_killed_training_goes_on_with_the_very_numbers(tmp_path: Path) -> None:
+    """SIGKILL in mid-training, with everything on that has a state: adaptive augmentation, path lengths, noise."""
+    config = settings(ada_target=0.6, ada_kimg=0.5, path_length=2.0, r1_interval=3, style_mixing=0.7)
+    (tmp_path / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
+    whole = start(tmp_path / "whole")
+    lines = [json.loads(line) for line in whole.communicate(timeout=300)[0].splitlines()]
+    assert whole.returncode == 0
+    assert [line["kimg"] for line in lines] == pytest.approx([0.04 * k for k in range(1, 11)])
+
+    process = start(tmp_path / "killed")
+    assert process.stdout is not None
+    first = [json.loads(process.stdout.readline()) for _ in range(5)]
+    process.kill()
+    assert process.wait() == -9
+    progress, _ = read_progress(tmp_path / "killed" / "checkpoint", config)
+    step = progress["step"]
+    assert 10 <= step < 50, "it was killed between the first snapshot and the last"
+    again = start(tmp_path / "killed")
+    rest = [json.loads(line) for line in again.communicate(timeout=300)[0].splitlines()]
+    assert again.returncode == 0
+    kept = [line for line in first if line["kimg"] <= step * 8 / 1000]
+    assert timeless(kept + rest) == timeless(lines)
+    one, two = (torch.load(tmp_path / name / "result0.pt", weights_only=True) for name in ("whole", "killed"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_two_workers_on_different_parts_of_a_batch_stay_equal(tmp_path: Path) -> None:
+    config = settings(keep="last", ada_target=0.6, path_length=2.0, kimg=0.16)
+    (tmp_path / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
+    (tmp_path / "two").mkdir()
+    run_two_workers("gan_process.py", str(tmp_path / "two"))
+    one, two = (torch.load(tmp_path / "two" / f"result{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    untrained = _Training(config, LocalContext(tmp_path)).average.state_dict()
+    assert not torch.equal(one["synth.const"], untrained["synth.const"])
+
+
+def test_a_finished_training_is_not_trained_again(tmp_path: Path) -> None:
+    state, _ = train(settings(), tmp_path)
+    again, reports = train(settings(), tmp_path)
+    assert reports == []
+    assert all(torch.equal(state[key], again[key]) for key in state)
+    generator, quality = result_of(tmp_path / "checkpoint", settings())
+    assert all(torch.equal(value, state[key]) for key, value in generator.state_dict().items())
+    assert quality["diversity"] > 0
+
+
+def test_other_settings_do_not_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    train(settings(), tmp_path)
+    with pytest.raises(UserError, match=r"trained with other settings under gan\.\*"):
+        train(settings(r1_gamma=5), tmp_path)
+    (tmp_path / "checkpoint" / "gan.json").unlink()
+    with pytest.raises(UserError, match=r"no checkpoint of a generator training \(no gan\.json\)"):
+        train(settings(), tmp_path)
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, qualities: list[dict[str, float]]) -> None:
+    """The judge finds these qualities, one a snapshot."""
+    found = iter(qualities)
+    monkeypatch.setattr(gan_trainer.Judge, "__call__", lambda self, generator: dict(next(found)))
+
+
+@pytest.mark.parametrize(
+    ("qualities", "keep", "best"),
+    [
+        ([{"fid": 9, "diversity": 1}, {"fid": 3, "diversity": 1}, {"fid": 5, "diversity": 1}], "best", 1),
+        ([{"fid": 9, "diversity": 1}, {"fid": 3, "diversity": 1}, {"fid": 5, "diversity": 1}], "last", 2),
+        # a collapsed generator can have a low FID: three good digits of each class
+        ([{"fid": 9, "diversity": 0.9}, {"fid": 3, "diversity": 0.1}, {"fid": 20, "diversity": 0.1}], "best", 0),
+        ([{"fid": 9, "diversity": 0.1}, {"fid": 30, "diversity": 0.9}, {"fid": 40, "diversity": 0.9}], "best", 1),
+        ([{"diversity": 0.9}, {"diversity": 0.9}, {"diversity": 0.1}], "best", 1),
+    ],
+)
+def test_the_best_snapshot_is_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, qualities: list[dict[str, float]], keep: str, best: int
+) -> None:
+    spoil(monkeypatch, qualities)
+    config = settings(kimg=0.24, keep=keep)
+    averages: list[dict[str, Tensor]] = []
+    reports: list[Mapping[str, float]] = []
+    result = train_generator(
+        config, *some_images(), LocalContext(tmp_path, reports.append),
+        lambda average, kimg, quality: averages.append({k: v.clone() for k, v in average.state_dict().items()}),
+    ).state_dict()  # fmt: skip
+    assert len(averages) == 3
+    equal = [all(torch.equal(result[key], average[key]) for key in result) for average in averages]
+    assert equal == [k == best for k in range(3)]
+    assert [r["collapsed"] for r in reports if "collapsed" in r] == [float(q["diversity"] < 0.4) for q in qualities]
+    assert result_of(tmp_path / "checkpoint", config)[1]["kimg"] == pytest.approx(0.08 * (best + 1))
+
+
+def test_a_training_that_diverges_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"diverged.*lower gan\.lr_generator"):
+        train(settings(lr_generator=1e20, lr_discriminator=1e20, kimg=2), tmp_path)
+
+
+def test_bf16_stays_close_to_float32_at_first(tmp_path: Path) -> None:
+    """The first steps' losses; and a difference there must be, or the setting does nothing."""
+    config = {"kimg": 0.04, "report_kimg": 0.008, "snapshot_kimg": 0.04}
+    full, half = (train(settings(**config, precision=p), tmp_path / p)[1] for p in ("float32", "bf16"))
+    for a, b in zip(full, half, strict=True):
+        assert b["loss_d"] == pytest.approx(a["loss_d"], abs=0.05)
+        assert b["loss_g"] == pytest.approx(a["loss_g"], abs=0.05)
+    assert [a["loss_d"] for a in full] != [b["loss_d"] for b in half]
+
+
+def test_adaptive_augmentation_moves_towards_its_target(tmp_path: Path) -> None:
+    """A discriminator on 40 images is soon sure of all of them: mean sign near 1, above any target."""
+    config = settings(augment=0.0, ada_target=0.05, ada_kimg=1.0, kimg=1.6, report_kimg=0.4, snapshot_kimg=1.6, r1_gamma=0.01)
+    _, reports = train(config, tmp_path)
+    probabilities = [r["augment"] for r in reports]
+    # 4 steps of 8 images move it by 0.032
+    assert all(p / 0.032 == pytest.approx(round(p / 0.032), abs=1e-6) for p in probabilities)
+    signs = [r["real_sign"] for r in reports]
+    assert any(s > 0.05 for s in signs)
+    assert max(probabilities) > 0
+
+
+def test_path_length_penalty_of_the_paper(tmp_path: Path) -> None:
+    """(|J^T y| - a)^2 with a the running mean (decay 0.99), by the weight and the interval, on half of the batch."""
+    training = _Training(settings(path_length=2.0, path_interval=4), LocalContext(tmp_path))
+    means = []
+    for step in (1, 2):
+        found = training._path_penalty(gan.StepDraws(0, step, 8))
+        draws = gan.StepDraws(0, step, 8)
+        w, _ = gan.mixed_w(training.generator, 0.5, draws)
+        noise = draws.normal(1, 8, 8)
+        lengths = gan.path_lengths(training.generator.eval().synth, w[:4], noise[:4]).detach()
+        means.append(0.99 * (means[-1] if means else 0.0) + 0.01 * float(lengths.mean()))
+        assert float(training.path_mean) == pytest.approx(means[-1], rel=1e-5)
+        assert found.item() == pytest.approx(8.0 * float(((lengths - means[-1]) ** 2).mean()), rel=1e-4)
+    found.backward()
+    gradients = [p.grad for p in training.generator.parameters() if p.grad is not None]
+    assert sum(float(g.abs().sum()) for g in gradients) > 0
+
+
+def test_unconditional_training_needs_no_labels(tmp_path: Path) -> None:
+    config = settings(architecture=SHAPE, kimg=0.08, report_kimg=0.08)
+    images, _ = some_images()
+    generator = train_generator(config, images, torch.zeros(40, dtype=torch.int64), LocalContext(tmp_path))
+    assert generator.class_of(torch.randn(3, 8)) is None
+    assert generator.synthesis(generator.mapping(torch.randn(3, 8))).shape == (3, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"augmentations": ["flip", "flip"]}, "name one twice"),
+        ({"augmentations": ["mirror"]}, "augmentations"),
+        ({"augmentations": [], "ada_target": 0.6}, "there are none"),
+        ({"architecture": {"conv_clamp": 256}}, "conv_clamp belongs to imported generators"),
+        ({"augment": 0.9}, "less than or equal to 0.8"),
+    ],
+)
+def test_settings_that_make_no_sense(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GanConfig.model_validate(values)
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gan\.batch_size 9 must be a multiple of 2"):
+        train(settings(batch_size=9), tmp_path)
+
+
+def test_the_default_architecture_is_the_shipped_ones() -> None:
+    assert GanConfig().architecture == StyleGAN2Config()

@@ -1,0 +1,231 @@
+"""Measures of samples against their published formulas, and the networks whose features they are taken of."""
+
+import io
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dmat_ray import checkpoint, classifiers, weights
+from dmat_ray.config import Config, QualityConfig, StyleGAN2Config
+from dmat_ray.errors import UserError
+from dmat_ray.manifold import quality
+from dmat_ray.manifold.base import LatentGenerator
+from dmat_ray.manifold.samples import sample_grid, samples
+from dmat_ray.manifold.stylegan2 import StyleGAN2
+
+CPU = torch.device("cpu")
+
+
+def digits(count: int = 60, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Three classes of one grey level each, on noise, as bytes."""
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    level = torch.tensor([0.2, 0.5, 0.8])[labels].view(-1, 1, 1, 1)
+    return ((level + 0.1 * torch.randn(count, 1, 32, 32, generator=rng)).clamp(0, 1) * 255).to(torch.uint8), labels
+
+
+class Copier(LatentGenerator):
+    """Makes image number i of `images` from z with |z_0| in the i-th part of [0, 1); `freedom` 0 makes one image only."""
+
+    def __init__(self, images: Tensor, freedom: float = 1.0) -> None:
+        super().__init__(4, 4, 1, 32, 1)
+        self.images, self.freedom = images, freedom
+
+    def mapping(self, z_BZ: Tensor, truncation_psi: float = 1.0) -> Tensor:
+        return z_BZ[:, None]
+
+    def synthesis(self, w_BLD: Tensor, clamp: bool = True) -> Tensor:
+        place = (torch.erf(w_BLD[:, 0, 0].abs() / 2**0.5) * len(self.images) * self.freedom).long()
+        return self.images[place.clamp(max=len(self.images) - 1)].float() / 255
+
+
+def test_fid_is_the_frechet_distance_of_two_gaussians() -> None:
+    rng = np.random.default_rng(0)
+    made, real = rng.normal(size=(400, 6)), rng.normal(size=(500, 6)) @ rng.normal(size=(6, 6)) + 0.5
+    means = made.mean(axis=0) - real.mean(axis=0)
+    covariances = np.cov(made, rowvar=False), np.cov(real, rowvar=False)
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1])
+    expected = means @ means + np.trace(covariances[0] + covariances[1] - 2 * root.real)
+    assert quality.compare(torch.from_numpy(made), torch.from_numpy(real))["fid"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_precision_and_recall_of_their_paper() -> None:
+    """The share of points of one set that lie within the third neighbour's distance of a point of the other."""
+    rng = np.random.default_rng(1)
+    made, real = rng.normal(size=(80, 2)), rng.normal(size=(90, 2)) * 1.5 + 0.7
+
+    def covered(points: np.ndarray, by: np.ndarray) -> float:
+        radius = np.sort(np.linalg.norm(by[:, None] - by[None], axis=2), axis=1)[:, 3]
+        return float((np.linalg.norm(points[:, None] - by[None], axis=2) <= radius[None]).any(axis=1).mean())
+
+    found = quality.compare(torch.from_numpy(made), torch.from_numpy(real))
+    assert found["precision"] == pytest.approx(covered(made, real), abs=1e-6)
+    assert found["recall"] == pytest.approx(covered(real, made), abs=1e-6)
+    assert found["precision"] != found["recall"]
+
+
+@pytest.fixture(scope="module")
+def judge() -> quality.Judge:
+    return quality.Judge(QualityConfig(samples=60, epochs=4), *digits(300), CPU)
+
+
+def test_samples_like_the_images_are_good_and_others_are_not(judge: quality.Judge) -> None:
+    copies = judge(Copier(digits(300, seed=5)[0]))
+    noise = judge(Copier(torch.randint(0, 256, (300, 1, 32, 32), dtype=torch.uint8)))
+    assert copies["fid"] < 0.1 * noise["fid"]
+    assert copies["precision"] > 0.8
+    assert copies["recall"] > 0.8
+    assert noise["precision"] < 0.2
+    assert judge(Copier(digits(300, seed=5)[0])) == copies, "the same samples are judged each time"
+
+
+def test_diversity_is_relative_to_pairs_of_real_images(judge: quality.Judge) -> None:
+    one_class, other = (digits(300, seed=5)[0][k::3] for k in (0, 1))
+    # within one class; the real pairs are within a class as well
+    assert judge(Copier(one_class))["diversity"] == pytest.approx(1, abs=0.15)
+    both = torch.cat([one_class, other])
+    assert judge(Copier(both))["diversity"] > 1.3
+    collapsed = judge(Copier(one_class, freedom=0))
+    assert collapsed["diversity"] == 0
+    assert judge.collapsed(collapsed)
+    assert not judge.collapsed({"diversity": 0.41})
+
+
+def test_pairs_share_their_class() -> None:
+    labels = torch.tensor([0, 1, 1, 2, 2, 2, 0, 1])
+    pairs = quality.real_pairs(labels, 200, torch.Generator().manual_seed(0))
+    assert len(pairs) == 200
+    assert all(labels[a] == labels[b] and a != b for a, b in zip(pairs[0::2], pairs[1::2], strict=True))
+    torch.manual_seed(0)
+    shape = StyleGAN2Config(resolution=8, channel_base=32, z_dim=8, num_classes=3)
+    generator, seen = StyleGAN2(shape), []
+    generator.map.register_forward_pre_hook(lambda module, inputs: seen.append(generator.class_of(inputs[0])))
+    list(samples(generator, 300, pairs=True))
+    classes = torch.cat(seen)
+    assert torch.equal(classes[0::2], classes[1::2])
+    assert len(torch.unique(classes)) == 3
+
+
+def test_training_the_network_leaves_the_global_random_numbers_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    quality.Judge(QualityConfig(samples=20, epochs=1), *digits(), CPU)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_features_are_what_the_last_layer_takes_in() -> None:
+    images, labels = digits()
+    network = quality.train_classifier(images, labels, 3, 1, CPU)
+    features = quality.classifier_features(network)(images.float() / 255)
+    head = network.network[-1]
+    torch.testing.assert_close(features @ head.weight.T + head.bias, network(images.float() / 255))
+
+
+def test_a_trained_classifier_gives_features(tmp_path: Path, make_config: Callable[..., Config]) -> None:
+    config = make_config()
+    network = classifiers.build(config.classifier, 1, 3)
+    run = checkpoint.describe_run(config, ("a", "b", "c"), 1, 32, "g", "s") | {"epoch": 1}
+    checkpoint.save(tmp_path, network, run)
+    settings = QualityConfig(network=str(tmp_path), samples=20)
+    assert quality.Judge(settings, *digits(), CPU)(Copier(digits()[0]))["fid"] >= 0
+    small = torch.zeros(6, 1, 8, 8)
+    with pytest.raises(UserError, match="takes 32x32 images with 1 channel"):
+        quality.Judge(settings, small, torch.arange(6) % 3, CPU)
+    with pytest.raises(UserError, match="no trained model at"):
+        quality.Judge(QualityConfig(network=str(tmp_path / "none")), *digits(), CPU)
+
+
+def test_one_class_cannot_train_a_classifier() -> None:
+    images, labels = digits()
+    with pytest.raises(UserError, match="two classes or more; choose 'inception' or 'none'"):
+        quality.Judge(QualityConfig(), images, torch.zeros_like(labels), CPU)
+    assert "fid" not in quality.Judge(QualityConfig(network="none", samples=20), images, torch.zeros_like(labels), CPU)(
+        Copier(images)
+    )
+
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inception's weights as torch-fidelity stores them, but random: its own file cannot be had here."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.manual_seed(0)
+    empty = FeatureExtractorInceptionV3.load_state_dict
+    try:
+        FeatureExtractorInceptionV3.load_state_dict = lambda self, state: None  # type: ignore[method-assign]
+        torch.save({}, path)
+        network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
+    finally:
+        FeatureExtractorInceptionV3.load_state_dict = empty  # type: ignore[method-assign]
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def test_inception_by_path(inception_file: Path) -> None:
+    """Its features equal torch-fidelity's own, from the same file, of the same bytes."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    images, labels = digits(6)
+    features = quality.feature_network(QualityConfig(network="inception", weights=str(inception_file)), images, labels, CPU)
+    assert features is not None
+    theirs = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(inception_file))
+    expected = theirs(images.expand(-1, 3, -1, -1))[0]
+    assert expected.shape == (6, 2048)
+    torch.testing.assert_close(features(images.float() / 255), expected)
+
+
+class Malicious:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_a_malicious_inception_does_not_run(tmp_path: Path) -> None:
+    path, marker = tmp_path / "weights.pth", tmp_path / "it ran"
+    torch.save({"fc.weight": torch.zeros(2), "more": Malicious(marker)}, path)
+    with pytest.raises(UserError, match=r"does not hold Inception's weights \(UnpicklingError\)"):
+        quality.inception_features(path, CPU)
+    path.write_bytes(pickle.dumps(Malicious(marker)))
+    with pytest.raises(UserError, match="does not hold Inception's weights"):
+        quality.inception_features(path, CPU)
+    assert not marker.exists()
+
+
+def test_inception_that_is_not_there_names_the_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(UserError) as raised:
+        quality.feature_network(QualityConfig(network="inception"), *digits(6), CPU)
+    message = str(raised.value)
+    for part in (weights.KNOWN["inception"].file, "torch-fidelity", "TORCH_HOME", "gan.quality.weights", "network classifier"):
+        assert part in message
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / weights.KNOWN["inception"].file).write_bytes(b"something else")
+    with pytest.raises(UserError, match=r"its sha256 begins with \w{8}, not 6726825d; get it anew"):
+        quality.feature_network(QualityConfig(network="inception"), *digits(6), CPU)
+
+
+def test_a_grid_shows_a_class_in_each_column() -> None:
+    torch.manual_seed(0)
+    generator, seen = StyleGAN2(StyleGAN2Config(resolution=8, channel_base=32, z_dim=8, num_classes=4)), []
+    generator.map.register_forward_pre_hook(lambda module, inputs: seen.append(generator.class_of(inputs[0])))
+    with Image.open(io.BytesIO(sample_grid(generator))) as grid:
+        assert grid.size == (10 * 10 + 2, 8 * 10 + 2)
+        pixels = np.asarray(grid) / 255
+    assert torch.equal(torch.stack(seen), torch.arange(10).remainder(4).expand(8, 10))
+    z = torch.randn(80, 8, generator=torch.Generator().manual_seed(0))
+    z[13, 3] = z[13, :4].max() + 1
+    expected = generator.synthesis(generator.mapping(z[13:14])).detach()[0, 0]
+    np.testing.assert_allclose(pixels[12:20, 32:40], expected, atol=0.5 / 255 + 1e-4)
