@@ -5,7 +5,8 @@
 --card writes the result, with the command, into the generator's card.json.
 
 Trains a small network on the natural training images only, then compares its accuracy on natural test images x and on
-their projections g(w), and on class-conditional samples where the generator has classes. One process, no Ray.
+their projections g(w), and on class-conditional samples where the generator has classes; and judges samples against
+natural training images as generator training does (gan.quality). One process, no Ray.
 """
 
 import argparse
@@ -16,35 +17,13 @@ import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dmat_ray import classifiers, cli
-from dmat_ray.config import ClassifierConfig
+from dmat_ray import cli
 from dmat_ray.data.manifold_set import write_json
 from dmat_ray.data.sources import decode, list_examples, to_unit
-from dmat_ray.manifold import generators
+from dmat_ray.manifold import generators, quality
 from dmat_ray.manifold.projection import Projector
-
-
-def train_judge(x: Tensor, y: Tensor, classes: int, epochs: int = 12) -> torch.nn.Module:
-    """A classifier of natural images, with small shifts as augmentation."""
-    torch.manual_seed(1)
-    network = classifiers.build(ClassifierConfig(name="digits_cnn"), x.shape[1], classes)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
-    steps = epochs * (len(x) // 64)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
-    for step in range(steps):
-        if step % (len(x) // 64) == 0:
-            order = torch.randperm(len(x))
-        pick = order[(step % (len(x) // 64)) * 64 :][:64]
-        shift = torch.randint(-2, 3, (2,)).tolist()
-        loss = F.cross_entropy(network(torch.roll(x[pick], shift, dims=(2, 3))), y[pick])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return network.eval()
 
 
 @torch.no_grad()
@@ -66,9 +45,10 @@ def main() -> None:
         chosen = [e for e in listing.examples if e.split == split]
         pixels = np.stack([decode(e.read(), data.resolution, data.channels) for e in chosen])
         splits[split] = to_unit(pixels), torch.tensor([e.label for e in chosen]), [e.id for e in chosen]
-    judge = train_judge(*splits["train"][:2], len(listing.class_names))
+    cpu = torch.device("cpu")
+    judge = quality.train_classifier(*splits["train"][:2], len(listing.class_names), 12, cpu)
     generator = generators.load_configured(config.generator)
-    projector = Projector(generator, config.projection, torch.device("cpu"))
+    projector = Projector(generator, config.projection, cpu)
     x, y, ids = splits["test"]
     began, size = time.monotonic(), config.projection.batch_size
     parts = [projector.project(x[i : i + size], ids[i : i + size]) for i in range(0, len(x), size)]
@@ -89,9 +69,11 @@ def main() -> None:
     with torch.no_grad():
         samples = generator.synthesis(generator.mapping(z))
         guess = judge(samples).argmax(dim=1)
+    result |= quality.Judge(config.gan.quality, *splits["train"][:2], cpu)(generator)
     result["samples_per_class"] = torch.bincount(guess, minlength=len(listing.class_names)).tolist()
-    if generator.config.num_classes:
-        result["samples_of_their_class"] = float((guess == generator.map.class_of(z)).float().mean())
+    made = generator.class_of(z)
+    if made is not None:
+        result["samples_of_their_class"] = float((guess == made).float().mean())
     result["pixel_deviation_samples_over_data"] = float(samples.std(dim=0).mean() / x.std(dim=0).mean())
     print(json.dumps(result, indent=1))
     if arguments.card:
