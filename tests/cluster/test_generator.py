@@ -23,6 +23,7 @@ from dmat_ray.manifold import generators
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 ROOT = Path(__file__).parents[2]
 OPTIONS = [
+    *("--cluster.train_workers", "1"),  # several differ by rounding
     *("--data.train_limit", "200", "--gan.kimg", "0.8", "--gan.report_kimg", "0.08", "--gan.snapshot_kimg", "0.16"),
     *("--gan.batch_size", "8", "--gan.quality.samples", "100", "--gan.quality.epochs", "2", "--gan.ada_target", "0.6"),
     *("--gan.architecture.channel_base", "128", "--gan.architecture.noise", "true"),
