@@ -120,13 +120,15 @@ def with_absolute_paths(config: Config) -> Config:
     """
 
     def absolute(value: str) -> str:
-        reserved = value in ("mnist5k", "mnist32", "pretrained", "random")
+        reserved = value in ("mnist5k", "mnist32", "pretrained", "random", "classifier", "inception", "none")
         return str(Path(value).resolve()) if Path(value).exists() and not reserved else value
 
     projection = config.projection.model_copy(update={"lpips_weights": absolute(config.projection.lpips_weights)})
     data = config.data.model_copy(update={"source": absolute(config.data.source)})
     generator = config.generator.model_copy(update={"path": absolute(config.generator.path)})
-    return config.model_copy(update={"data": data, "generator": generator, "projection": projection})
+    judged_by = {name: absolute(getattr(config.gan.quality, name)) for name in ("network", "weights")}
+    gan = config.gan.model_copy(update={"quality": config.gan.quality.model_copy(update=judged_by)})
+    return config.model_copy(update={"data": data, "generator": generator, "projection": projection, "gan": gan})
 
 
 def user_error_behind(error: BaseException) -> UserError | None:

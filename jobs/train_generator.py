@@ -1,5 +1,6 @@
 """Train a StyleGAN 2 on the training split: weights in safetensors, a card, a grid of samples."""
 
+import argparse
 import shlex
 import sys
 from pathlib import Path
@@ -8,8 +9,12 @@ from dmat_ray import cli
 from dmat_ray.cluster.session import prepare_environment
 
 
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace another generator that is in the output folder")
+
+
 def main() -> None:
-    config, _ = cli.parse(str(__doc__), preset=["mnist32_generator"])
+    config, arguments = cli.parse(str(__doc__), preset=["mnist32_generator"], add=add)
     prepare_environment(config)
     from dmat_ray.cluster import gan
     from dmat_ray.cluster.jobs import Speaker
@@ -18,7 +23,7 @@ def main() -> None:
     say = Speaker().stage("generator")
     output = Path(config.output).resolve()
     folder = output / "generator"
-    if gan.is_trained(config, folder):
+    if not arguments.overwrite and gan.is_trained(config, folder):
         say("is trained already and unchanged, nothing to do")
     else:
         gan.check(config, output / "train")  # bad data ends here, before Ray starts

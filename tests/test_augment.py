@@ -79,6 +79,15 @@ def test_several_geometric_augmentations_are_one_resampling(image: Tensor) -> No
     np.testing.assert_allclose(both.numpy(), resampled(image, turn(math.radians(9)) * 2**0.3), atol=1e-5)
 
 
+def test_autocast_does_not_blur_the_places_of_pixels() -> None:
+    """Half precision knows a place in a 256 pixel wide image to half a pixel."""
+    x = torch.rand(2, 1, 256, 256) * 2 - 1
+    draws = gan.StepDraws(0, 1, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        same = augment(x, list(GEOMETRIC), 0.0, draws.uniform, draws.normal)
+    torch.testing.assert_close(same, x, atol=1e-3, rtol=0)
+
+
 def test_colours(image: Tensor) -> None:
     def changed(name: str) -> Tensor:
         return augment(image, [name], 0.5, *samplers((0, 0), (0.5, 0), 2))

@@ -222,6 +222,9 @@ def test_paths_of_inputs_become_absolute(tmp_path: Path, monkeypatch: pytest.Mon
     config, _ = cli.parse("test", ["--data.source", "photos", "--generator.path", "mnist32"])
     assert config.data.source == str(tmp_path / "photos")
     assert config.generator.path == "mnist32", "the shipped generator, whatever lies here"
+    (tmp_path / "inception.pth").touch()
+    judged = cli.parse("test", ["--gan.quality.weights", "inception.pth", "--gan.quality.network", "photos"])[0].gan.quality
+    assert (judged.weights, judged.network) == (str(tmp_path / "inception.pth"), str(tmp_path / "photos"))
 
 
 def test_numbers_with_few_choices_are_read_from_text() -> None:

@@ -166,5 +166,7 @@ def test_what_does_not_fit_the_architecture_is_refused(tmp_path: Path) -> None:
     images, labels = torch.rand(8, 1, 8, 8), torch.arange(8) % 3
     with pytest.raises(UserError, match=r"images are \(3, 8, 8\).*gan\.architecture makes \(1, 8, 8\)"):
         train(settings(), images.expand(-1, 3, -1, -1), labels, tmp_path, [])
-    with pytest.raises(UserError, match="labels reach 5"):
+    with pytest.raises(UserError, match=r"num_classes is 3, but the images have 3 class\(es\), labels up to 5"):
         train(settings(), images, labels + 3, tmp_path, [])
+    with pytest.raises(UserError, match=r"num_classes is 3, but the images have 2 class\(es\).*or to 0"):
+        train(settings(), images, labels % 2, tmp_path, [])

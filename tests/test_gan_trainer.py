@@ -109,15 +109,21 @@ def spoil(monkeypatch: pytest.MonkeyPatch, qualities: list[dict[str, float]]) ->
     monkeypatch.setattr(gan_trainer.Judge, "__call__", lambda self, generator: dict(next(found)))
 
 
+def found(fid: float | None, lowest: float) -> dict[str, float]:
+    return {"diversity": 1.0, "lowest_diversity": lowest} | ({} if fid is None else {"fid": fid})
+
+
 @pytest.mark.parametrize(
     ("qualities", "keep", "best"),
     [
-        ([{"fid": 9, "diversity": 1}, {"fid": 3, "diversity": 1}, {"fid": 5, "diversity": 1}], "best", 1),
-        ([{"fid": 9, "diversity": 1}, {"fid": 3, "diversity": 1}, {"fid": 5, "diversity": 1}], "last", 2),
+        ([found(9, 1), found(3, 1), found(5, 1)], "best", 1),
+        ([found(9, 1), found(3, 1), found(5, 1)], "last", 2),
         # a collapsed generator can have a low FID: three good digits of each class
-        ([{"fid": 9, "diversity": 0.9}, {"fid": 3, "diversity": 0.1}, {"fid": 20, "diversity": 0.1}], "best", 0),
-        ([{"fid": 9, "diversity": 0.1}, {"fid": 30, "diversity": 0.9}, {"fid": 40, "diversity": 0.9}], "best", 1),
-        ([{"diversity": 0.9}, {"diversity": 0.9}, {"diversity": 0.1}], "best", 1),
+        ([found(9, 0.9), found(3, 0.1), found(20, 0.1)], "best", 0),
+        ([found(9, 0.1), found(30, 0.9), found(40, 0.9)], "best", 1),
+        ([found(None, 0.9), found(None, 0.9), found(None, 0.1)], "best", 1),
+        ([found(None, 0.9), found(None, float("nan")), found(None, float("nan"))], "best", 0),
+        ([found(9, 0.9), found(float("inf"), 0.9), found(float("inf"), 0.9)], "best", 0),
     ],
 )
 def test_the_best_snapshot_is_the_result(
@@ -134,8 +140,33 @@ def test_the_best_snapshot_is_the_result(
     assert len(averages) == 3
     equal = [all(torch.equal(result[key], average[key]) for key in result) for average in averages]
     assert equal == [k == best for k in range(3)]
-    assert [r["collapsed"] for r in reports if "collapsed" in r] == [float(q["diversity"] < 0.4) for q in qualities]
+    collapsed = [float(not q["lowest_diversity"] >= 0.4) for q in qualities]
+    assert [r["collapsed"] for r in reports if "collapsed" in r] == collapsed
     assert result_of(tmp_path / "checkpoint", config)[1]["kimg"] == pytest.approx(0.08 * (best + 1))
+
+
+def test_a_training_that_diverges_late_ends_with_its_best_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    averages: list[dict[str, Tensor]] = []
+    step = _Training.step
+
+    def spoiled(self: _Training, i: int, images: Tensor, labels: Tensor) -> None:
+        step(self, i, images, labels)
+        if i == 25:
+            self.generator.synth.const.data.fill_(float("nan"))
+
+    monkeypatch.setattr(_Training, "step", spoiled)
+    reports: list[Mapping[str, float]] = []
+    generator = train_generator(
+        settings(), *some_images(), LocalContext(tmp_path, reports.append),
+        lambda average, kimg, quality: averages.append({k: v.clone() for k, v in average.state_dict().items()}),
+    )  # fmt: skip
+    assert [round(r["kimg"], 2) for r in reports] == [0.04, 0.08, 0.12, 0.16, 0.2, 0.24][: len(reports)]
+    assert len(reports) == 6, "reported every 5 steps, ended at the first report that was no number"
+    assert len(averages) == 2
+    assert all(torch.equal(value, averages[-1][key]) for key, value in generator.state_dict().items())
+    kept = result_of(tmp_path / "checkpoint", settings())[1]
+    assert (kept["diverged"], kept["kimg"]) == (True, pytest.approx(0.16))
+    assert train(settings(), tmp_path)[1] == [], "it is finished"
 
 
 def test_a_training_that_diverges_says_so(tmp_path: Path) -> None:
@@ -199,6 +230,7 @@ def test_unconditional_training_needs_no_labels(tmp_path: Path) -> None:
         ({"augmentations": [], "ada_target": 0.6}, "there are none"),
         ({"architecture": {"conv_clamp": 256}}, "conv_clamp belongs to imported generators"),
         ({"augment": 0.9}, "less than or equal to 0.8"),
+        ({"report_kimg": 10, "snapshot_kimg": 5}, "must be a multiple of report_kimg"),
     ],
 )
 def test_settings_that_make_no_sense(values: dict[str, Any], message: str) -> None:

@@ -3,7 +3,9 @@
 import io
 import os
 import pickle
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +18,15 @@ from torch import Tensor
 from dmat_ray import checkpoint, classifiers, weights
 from dmat_ray.config import Config, QualityConfig, StyleGAN2Config
 from dmat_ray.errors import UserError
+from dmat_ray.local import LocalContext
 from dmat_ray.manifold import quality
+from dmat_ray.manifold import samples as sampling
 from dmat_ray.manifold.base import LatentGenerator
-from dmat_ray.manifold.samples import sample_grid, samples
+from dmat_ray.manifold.samples import sample_grid
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 
 CPU = torch.device("cpu")
+HERE = LocalContext(Path())
 
 
 def digits(count: int = 60, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -74,7 +79,7 @@ def test_precision_and_recall_of_their_paper() -> None:
 
 @pytest.fixture(scope="module")
 def judge() -> quality.Judge:
-    return quality.Judge(QualityConfig(samples=60, epochs=4), *digits(300), CPU)
+    return quality.Judge(QualityConfig(samples=200, epochs=4), *digits(300), HERE)
 
 
 def test_samples_like_the_images_are_good_and_others_are_not(judge: quality.Judge) -> None:
@@ -82,21 +87,108 @@ def test_samples_like_the_images_are_good_and_others_are_not(judge: quality.Judg
     noise = judge(Copier(torch.randint(0, 256, (300, 1, 32, 32), dtype=torch.uint8)))
     assert copies["fid"] < 0.1 * noise["fid"]
     assert copies["precision"] > 0.8
-    assert copies["recall"] > 0.8
+    assert copies["recall"] > 0.7
     assert noise["precision"] < 0.2
     assert judge(Copier(digits(300, seed=5)[0])) == copies, "the same samples are judged each time"
 
 
-def test_diversity_is_relative_to_pairs_of_real_images(judge: quality.Judge) -> None:
-    one_class, other = (digits(300, seed=5)[0][k::3] for k in (0, 1))
-    # within one class; the real pairs are within a class as well
-    assert judge(Copier(one_class))["diversity"] == pytest.approx(1, abs=0.15)
-    both = torch.cat([one_class, other])
-    assert judge(Copier(both))["diversity"] > 1.3
-    collapsed = judge(Copier(one_class, freedom=0))
+def test_diversity_is_relative_to_pairs_of_real_images() -> None:
+    """Of an unconditional generator any two samples are compared, and any two images."""
+    images, labels = digits(300, seed=5)
+    judge = quality.Judge(QualityConfig(network="none", samples=200), images, labels, HERE, conditional=False)
+    assert judge(Copier(images))["diversity"] == pytest.approx(1, abs=0.1)
+    one_class = judge(Copier(images[0::3]))
+    assert one_class["diversity"] < 0.7, "a class that is alone is less than all of the images"
+    collapsed = judge(Copier(images, freedom=0))
     assert collapsed["diversity"] == 0
     assert judge.collapsed(collapsed)
-    assert not judge.collapsed({"diversity": 0.41})
+    assert judge.collapsed({"lowest_diversity": float("nan")})
+    assert not judge.collapsed({"lowest_diversity": 0.41})
+
+
+class ClassCopier(LatentGenerator):
+    """Makes images of the class that z asks for, of `dead` classes the same one always."""
+
+    def __init__(self, images: Tensor, labels: Tensor, dead: tuple[int, ...] = ()) -> None:
+        super().__init__(4, 4, 1, 32, 1, num_classes=3)
+        self.groups, self.dead = [images[labels == c].float() / 255 for c in range(3)], dead
+
+    def mapping(self, z_BZ: Tensor, truncation_psi: float = 1.0) -> Tensor:
+        return z_BZ[:, None]
+
+    def synthesis(self, w_BLD: Tensor, clamp: bool = True) -> Tensor:
+        images = []
+        for z, c in zip(w_BLD[:, 0], self.class_of(w_BLD[:, 0]).tolist(), strict=True):
+            place = 0 if c in self.dead else int(torch.erf(z[3].abs() / 2**0.5) * len(self.groups[c]))
+            images.append(self.groups[c][min(place, len(self.groups[c]) - 1)])
+        return torch.stack(images)
+
+
+def test_one_dead_class_is_a_collapse(judge: quality.Judge) -> None:
+    images, labels = digits(300, seed=5)
+    alive, dead = (judge(ClassCopier(images, labels, d)) for d in ((), (1,)))
+    assert alive["diversity"] == pytest.approx(1, abs=0.1)
+    assert alive["lowest_diversity"] == pytest.approx(1, abs=0.2)
+    assert not judge.collapsed(alive)
+    assert dead["diversity"] > 0.5
+    assert dead["lowest_diversity"] == 0
+    assert judge.collapsed(dead)
+
+
+def test_classes_of_which_few_pairs_were_drawn_do_not_count() -> None:
+    values, classes = torch.tensor([1.0] * 20 + [0.0] * 5), torch.tensor([0] * 20 + [1] * 5)
+    assert quality.class_means(values, classes) == {None: pytest.approx(0.8), 0: 1.0}
+    assert quality.class_means(values, None) == {None: pytest.approx(0.8)}
+
+
+class Part:
+    """One of two workers, in threads: `average_` waits for the other."""
+
+    world_size, device = 2, CPU
+    barrier, boxes = threading.Barrier(2), [None, None]
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def average_(self, tensors: list[Tensor]) -> None:
+        self.boxes[self.rank] = [t.clone() for t in tensors]
+        self.barrier.wait()
+        means = [(a + b) / 2 for a, b in zip(*self.boxes, strict=True)]
+        self.barrier.wait()
+        for t, mean in zip(tensors, means, strict=True):
+            t.copy_(mean)
+
+
+@pytest.fixture
+def classifier_folder(tmp_path: Path, make_config: Callable[..., Config]) -> Path:
+    """An untrained classifier of three classes, as jobs/train.py leaves one."""
+    config = make_config()
+    torch.manual_seed(0)
+    run = checkpoint.describe_run(config, ("a", "b", "c"), 1, 32, "g", "s") | {"epoch": 1}
+    checkpoint.save(tmp_path / "model", classifiers.build(config.classifier, 1, 3), run)
+    return tmp_path / "model"
+
+
+def test_two_workers_judge_as_one(monkeypatch: pytest.MonkeyPatch, classifier_folder: Path) -> None:
+    """Each renders its part of the samples, and both come to the numbers of one that renders all."""
+    images, labels = digits(300, seed=5)
+    monkeypatch.setattr(sampling, "CHUNK_PIXELS", 32 * 32 * 10)
+    settings = QualityConfig(samples=110, network=str(classifier_folder))
+    expected = quality.Judge(settings, images, labels, HERE)(ClassCopier(images, labels))
+
+    def work(rank: int) -> dict[str, float]:
+        return quality.Judge(settings, images, labels, Part(rank))(ClassCopier(images, labels))
+
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(work, range(2))
+    assert one == two
+    assert one == pytest.approx(expected, rel=1e-4)
+
+
+def test_large_images_are_made_a_few_at_a_time() -> None:
+    assert sampling.chunk_size(32) == 1024
+    assert sampling.chunk_size(256) == 16
+    assert sampling.chunk_size(2048) == 1
 
 
 def test_pairs_share_their_class() -> None:
@@ -105,11 +197,8 @@ def test_pairs_share_their_class() -> None:
     assert len(pairs) == 200
     assert all(labels[a] == labels[b] and a != b for a, b in zip(pairs[0::2], pairs[1::2], strict=True))
     torch.manual_seed(0)
-    shape = StyleGAN2Config(resolution=8, channel_base=32, z_dim=8, num_classes=3)
-    generator, seen = StyleGAN2(shape), []
-    generator.map.register_forward_pre_hook(lambda module, inputs: seen.append(generator.class_of(inputs[0])))
-    list(samples(generator, 300, pairs=True))
-    classes = torch.cat(seen)
+    generator = StyleGAN2(StyleGAN2Config(resolution=8, channel_base=32, z_dim=8, num_classes=3))
+    classes = torch.cat([c for _, _, c in sampling.samples(generator, 300, pairs=True)])
     assert torch.equal(classes[0::2], classes[1::2])
     assert len(torch.unique(classes)) == 3
 
@@ -118,7 +207,7 @@ def test_training_the_network_leaves_the_global_random_numbers_alone() -> None:
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    quality.Judge(QualityConfig(samples=20, epochs=1), *digits(), CPU)
+    quality.Judge(QualityConfig(samples=20, epochs=1), *digits(), HERE)
     assert torch.equal(torch.rand(4), expected)
 
 
@@ -130,25 +219,21 @@ def test_features_are_what_the_last_layer_takes_in() -> None:
     torch.testing.assert_close(features @ head.weight.T + head.bias, network(images.float() / 255))
 
 
-def test_a_trained_classifier_gives_features(tmp_path: Path, make_config: Callable[..., Config]) -> None:
-    config = make_config()
-    network = classifiers.build(config.classifier, 1, 3)
-    run = checkpoint.describe_run(config, ("a", "b", "c"), 1, 32, "g", "s") | {"epoch": 1}
-    checkpoint.save(tmp_path, network, run)
-    settings = QualityConfig(network=str(tmp_path), samples=20)
-    assert quality.Judge(settings, *digits(), CPU)(Copier(digits()[0]))["fid"] >= 0
+def test_a_trained_classifier_gives_features(tmp_path: Path, classifier_folder: Path) -> None:
+    settings = QualityConfig(network=str(classifier_folder), samples=20)
+    assert quality.Judge(settings, *digits(), HERE)(Copier(digits()[0]))["fid"] >= 0
     small = torch.zeros(6, 1, 8, 8)
     with pytest.raises(UserError, match="takes 32x32 images with 1 channel"):
-        quality.Judge(settings, small, torch.arange(6) % 3, CPU)
+        quality.Judge(settings, small, torch.arange(6) % 3, HERE)
     with pytest.raises(UserError, match="no trained model at"):
-        quality.Judge(QualityConfig(network=str(tmp_path / "none")), *digits(), CPU)
+        quality.Judge(QualityConfig(network=str(tmp_path / "none")), *digits(), HERE)
 
 
 def test_one_class_cannot_train_a_classifier() -> None:
     images, labels = digits()
     with pytest.raises(UserError, match="two classes or more; choose 'inception' or 'none'"):
-        quality.Judge(QualityConfig(), images, torch.zeros_like(labels), CPU)
-    assert "fid" not in quality.Judge(QualityConfig(network="none", samples=20), images, torch.zeros_like(labels), CPU)(
+        quality.Judge(QualityConfig(), images, torch.zeros_like(labels), HERE)
+    assert "fid" not in quality.Judge(QualityConfig(network="none", samples=20), images, torch.zeros_like(labels), HERE)(
         Copier(images)
     )
 
@@ -224,7 +309,7 @@ def test_a_grid_shows_a_class_in_each_column() -> None:
     with Image.open(io.BytesIO(sample_grid(generator))) as grid:
         assert grid.size == (10 * 10 + 2, 8 * 10 + 2)
         pixels = np.asarray(grid) / 255
-    assert torch.equal(torch.stack(seen), torch.arange(10).remainder(4).expand(8, 10))
+    assert torch.equal(torch.cat(seen).view(8, 10), torch.arange(10).remainder(4).expand(8, 10))
     z = torch.randn(80, 8, generator=torch.Generator().manual_seed(0))
     z[13, 3] = z[13, :4].max() + 1
     expected = generator.synthesis(generator.mapping(z[13:14])).detach()[0, 0]

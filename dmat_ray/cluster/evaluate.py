@@ -49,6 +49,7 @@ def fingerprint(config: Config, set_path: Path, models: dict[str, Path]) -> dict
     """What the rows depend on."""
     return {
         "evaluation": config.evaluation.model_dump(mode="json"),
+        "generator_precision": config.generator.precision,
         "set": manifold_set.sha256(set_path / manifold_set.MANIFEST),
         "models": {name: manifold_set.sha256(path / checkpoint.MODEL) for name, path in models.items()},
     }

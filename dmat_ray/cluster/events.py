@@ -15,13 +15,22 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from dmat_ray.errors import UserError
+
 
 class _Mailbox:
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
+        self.user_error: str | None = None
 
     def put(self, event: dict[str, Any]) -> None:
         self.events.append(event)
+
+    def put_user_error(self, text: str) -> None:
+        self.user_error = self.user_error or text
+
+    def get_user_error(self) -> str | None:
+        return self.user_error
 
     def take(self) -> list[dict[str, Any]]:
         events, self.events = self.events, []
@@ -40,8 +49,32 @@ def send(mailbox: str, event: dict[str, Any]) -> None:
 
 
 @contextmanager
+def no_retry_of_user_errors(mailbox: str) -> Iterator[bool]:
+    """For the body of a worker: yields False if an earlier attempt found what only a user can mend, and the body must do nothing.
+
+    Ray Train starts a failed group anew, whatever it failed of. This first attempt fails, so that all of its workers are
+    stopped at once; the next one ends without doing anything, and the listener raises the UserError.
+    """
+    actor = None
+    with contextlib.suppress(ValueError):
+        actor = ray.get_actor(mailbox)
+    if actor is not None and ray.get(actor.get_user_error.remote()) is not None:
+        yield False
+        return
+    try:
+        yield True
+    except UserError as error:
+        if actor is not None:
+            ray.get(actor.put_user_error.remote(str(error)))
+        raise
+
+
+@contextmanager
 def listen(handle: Callable[[dict[str, Any]], None], interval_s: float = 0.3) -> Iterator[str]:
-    """Calls `handle` in a thread for every event sent to the mailbox whose name this yields; all are handled at exit."""
+    """Calls `handle` in a thread for every event sent to the mailbox whose name this yields; all are handled at exit.
+
+    Raises the UserError that a worker has left there (see `no_retry_of_user_errors`), whatever the body raises.
+    """
     name = f"dmat_ray_events_{uuid.uuid4().hex[:12]}"
     # on the driver's own node: a spot worker may go at any time
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -66,6 +99,7 @@ def listen(handle: Callable[[dict[str, Any]], None], interval_s: float = 0.3) ->
 
     thread = threading.Thread(target=loop, daemon=True)
     thread.start()
+    found: str | None = None
     try:
         yield name
     finally:
@@ -73,4 +107,7 @@ def listen(handle: Callable[[dict[str, Any]], None], interval_s: float = 0.3) ->
         thread.join()
         with contextlib.suppress(ray.exceptions.RayError):
             drain()
+            found = ray.get(actor.get_user_error.remote(), timeout=60)
             ray.kill(actor)
+        if found is not None:
+            raise UserError(found)

@@ -1,9 +1,12 @@
 """Generator training on Ray Train: images decoded once, workers on parts of each batch, checkpoints, samples in MLflow."""
 
+import contextlib
+import math
+import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from os import cpu_count
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +19,79 @@ from torch import Tensor
 from dmat_ray.checkpoint import versions
 from dmat_ray.cluster import tracking
 from dmat_ray.cluster.context import RayContext
-from dmat_ray.cluster.events import listen, send
+from dmat_ray.cluster.events import listen, no_retry_of_user_errors, send
 from dmat_ray.cluster.session import worker_resources
 from dmat_ray.config import Config, DataConfig
-from dmat_ray.data.manifold_set import read_json
+from dmat_ray.data.manifold_set import read_json, text_digest, write_json
 from dmat_ray.data.sources import Example, decode, list_examples
 from dmat_ray.errors import UserError
+from dmat_ray.manifold import quality
 from dmat_ray.manifold.base import LatentGenerator
-from dmat_ray.manifold.gan_trainer import check_images, check_workers, result_of, train_generator
+from dmat_ray.manifold.gan_trainer import DEAD_END, check_images, check_workers, result_of, train_generator
 from dmat_ray.manifold.generators import CARD, WEIGHTS, save_generator
 from dmat_ray.manifold.samples import sample_grid
 
 SAMPLES = "samples.png"
+PIXELS, LABELS, REJECTED = "images.npy", "labels.npy", "rejected.json"
 RUN_NAME = "generator"
 
 
-def prepare_images(config: DataConfig, folder: Path) -> Path:
-    """Decode the training split into `folder`, once; the result is read with `open_images`.
+@dataclass(frozen=True)
+class ImageCache:
+    """The decoded training split in a folder that all workers map, and what was left out of it."""
 
-    Raises UserError if more than `config.max_rejected` of the images cannot be read.
+    folder: Path
+    digest: str
+    rejected: dict[str, str]
+
+    def open(self) -> tuple[Tensor, Tensor]:
+        """uint8 images (N, C, H, W), of which only those asked for are ever read, and labels (N)."""
+        labels = np.load(self.folder / LABELS)
+        # a private map: what is shared with all processes of a node is never written
+        pixels = np.load(self.folder / PIXELS, mmap_mode="c")
+        return torch.from_numpy(pixels[: len(labels)]), torch.from_numpy(labels)
+
+
+def _listing(config: Config) -> tuple[list[Example], str]:
+    """The training split, and a digest that changes with its images, their labels, and how they are decoded."""
+    labelled = config.gan.architecture.num_classes > 0
+    examples = [e for e in list_examples(config.data, labelled=labelled).examples if e.split == "train"]
+
+    def version(content: bytes | Path) -> str:
+        if isinstance(content, bytes):
+            return text_digest(content.hex())
+        stat = content.stat()
+        return f"{stat.st_size} {stat.st_mtime_ns}"
+
+    lines = [f"{e.id}\t{e.label}\t{version(e.content)}" for e in examples]
+    return examples, text_digest("\n".join([f"{config.data.resolution} {config.data.channels}", *lines]))
+
+
+def prepare_images(config: Config, storage: Path) -> ImageCache:
+    """Decode the training split into a folder below `storage`, unless it is there.
+
+    Raises UserError if more than `data.max_rejected` of the images cannot be read.
     """
-    path = folder / f"images-{config.fingerprint()}"
-    if path.with_suffix(".labels.npy").is_file():
-        return path
-    examples = [e for e in list_examples(config).examples if e.split == "train"]
-    folder.mkdir(parents=True, exist_ok=True)
+    examples, digest = _listing(config)
+    cache = storage / f"images-{digest[:16]}"
+    if all((cache / name).is_file() for name in (PIXELS, LABELS, REJECTED)):
+        return ImageCache(cache, digest, read_json(cache / REJECTED))
+    shutil.rmtree(cache, ignore_errors=True)
+    partial = storage / f".{cache.name}.{os.getpid()}.partial"
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        rejected = _decode_all(examples, config.data, partial)
+        write_json(partial / REJECTED, rejected)
+        with contextlib.suppress(OSError):  # another job of the same output was quicker
+            partial.rename(cache)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return ImageCache(cache, digest, rejected)
+
+
+def _decode_all(examples: list[Example], config: DataConfig, folder: Path) -> dict[str, str]:
     shape = (len(examples), config.channels, config.resolution, config.resolution)
-    pixels = np.lib.format.open_memmap(path.with_suffix(".npy"), mode="w+", dtype=np.uint8, shape=shape)
+    pixels = np.lib.format.open_memmap(folder / PIXELS, mode="w+", dtype=np.uint8, shape=shape)
     rejected: dict[str, str] = {}
 
     def load(i: int, example: Example) -> bool:
@@ -50,41 +99,35 @@ def prepare_images(config: DataConfig, folder: Path) -> Path:
             pixels[i] = decode(example.read(), config.resolution, config.channels)
         except (OSError, ValueError) as error:
             rejected[example.id] = str(error)
-        return example.id not in rejected
+            return False
+        return True
 
-    with ThreadPoolExecutor(cpu_count()) as pool:  # Pillow decodes outside of the interpreter's lock
-        good = np.array(list(pool.map(load, range(len(examples)), examples)), dtype=bool)
-    if not good.any() or len(rejected) > config.max_rejected * len(examples):
-        path.with_suffix(".npy").unlink()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside of the interpreter's lock
+        good = [i for i, ok in enumerate(pool.map(load, range(len(examples)), examples)) if ok]
+    if not good or len(rejected) > config.max_rejected * len(examples):
         name, reason = next(iter(rejected.items()), ("", "there are none"))
         raise UserError(f"{len(rejected)} of {len(examples)} images were rejected; the first: '{name}' {reason}")
+    for place, i in enumerate(good):  # the places of those that could not be read are closed up
+        if place != i:
+            pixels[place] = pixels[i]
     pixels.flush()
-    labels = np.array([e.label if ok else -1 for e, ok in zip(examples, good, strict=True)], dtype=np.int64)
-    np.save(path.with_suffix(".labels.npy"), labels)  # last: without it the images are decoded anew
-    return path
-
-
-def open_images(path: Path) -> tuple[Tensor, Tensor]:
-    """uint8 images (N, C, H, W), of which only those asked for are ever read, and labels (N)."""
-    labels = np.load(path.with_suffix(".labels.npy"))
-    # a private map: what is shared with all processes of a node is never written
-    pixels = np.load(path.with_suffix(".npy"), mmap_mode="c")
-    if (labels < 0).any():  # the few that could not be read: their places are empty
-        pixels, labels = pixels[labels >= 0], labels[labels >= 0]
-    return torch.from_numpy(pixels), torch.from_numpy(labels)
+    np.save(folder / LABELS, np.array([examples[i].label for i in good], dtype=np.int64))
+    return rejected
 
 
 def worker(settings: dict[str, Any]) -> None:
     """What every Ray Train worker runs; the checkpoint of the last snapshot holds the result."""
     config = Config.model_validate(settings["config"])
-    context = RayContext(RUN_NAME, settings["mailbox"])
+    mailbox = settings["mailbox"]
     torch.set_num_threads(config.cluster.threads_per_worker)
-    images, labels = open_images(Path(settings["images"]))
 
     def show(average: LatentGenerator, kimg: float, quality: dict[str, float]) -> None:
-        send(settings["mailbox"], {"kimg": kimg, "samples": sample_grid(average, config.gan.seed)})
+        send(mailbox, {"kimg": kimg, "samples": sample_grid(average, config.gan.seed)})
 
-    train_generator(config.gan, images, labels, context, show)
+    with no_retry_of_user_errors(mailbox) as go:
+        if go:
+            images, labels = ImageCache(Path(settings["images"]), "", {}).open()
+            train_generator(config.gan, images, labels, RayContext(RUN_NAME, mailbox), show)
 
 
 def describe(metrics: dict[str, float], kimg: float) -> str:
@@ -95,20 +138,43 @@ def describe(metrics: dict[str, float], kimg: float) -> str:
 
 
 def is_trained(config: Config, folder: Path) -> bool:
-    """True if `folder` holds the generator that these settings and this data make."""
-    if not (folder / CARD).is_file() or not (folder / WEIGHTS).is_file():
+    """True if `folder` holds the generator that these settings and this data make.
+
+    Raises UserError if it holds another one, which training would replace.
+    """
+    if not folder.exists():
         return False
-    card = read_json(folder / CARD)
-    same_training = card.get("training") == config.gan.model_dump(mode="json")
-    return bool(same_training and card.get("data") == config.data.model_dump(mode="json"))
+    card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
+    same = card.get("training") == config.gan.model_dump(mode="json") and card.get("images_sha256") == _listing(config)[1]
+    if same and (folder / WEIGHTS).is_file():
+        return True
+    raise UserError(
+        f"'{folder}' holds another generator, or one of other settings or images; give another --output, or --overwrite"
+    )
 
 
-def check(config: Config, storage: Path) -> Path:
-    """Raise UserError for settings that do not fit the images; returns where the decoded images are. Needs no Ray."""
+def check(config: Config, storage: Path) -> ImageCache:
+    """Raise UserError for settings that do not fit the images; returns the decoded images. Needs no Ray."""
     check_workers(config.gan, config.cluster.train_workers)
-    images = prepare_images(config.data, storage)
-    check_images(config.gan, *open_images(images))
-    return images
+    cache = prepare_images(config, storage)
+    images, labels = cache.open()
+    check_images(config.gan, images, labels)
+    quality.check(config.gan.quality, images.shape[1], images.shape[2], labels)
+    return cache
+
+
+def _warnings(metrics: dict[str, float], config: Config) -> list[str]:
+    """What a report gives reason to say besides its numbers."""
+    said = []
+    if metrics.get("collapsed"):
+        rest = "an earlier snapshot is kept if one is better" if config.gan.keep == "best" else "gan.keep best would leave it out"
+        said.append(
+            f"warning: two samples of a class are only {metrics['lowest_diversity']:.0%} as far apart as real images: the "
+            f"generator has collapsed here; {rest}"
+        )
+    if not math.isfinite(metrics["loss_g"] + metrics["loss_d"]):
+        said.append(f"warning: training has diverged and ends with its best snapshot; {DEAD_END}")
+    return said
 
 
 def train(config: Config, folder: Path, command: str, say: Callable[[str], None]) -> Path:
@@ -117,31 +183,36 @@ def train(config: Config, folder: Path, command: str, say: Callable[[str], None]
     A rerun after a crash goes on from the latest snapshot.
     """
     storage = Path(config.output).resolve() / "train"
-    images = check(config, storage)
-    name = f"generator-{config.gan.fingerprint()}-{config.data.fingerprint()}-{config.cluster.train_workers}"
-    grids = folder.with_name(f"{folder.name}_samples")
+    cache = check(config, storage)
+    if cache.rejected:
+        name, reason = next(iter(cache.rejected.items()))
+        say(f"{len(cache.rejected)} image(s) cannot be read and are left out; the first: '{name}' {reason}")
+    name = f"generator-{config.gan.fingerprint()}-{cache.digest[:12]}-{config.cluster.train_workers}"
+    others = [p.name for p in storage.glob("generator-*") if p.name != name]
+    if others:
+        say(
+            f"'{storage}' holds unfinished trainings of other settings, images or workers, which this one leaves: "
+            + ", ".join(others)
+        )
+    grids = folder.with_name(f"{folder.name}_samples") / name
     with tracking.tracked(config, "", "train_generator") as run:
 
         def handle(event: dict[str, Any]) -> None:
             if "samples" in event:
                 grids.mkdir(parents=True, exist_ok=True)
-                file = grids / f"samples-{event['kimg']:06.0f}.png"
+                file = grids / f"samples-{round(event['kimg'] * 1000):09d}.png"
                 file.write_bytes(event["samples"])
                 run.artifact(file, "samples")
                 return
             metrics = event["metrics"]
             run.metrics(metrics, step=round(metrics["kimg"] * 1000))
-            say(describe(metrics, config.gan.kimg))
-            if metrics.get("collapsed"):
-                say(
-                    f"warning: two samples of a class are {metrics['diversity']:.0%} as far apart as real images: the generator "
-                    "has collapsed here; an earlier snapshot is kept if one is better"
-                )
+            for line in [describe(metrics, config.gan.kimg), *_warnings(metrics, config)]:
+                say(line)
 
         with listen(handle) as mailbox:
             result = ray.train.torch.TorchTrainer(
                 worker,
-                train_loop_config={"config": config.to_json(), "mailbox": mailbox, "images": str(images)},
+                train_loop_config={"config": config.to_json(), "mailbox": mailbox, "images": str(cache.folder)},
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=config.cluster.train_workers,
                     use_gpu=config.cluster.gpus_per_worker > 0,
@@ -155,7 +226,7 @@ def train(config: Config, folder: Path, command: str, say: Callable[[str], None]
                 ),
             ).fit()
         assert result.checkpoint is not None
-        generator, quality = result_of(Path(result.checkpoint.path), config.gan)
+        generator, kept = result_of(Path(result.checkpoint.path), config.gan)
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -163,9 +234,11 @@ def train(config: Config, folder: Path, command: str, say: Callable[[str], None]
         card = {
             "command": command,
             "data": config.data.model_dump(mode="json"),
-            "images": len(open_images(images)[1]),
+            "images": len(cache.open()[1]),
+            "images_sha256": cache.digest,
+            "rejected": cache.rejected,
             "training": config.gan.model_dump(mode="json"),
-            "quality": quality,
+            "quality": kept,
             "seed": config.gan.seed,
             "versions": versions(),
         }
@@ -173,8 +246,7 @@ def train(config: Config, folder: Path, command: str, say: Callable[[str], None]
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         run.artifact(folder, "generator")
-        run.metrics({f"kept_{key}": value for key, value in quality.items()}, step=round(quality["kimg"] * 1000))
-    shutil.rmtree(storage / name, ignore_errors=True)
-    for file in (images.with_suffix(".npy"), images.with_suffix(".labels.npy")):
-        file.unlink(missing_ok=True)
+        run.metrics({f"kept_{key}": float(value) for key, value in kept.items()}, step=round(kept["kimg"] * 1000))
+    for leftover in (storage / name, cache.folder):
+        shutil.rmtree(leftover, ignore_errors=True)
     return folder

@@ -14,7 +14,7 @@ import torch
 from dmat_ray import checkpoint, classifiers
 from dmat_ray.cluster import session, tracking
 from dmat_ray.cluster.context import RayContext
-from dmat_ray.cluster.events import listen
+from dmat_ray.cluster.events import listen, no_retry_of_user_errors
 from dmat_ray.cluster.session import set_folder
 from dmat_ray.config import Config
 from dmat_ray.data import manifold_set
@@ -37,6 +37,12 @@ def _run_name(folder: Path) -> str:
 
 def worker(settings: dict[str, Any]) -> None:
     """What every Ray Train worker runs: the runs of `settings`, one after the other, from the latest checkpoint on."""
+    with no_retry_of_user_errors(settings["mailbox"]) as go:
+        if go:
+            _train(settings)
+
+
+def _train(settings: dict[str, Any]) -> None:
     configs = [Config.model_validate(c) for c in settings["configs"]]
     latest = ray.train.get_checkpoint()
     if latest is not None:

@@ -25,14 +25,14 @@ class StyleGANConfig(Section):
 
     resolution: int = Field(32, ge=8, le=1024, description="image height and width in pixels, a power of two")
     channels: Channels = Field(1, description="image channels: 1 (grey) or 3 (RGB)")
-    num_classes: int = Field(0, ge=0, description="classes of a conditional generator; 0 = unconditional")
-    z_dim: int = Field(64, ge=1, description="dimensions of the input noise z")
-    w_dim: int = Field(64, ge=1, description="dimensions of one w vector")
-    mapping_layers: int = Field(4, ge=1, description="fully connected layers from z to w")
-    mapping_width: int | None = Field(None, ge=1, description="features between those layers; null = w_dim")
+    num_classes: int = Field(0, ge=0, le=100_000, description="classes of a conditional generator; 0 = unconditional")
+    z_dim: int = Field(64, ge=1, le=65536, description="dimensions of the input noise z")
+    w_dim: int = Field(64, ge=1, le=65536, description="dimensions of one w vector")
+    mapping_layers: int = Field(4, ge=1, le=64, description="fully connected layers from z to w")
+    mapping_width: int | None = Field(None, ge=1, le=65536, description="features between those layers; null = w_dim")
     mapping_rate: float = Field(0.1, gt=0, le=1, description="learning rate of those layers relative to the others")
-    channel_base: int = Field(512, ge=8, description="feature channels at a resolution r are channel_base / r ...")
-    channel_max: int = Field(128, ge=1, description="... but at most this many")
+    channel_base: int = Field(512, ge=8, le=1 << 20, description="feature channels at a resolution r are channel_base / r ...")
+    channel_max: int = Field(128, ge=1, le=16384, description="... but at most this many")
 
     @model_validator(mode="after")
     def _check(self) -> "StyleGANConfig":
@@ -69,12 +69,12 @@ class StyleGAN1Config(StyleGANConfig):
     resolution: int = Field(256, ge=16, le=1024, description="image height and width in pixels, a power of two")
     channels: Channels = Field(3, description="image channels: 1 (grey) or 3 (RGB)")
     num_classes: Literal[0] = Field(0, description="0: only unconditional generators are known")
-    z_dim: int = Field(512, ge=1, description="dimensions of the input noise z")
-    w_dim: int = Field(512, ge=1, description="dimensions of one w vector")
-    mapping_layers: int = Field(8, ge=1, description="fully connected layers from z to w")
+    z_dim: int = Field(512, ge=1, le=65536, description="dimensions of the input noise z")
+    w_dim: int = Field(512, ge=1, le=65536, description="dimensions of one w vector")
+    mapping_layers: int = Field(8, ge=1, le=64, description="fully connected layers from z to w")
     mapping_rate: float = Field(0.01, gt=0, le=1, description="learning rate of those layers relative to the others")
-    channel_base: int = Field(16384, ge=8, description="feature channels at a resolution r are channel_base / r ...")
-    channel_max: int = Field(512, ge=1, description="... but at most this many")
+    channel_base: int = Field(16384, ge=8, le=1 << 20, description="feature channels at a resolution r are channel_base / r ...")
+    channel_max: int = Field(512, ge=1, le=16384, description="... but at most this many")
     fused_from: int = Field(
         128, ge=8, description="resolution from which upsampling and convolution are one transposed convolution (fused scale)"
     )
@@ -108,8 +108,8 @@ class QualityConfig(Section):
         0.4,
         ge=0,
         le=1,
-        description="mean pixel distance of two samples of a class, over that of two real images, below which the "
-        "generator counts as collapsed",
+        description="mean pixel distance of two samples of a class, over that of two real images, below which (in its lowest "
+        "class) the generator counts as collapsed",
     )
 
 
@@ -138,7 +138,9 @@ class GanConfig(Section):
     )
     ada_kimg: float = Field(100.0, gt=0, description="thousands of images in which that probability may go from 0 to 1")
     precision: Literal["float32", "tf32", "bf16"] = Field(
-        "float32", description="arithmetic of the forward passes; penalties on gradients stay in float32"
+        "float32",
+        description="'float32', 'tf32' for products and convolutions on GPUs, or 'bf16': forward passes in bfloat16, "
+        "penalties on gradients, mapping and augmentation as with tf32",
     )
     report_kimg: float = Field(10.0, gt=0, description="thousands of images between two reports of losses")
     snapshot_kimg: float = Field(
@@ -154,6 +156,8 @@ class GanConfig(Section):
             raise ValueError(f"augmentations {self.augmentations} name one twice")
         if self.ada_target is not None and not self.augmentations:
             raise ValueError("ada_target adapts the probability of augmentations, and there are none")
+        if self.snapshot_kimg < self.report_kimg:
+            raise ValueError(f"snapshot_kimg {self.snapshot_kimg} must be a multiple of report_kimg {self.report_kimg}, not less")
         if self.architecture.conv_clamp is not None:
             raise ValueError("architecture.conv_clamp belongs to imported generators; training here does without")
         return self

@@ -80,7 +80,12 @@ def encode(pixels: np.ndarray) -> bytes:
 
 def to_unit(pixels: np.ndarray) -> Tensor:
     """uint8 (..., H, W) -> float32 in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).float() / 255.0
+    return unit(torch.from_numpy(np.ascontiguousarray(pixels)))
+
+
+def unit(x: Tensor) -> Tensor:
+    """uint8 images as float32 in [0, 1]; float images as they are."""
+    return x.float() / 255.0 if x.dtype == torch.uint8 else x
 
 
 def split_by_class(labels: list[int], test_share: float, seed: int) -> list[str]:
@@ -129,11 +134,13 @@ def _mnist5k(resolution: int) -> tuple[list[tuple[str, int, bytes | Path]], tupl
     return items, tuple("0123456789")
 
 
-def _folder(source: str) -> tuple[list[tuple[str, int, bytes | Path]], tuple[str, ...]]:
+def _folder(source: str, labelled: bool) -> tuple[list[tuple[str, int, bytes | Path]], tuple[str, ...]]:
     root = Path(source)
     if not root.is_dir():
         raise UserError(f"data.source '{source}' is neither 'mnist5k' nor a folder that exists")
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not folders and not labelled:
+        folders = [root]
     if not folders:
         raise UserError(f"data.source '{source}' holds no sub-folders; put the images of each class into one of its own")
     items: list[tuple[str, int, bytes | Path]] = []
@@ -145,10 +152,13 @@ def _folder(source: str) -> tuple[list[tuple[str, int, bytes | Path]], tuple[str
     return items, tuple(p.name for p in folders)
 
 
-def list_examples(config: DataConfig) -> Listing:
-    """All examples of `config.source`, split and limited. Raises UserError for an empty, missing or one-class source."""
-    items, class_names = _mnist5k(config.resolution) if config.source == "mnist5k" else _folder(config.source)
-    if len(class_names) < 2:
+def list_examples(config: DataConfig, *, labelled: bool = True) -> Listing:
+    """All examples of `config.source`, split and limited. Raises UserError for an empty, missing or one-class source.
+
+    With `labelled` False one class is enough, and a folder of images without sub-folders is one.
+    """
+    items, class_names = _mnist5k(config.resolution) if config.source == "mnist5k" else _folder(config.source, labelled)
+    if labelled and len(class_names) < 2:
         raise UserError(f"data.source '{config.source}' has one class only ('{class_names[0]}'); a classifier needs two or more")
     splits = split_by_class([label for _, label, _ in items], config.test_share, config.seed)
     order = np.random.default_rng([config.seed, len(items)]).permutation(len(items))

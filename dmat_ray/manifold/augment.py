@@ -54,11 +54,17 @@ COLOUR = ("brightness", "contrast", "saturation")
 
 
 def augment(x_BCHW: Tensor, names: Sequence[str], probability: float, uniform: Sampler, normal: Sampler) -> Tensor:
-    """x_BCHW in [-1, 1], each image augmented by each of `names` with `probability`.
+    """x_BCHW in [-1, 1], each image augmented by each of `names` with `probability`; autocast does not reach in here.
 
     `uniform(*shape)` gives (B, *shape) in [0, 1), `normal(*shape)` standard normal. The same numbers are drawn whatever
     `probability` is, so that a change of it does not shift those that follow.
     """
+    # half precision knows the place of a pixel in a 256 pixel wide image to half a pixel
+    with torch.autocast(x_BCHW.device.type, enabled=False):
+        return _augmented(x_BCHW, names, probability, uniform, normal)
+
+
+def _augmented(x_BCHW: Tensor, names: Sequence[str], probability: float, uniform: Sampler, normal: Sampler) -> Tensor:
     geometric = [name for name in names if name in GEOMETRIC]
     if geometric:
         matrix = None

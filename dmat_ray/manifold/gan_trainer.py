@@ -46,8 +46,12 @@ def check_images(config: GanConfig, images: Tensor, labels: Tensor) -> None:
             f"images are {tuple(images.shape[1:])} (C, H, W), but gan.architecture makes "
             f"({shape.channels}, {shape.resolution}, {shape.resolution})"
         )
-    if shape.num_classes and int(labels.max()) >= shape.num_classes:
-        raise UserError(f"labels reach {int(labels.max())}, but gan.architecture.num_classes is {shape.num_classes}")
+    found = len(torch.unique(labels))
+    if shape.num_classes and (found != shape.num_classes or int(labels.max()) >= shape.num_classes):
+        raise UserError(
+            f"gan.architecture.num_classes is {shape.num_classes}, but the images have {found} class(es), labels up to "
+            f"{int(labels.max())}; set it to their number, or to 0 for a generator without classes"
+        )
 
 
 def check_workers(config: GanConfig, world_size: int) -> None:
@@ -60,12 +64,11 @@ def check_workers(config: GanConfig, world_size: int) -> None:
 
 
 @contextmanager
-def _arithmetic(config: GanConfig, device: torch.device) -> Iterator[None]:
-    """TF32 for matrix products, if the settings say so, and what was before afterwards."""
+def _arithmetic(config: GanConfig) -> Iterator[None]:
+    """TF32 for products and convolutions of float32, or not, as the settings say; afterwards what was before."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    if config.precision != "float32":
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("highest" if config.precision == "float32" else "high")
+    torch.backends.cudnn.allow_tf32 = config.precision != "float32"  # PyTorch's own default is to allow it
     try:
         yield
     finally:
@@ -142,9 +145,10 @@ class _Training:
         self._update(self.opt_g, self.generator, total)
         self.discriminator.requires_grad_(True)
 
-        with torch.no_grad(), lowered:
+        with torch.no_grad():
             w, y = gan.mixed_w(self.generator, config.style_mixing, draws)
-            fake = self.generator.synth(w).float()
+            with lowered:
+                fake = self.generator.synth(w).float()
         with lowered:
             real_logit, fake_logit = critic(real, label), critic(fake, y)
         loss_d = gan.discriminator_loss(real_logit, fake_logit)
@@ -183,12 +187,10 @@ class _Training:
         return (lengths - self.path_mean).square().mean() * (config.path_length * config.path_interval)
 
     def losses(self) -> dict[str, float]:
-        """Means since the last call, over all workers. Raises UserError if a loss is no number any more."""
+        """Means since the last call, over all workers."""
         self.context.average_([self.sums])
         loss_g, loss_d, sign = (self.sums[:3] / self.sums[3]).tolist()
         self.sums.zero_()
-        if not math.isfinite(loss_g + loss_d):
-            raise UserError(f"generator training diverged: losses are {loss_g} and {loss_d}; {DEAD_END}")
         return {"loss_g": loss_g, "loss_d": loss_d, "real_sign": sign, "augment": self.probability}
 
 
@@ -196,8 +198,8 @@ def _better(new: dict[str, float], old: dict[str, float] | None, judge: Judge, k
     """Whether a snapshot of this quality takes the place of the best so far: alive before collapsed, then the lower FID."""
     if old is None or keep == "last":
         return True
-    if judge.collapsed(new) != judge.collapsed(old):
-        return judge.collapsed(old)
+    if judge.collapsed(new) or judge.collapsed(old):
+        return not judge.collapsed(new)
     return "fid" not in new or new["fid"] <= old["fid"]
 
 
@@ -213,7 +215,8 @@ def train_generator(
     `labels` (N) are used if the architecture has classes, and by the judge of samples. Each worker works on its part of
     every batch; gradients are averaged over workers before each optimiser step. Losses go to `context.report` every
     `report_kimg`; every `snapshot_kimg` a checkpoint does, with the samples' quality, and `on_snapshot` is called on
-    rank 0. Goes on from `context.latest_checkpoint()`, on one worker with the very numbers of an uninterrupted run.
+    rank 0. Goes on from `context.latest_checkpoint()`, on one CPU worker with the very numbers of an uninterrupted run.
+    A training that diverges ends with the best snapshot so far, or with a UserError if there is none.
     """
     check_images(config, images, labels)
     check_workers(config, context.world_size)
@@ -225,42 +228,56 @@ def train_generator(
         first, best, best_quality, history = progress["step"], state["best"], progress["best"], progress["history"]
     if first == training.steps:
         return _restored(config, best, context.device)
-    judge = Judge(config.quality, images, labels, context.device) if context.rank == 0 else None
+    judge = Judge(config.quality, images, labels, context, conditional=config.architecture.num_classes > 0)
     per_kimg = 1000 / config.batch_size
     report_every = max(1, round(config.report_kimg * per_kimg))
     # a multiple, so that a snapshot's losses are means over a whole interval
     snapshot_every = report_every * max(1, round(config.snapshot_kimg / config.report_kimg))
-    began, begun_at = time.monotonic(), first
-    with _arithmetic(config, context.device):
-        for i in range(first + 1, training.steps + 1):
+    began = time.monotonic()
+    for i in range(first + 1, training.steps + 1):
+        with _arithmetic(config):
             training.step(i, images, labels)
-            last = i == training.steps
-            snapshot = last or i % snapshot_every == 0
-            if not snapshot and i % report_every:
-                continue
-            speed = (i - begun_at) * config.batch_size / (time.monotonic() - began)
-            metrics = {"kimg": i / per_kimg, **training.losses(), "images_per_second": speed}
-            if not snapshot:
-                context.report(metrics)
-                continue
+        if i % report_every and i < training.steps:
+            continue
+        speed = (i - first) * config.batch_size / (time.monotonic() - began)
+        metrics = {"kimg": i / per_kimg, **training.losses(), "images_per_second": speed}
+        diverged = not math.isfinite(metrics["loss_g"] + metrics["loss_d"])
+        if diverged and best is None:
+            raise UserError(f"generator training diverged: losses are {metrics['loss_g']} and {metrics['loss_d']}; {DEAD_END}")
+        if i % snapshot_every and i < training.steps and not diverged:
+            context.report(metrics)
+            continue
+        if not diverged:
             training.average.measure_w(seed=config.seed)
-            if judge is None:
-                context.report(metrics)
-                continue
             quality = judge(training.average)
             metrics |= quality | {"collapsed": float(judge.collapsed(quality))}
-            history.append(metrics)
-            if on_snapshot is not None:
+            if on_snapshot is not None and context.rank == 0:
                 on_snapshot(training.average, metrics["kimg"], quality)
             if _better(quality, best_quality, judge, config.keep):
                 best_quality = {**quality, "kimg": metrics["kimg"]}
                 best = copy.deepcopy(training.average.state_dict())
-            progress = {"config": config.model_dump(mode="json"), "step": i, "best": best_quality, "history": history}
-            with tempfile.TemporaryDirectory(prefix="dmat_ray_") as folder:
-                torch.save({**training.state(), "best": best}, Path(folder) / checkpoint.STATE)
-                write_json(Path(folder) / PROGRESS, progress)
-                context.report(metrics, Path(folder))
-    return training.average if best is None else _restored(config, best, context.device)
+        history.append(metrics)
+        progress = {
+            "config": config.model_dump(mode="json"),
+            "step": training.steps if diverged else i,
+            "diverged": diverged,
+            "best": best_quality,
+            "history": history,
+        }
+        _report_checkpoint(context, metrics, progress, {**training.state(), "best": best})
+        if diverged:
+            break
+    return _restored(config, best, context.device)
+
+
+def _report_checkpoint(context: RunContext, metrics: dict[str, float], progress: dict[str, Any], state: dict[str, Any]) -> None:
+    if context.rank != 0:
+        context.report(metrics)
+        return
+    with tempfile.TemporaryDirectory(prefix="dmat_ray_") as folder:
+        torch.save(state, Path(folder) / checkpoint.STATE)
+        write_json(Path(folder) / PROGRESS, progress)
+        context.report(metrics, Path(folder))
 
 
 def _restored(config: GanConfig, state: Any, device: torch.device) -> StyleGAN2:
@@ -280,7 +297,7 @@ def read_progress(folder: Path, config: GanConfig) -> tuple[dict[str, Any], dict
     return progress, checkpoint.load_state(folder)
 
 
-def result_of(folder: Path, config: GanConfig) -> tuple[StyleGAN2, dict[str, float]]:
-    """The generator that a finished training's last checkpoint holds, and its quality."""
+def result_of(folder: Path, config: GanConfig) -> tuple[StyleGAN2, dict[str, Any]]:
+    """The generator that a finished training's last checkpoint holds, and its quality and `diverged`."""
     progress, state = read_progress(folder, config)
-    return _restored(config, state["best"], torch.device("cpu")), progress["best"]
+    return _restored(config, state["best"], torch.device("cpu")), {**progress["best"], "diverged": progress["diverged"]}

@@ -7,6 +7,7 @@ has. Numbers of different networks, or of different numbers of samples, do not c
 """
 
 import io
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,12 @@ from torch import Tensor, nn
 
 from dmat_ray import checkpoint, classifiers
 from dmat_ray.config import ClassifierConfig, QualityConfig
+from dmat_ray.data.sources import unit
 from dmat_ray.errors import UserError
 from dmat_ray.manifold.base import LatentGenerator
-from dmat_ray.manifold.samples import samples
+from dmat_ray.manifold.samples import chunk_size, samples
+from dmat_ray.types import RunContext
 from dmat_ray.weights import locate
-
-BATCH = 250
 
 # images (B, C, H, W), float in [0, 1], on the network's device -> features (B, F)
 Features = Callable[[Tensor], Tensor]
@@ -30,7 +31,7 @@ Features = Callable[[Tensor], Tensor]
 
 def train_classifier(x_BCHW: Tensor, y_B: Tensor, num_classes: int, epochs: int, device: torch.device) -> classifiers.Classifier:
     """A small classifier of uint8 or [0, 1] images, with shifts as augmentation, in eval mode. Leaves the global RNG alone."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(1)
         network = classifiers.build(ClassifierConfig(name="digits_cnn"), x_BCHW.shape[1], num_classes).to(device)
     rng = torch.Generator().manual_seed(1)
@@ -42,7 +43,7 @@ def train_classifier(x_BCHW: Tensor, y_B: Tensor, num_classes: int, epochs: int,
         for step in range(steps):
             pick = order[step * 64 : (step + 1) * 64]
             shift = torch.randint(-2, 3, (2,), generator=rng).tolist()
-            images = torch.roll(_unit(x_BCHW[pick]).to(device), shift, dims=(2, 3))
+            images = torch.roll(unit(x_BCHW[pick]).to(device), shift, dims=(2, 3))
             loss = F.cross_entropy(network(images), y_B[pick].to(device))
             optimizer.zero_grad()
             loss.backward()
@@ -87,68 +88,116 @@ def inception_features(path: Path, device: torch.device) -> Features:
     return features
 
 
+def check(config: QualityConfig, channels: int, resolution: int, labels: Tensor) -> None:
+    """Raise UserError if what `config.network` names cannot judge such images; trains and loads nothing."""
+    if config.network == "inception":
+        locate("inception", config.weights, "gan.quality.weights", "gan.quality.network classifier does without")
+    elif config.network == "classifier":
+        if len(torch.unique(labels)) < 2:
+            raise UserError("gan.quality.network 'classifier' needs images of two classes or more; choose 'inception' or 'none'")
+    elif config.network != "none":
+        run = checkpoint.read_run(Path(config.network))
+        if (run["channels"], run["resolution"]) != (channels, resolution):
+            raise UserError(
+                f"gan.quality.network '{config.network}' takes {run['resolution']}x{run['resolution']} images with "
+                f"{run['channels']} channel(s), the generator makes {resolution}x{resolution} with {channels}"
+            )
+
+
 def feature_network(config: QualityConfig, images: Tensor, labels: Tensor, device: torch.device) -> Features | None:
     """The features that `config.network` names, or None for 'none'; raises UserError if they cannot be had."""
+    check(config, images.shape[1], images.shape[2], labels)
     if config.network == "none":
         return None
     if config.network == "inception":
-        path = locate("inception", config.weights, "gan.quality.weights", "gan.quality.network classifier does without")
-        return inception_features(path, device)
-    if config.network != "classifier":
-        network, run = checkpoint.load_classifier(Path(config.network), device)
-        if (run["channels"], run["resolution"]) != (images.shape[1], images.shape[2]):
-            raise UserError(
-                f"gan.quality.network '{config.network}' takes {run['resolution']}x{run['resolution']} images with "
-                f"{run['channels']} channel(s), the generator makes {images.shape[2]}x{images.shape[2]} with {images.shape[1]}"
-            )
-        return classifier_features(network)
-    num_classes = int(labels.max()) + 1
-    if len(torch.unique(labels)) < 2:
-        raise UserError("gan.quality.network 'classifier' needs images of two classes or more; choose 'inception' or 'none'")
-    return classifier_features(train_classifier(images, labels, num_classes, config.epochs, device))
-
-
-def _unit(x: Tensor) -> Tensor:
-    return x.float() / 255 if x.dtype == torch.uint8 else x
+        return inception_features(locate("inception", config.weights, "gan.quality.weights"), device)
+    if config.network == "classifier":
+        return classifier_features(train_classifier(images, labels, int(labels.max()) + 1, config.epochs, device))
+    return classifier_features(checkpoint.load_classifier(Path(config.network), device)[0])
 
 
 class Judge:
     """Compares a generator's samples with `images` (N, C, H, W), uint8 or in [0, 1], of `labels` (N).
 
-    Trains its network when it is made, if the settings say so. Raises UserError if the network cannot be had.
+    Classes matter if the generator has them (`conditional`). Trains its network when it is made, if the settings say so.
+    All workers of `context` make one and call it together; each does its part. Raises UserError if the network cannot be
+    had.
     """
 
-    def __init__(self, config: QualityConfig, images: Tensor, labels: Tensor, device: torch.device) -> None:
-        self.config, self.device = config, device
-        self._features = feature_network(config, images, labels, device)
+    def __init__(
+        self, config: QualityConfig, images: Tensor, labels: Tensor, context: RunContext, *, conditional: bool = True
+    ) -> None:
+        self.config, self._context = config, context
+        self._features = feature_network(config, images, labels, context.device)
+        self._chunk = chunk_size(images.shape[2])
         rng = torch.Generator().manual_seed(0)
-        self._real_distance = distance_of_pairs(_unit(images[real_pairs(labels, config.samples, rng)]))
-        self._real = None
+        pairs = real_pairs(labels if conditional else torch.zeros_like(labels), self._count, rng)
+        distance = torch.zeros(self._count // 2, device=context.device)
+        for place in self._places(self._count):
+            x = unit(images[pairs[place]]).to(context.device)
+            distance[place.start // 2 : place.stop // 2] = distances(x)
+        self._real_distance = class_means(self._gathered(distance), labels[pairs[::2]] if conditional else None)
+        self._real: Tensor | None = None
         if self._features is not None:
-            chosen = torch.randperm(len(images), generator=rng)[: config.samples]
-            self._real = torch.cat([self._of(_unit(images[part]).to(device)) for part in chosen.split(BATCH)])
+            chosen = torch.randperm(len(images), generator=rng)[: self._count]
+            rows = [(p, self._of(unit(images[chosen[p]]).to(context.device))) for p in self._places(len(chosen))]
+            self._real = self._assembled(rows, len(chosen))
+
+    @property
+    def _count(self) -> int:
+        return self.config.samples // 2 * 2
+
+    def _places(self, count: int) -> list[slice]:
+        """This worker's chunks of `count` images, pairs kept together."""
+        size = self._chunk + self._chunk % 2
+        starts = range(self._context.rank * size, count, self._context.world_size * size)
+        return [slice(start, min(start + size, count)) for start in starts]
+
+    def _gathered(self, parts: Tensor) -> Tensor:
+        """Every worker's rows, of which each filled its own and left the others at 0."""
+        parts = parts * self._context.world_size
+        self._context.average_([parts])
+        return parts.cpu()
+
+    def _assembled(self, rows: list[tuple[slice, Tensor]], count: int) -> Tensor:
+        # every worker must know the width, also one that has no chunk
+        width = torch.tensor([float(rows[0][1].shape[1]) if rows else 0.0], device=self._context.device)
+        has = torch.tensor([float(bool(rows))], device=self._context.device)
+        self._context.average_([width, has])
+        features = torch.zeros(count, round(float(width / has)), device=self._context.device)
+        for place, part in rows:
+            features[place] = part
+        return self._gathered(features)
 
     def __call__(self, generator: LatentGenerator) -> dict[str, float]:
-        """`diversity` of the samples, and where there are features their `fid`, `precision` and `recall`.
+        """`diversity`, `lowest_diversity`, and where there are features `fid`, `precision` and `recall`, of samples.
 
-        Diversity is the mean pixel distance of two samples of one class over that of two real images of one class.
+        Diversity is the mean pixel distance of two samples over that of two real images; of one class, if the generator has
+        classes, and then the lowest of the classes (of which enough pairs were drawn) is told as well.
         """
-        chunks = [distance_of_pairs(x) * len(x) for x in samples(generator, self.config.samples, pairs=True)]
-        made_distance = sum(chunks) / (self.config.samples // 2 * 2)
-        found = {"diversity": made_distance / max(self._real_distance, 1e-6)}
+        rank, world_size, device = self._context.rank, self._context.world_size, self._context.device
+        distance, classes = torch.zeros(self._count // 2, device=device), torch.zeros(self._count // 2, device=device)
+        for place, x, label in samples(generator, self._count, pairs=True, rank=rank, world_size=world_size):
+            half = slice(place.start // 2, place.stop // 2)
+            distance[half] = distances(x)
+            if label is not None:
+                classes[half] = label[::2].float()
+        made = class_means(self._gathered(distance), self._gathered(classes).round().long() if generator.num_classes else None)
+        ratios = {c: made[c] / max(self._real_distance[c], 1e-6) for c in made if c in self._real_distance}
+        found = {"diversity": ratios[None], "lowest_diversity": min(ratios.values())}
         if self._real is not None:
-            made = torch.cat([self._of(x) for x in samples(generator, self.config.samples, pairs=False)])
-            found |= compare(made, self._real)
+            parts = samples(generator, self._count, pairs=False, rank=rank, world_size=world_size)
+            found |= compare(self._assembled([(place, self._of(x)) for place, x, _ in parts], self._count), self._real)
         return found
 
     @torch.no_grad()
     def _of(self, x_BCHW: Tensor) -> Tensor:
         assert self._features is not None
-        return self._features(x_BCHW).float().cpu()
+        return self._features(x_BCHW).float()
 
     def collapsed(self, quality: dict[str, float]) -> bool:
-        """True if samples of a class are much closer to each other than real images are."""
-        return quality["diversity"] < self.config.diversity_floor
+        """True if samples (of a class) are much closer to each other than real images are, or are no numbers."""
+        return not quality["lowest_diversity"] >= self.config.diversity_floor
 
 
 def compare(made: Tensor, real: Tensor, neighbours: int = 3) -> dict[str, float]:
@@ -156,23 +205,36 @@ def compare(made: Tensor, real: Tensor, neighbours: int = 3) -> dict[str, float]
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
+    if not bool(torch.isfinite(made).all()):
+        return {"fid": math.inf, "precision": 0.0, "recall": 0.0}
     statistics = [fid_features_to_statistics(f.double()) for f in (made, real)]
     fid = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
     prc = prc_features_to_metric(made, real, prc_neighborhood=neighbours, prc_batch_size=10_000, save_cpu_ram=True, verbose=False)
     return {"fid": float(fid), "precision": float(prc["precision"]), "recall": float(prc["recall"])}
 
 
-def distance_of_pairs(x_BCHW: Tensor) -> float:
-    """Mean absolute pixel difference between images 2i and 2i + 1, in the images' units."""
-    return float((x_BCHW[0::2] - x_BCHW[1::2]).abs().mean())
+def distances(x_BCHW: Tensor) -> Tensor:
+    """Mean absolute pixel difference between images 2i and 2i + 1 (B / 2), in the images' units."""
+    return (x_BCHW[0::2] - x_BCHW[1::2]).abs().mean(dim=(1, 2, 3))
 
 
-def real_pairs(labels: Tensor, count: int, rng: torch.Generator) -> list[int]:
-    """Positions of `count` images: a random one, then another of its class, and so on."""
+def class_means(values: Tensor, classes: Tensor | None, least: int = 20) -> dict[int | None, float]:
+    """Mean of values (N), of all (under None) and of each class (N) that has `least` or more of them."""
+    means: dict[int | None, float] = {None: float(values.mean())}
+    if classes is not None:
+        for c in torch.unique(classes).tolist():
+            members = values[classes == c]
+            if len(members) >= least:
+                means[int(c)] = float(members.mean())
+    return means
+
+
+def real_pairs(labels: Tensor, count: int, rng: torch.Generator) -> Tensor:
+    """Positions (count) of images: a random one, then another of its class, and so on."""
     members = {int(c): torch.nonzero(labels == c).flatten() for c in torch.unique(labels)}
     pairs: list[int] = []
     for i in torch.randint(len(labels), (max(1, count // 2),), generator=rng).tolist():
         group = members[int(labels[i])]
         others = group[group != i] if len(group) > 1 else group
         pairs += [i, int(others[int(torch.randint(len(others), (1,), generator=rng))])]
-    return pairs
+    return torch.tensor(pairs)

@@ -9,7 +9,9 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import load_file
@@ -18,6 +20,8 @@ from small import train_workers
 from dmat_ray import cli
 from dmat_ray.cluster import gan
 from dmat_ray.config import Config
+from dmat_ray.data.sources import decode, list_examples
+from dmat_ray.errors import UserError
 from dmat_ray.manifold import generators
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
@@ -56,12 +60,12 @@ def test_samples_and_quality_are_in_mlflow(calm):
     metrics = logged(calm)
     for name in ("loss_g", "loss_d", "augment"):
         assert sorted(metrics[name]) == [80 * k for k in range(1, 11)]
-    for name in ("fid", "precision", "recall", "diversity"):
+    for name in ("fid", "precision", "recall", "diversity", "lowest_diversity", "collapsed"):
         assert sorted(metrics[name]) == [160 * k for k in range(1, 6)]
     client = MlflowClient(f"sqlite:///{calm}/mlflow.db")
     (run,) = [r for e in client.search_experiments() for r in client.search_runs([e.experiment_id])]
     grids = [a.path for a in client.list_artifacts(run.info.run_id, "samples")]
-    assert len(grids) >= 1
+    assert len(grids) == 5
     with Image.open(client.download_artifacts(run.info.run_id, grids[-1])) as grid:
         assert grid.size == (10 * 34 + 2, 8 * 34 + 2)
     assert {a.path for a in client.list_artifacts(run.info.run_id, "generator")} == {
@@ -104,3 +108,100 @@ def test_a_killed_worker_is_replaced_and_goes_on_with_the_very_numbers(tmp_path,
     monkeypatch.setattr(sys, "argv", ["train_generator.py", "--output", str(tmp_path), *OPTIONS])
     job.main()
     assert "is trained already and unchanged, nothing to do" in capsys.readouterr().out
+
+
+def test_what_only_a_user_can_mend_is_not_tried_again(tmp_path):
+    """The worker fails once; the next attempt sees why and does nothing."""
+    config, _ = cli.parse(
+        "test",
+        ["--output", str(tmp_path), *OPTIONS, "--gan.lr_generator", "1e30", "--gan.lr_discriminator", "1e30"],
+        preset=["mnist32_generator"],
+    )
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"^generator training diverged: .*lower gan\.lr_generator"):
+        gan.train(config, tmp_path / "generator", "diverges", print)
+    attempts = list((tmp_path / "train").glob("generator-*"))
+    assert len(attempts) == 1
+    assert time.monotonic() - began < 150
+    assert not (tmp_path / "generator").exists()
+
+
+def photo_folder(root: Path, count: int = 12, classes: int = 2) -> Path:
+    """Small pictures in `classes` sub-folders, or in none."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        folder = root / (f"class{i % classes}" if classes else "")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (10, 10), dtype=np.uint8)).save(folder / f"{i:02d}.png")
+    return root
+
+
+def photo_settings(source: Path, output: Path, *options: str) -> Config:
+    shape = ("--data.source", str(source), "--data.resolution", "8", "--gan.architecture.resolution", "8")
+    return cli.parse("test", ["--output", str(output), *shape, *options])[0]
+
+
+def test_decoded_images_are_those_of_the_training_split(tmp_path):
+    config = photo_settings(photo_folder(tmp_path / "photos"), tmp_path)
+    cache = gan.prepare_images(config, tmp_path / "train")
+    images, labels = cache.open()
+    expected = [e for e in list_examples(config.data).examples if e.split == "train"]
+    assert labels.tolist() == [e.label for e in expected]
+    assert all((image.numpy() == decode(e.read(), 8, 1)).all() for image, e in zip(images, expected, strict=True))
+    written = {p.name: p.stat().st_mtime_ns for p in cache.folder.iterdir()}
+    assert gan.prepare_images(config, tmp_path / "train") == cache
+    assert {p.name: p.stat().st_mtime_ns for p in cache.folder.iterdir()} == written
+
+
+def test_decoded_images_follow_their_files(tmp_path):
+    config = photo_settings(photo_folder(tmp_path / "photos"), tmp_path)
+    before = gan.prepare_images(config, tmp_path / "train")
+    Image.fromarray(np.zeros((9, 9), dtype=np.uint8)).save(
+        next(tmp_path / "photos" / e.id for e in list_examples(config.data).examples if e.split == "train")
+    )
+    after = gan.prepare_images(config, tmp_path / "train")
+    assert after.digest != before.digest
+    assert not torch.equal(after.open()[0], before.open()[0])
+    for name in ("images.npy", "labels.npy", "rejected.json"):
+        (after.folder / name).unlink()
+        again = gan.prepare_images(config, tmp_path / "train")
+        assert torch.equal(again.open()[0], gan.prepare_images(config, tmp_path / "other").open()[0])
+    assert not list((tmp_path / "train").glob(".*"))
+
+
+def test_unreadable_images_are_left_out_and_told(tmp_path):
+    photos = photo_folder(tmp_path / "photos", count=20)
+    config = photo_settings(photos, tmp_path, "--data.max_rejected", "0.2")
+    victim = next(e for e in list_examples(config.data).examples if e.split == "train")
+    whole = gan.prepare_images(config, tmp_path / "whole").open()
+    (photos / victim.id).write_bytes(b"no picture")
+    cache = gan.prepare_images(config, tmp_path / "train")
+    images, labels = cache.open()
+    assert list(cache.rejected) == [victim.id]
+    assert torch.equal(images, whole[0][1:])
+    assert torch.equal(labels, whole[1][1:])
+    strict = photo_settings(photos, tmp_path)
+    with pytest.raises(UserError, match=rf"1 of 16 images were rejected; the first: '{victim.id}' cannot be read"):
+        gan.prepare_images(strict, tmp_path / "strict")
+    assert not list((tmp_path / "strict").iterdir())
+
+
+def test_a_folder_of_nothing_but_images(tmp_path):
+    """A generator without classes needs no sub-folders; one with classes, and a classifier, do."""
+    flat = photo_folder(tmp_path / "photos", classes=0)
+    none = ("--gan.quality.network", "none", "--cluster.train_workers", "1")
+    images, labels = gan.check(photo_settings(flat, tmp_path, *none), tmp_path / "train").open()
+    assert len(images) == 10
+    assert set(labels.tolist()) == {0}
+    with pytest.raises(UserError, match="holds no sub-folders"):
+        gan.check(photo_settings(flat, tmp_path, *none, "--gan.architecture.num_classes", "2"), tmp_path / "train")
+    with pytest.raises(UserError, match="choose 'inception' or 'none'"):
+        gan.check(photo_settings(flat, tmp_path, "--cluster.train_workers", "1"), tmp_path / "train")
+
+
+def test_a_generator_that_is_there_is_not_replaced_unasked(calm, tmp_path):
+    assert gan.is_trained(settings(calm), calm / "generator")
+    assert not gan.is_trained(settings(tmp_path), tmp_path / "generator")
+    other, _ = cli.parse("test", ["--output", str(calm), *OPTIONS, "--gan.seed", "5"], preset=["mnist32_generator"])
+    with pytest.raises(UserError, match=r"holds another generator.*--overwrite"):
+        gan.is_trained(other, calm / "generator")
