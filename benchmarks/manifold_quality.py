@@ -14,6 +14,7 @@ import json
 import shlex
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from dmat_ray import cli
 from dmat_ray.data.manifold_set import write_json
 from dmat_ray.data.sources import decode, list_examples, to_unit
+from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators, quality
 from dmat_ray.manifold.projection import Projector
 
@@ -69,7 +71,9 @@ def main() -> None:
     with torch.no_grad():
         samples = generator.synthesis(generator.mapping(z))
         guess = judge(samples).argmax(dim=1)
-    result |= quality.Judge(config.gan.quality, *splits["train"][:2], cpu)(generator)
+    result |= quality.Judge(
+        config.gan.quality, *splits["train"][:2], LocalContext(Path()), conditional=generator.num_classes > 0
+    )(generator)
     result["samples_per_class"] = torch.bincount(guess, minlength=len(listing.class_names)).tolist()
     made = generator.class_of(z)
     if made is not None:
