@@ -8,6 +8,9 @@ recognised by content. Nothing in a checkpoint is executed; of a program, only a
 """
 
 import argparse
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from dmat_ray import cli
@@ -46,9 +49,37 @@ def import_weights(path: Path, folder: Path) -> None:
     )
     for note in notes:
         print(f"  note: {note}")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
     (folder / "samples.png").write_bytes(sample_grid(generator))
     generators.save_generator(folder, generator, card)
+
+
+def import_program(path: Path, card: Path | None, folder: Path) -> None:
+    """Write the program in `path` and its card into `folder`."""
+    from dmat_ray.manifold import generators
+    from dmat_ray.manifold.formats import exported
+    from dmat_ray.manifold.samples import sample_grid
+
+    exported.import_program(path, card, folder)
+    decoder = generators.load_generator(str(folder))
+    (folder / "samples.png").write_bytes(sample_grid(decoder))
+    shape = f"{decoder.resolution}x{decoder.resolution} images with {decoder.channels} channel(s)"
+    print(f"{path.name}: {generators.read_card(str(folder))['kind']}; {shape}, W+ of {decoder.num_ws}x{decoder.w_dim}")
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a fresh folder, then put that in the place of `folder`: no file of an older generator stays."""
+    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
+    try:
+        write(partial)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def main() -> None:
@@ -58,21 +89,22 @@ def main() -> None:
         raise UserError(f"there is no checkpoint '{path}'")
     if (folder / "card.json").exists() and not arguments.overwrite:
         raise UserError(f"'{folder}' holds a generator already; give another --output, or --overwrite")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"'{folder}' is a file; give another --output")
+    if folder.is_dir() and not arguments.overwrite and any(folder.iterdir()):
+        raise UserError(f"'{folder}' is not empty; give another --output, or --overwrite to remove what is in it")
     from dmat_ray.manifold.formats import exported
 
     if path.is_file() and exported.is_program(path):
-        exported.import_program(path, Path(arguments.card) if arguments.card else None, folder)
-        from dmat_ray.manifold import generators
-        from dmat_ray.manifold.samples import sample_grid
-
-        decoder = generators.load_generator(str(folder))
-        (folder / "samples.png").write_bytes(sample_grid(decoder))
-        shape = f"{decoder.resolution}x{decoder.resolution} images with {decoder.channels} channel(s)"
-        print(f"{path.name}: {generators.read_card(str(folder))['kind']}; {shape}, W+ of {decoder.num_ws}x{decoder.w_dim}")
+        card = Path(arguments.card) if arguments.card else None
+        replace_folder(folder, lambda fresh: import_program(path, card, fresh))
     elif arguments.card:
-        raise UserError(f"--card describes exported programs only, and '{path}' is none")
+        raise UserError(
+            f"--card describes exported programs only, and '{path}' is none, or a damaged one; export it again, or leave "
+            "--card away for a checkpoint"
+        )
     else:
-        import_weights(path, folder)
+        replace_folder(folder, lambda fresh: import_weights(path, fresh))
     print(f"generator in {folder}; use it with --generator.path {folder}")
 
 

@@ -142,3 +142,20 @@ def write(folder: Path, data: bytes) -> Path:
     path = folder / "foreign.bin"  # nothing may depend on the name
     path.write_bytes(data)
     return path
+
+
+def shared_lists(levels: int = 60) -> list[Any]:
+    """A list of twice the list before it, and so on: a few hundred bytes of pickle, and 2^60 lists to look through."""
+    found: list[Any] = []
+    for _ in range(levels):
+        found = [found, found]
+    return found
+
+
+def odd_directory(data: bytes, place: int, byte: bytes) -> bytes:
+    """A zip with one byte changed in its directory: at 6 the version that is needed, at 46 a letter of a UTF-8 name."""
+    start = data.rindex(b"PK\x01\x02")
+    utf8 = bytearray(data)
+    utf8[start + 9] |= 8
+    utf8[start + place : start + place + 1] = byte
+    return bytes(utf8)

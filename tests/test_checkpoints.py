@@ -12,6 +12,7 @@ import subprocess
 import time
 import tracemalloc
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +21,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from foreign_files import Call, EasyDict, Id, Persistent, nvlabs_pickle, torch_saved, torch_zip, with_ids, write
+from foreign_files import (
+    Call,
+    EasyDict,
+    Id,
+    Persistent,
+    nvlabs_pickle,
+    odd_directory,
+    torch_saved,
+    torch_zip,
+    with_ids,
+    write,
+)
 
 from dmat_ray.errors import UserError
-from dmat_ray.manifold.formats import checkpoints
-from dmat_ray.manifold.formats.stored import Module, Stored, shown
+from dmat_ray.manifold.formats import archives, checkpoints, opcodes
+from dmat_ray.manifold.formats.stored import Module, RefusedError, Storage, Stored, shown
 
 FLOATS = torch.arange(6.0)
 LEGACY_HEAD = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
@@ -266,6 +278,97 @@ def test_sizes_are_held_against_the_file(tmp_path: Path, name: str) -> None:
     assert re.search(expected, message), message
 
 
+# ---- small files that would keep a reader busy ----------------------------------------------------------------------
+
+TWICE = b")" + b"q\x00h\x00\x86" * 60  # a tuple of twice the tuple before it, 60 times
+LISTS = b"]q\x00" + b"0](h\x00h\x00eq\x00" * 60
+KEY = b"X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+
+
+def again(raw: bytes, times: int) -> bytes:
+    """A pickle that has the same bytes read as a tensor again and again."""
+    call = b"ctorch.storage\n_load_from_bytes\nq\x01"
+    return b"\x80\x03B" + struct.pack("<I", len(raw)) + raw + b"q\x00" + call + b"(" + b"h\x01h\x00\x85R" * times + b"t."
+
+
+def two_storages(keys: list[str]) -> bytes:
+    """What torch.save wrote of old, with two tensors of storages "0" and "1"."""
+    tensors = {key: tensor_of(Id("storage", torch.FloatStorage, key, "cpu", 1, None), 0, (1,), (1,)) for key in "01"}
+    return LEGACY_HEAD + with_ids(tensors) + pickle.dumps(keys, 2) + (struct.pack("<q", 1) + b"abcd") * 2
+
+
+TOO_MUCH = "longer or nested deeper"
+EMPTY = with_ids(Id(*storage(0).pid, None))  # a storage without numbers, as its tree, its key and their count
+ENDING = pickle.dumps(["0"], 2) + bytes(8)
+BUSY: dict[str, tuple[bytes, str]] = {
+    "tuples as a key": (b"\x80\x02}" + TWICE + b"Ns.", TOO_MUCH),
+    "tuples copied": (b"\x80\x02})" + b"2\x86" * 60 + b"Ns.", TOO_MUCH),
+    "tuples in a set": (b"\x80\x04\x8f(" + TWICE + b"\x90.", TOO_MUCH),
+    "tuples through a function": (b"\x80\x02}ctorch._utils\n_rebuild_parameter\n" + TWICE + b"\x85RNs.", TOO_MUCH),
+    "tuples as a storage": (torch_zip(b"\x80\x02(" + KEY + TWICE + b"X\x03\x00\x00\x00cpuK\x01tQ.", {}), TOO_MUCH),
+    "tuples as a storage of a stream": (legacy(b"\x80\x02(" + KEY + TWICE + b"X\x03\x00\x00\x00cpuK\x01NtQ."), TOO_MUCH),
+    "a large tuple as many keys": (b"\x80\x02}(" + b"N" * 1000 + b"tq\x000" + b"h\x00Ns" * 40_000 + b".", TOO_MUCH),
+    "tuples as an id": (torch_zip(b"\x80\x02" + TWICE + b"Q.", {}), TOO_MUCH),
+    "lists as an id": (torch_zip(b"\x80\x02" + LISTS + b"Q.", {}), "persistent object of kind a list"),
+    "lists as a dtype": (b"\x80\x02cnumpy\ndtype\n" + LISTS + b"\x85R.", "array of dtype a list"),
+    "long storage name": (torch_zip(with_ids(storage(1, "x" * 1000)), {}), "names a storage by x+"),
+    "many small pickles": (again(LEGACY_HEAD + EMPTY + ENDING, 2000), TOO_MUCH),
+    "many opcodes in one tensor": (again(LEGACY_HEAD + EMPTY[:2] + b"N0" * 10_000 + EMPTY[2:] + ENDING, 40), TOO_MUCH),
+    "enormous number": (pickle.dumps(10**5000, 2), "a number of 16610 bits"),
+    "enormous number in text": (b"\x80\x02L" + b"9" * 4000 + b"L\n.", "a number of 13288 bits"),
+    "enormous shape": (torch_zip(with_ids(tensor_of(storage(0), 0, (0, 10**30), (1, 1))), {"0": b""}), "impossible shape"),
+    "large shape": (torch_zip(with_ids(tensor_of(storage(0), 0, (0, 2**40, 2**40), (1,) * 3)), {"0": b""}), "impossible shape"),
+    "enormous stride": (torch_zip(with_ids(tensor_of(storage(1), 0, (1,), (10**30,))), {"0": b"1234"}), "impossible shape"),
+    "enormous offset": (torch_zip(with_ids(tensor_of(storage(0), 10**30, (0,), (1,))), {"0": b""}), "without numbers"),
+    "enormous storage": (torch_zip(with_ids(storage(10**30)), {"0": b""}), "no known type"),
+    "array without a state": (pickle.dumps(Call(np.zeros(1).__reduce__()[0], np.ndarray, (0,), b"b")), "array without numbers"),
+    "storage named twice": (two_storages(["0", "0"]), "not hold the tensors"),
+    "storage of another name": (two_storages(["0", "2"]), "not hold the tensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BUSY)
+def test_small_files_do_not_keep_us_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    if name.startswith("many"):
+        monkeypatch.setattr(opcodes, "MAX_OPCODES", 50_000)  # a million takes seconds
+    data, expected = BUSY[name]
+    message = refuse(tmp_path, data)
+    assert re.search(expected, message), message
+
+
+def test_a_tensor_without_numbers_is_never_zeros() -> None:
+    with pytest.raises(RefusedError, match="does not hold the tensors"):
+        Stored().place(Storage(torch.float32, 2), 0, (2,), (1,)).read()
+
+
+def test_what_others_write_is_far_from_those_bounds(tmp_path: Path) -> None:
+    """Shared lists, a numpy state of a random generator, and as many tensors as a training run's file has."""
+    options = [0.9, 0.99]
+    tree = {
+        "state": {i: {"step": torch.tensor(1.0), "betas": options, "shape": (3, (4, 5))} for i in range(1000)},
+        "rng": np.random.default_rng(0).bit_generator.state,
+        "a list in itself": options,
+    }
+    options.append(options)  # type: ignore[arg-type]
+    for zipped in (True, False):
+        assert len(checkpoints.read(write(tmp_path, torch_saved(tree, zipped=zipped))).tree["state"]) == 1000
+
+
+def test_each_tensor_reads_only_its_own_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = torch.arange(500_000.0)
+    path = write(tmp_path, torch_saved({str(i): pool[i : i + 10] for i in range(100)}))
+    summed: list[int] = []
+    crc32 = zlib.crc32
+    monkeypatch.setattr(archives.zlib, "crc32", lambda data, start: summed.append(len(data)) or crc32(data, start))
+    found = checkpoints.read(path).tree
+    tracemalloc.start()
+    for i in range(100):
+        assert torch.equal(found[str(i)].read(), pool[i : i + 10])
+    assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    tracemalloc.stop()
+    assert sum(summed) < 2_100_000, "the checksum of a storage is looked at once"
+
+
 GOOD = {
     "zip": torch_saved(TENSORS),
     "stream": torch_saved(TENSORS, zipped=False),
@@ -306,6 +409,8 @@ def test_no_damaged_byte_ends_in_anything_but_a_user_error(tmp_path: Path, kind:
         (b"\x89HDF\r\n", "HDF5"),
         (struct.pack("<Q", 2) + b"{}", "safetensors file; give the folder"),
         (torch_zip(b"N.", {}).replace(b"data.pkl", b"data.txt"), "a zip that torch.save did not write"),
+        (odd_directory(torch_saved({}), 6, b"\xff"), "is damaged"),
+        (odd_directory(torch_saved({}), 46, b"\xff"), "is damaged"),
     ],
 )
 def test_other_files_are_named(tmp_path: Path, data: bytes, expected: str) -> None:
@@ -326,3 +431,6 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 def test_foreign_text_is_printed_safely() -> None:
     assert shown("a\n\x1b[31mb") == "a??[31mb"
     assert len(shown("x" * 1000)) == 80
+    assert [shown(v) for v in (3, 0.5, None, True, torch.half)] == ["3", "0.5", "None", "True", "torch.float16"]
+    assert [shown(v) for v in ((1, 2), (1,), [1, 2], 10**5000)] == ["(1, 2)", "(1,)", "[1, 2]", "a number of 16610 bits"]
+    assert [shown(v) for v in ([[1]], {1: 2}, (0,) * 9, Stored())] == ["a list", "a dict", "a tuple", "a Stored"]

@@ -7,6 +7,8 @@ import io
 import json
 import pickle
 import re
+import struct
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from foreign_files import odd_directory
 from torch import Tensor, nn
 
 from dmat_ray import threats
@@ -23,6 +26,9 @@ from dmat_ray.config import AttackConfig, LatentThreat, ProjectionConfig
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import generators
 from dmat_ray.manifold.formats import exported
+from dmat_ray.manifold.formats.programs import load_program
+from dmat_ray.manifold.formats.sources import check_source
+from dmat_ray.manifold.formats.stored import RefusedError
 from dmat_ray.manifold.projection import Projector
 from dmat_ray.types import Batch
 
@@ -370,6 +376,9 @@ def test_a_fixed_batch_in_a_trace_is_refused(load: Any, tmp_path: Path) -> None:
     ("card", "message"),
     [
         ({"w_dims": 5}, "w_dims: there is no such setting"),
+        ({"w_dim": 10**30}, "w_dim: .*less than or equal to 1048576"),
+        ({"w_dim": 10**6, "num_ws": 4096}, "num_ws 4096 times w_dim 1000000 is more than"),
+        ({"input": "x" * 1_000_000}, "input: .*x{77}"),
         ({"w_dim": 0}, "w_dim: .*greater than or equal to 1"),
         ({"resolution": None}, "resolution: "),
         ({"output_range": [0, 255]}, r"output_range is \[0\.0, 255\.0\], but must be \[0, 1\] or \[-1, 1\]"),
@@ -398,6 +407,9 @@ def test_cards_that_are_none(made: Any, tmp_path: Path) -> None:
     (tmp_path / "card.json").write_text('{"w_dim": 5')
     with pytest.raises(UserError, match=r"card\.json' is damaged"):
         exported.import_program(program, tmp_path / "card.json", folder)
+    (tmp_path / "card.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"card\.json' is damaged"):
+        exported.import_program(program, tmp_path / "card.json", folder)
     with pytest.raises(UserError, match="there is no file at"):
         exported.import_program(tmp_path / "absent.pt", tmp_path / "card.json", folder)
     assert not folder.exists()
@@ -423,6 +435,21 @@ def test_damaged_files(made: Any, load: Any, tmp_path: Path, how: str) -> None:
     program.unlink()
     with pytest.raises(UserError, match=f"has no {re.escape(name)}"):
         generators.load_generator(str(tmp_path / "generator"))
+
+
+@pytest.mark.parametrize("how", ["script", "export"])
+@pytest.mark.parametrize(("place", "byte"), [(6, b"\xff"), (46, b"\xff")])
+def test_a_damaged_directory_is_no_program(made: Any, load: Any, tmp_path: Path, how: str, place: int, byte: bytes) -> None:
+    load(made(Decoder, how))
+    name = exported.FILES["torch_export" if how == "export" else "torchscript"]
+    program = tmp_path / "generator" / name
+    program.write_bytes(odd_directory(program.read_bytes(), place, byte))
+    assert not exported.is_program(program)
+    card = tmp_path / "generator" / "card.json"
+    card.write_text(json.dumps({k: v for k, v in json.loads(card.read_text()).items() if k != "sha256"}))
+    with pytest.raises(UserError, match="is damaged, or neither") as caught:
+        generators.load_generator(str(tmp_path / "generator"))
+    assert str(program) in str(caught.value)
 
 
 # programs that would do more than arithmetic: each leaves a marker if torch is given the file as it is
@@ -554,6 +581,110 @@ def test_a_script_with_operators_of_others_is_refused(load: Any, tmp_path: Path)
 
     with pytest.raises(UserError, match="mentions 'ops'"):
         load(edited(tmp_path / "counts.pt", tmp_path / "strange.pt", edit))
+
+
+# programs that would fill the memory, or end the process, while torch loads them
+
+
+def repacked(path: Path, target: Path, compression: int, **more: bytes) -> Path:
+    """A copy of an archive with some of its records replaced by compressed ones."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w") as new:
+        root = old.namelist()[0].partition("/")[0]
+        for name in old.namelist():
+            if name.partition("/")[2] not in more:
+                new.writestr(name, old.read(name))
+        for name, content in more.items():
+            new.writestr(f"{root}/{name}", content, compression)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("record", "compression", "message"),
+    [
+        ("constants.pkl", zipfile.ZIP_DEFLATED, "is a compressed zip"),
+        ("data.pkl", zipfile.ZIP_BZIP2, "is a compressed zip"),
+        ("code/__torch__/more.py", zipfile.ZIP_DEFLATED, "more than 16 MiB of code"),
+        ("code/__torch__/more.py", zipfile.ZIP_BZIP2, "packed in a way that torch does not know"),
+    ],
+)
+def test_bombs_are_not_unpacked(made: Any, tmp_path: Path, record: str, compression: int, message: str) -> None:
+    path = repacked(made(Decoder, "script"), tmp_path / "bomb.pt", compression, **{record: bytes(30_000_000)})
+    assert path.stat().st_size < 200_000
+    tracemalloc.start()
+    with pytest.raises(UserError, match=message) as caught:
+        load_program(path, "torchscript", CPU)
+    assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    tracemalloc.stop()
+    assert str(path) in str(caught.value)
+
+
+def test_a_record_that_is_longer_than_it_says_is_not_unpacked(made: Any, tmp_path: Path) -> None:
+    record, content = "code/__torch__/more.py", bytes(30_000_000)
+    path = repacked(made(Decoder, "script"), tmp_path / "bomb.pt", zipfile.ZIP_DEFLATED, **{record: content})
+    length = struct.pack("<I", len(content))
+    path.write_bytes(path.read_bytes().replace(length, struct.pack("<I", 1000)))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"is damaged .*Bad CRC-32"):
+        load_program(path, "torchscript", CPU)
+    assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    tracemalloc.stop()
+
+
+MANY = 200_000
+DEEP_CODE = {
+    "brackets": "(" * MANY + "w" + ")" * MANY,
+    "brackets after a string": "f('\"', " * MANY + "w" + ")" * MANY,
+    "brackets after a comment": "w # '\n" + "    return " + "(" * MANY + "w" + ")" * MANY + " # '",
+    "sum": "+".join(["w"] * MANY),
+    "signs": "-" * MANY + "w",
+    "choices": "w if True else " * MANY + "w",
+    "indices": "w" + "[0]" * MANY,
+    "calls": "w" + "()" * MANY,
+    "indentation": "\n" + "".join(" " * i + "if True:\n" for i in range(4, 500)),
+    "elif": "\n    if True:\n      pass\n" + "    elif True:\n      pass\n" * 30_000,
+    "a long string": '"""' + "(" * 10 + '"""',
+}
+
+
+@pytest.mark.parametrize("what", DEEP_CODE)
+def test_code_that_would_end_the_process_is_refused(made: Any, tmp_path: Path, what: str) -> None:
+    def edit(name: str, content: bytes) -> bytes:
+        return content.replace(b"    return ", f"    return {DEEP_CODE[what]}\n    return ".encode(), 1)
+
+    path = edited(made(Decoder, "script"), tmp_path / "deep.pt", lambda n, c: edit(n, c) if n.endswith(".py") else c)
+    with pytest.raises(UserError, match=r"holds (code that is nested deeper|elif|\"\"\").*code/.*\.py") as caught:
+        load_program(path, "torchscript", CPU)
+    assert "\n" not in str(caught.value)
+
+
+def test_code_with_long_strings_and_lists_is_not_deep() -> None:
+    check_source(b'x = ["((((", ' + b"'[\\'', -1.5, w + 2 * (w - 1), " * 100_000 + b"w]\n")
+    check_source(b"y = torch.add(w, w)\n" * 50_000)
+    with pytest.raises(RefusedError):
+        check_source(b"(" * 201)
+
+
+GROWING = b"\x80\x02" + b"".join(b"]q" + bytes([i]) for i in range(100)) + b"0" * 99  # 100 empty lists
+DEEP_PICKLES = {
+    "tuples": b"\x80\x02)" + b"\x85" * 1_000_000 + b".",
+    "lists": b"\x80\x02" + b"]" * MANY + b"a" * (MANY - 1) + b".",
+    "lists from the outside": GROWING + b"h\x00h\x01a0h\x01h\x02a.",
+    "a list in itself": b"\x80\x02]q\x00h\x00a.",
+    "shared tuples": b"\x80\x02)" + b"q\x00h\x00\x86" * 60 + b".",
+    "shared lists": b"\x80\x02]q\x00" + b"0](h\x00h\x00eq\x00" * 60 + b".",
+    "a second pickle": b"\x80\x02N." + b"\x80\x02)" + b"\x85" * 1_000_000 + b".",
+    "no pickle": b"\xff" * 100,
+}
+
+
+@pytest.mark.parametrize("record", ["data.pkl", "constants.pkl"])
+@pytest.mark.parametrize("what", DEEP_PICKLES)
+def test_pickles_that_would_end_the_process_are_refused(made: Any, tmp_path: Path, what: str, record: str) -> None:
+    path = repacked(made(Decoder, "script"), tmp_path / "deep.pt", zipfile.ZIP_STORED, **{record: DEEP_PICKLES[what]})
+    with pytest.raises(UserError, match=r"holds|is longer or nested|cannot load") as caught:
+        load_program(path, "torchscript", CPU)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
 
 
 class Evil:

@@ -182,7 +182,23 @@ def test_saved_generator_is_the_same(tmp_path: Path, generator: StyleGAN2) -> No
         (lambda f: _card(f, kind="stylegan9"), "kind 'stylegan9'"),
         (lambda f: _card(f, architecture=None), "the card of generator"),
         (lambda f: _card(f, architecture={"resolution": 24}), "24 is not a power of two"),
-        (lambda f: _card(f, architecture={"resolution": 16}), "do not fit its card"),
+        (lambda f: _card(f, architecture={"resolution": 16}), "do not fit its card: "),
+        (lambda f: (f / "card.json").write_text("[]"), "the card of generator '.*' is a list, not a JSON object"),
+        (lambda f: (f / "card.json").write_text("[" * 100_000), "card.json' is damaged: it is nested too deep"),
+        (lambda f: _card(f, kind=[]), "kind 'list'"),
+        (lambda f: _card(f, kind={"stylegan2": 1}), "kind 'dict'"),
+        (lambda f: _card(f, architecture=[]), "the card of generator"),
+        (lambda f: _architecture(f, z_dim=10**30), "z_dim: .*less than or equal to"),
+        (lambda f: _architecture(f, mapping_layers=10**9), "mapping_layers: .*less than or equal to"),
+        (lambda f: _architecture(f, resolution="x" * 1_000_000), "resolution: .*x{77}"),
+        (
+            lambda f: _architecture(f, channel_base=1 << 20, channel_max=4000),
+            r"19 shape.s. differ: synth.const \(1, 8, 4, 4\) is not \(1, 4000, 4, 4\)",
+        ),
+        (lambda f: _architecture(f, z_dim=9), r"1 shape.s. differ: map.layers.0.weight \(8, 8\) is not \(8, 9\)"),
+        (lambda f: _architecture(f, mapping_layers=1), "tensor.s. have no place there: map.layers.1.bias, map.layers.1.weight"),
+        (lambda f: _architecture(f, noise=True), r"[36] of \d+ tensors are not there: synth.convs.0.noise, .* and 1 more"),
+        (lambda f: _weights(f, "w_mean", 1, torch.int64), r"are not all floating-point numbers: w_mean \(I64\)"),
         (lambda f: (f / "generator.safetensors").write_bytes(b"1234567890"), "do not fit its card"),
         (lambda f: _weights(f, "w_mean", float("nan")), "not finite"),
     ],
@@ -190,8 +206,10 @@ def test_saved_generator_is_the_same(tmp_path: Path, generator: StyleGAN2) -> No
 def test_generators_that_cannot_be_used(tmp_path: Path, generator: StyleGAN2, damage: object, message: str) -> None:
     generators.save_generator(tmp_path, generator, {})
     damage(tmp_path)  # type: ignore[operator]
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         generators.load_generator(str(tmp_path))
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 1000
 
 
 def _card(folder: Path, **values: object) -> None:
@@ -199,9 +217,13 @@ def _card(folder: Path, **values: object) -> None:
     (folder / "card.json").write_text(json.dumps(card | values))
 
 
-def _weights(folder: Path, name: str, value: float) -> None:
+def _architecture(folder: Path, **values: object) -> None:
+    _card(folder, architecture=json.loads((folder / "card.json").read_text())["architecture"] | values)
+
+
+def _weights(folder: Path, name: str, value: float, dtype: torch.dtype = torch.float32) -> None:
     state = load_file(folder / "generator.safetensors")
-    state[name] = torch.full_like(state[name], value)
+    state[name] = torch.full_like(state[name], value, dtype=dtype)
     save_file(state, folder / "generator.safetensors")
 
 

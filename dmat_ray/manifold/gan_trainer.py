@@ -44,7 +44,8 @@ def check_images(config: GanConfig, images: Tensor, labels: Tensor) -> None:
     if images.shape[1:] != (shape.channels, shape.resolution, shape.resolution):
         raise UserError(
             f"images are {tuple(images.shape[1:])} (C, H, W), but gan.architecture makes "
-            f"({shape.channels}, {shape.resolution}, {shape.resolution})"
+            f"({shape.channels}, {shape.resolution}, {shape.resolution}); set its channels and resolution, or data.channels and "
+            "data.resolution"
         )
     found = len(torch.unique(labels))
     if shape.num_classes and (found != shape.num_classes or int(labels.max()) >= shape.num_classes):

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from dmat_ray import weights
 from dmat_ray.cli import describe
@@ -21,11 +23,31 @@ from dmat_ray.errors import UserError
 from dmat_ray.manifold import fast
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.formats import exported
+from dmat_ray.manifold.formats.layouts import listed
+from dmat_ray.manifold.formats.stored import shown
 from dmat_ray.manifold.stylegan1 import StyleGAN1
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 
 WEIGHTS, CARD = "generator.safetensors", "card.json"
 FILES = {"stylegan1": WEIGHTS, "stylegan2": WEIGHTS, **exported.FILES}
+DTYPES = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
+MOST = 400  # letters of what is wrong with a card
+
+
+def _card(folder: Path, path: str) -> dict[str, Any]:
+    try:
+        card = read_json(folder / CARD)
+    except RecursionError:
+        raise UserError(f"'{folder / CARD}' is damaged: it is nested too deep") from None
+    if not isinstance(card, dict):
+        raise UserError(f"the card of generator '{path}' is a {type(card).__name__}, not a JSON object with kind")
+    return card
+
+
+def _kind(card: dict[str, Any]) -> str:
+    """What a card says of its kind, as text."""
+    kind = card.get("kind")
+    return kind if isinstance(kind, str) else type(kind).__name__
 
 
 def folder_of(path: str) -> Path:
@@ -33,7 +55,7 @@ def folder_of(path: str) -> Path:
     folder = weights.generator_folder(path)
     if not (folder / CARD).is_file():
         raise UserError(f"generator.path '{path}' has no {CARD}; {weights.HOW_TO_GET_A_GENERATOR}")
-    name = FILES.get(read_json(folder / CARD).get("kind"), WEIGHTS)
+    name = FILES.get(_kind(_card(folder, path)), WEIGHTS)
     if not (folder / name).is_file():
         raise UserError(f"generator.path '{path}' has no {name}; {weights.HOW_TO_GET_A_GENERATOR}")
     return folder
@@ -41,9 +63,9 @@ def folder_of(path: str) -> Path:
 
 def read_card(path: str) -> dict[str, Any]:
     """The JSON card of a generator; raises UserError for one of an unknown kind."""
-    card: dict[str, Any] = read_json(folder_of(path) / CARD)
-    if card.get("kind") not in FILES:
-        raise UserError(f"generator '{path}' is of kind '{card.get('kind')}'; this version reads {', '.join(FILES)}")
+    card = _card(folder_of(path), path)
+    if _kind(card) not in FILES:
+        raise UserError(f"generator '{path}' is of kind '{_kind(card)[:80]}'; this version reads {', '.join(FILES)}")
     return card
 
 
@@ -73,19 +95,53 @@ def build(kind: str, architecture: Any) -> StyleGAN1 | StyleGAN2:
     return StyleGAN2(StyleGAN2Config.model_validate(architecture))
 
 
+class _ShapesOnly(TorchFunctionMode):
+    """Makes initial weights without numbers: for random ones torch's own way would first import sympy, for seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.randn, torch.ones, torch.zeros, torch.full):
+            return torch.empty(args[0] if isinstance(args[0], tuple | list) else args, device="meta")
+        return args[0] if func is Tensor.div else func(*args, **(kwargs or {}))
+
+
+def blueprint(kind: str, architecture: Any) -> dict[str, Tensor]:
+    """The state of a StyleGAN without its numbers, for sizes that nothing is believed of yet; raises as `build`."""
+    with torch.device("meta"), _ShapesOnly():
+        return build(kind, architecture).state_dict()
+
+
+def _check_weights(path: Path, needed: dict[str, Tensor], what: str) -> None:
+    """Raise UserError, naming tensors, unless a safetensors file holds those that are needed; reads none of them."""
+    with safe_open(path, "pt") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+    if missing := needed.keys() - found.keys():
+        raise UserError(f"{what} do not fit its card: {len(missing)} of {len(needed)} tensors are not there: {listed(missing)}")
+    if extra := found.keys() - needed.keys():
+        raise UserError(f"{what} do not fit its card: {len(extra)} tensor(s) have no place there: {listed(extra)}")
+    if odd := [
+        f"{name} {found[name][0]} is not {tuple(needed[name].shape)}" for name in needed if found[name][0] != needed[name].shape
+    ]:
+        raise UserError(f"{what} do not fit its card: {len(odd)} shape(s) differ: {listed(odd)}")
+    if odd := [f"{name} ({dtype})" for name, (_, dtype) in found.items() if dtype not in DTYPES]:
+        raise UserError(f"{what} are not all floating-point numbers: {listed(odd)}")
+
+
 def load_stylegan(path: str) -> StyleGAN1 | StyleGAN2:
     """The StyleGAN of a folder, with the papers' arithmetic. Raises UserError if card and weights do not fit together."""
     folder, card = folder_of(path), read_card(path)
+    what = f"the weights of generator '{path}'"
     try:
+        _check_weights(folder / WEIGHTS, blueprint(card["kind"], card.get("architecture")), what)
         generator = build(card["kind"], card.get("architecture"))
         generator.load_state_dict(load_file(folder / WEIGHTS))
     except ValidationError as error:
-        raise UserError(f"the card of generator '{path}': {describe(error)}") from None
+        raise UserError(f"the card of generator '{path}': {shown(describe(error), MOST)}") from None
     except (RuntimeError, SafetensorError) as error:
-        raise UserError(f"the weights of generator '{path}' do not fit its card: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{what} do not fit its card: {shown(str(error).splitlines()[0], MOST)}") from None
     for key, value in generator.state_dict().items():
         if not bool(torch.isfinite(value).all()):
-            raise UserError(f"the weights of generator '{path}' are not finite: {key}")
+            raise UserError(f"{what} are not finite: {key}")
     return generator
 
 

@@ -11,11 +11,11 @@ The format is recognised by content, never by a file's name.
 
 import io
 import pickle
-import pickletools
 import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -24,9 +24,20 @@ import torch
 
 from dmat_ray.errors import UserError
 from dmat_ray.manifold.formats import stored
-from dmat_ray.manifold.formats.stored import Bag, Maker, NumpyType, RefusedError, Storage, TensorFlowNetwork, shown
+from dmat_ray.manifold.formats.archives import Entry, check_zip
+from dmat_ray.manifold.formats.opcodes import Budget, check_opcodes
+from dmat_ray.manifold.formats.stored import (
+    Bag,
+    Maker,
+    NumpyType,
+    RefusedError,
+    Storage,
+    Stored,
+    TensorFlowNetwork,
+    shown,
+)
 
-MAX_OPCODES, MAX_NESTING = 3_000_000, 300  # the largest published checkpoints have some 50 thousand and 50
+MAX_KEY = 64  # letters in a storage's name
 MAX_PICKLE = 4 << 30  # bytes; zips, whose tensors stay in the file until they are asked for, may be larger
 # how torch.save began its files before they were zips: the pickle of a number
 TORCH_MAGIC = b"\x80\x02\x8a\x0a" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little") + b"."
@@ -43,20 +54,7 @@ STORAGES = {
     "DoubleStorage": torch.float64, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "ShortStorage": torch.int16,
     "IntStorage": torch.int32, "LongStorage": torch.int64,
 }  # fmt: skip
-REFUSED_OPCODES = {"EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"}
-PUT_OPCODES, GET_OPCODES = {"PUT", "BINPUT", "LONG_BINPUT"}, {"GET", "BINGET", "LONG_BINGET"}
-GROWING_OPCODES = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
-
-
-def _nested_storage(raw: Any) -> Storage:
-    """torch.storage._load_from_bytes: a storage that torch.save wrote inside of another pickle."""
-    storage = _read_torch_stream(raw) if isinstance(raw, bytes) else None
-    if not isinstance(storage, Storage):
-        raise RefusedError("holds something other than numbers where those of a tensor should be")
-    return storage
-
-
-# All that a pickle may name, and what it gets
+# All that a pickle may name, and what it gets; a text is a method of _Unpickler
 NAMES: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): Bag,
     ("dnnlib.util", "EasyDict"): Bag,
@@ -67,9 +65,9 @@ NAMES: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor"): stored.tensor,
     ("torch._utils", "_rebuild_tensor_v2"): stored.tensor,
     ("torch._utils", "_rebuild_parameter"): stored.parameter,
-    ("torch.storage", "_load_from_bytes"): _nested_storage,
+    ("torch.storage", "_load_from_bytes"): "_nested_storage",
     **{("torch", name): dtype for name, dtype in STORAGES.items()},
-    **{(f"{package}.multiarray", "_reconstruct"): stored.blank for package in ("numpy.core", "numpy._core")},
+    **{(f"{package}.multiarray", "_reconstruct"): "_blank" for package in ("numpy.core", "numpy._core")},
     **{(f"{package}.multiarray", "scalar"): stored.scalar for package in ("numpy.core", "numpy._core")},
     **{(f"{package}.numeric", "_frombuffer"): stored.frombuffer for package in ("numpy.core", "numpy._core")},
     ("_codecs", "encode"): stored.number_bytes,
@@ -83,92 +81,56 @@ NAMES: dict[tuple[str, str], Any] = {
 class _Unpickler(pickle.Unpickler):
     """Builds what stands in NAMES and nothing else."""
 
-    def __init__(self, data: bytes, storage: Callable[[Any], Storage] | None) -> None:
+    def __init__(self, data: bytes, budget: Budget, storage: Callable[[Any], Storage] | None) -> None:
         super().__init__(io.BytesIO(data), encoding="latin1")
-        self._storage = storage
+        self._budget, self._storage = budget, storage
+        self._blanks: list[Stored] = []
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in NAMES:
             raise RefusedError(f"asks for {shown(module)}.{shown(name)}, which no weights need")
         found = NAMES[module, name]
+        if isinstance(found, str):
+            return Maker(getattr(self, found))
         return Maker(found) if isinstance(found, FunctionType) else found
 
     def persistent_load(self, pid: Any) -> Any:
         if self._storage is None or not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
             kind = pid[0] if isinstance(pid, tuple) and pid else pid
             raise RefusedError(f"asks for a persistent object of kind {shown(kind)}, which no weights need")
+        if not isinstance(pid[2], str) or len(pid[2]) > MAX_KEY:
+            raise RefusedError(f"names a storage by {shown(pid[2])}, which torch.save does not")
         return self._storage(pid)
 
+    def load(self) -> Any:
+        tree = super().load()
+        if not all(hasattr(blank, "storage") for blank in self._blanks):
+            raise RefusedError("holds a NumPy array without numbers")
+        return tree
 
-class _Nesting:
-    """How deep the values of a pickle are nested, from its opcodes alone.
+    def _blank(self, *_: Any) -> Stored:
+        """numpy.core.multiarray._reconstruct: an array whose state comes next."""
+        self._blanks.append(Stored())
+        return self._blanks[-1]
 
-    Python hashes nested tuples by recursion in C, without a guard: a hundred thousand levels end the process.
-    """
-
-    def __init__(self) -> None:
-        self._stack: list[int] = []
-        self._marks: list[int] = []
-        self._memo: dict[int, int] = {}
-
-    def after(self, opcode: pickletools.OpcodeInfo, argument: Any) -> int:
-        """The depth of what this opcode leaves on the stack."""
-        stack, name, takes = self._stack, opcode.name, opcode.stack_before
-        top = stack[-1] if stack else 0
-        if name == "MARK":
-            self._marks.append(len(stack))
-        elif name == "POP" and self._marks and self._marks[-1] == len(stack):
-            self._marks.pop()
-        elif name in PUT_OPCODES or name == "MEMOIZE":
-            self._memo[len(self._memo) if name == "MEMOIZE" else argument] = top
-        elif name in GET_OPCODES:
-            stack.append(self._memo.get(argument, 0))
-        elif name == "DUP":
-            stack.append(top)
-        else:
-            if pickletools.markobject in takes:
-                if not self._marks:
-                    raise RefusedError("is no pickle that a program wrote")
-                start = max(self._marks.pop() - takes.index(pickletools.markobject), 0)
-            else:
-                start = max(len(stack) - len(takes), 0)
-            taken = stack[start:]
-            del stack[start:]
-            depth = 1 + max(taken, default=-1)
-            if name in GROWING_OPCODES and taken:  # these grow the first of what they take
-                depth = max(taken[0], 1 + max(taken[1:], default=-1))
-            stack += [depth] * len(opcode.stack_after)
-            top = depth
-        return top
+    def _nested_storage(self, raw: Any) -> Storage:
+        """torch.storage._load_from_bytes: a storage that torch.save wrote inside of another pickle."""
+        storage = _read_torch_stream(raw, self._budget) if isinstance(raw, bytes) else None
+        if not isinstance(storage, Storage):
+            raise RefusedError("holds something other than numbers where those of a tensor should be")
+        return storage
 
 
-def _check_opcodes(data: bytes, start: int = 0) -> int:
-    """Walk over one pickle without running it; returns where it ends.
-
-    Raises RefusedError for sizes beyond the file, places in the memo that would need an array of their size, nesting that
-    would overflow the stack, and opcodes that no checkpoint has.
-    """
-    stream = io.BytesIO(data)
-    stream.seek(start)
-    nesting = _Nesting()
-    for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
-        if opcode.name in REFUSED_OPCODES:
-            raise RefusedError(f"holds the opcode {opcode.name}, which no weights need")
-        if opcode.name in PUT_OPCODES and not 0 <= argument <= count:  # type: ignore[operator]
-            raise RefusedError(f"gives the number {shown(argument)} to an object that is at most its {count}th")
-        if opcode.name == "FRAME" and argument > len(data) - (position or 0):  # type: ignore[operator]
-            raise RefusedError(f"claims a frame of {shown(argument)} bytes that it does not have")
-        if count > MAX_OPCODES or nesting.after(opcode, argument) > MAX_NESTING:
-            raise RefusedError("is longer or nested deeper than any checkpoint")
-    return stream.tell()
+def _unpickle(data: bytes, budget: Budget, storage: Callable[[Any], Storage] | None = None) -> Any:
+    check_opcodes(data, budget)
+    return _Unpickler(data, budget, storage).load()
 
 
-def _unpickle(data: bytes, storage: Callable[[Any], Storage] | None = None) -> Any:
-    _check_opcodes(data)
-    return _Unpickler(data, storage).load()
+def _part(view: memoryview, begin: int, end: int) -> memoryview:
+    return view[begin:end]
 
 
-def _read_torch_stream(data: bytes) -> Any:
+def _read_torch_stream(data: bytes, budget: Budget) -> Any:
     """What torch.save wrote before it wrote zips: five pickles, then for each storage its count and its bytes."""
     storages: dict[Any, Storage] = {}
     position = 0
@@ -186,15 +148,16 @@ def _read_torch_stream(data: bytes) -> Any:
 
     def following() -> Any:
         nonlocal position
-        start, position = position, _check_opcodes(data, position)
-        return _Unpickler(data[start:position], storage).load()
+        start, position = position, check_opcodes(data, budget, position)
+        return _Unpickler(data[start:position], budget, storage).load()
 
     if not data.startswith(TORCH_MAGIC):
         raise RefusedError("holds bytes that torch.save did not write where those of a tensor should be")
     _, protocol, system, tree, keys = [following() for _ in range(5)]
     if protocol != TORCH_PROTOCOL or not isinstance(system, dict) or system.get("little_endian") is not True:
         raise RefusedError("was written by an unknown version of torch or on a machine of another byte order")
-    if not isinstance(keys, list) or len(keys) != len(storages) or not all(key in storages for key in keys):
+    # one that is named twice would leave another without numbers
+    if not isinstance(keys, list) or len(keys) != len(storages) or set(keys) != set(storages):
         raise RefusedError("does not hold the tensors that it names")
     view = memoryview(data)
     for key in keys:
@@ -202,54 +165,41 @@ def _read_torch_stream(data: bytes) -> Any:
         position = begin + found.nbytes
         if position > len(data) or struct.unpack_from("<q", data, begin - 8)[0] != found.count:
             raise RefusedError("is cut short, or names a tensor of another size than it holds")
-        found.read = lambda part=view[begin:position]: part
+        found.read = partial(_part, view[begin:position])
     return tree
-
-
-def _check_zip(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
-    """The files of a zip by name. Raises RefusedError for what torch.save does not write: compression, overlaps, doubles."""
-    listing = archive.infolist()
-    if any(info.filename.endswith("/constants.pkl") for info in listing):
-        raise RefusedError("is a TorchScript program, not weights")
-    for info in listing:
-        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
-            raise RefusedError("is a compressed zip, which torch.save does not write")
-    if sum(info.file_size for info in listing) > size:
-        raise RefusedError("is a zip whose files would be larger than itself")
-    entries = {info.filename: info for info in listing}
-    if len(entries) != len(listing):
-        raise RefusedError("is a zip with two files of one name")
-    return entries
 
 
 def _read_torch_zip(path: Path, size: int) -> Any:
     """What torch.save writes: a zip with one pickle, and a file for each storage."""
-    archive = zipfile.ZipFile(path)
-    entries = _check_zip(archive, size)
+    with zipfile.ZipFile(path) as archive:
+        listing = archive.infolist()
+    if any(info.filename.endswith("/constants.pkl") for info in listing):
+        raise RefusedError("is a TorchScript program, not weights")
+    check_zip(listing, size)
+    entries = {info.filename: info for info in listing}
     pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise RefusedError("is a zip that torch.save did not write")
     root = pickles[0].removesuffix("data.pkl")
 
-    def entry(info: zipfile.ZipInfo) -> bytes:
-        try:
-            return archive.read(info)
-        except Exception as error:  # zipfile reads a second header here, and a damaged one can make it raise anything
-            raise UserError(f"checkpoint '{path}' is damaged: {shown(error)}") from None
+    def content(name: str) -> bytes:
+        return Entry(path, entries[name]).read(0, entries[name].file_size)
 
-    if f"{root}byteorder" in entries and entry(entries[f"{root}byteorder"]) != b"little":
+    if f"{root}byteorder" in entries and content(f"{root}byteorder") != b"little":
         raise RefusedError("was written on a machine of another byte order")
 
     def storage(pid: Any) -> Storage:
-        info = entries.get(f"{root}data/{pid[2]}") if isinstance(pid[2], str) else None
+        info = entries.get(f"{root}data/{pid[2]}")
         if info is None:
             raise RefusedError("does not hold the tensors that it names")
-        found = Storage(pid[1], pid[4], lambda: entry(info))
+        reader = readers.setdefault(pid[2], Entry(path, info))  # one for each, so that its checksum is looked at once
+        found = Storage(pid[1], pid[4], reader.read)
         if found.nbytes > info.file_size:
             raise RefusedError(f"names a storage of {shown(pid[4])} numbers that it does not hold")
         return found
 
-    return _unpickle(entry(entries[pickles[0]]), storage)
+    readers: dict[str, Entry] = {}
+    return _unpickle(content(pickles[0]), Budget(size), storage)
 
 
 @dataclass(frozen=True)
@@ -281,7 +231,7 @@ def read(path: Path) -> Contents:
         if size > MAX_PICKLE:
             raise RefusedError(f"is a pickle of {size >> 30} GiB, larger than any generator")
         data = path.read_bytes()
-        return Contents(_read_torch_stream(data) if data.startswith(TORCH_MAGIC) else _unpickle(data), size)
+        return Contents((_read_torch_stream if data.startswith(TORCH_MAGIC) else _unpickle)(data, Budget(size)), size)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint '{path}'") from None
     except RefusedError as error:
@@ -291,5 +241,5 @@ def read(path: Path) -> Contents:
     except Exception as error:  # a forged or damaged file can make the unpickler and zipfile raise anything
         if isinstance(error, OSError) and error.filename:  # no right to read it, or a folder
             raise
-        reason = f"{type(error).__name__}: {shown(error, 120)}"
+        reason = f"{type(error).__name__}: {shown(str(error), 120)}"
         raise UserError(f"checkpoint '{path}' is damaged or cut short ({reason}); nothing in it was run") from None

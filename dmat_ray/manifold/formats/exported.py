@@ -21,20 +21,22 @@ from dmat_ray.data.manifold_set import read_json, sha256, write_json
 from dmat_ray.errors import UserError
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.formats.programs import Kind, kind_of, load_program, reason
+from dmat_ray.manifold.formats.stored import shown
 
 FILES: dict[str, str] = {"torchscript": "decoder.pt", "torch_export": "decoder.pt2"}
 CARD = "card.json"
 EXAMPLE = '{"w_dim": 64, "resolution": 32, "channels": 1}'
 # largest difference, in [0, 1] units, that rounding may make between two runs on one w
 TOLERANCE = 1e-3
+MOST = 1 << 22  # numbers of one W+ code
 
 
 class DecoderCard(Section):
     """What a decoder expects and makes. `w_dim`, `resolution` and `channels` have no default."""
 
     kind: Kind = Field(description="what the program is; an import finds out by itself")
-    w_dim: int = Field(ge=1, description="dimensions of one w vector")
-    num_ws: int = Field(1, ge=1, description="number of w vectors")
+    w_dim: int = Field(ge=1, le=1 << 20, description="dimensions of one w vector")
+    num_ws: int = Field(1, ge=1, le=4096, description="number of w vectors")
     resolution: int = Field(ge=8, le=1024, description="image height and width in pixels")
     channels: Channels = Field(description="image channels: 1 (grey) or 3 (RGB)")
     output_range: tuple[float, float] = Field((0.0, 1.0), description="[0, 1] (a sigmoid) or [-1, 1] (a tanh)")
@@ -50,6 +52,8 @@ class DecoderCard(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "DecoderCard":
+        if self.num_ws * self.w_dim > MOST:
+            raise ValueError(f"num_ws {self.num_ws} times w_dim {self.w_dim} is more than {MOST}")
         if self.output_range not in ((0.0, 1.0), (-1.0, 1.0)):
             raise ValueError(f"output_range is {list(self.output_range)}, but must be [0, 1] or [-1, 1]")
         for key, value in (("w_mean", self.w_mean), ("w_std", self.w_std)):
@@ -99,7 +103,7 @@ def read_decoder_card(values: Any, what: str) -> DecoderCard:
     try:
         return DecoderCard.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{what}: {describe(error)}; the least there can be is {EXAMPLE}") from None
+        raise UserError(f"{what}: {shown(describe(error), 400)}; the least there can be is {EXAMPLE}") from None
 
 
 def meaning(values: Any) -> dict[str, Any]:
@@ -223,7 +227,10 @@ def import_program(path: Path, card_path: Path | None, folder: Path) -> None:
     if card_path is None or not card_path.is_file():
         missing = "needs a card" if card_path is None else f"needs a card, and '{card_path}' is not there"
         raise UserError(f"'{path}' {missing}: give --card card.json with at least {EXAMPLE}, and see docs/guide.md for the rest")
-    values = read_json(card_path)
+    try:
+        values = read_json(card_path)
+    except RecursionError:
+        raise UserError(f"'{card_path}' is damaged: it is nested too deep") from None
     card = read_decoder_card({"kind": kind, **values} if isinstance(values, dict) else values, f"the card '{card_path}'")
     if card.kind != kind:
         raise UserError(f"the card '{card_path}' says kind '{card.kind}', but '{path}' is {kind}; remove kind from the card")

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from dmat_ray.cli import describe
 from dmat_ray.errors import UserError
@@ -20,7 +19,7 @@ from dmat_ray.manifold.formats import checkpoints, layouts_stylegan2
 from dmat_ray.manifold.formats.layouts import Draft, Tensors, listed
 from dmat_ray.manifold.formats.layouts_stylegan1 import stylegan1
 from dmat_ray.manifold.formats.layouts_stylegan2 import RECORDED, Attributes
-from dmat_ray.manifold.formats.stored import Module, Storage, Stored, TensorFlowNetwork, shown
+from dmat_ray.manifold.formats.stored import Module, RefusedError, Storage, Stored, TensorFlowNetwork, shown
 from dmat_ray.manifold.stylegan1 import StyleGAN1
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 
@@ -56,6 +55,7 @@ FORMATS = {
 }
 # of a pickled network; its parts may be shared, so that a small file could claim very many
 MAX_PARTS, MAX_DEPTH, MAX_NAME = 20_000, 16, 200
+MAX_MESSAGE = 400  # letters
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,12 @@ class Imported:
     notes: list[str]
 
 
-def _flatten(network: Any, prefix: str, tensors: Tensors, attributes: Attributes, depth: int = 0) -> None:
-    """The tensors of a pickled PyTorch module by their state-dict names, and the plain attributes of its parts."""
-    if not isinstance(network, Module) or depth > MAX_DEPTH or len(tensors) + len(attributes) > MAX_PARTS:
+def _flatten(network: Any, prefix: str, tensors: Tensors, attributes: Attributes, depth: int = 0, seen: int = 0) -> int:
+    """The tensors of a pickled PyTorch module by their state-dict names, and the plain attributes of its parts.
+
+    Returns how many parts were looked at, which is `seen` more than its own.
+    """
+    if not isinstance(network, Module) or depth > MAX_DEPTH:
         raise UserError("holds a network that is not built of modules")
     state = network.state
     plain = {key: state[key] for key in RECORDED if isinstance(state.get(key, ()), str | int | float | None)}
@@ -77,26 +80,35 @@ def _flatten(network: Any, prefix: str, tensors: Tensors, attributes: Attributes
     for kind in ("_parameters", "_buffers", "_modules"):
         children = state.get(kind)
         for name, child in children.items() if isinstance(children, dict) else ():
+            seen = _one_more(seen)
             if not isinstance(name, str) or len(name) > MAX_NAME:
                 raise UserError("holds a network whose parts have no names")
             if kind == "_modules" and child is not None:
-                _flatten(child, f"{prefix}{name}.", tensors, attributes, depth + 1)
+                seen = _flatten(child, f"{prefix}{name}.", tensors, attributes, depth + 1, seen)
             elif isinstance(child, Stored):
                 tensors[f"{prefix}{name}"] = child
+    return seen
+
+
+def _one_more(seen: int) -> int:
+    if seen >= MAX_PARTS:
+        raise UserError(f"holds a network of more than {MAX_PARTS} parts")
+    return seen + 1
 
 
 def _number(value: float) -> Stored:
     raw = torch.tensor([value]).numpy().tobytes()
-    return Stored().place(Storage(torch.float32, 1, lambda: raw), 0, (), ())
+    return Stored().place(Storage(torch.float32, 1, lambda begin, end: raw[begin:end]), 0, (), ())
 
 
-def _variables(network: Any, prefix: str, tensors: Tensors, depth: int = 0) -> None:
-    """The variables of a pickled TensorFlow network and its components, by their paths."""
+def _variables(network: Any, prefix: str, tensors: Tensors, depth: int = 0, seen: int = 0) -> int:
+    """The variables of a pickled TensorFlow network and its components, by their paths; returns as `_flatten`."""
     state = network.state if isinstance(network, TensorFlowNetwork) and hasattr(network, "state") else {}
     variables, components = state.get("variables"), state.get("components")
     if not isinstance(variables, list) or not isinstance(components, dict) or len(components) > 8 or depth > 2:
         raise UserError("holds a TensorFlow network without variables")
-    for item in variables[:MAX_PARTS]:
+    for item in variables:
+        seen = _one_more(seen)
         name, value = item if isinstance(item, tuple) and len(item) == 2 else (None, None)
         if not isinstance(name, str) or len(name) > MAX_NAME:
             raise UserError("holds a TensorFlow network whose variables have no names")
@@ -105,7 +117,8 @@ def _variables(network: Any, prefix: str, tensors: Tensors, depth: int = 0) -> N
         if isinstance(value, Stored):
             tensors[f"{prefix}{name}"] = value
     for name, component in components.items():
-        _variables(component, f"{prefix}{name}/", tensors, depth + 1)
+        seen = _variables(component, f"{prefix}{shown(name)}/", tensors, depth + 1, seen)
+    return seen
 
 
 def _from_modules(network: Module) -> tuple[str, Tensors, Draft]:
@@ -140,7 +153,7 @@ def _from_state(tree: dict[Any, Any]) -> tuple[str, Tensors, Draft]:
             found = found.get(key, {}) if isinstance(found, dict) else {}
         if isinstance(found, dict) and any(isinstance(value, Stored) for value in found.values()):
             break
-    tensors = {str(key): value for key, value in found.items() if isinstance(value, Stored)}
+    tensors = {key if isinstance(key, str) else shown(key): value for key, value in found.items() if isinstance(value, Stored)}
     if tensors and all(name.startswith("module.") for name in tensors):  # written by DataParallel
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     average = tensors.pop("latent_avg", tree.get("latent_avg"))
@@ -148,8 +161,8 @@ def _from_state(tree: dict[Any, Any]) -> tuple[str, Tensors, Draft]:
     if layout is None and not tensors and any(key in tree for key in ("d", "discriminator", "D")):
         layout = "holds a discriminator and no generator"
     if layout is None:
-        holds = f"its tensors are {listed(tensors)}" if tensors else f"it holds {listed(map(str, tree))}"
-        raise UserError(f"holds no known generator ({holds or 'nothing'}); known: {KNOWN}")
+        holds = f"its tensors are {listed(tensors)}" if tensors else f"it holds {listed(tree) or 'nothing'}"
+        raise UserError(f"holds no known generator ({holds}); known: {KNOWN}")
     if layout not in FORMATS:
         raise UserError(layout)
     if layout == "rosinality":
@@ -178,29 +191,13 @@ def _recognise(tree: Any) -> tuple[str, Tensors, Draft]:
                 draft.notes.append("the file has no averaged generator; 'G' is taken")
             return format_, tensors, draft
     if any(isinstance(value, Module) for value in tree.values()):
-        raise UserError(f"holds no generator but {listed(map(str, tree))}; a generator is called G_ema or G")
+        raise UserError(f"holds no generator but {listed(tree)}; a generator is called G_ema or G")
     return _from_state(tree)
-
-
-class _ShapesOnly(TorchFunctionMode):
-    """Makes initial weights without numbers: for random ones torch's own way would first import sympy, for seconds."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.randn, torch.ones, torch.zeros, torch.full):
-            return torch.empty(args[0] if isinstance(args[0], tuple | list) else args, device="meta")
-        return args[0] if func is Tensor.div else func(*args, **(kwargs or {}))
-
-
-def _needed(draft: Draft) -> dict[str, tuple[int, ...]]:
-    """The shapes of our tensors, without allocating them: the sizes come from a file that nothing is believed of."""
-    with torch.device("meta"), _ShapesOnly():
-        model = generators.build(draft.kind, draft.architecture)
-    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
 def _read(draft: Draft, tensors: Tensors, size: int) -> dict[str, Tensor]:
     """The tensors by our names, each of the shape that the architecture needs, and finite."""
-    needed = _needed(draft)
+    needed = {key: tuple(value.shape) for key, value in generators.blueprint(draft.kind, draft.architecture).items()}
     if sum(tensors[theirs].nbytes for theirs, _ in draft.rows.values()) > size:
         raise UserError("names more weights than it has bytes")
     state = dict(draft.random)
@@ -235,13 +232,17 @@ def import_checkpoint(path: Path) -> Imported:
         layout, tensors, draft = _recognise(contents.tree)
         state = _read(draft, tensors, contents.size)
         generator = generators.build(draft.kind, draft.architecture)
+        has_mean = "w_mean" in state
+        generator.load_state_dict({"w_mean": generator.w_mean, "w_std": generator.w_std, **state})
+        generator.eval().requires_grad_(False).measure_w(mean=not has_mean)
     except ValidationError as error:
-        raise UserError(f"checkpoint '{path}' holds a generator of a shape that is not known: {describe(error)}") from None
-    except UserError as error:
+        what = shown(describe(error), MAX_MESSAGE)
+        raise UserError(f"checkpoint '{path}' holds a generator of a shape that is not known: {what}") from None
+    except (UserError, RefusedError) as error:
         text = str(error)
         raise UserError(text if text.startswith("checkpoint '") else f"checkpoint '{path}': {text}") from None
-    has_mean = "w_mean" in state
-    generator.load_state_dict({"w_mean": generator.w_mean, "w_std": generator.w_std, **state})
-    generator.eval().requires_grad_(False).measure_w(mean=not has_mean)
+    except Exception as error:  # sizes and numbers of a forged file can make torch and Python raise anything
+        reason = f"{type(error).__name__}: {shown(str(error), 120)}"
+        raise UserError(f"checkpoint '{path}' holds no generator that can be built ({reason})") from None
     notes = [*draft.notes, f"w_mean is {'that of the file' if has_mean else 'measured'}, w_std is measured"]
     return Imported(generator, FORMATS[layout], notes)

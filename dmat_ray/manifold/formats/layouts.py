@@ -20,6 +20,7 @@ Tensors = dict[str, Stored]
 Part = tuple[str, Turn]  # their name, and what makes ours of theirs
 Rows = dict[str, Part]  # by our name
 LARGEST = 1024
+MAX_FILTERS, MAX_FILTER = 100, 1 << 20  # and bytes of one: of each channel 3x3 numbers
 
 
 @dataclass
@@ -42,11 +43,11 @@ def square(x: Tensor) -> Tensor:
     return x.reshape(x.shape[-2:])
 
 
-def listed(names: Iterable[str], most: int = 5) -> str:
+def listed(names: Iterable[object], most: int = 5) -> str:
     """The first few of many names, and how many there are."""
-    names = sorted(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(shown(name) for name in names[:most]) + more
+    printed = sorted(map(shown, names))
+    more = f" and {len(printed) - most} more" if len(printed) > most else ""
+    return ", ".join(printed[:most]) + more
 
 
 def check_names(tensors: Tensors, rows: Rows, harmless: str, optional: tuple[str, ...] = ()) -> None:
@@ -64,14 +65,16 @@ def check_names(tensors: Tensors, rows: Rows, harmless: str, optional: tuple[str
 def check_filters(tensors: Tensors, pattern: str, taps: list[float]) -> None:
     """Raise UserError unless every tensor of that name is the separable filter `taps`, whatever its gain."""
     wanted = torch.tensor(taps).outer(torch.tensor(taps)) / sum(taps) ** 2
-    for name, stored in tensors.items():
-        if re.fullmatch(pattern, name):
-            found = stored.read().float()
-            if stored.shape[-2:] == tuple(wanted.shape):
-                found = found.reshape(-1, *wanted.shape)
-                found = found / found.sum(dim=(1, 2), keepdim=True)
-            if found.shape[1:] != wanted.shape or not torch.allclose(found, wanted.expand_as(found), atol=1e-4):
-                raise UserError(f"resamples with another filter than {taps}: {shown(name)}")
+    filters = {name: stored for name, stored in tensors.items() if re.fullmatch(pattern, name)}
+    if len(filters) > MAX_FILTERS or any(stored.nbytes > MAX_FILTER for stored in filters.values()):
+        raise UserError(f"holds more or larger filters than any generator: {listed(filters)}")
+    for name, stored in filters.items():
+        found = stored.read().float()
+        if stored.shape[-2:] == tuple(wanted.shape):
+            found = found.reshape(-1, *wanted.shape)
+            found = found / found.sum(dim=(1, 2), keepdim=True)
+        if found.shape[1:] != wanted.shape or not torch.allclose(found, wanted.expand_as(found), atol=1e-4):
+            raise UserError(f"resamples with another filter than {taps}: {shown(name)}")
 
 
 def count(tensors: Tensors, pattern: str) -> int:
@@ -111,6 +114,13 @@ def mapping(tensors: Tensors, weights: list[str]) -> dict[str, Any]:
             raise UserError(f"tensor '{name}' of shape {shape} is no matrix")
     inner = shapes[0][0] if len(shapes) > 1 and shapes[0][0] != shapes[-1][0] else None
     return {"z_dim": shapes[0][1], "w_dim": shapes[-1][0], "mapping_layers": len(weights), "mapping_width": inner}
+
+
+def number(value: object, what: str) -> float | None:
+    """A setting that is a number or None; raises UserError for anything else."""
+    if value is not None and not isinstance(value, int | float):
+        raise UserError(f"has {what} {shown(value)}, which is no number")
+    return value
 
 
 def axis(tensors: Tensors, name: str, index: int) -> int:

@@ -22,6 +22,7 @@ from dmat_ray.manifold.formats.layouts import (
     check_names,
     check_resolution,
     count,
+    number,
     same,
     square,
     widths,
@@ -177,7 +178,8 @@ def _one(values: Iterable[Any], what: str, choices: tuple[Any, ...], default: An
     found = list(dict.fromkeys(values)) or [default]
     if len(found) > 1 or (choices and found[0] not in choices):
         known = f"; known: {', '.join(map(str, choices))}" if choices else ""
-        raise UserError(f"has {what} {', '.join(shown(v) for v in found)}{known}")
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise UserError(f"has {what} {', '.join(shown(v) for v in found[:5])}{more}{known}")
     return found[0]
 
 
@@ -207,13 +209,14 @@ def nvlabs(tensors: Tensors, attributes: Attributes) -> Draft:
         notes.append(f"class-conditional: the class is the largest of the first {classes} coordinates of z")
     if half := sum(value is True for value in recorded("use_fp16")):
         notes.append(f"trained with half precision in {half} resolutions, run with single precision here")
+    rate = "the mapping's learning rate"
     architecture = {
         **shape,
         "z_dim": axis(tensors, "mapping.fc0.weight", 1) - (shape["w_dim"] if classes else 0),
         "num_classes": classes,
-        "mapping_rate": _one(recorded("bias_gain", r"mapping\.fc\d+"), "the mapping's learning rate", (), 0.01),
+        "mapping_rate": number(_one(recorded("bias_gain", r"mapping\.fc\d+"), rate, (), 0.01), rate),
         "noise": noise,
-        "conv_clamp": _one(recorded("conv_clamp"), "different bounds of layers:", (), None),
+        "conv_clamp": number(_one(recorded("conv_clamp"), "different bounds of layers:", (), None), "conv_clamp"),
     }
     return Draft("stylegan2", architecture, rows, notes=notes)
 
@@ -247,7 +250,7 @@ def tensorflow(tensors: Tensors, settings: dict[str, Any]) -> Draft:
     rows = stylegan2_rows(TENSORFLOW, resolutions, dense, noise)
     rows["w_mean"] = ("dlatent_avg", same)
     check_names(tensors, rows, r"lod|synthesis/lod|synthesis/noise\d+", optional=("w_mean",))
-    rate, clamp = (settings.get(key) for key in ("mapping_lrmul", "conv_clamp"))
+    rate, clamp = (number(settings.get(key), key) for key in ("mapping_lrmul", "conv_clamp"))
     architecture = {
         **stylegan2_shape(tensors, rows, resolutions, dense),
         "z_dim": axis(tensors, "mapping/Dense0/weight", 0),

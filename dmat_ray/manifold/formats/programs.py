@@ -21,7 +21,6 @@ import io
 import json
 import re
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +30,10 @@ from torch import nn
 from torch.export.passes import move_to_device_pass
 
 from dmat_ray.errors import UserError
+from dmat_ray.manifold.formats.archives import check_zip
+from dmat_ray.manifold.formats.opcodes import Budget
+from dmat_ray.manifold.formats.sources import check_program
+from dmat_ray.manifold.formats.stored import RefusedError, shown
 
 Kind = Literal["torchscript", "torch_export"]
 Records = dict[str, bytes]
@@ -44,6 +47,9 @@ TORCH_EXPORT = (
 )
 # left behind: source texts for error messages, sample inputs (pickled), files that the user added
 UNUSED = r"code/.*\.debug_pkl|traced_inputs\.pkl|traced_inputs/\d+|data/sample_inputs/model\.pt|extra/.*|\.data/serialization_id"
+
+MAX_CODE = 16 << 20  # bytes
+PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 # aten operators that leave the realm of arithmetic: files, and switches of the whole process
 FORBIDDEN = ("save", "from_file", "set_grad_enabled", "manual_seed", "seed", "_cufft_set_plan_cache_max_size")
@@ -99,7 +105,7 @@ def kind_of(path: Path) -> Kind | None:
     try:
         with zipfile.ZipFile(path) as archive:
             full = archive.namelist()
-    except (zipfile.BadZipFile, OSError):
+    except Exception:  # a damaged directory makes zipfile raise anything
         return None
     names = {name.partition("/")[2] for name in full}
     if "archive_format" in names or "serialized_exported_program.json" in full:
@@ -114,7 +120,7 @@ def reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     # (an export's deserialiser puts a traceback of its own into the message, whose point is last as well)
     wrapped = "TorchScript interpreter" in lines[0] or any(line.startswith("Traceback") for line in lines)
-    return lines[-1 if wrapped else 0][:300]
+    return shown(lines[-1 if wrapped else 0], 300)
 
 
 def _records(path: Path, wanted: str) -> Records:
@@ -122,17 +128,28 @@ def _records(path: Path, wanted: str) -> Records:
     records: Records = {}
     try:
         with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                name = info.filename.partition("/")[2]
-                if re.fullmatch(UNUSED, name):
-                    continue
-                if not re.fullmatch(wanted, name) or name in records:
+            found = [(info, info.filename.partition("/")[2]) for info in archive.infolist()]
+            found = [(info, name) for info, name in found if not re.fullmatch(UNUSED, name)]
+            for info, name in found:
+                if not re.fullmatch(wanted, name):
                     raise UserError(
-                        f"'{path}' holds '{info.filename}', which is not code, graph or plain tensors: pickled objects and "
-                        "compiled libraries are not loaded; export the decoder again, with torch 2.13 and ordinary parameters"
+                        f"'{path}' holds '{shown(info.filename)}', which is not code, graph or plain tensors: pickled objects "
+                        "and compiled libraries are not loaded; export the decoder again, with torch 2.13 and ordinary parameters"
                     )
-                records[name] = archive.read(info)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
+            code = [info for info, name in found if name.startswith("code/")]  # torch compresses it
+            if sum(info.file_size for info in code) > MAX_CODE or any(info.compress_type not in PACKINGS for info in code):
+                raise RefusedError(f"holds more than {MAX_CODE >> 20} MiB of code, or packed in a way that torch does not know")
+            check_zip([info for info, _ in found], path.stat().st_size, packed=lambda name: "/code/" in name)
+            for info, name in found:
+                if name in records:
+                    raise RefusedError("holds two files of one name")
+                with archive.open(info) as file:
+                    records[name] = file.read(info.file_size)  # without a number it would unpack all there is
+    except UserError:
+        raise
+    except RefusedError as error:
+        raise UserError(f"'{path}' {error}; export it again") from None
+    except Exception as error:  # zipfile reports a damaged file by whatever it trips over first
         raise UserError(f"'{path}' is damaged ({reason(error)}); copy or export it again") from None
     return records
 
@@ -162,7 +179,12 @@ def _allowed(kind: str) -> bool:
 
 def _load_torchscript(path: Path, device: torch.device) -> nn.Module:
     records = _records(path, TORCHSCRIPT)
+    budget = Budget(sum(map(len, records.values())))
     for name, content in records.items():
+        try:
+            check_program(name, content, budget)
+        except RefusedError as error:
+            raise UserError(f"'{path}' {error}: {shown(name)}; export it again") from None
         found = SUSPECT.search(content) if name.startswith("code/") else re.search(rb"torch\.classes", content)
         if found and name.endswith((".py", ".pkl")):
             raise UserError(
@@ -190,7 +212,7 @@ def _checked(value: Any, key: str, path: Path) -> Any:
             _checked(name, "", path)
         return copy
     if isinstance(value, str) and key not in ("in_spec", "out_spec") and not FORMS.get(key, NAME).fullmatch(value):
-        what = f"uses {value[:80]!r}" if key == "target" else f"has {value[:80]!r} as {key or 'a name'} in its graph"
+        what = f"uses {value[:80]!r}" if key == "target" else f"has {value[:80]!r} as {shown(key) or 'a name'} in its graph"
         raise UserError(f"'{path}' {what}; {ONLY}")
     return value
 

@@ -18,29 +18,43 @@ NUMPY_TYPES = {
     "f2": torch.float16, "f4": torch.float32, "f8": torch.float64, "i1": torch.int8, "i2": torch.int16, "i4": torch.int32,
     "i8": torch.int64, "u1": torch.uint8, "b1": torch.bool,
 }  # fmt: skip
+LARGEST = 2**63 - 1
+Reader = Callable[[int, int], bytes | bytearray | memoryview]
 
 
 class RefusedError(Exception):
     """Why a file is not read; `checkpoints.read` makes it a UserError with the file's name."""
 
 
-def shown(text: object, length: int = 80) -> str:
-    """Text out of a foreign file, safe to print: one line, printable, short."""
-    line = "".join(c if c.isprintable() else "?" for c in str(text))
+def shown(value: object, length: int = 80) -> str:
+    """A value out of a foreign file, safe to print: one line, printable, short. Of what may be large, only its type."""
+    if isinstance(value, str):
+        text = value[: length + 1]
+    elif isinstance(value, int) and value.bit_length() > 128:
+        text = f"a number of {value.bit_length()} bits"
+    elif value is None or isinstance(value, int | float | torch.dtype):
+        text = str(value)
+    elif isinstance(value, tuple | list) and len(value) <= 8 and all(isinstance(v, int | float) for v in value):
+        inner = ", ".join(shown(v) for v in value)
+        text = f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"
+    else:
+        text = f"a {type(value).__name__}"
+    line = "".join(c if c.isprintable() else "?" for c in text)
     return line if len(line) <= length else line[: length - 3] + "..."
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, tuple) or len(value) > 8 or not all(type(v) is int and v >= 0 for v in value):
+    """Axes or strides, that fit into 64 bits."""
+    if not isinstance(value, tuple) or len(value) > 8 or not all(type(v) is int and 0 <= v <= LARGEST for v in value):
         raise RefusedError("holds a tensor of an impossible shape")
     return value
 
 
 class Storage:
-    """A run of `count` numbers somewhere in a file; `read` gives its bytes."""
+    """A run of `count` numbers somewhere in a file; `read` gives its bytes from one place to another."""
 
-    def __init__(self, dtype: Any, count: Any, read: Callable[[], bytes | bytearray | memoryview] | None = None) -> None:
-        if not isinstance(dtype, torch.dtype) or type(count) is not int or count < 0:
+    def __init__(self, dtype: Any, count: Any, read: Reader | None = None) -> None:
+        if not isinstance(dtype, torch.dtype) or type(count) is not int or not 0 <= count <= LARGEST:
             raise RefusedError("holds a tensor of no known type")
         self.dtype, self.count, self.read = dtype, count, read
         self.nbytes = count * dtype.itemsize
@@ -58,7 +72,10 @@ class Stored:
     def place(self, storage: Any, offset: Any, shape: Any, stride: Any) -> "Stored":
         """Say where the numbers are. Raises RefusedError unless the storage holds as many."""
         self.shape, self.stride = _sizes(shape), _sizes(stride)
-        if not isinstance(storage, Storage) or type(offset) is not int or offset < 0 or len(self.shape) != len(self.stride):
+        if math.prod(max(n, 1) for n in self.shape) > LARGEST:
+            raise RefusedError("holds a tensor of an impossible shape")
+        placed = type(offset) is int and 0 <= offset <= LARGEST and len(self.shape) == len(self.stride)
+        if not isinstance(storage, Storage) or not placed:
             raise RefusedError("holds a tensor without numbers")
         self.offset, self.numel = offset, math.prod(self.shape)
         self.span = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True)) if self.numel else 0
@@ -81,14 +98,17 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+        """What reading it takes; of a tensor with gaps also these."""
+        return max(self.numel, self.span) * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        """The tensor, as it is in the file."""
-        if self.numel == 0 or self.storage.read is None:
+        """The tensor, as it is in the file. Raises RefusedError if the file has not its numbers after all."""
+        if self.numel == 0:
             return torch.zeros(self.shape, dtype=self.dtype)
+        if self.storage.read is None:
+            raise RefusedError("does not hold the tensors that it names")
         size = self.dtype.itemsize
-        raw = memoryview(self.storage.read())[self.offset * size : (self.offset + self.span) * size]
+        raw = self.storage.read(self.offset * size, (self.offset + self.span) * size)
         flat = torch.frombuffer(bytearray(raw), dtype=self.dtype)
         return flat.as_strided(self.shape, self.stride).contiguous()
 
@@ -146,7 +166,8 @@ def _array_parts(raw: Any, dtype: Any, shape: Any, by_columns: bool) -> tuple[St
     stride, step = [0] * len(sizes), 1
     for axis in axes if by_columns else reversed(axes):
         stride[axis], step = step, step * sizes[axis]
-    return Storage(dtype.torch, len(raw) // dtype.torch.itemsize, lambda: raw), 0, sizes, tuple(stride)
+    view = memoryview(raw)
+    return Storage(dtype.torch, len(raw) // dtype.torch.itemsize, lambda begin, end: view[begin:end]), 0, sizes, tuple(stride)
 
 
 class Maker:
@@ -160,11 +181,6 @@ class Maker:
 
     def __setstate__(self, state: object) -> None:
         raise RefusedError("changes a function")
-
-
-def blank(*_: Any) -> Stored:
-    """numpy.core.multiarray._reconstruct: an array whose state comes next."""
-    return Stored()
 
 
 def frombuffer(raw: Any, dtype: Any, shape: Any, order: Any) -> Stored:
