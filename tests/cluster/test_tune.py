@@ -1,5 +1,7 @@
 """A search: Ray Tune over Ray Train runs, tracked in a real MLflow server."""
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,8 +43,9 @@ def server(tmp_path_factory) -> Iterator[str]:
         wait_until_answers(f"{url}/health", process, folder / "log")
         yield url
     finally:
-        process.terminate()
-        process.wait(timeout=30)
+        # it would wait for clients that keep their connections; the session that it was started in is its own
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def test_search_leaves_a_tree_of_runs(tmp_path, server, say, lines):
