@@ -59,7 +59,8 @@ def locate(name: str, path: str, setting: str, alternative: str = "") -> Path:
     weights = KNOWN[name]
     if path != "pretrained":
         if not Path(path).is_file():
-            raise UserError(f"{setting} '{path}' is no file; give 'pretrained' or a file with {weights.what}")
+            rest = f"; {alternative}" if alternative else ""
+            raise UserError(f"{setting} '{path}' is no file; give 'pretrained' or a file with {weights.what}{rest}")
         return Path(path)
     found = Path(torch.hub.get_dir()) / "checkpoints" / weights.file
     if not found.is_file():
