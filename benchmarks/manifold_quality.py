@@ -17,12 +17,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from dmat_ray import cli
+from dmat_ray.data.decoding import to_unit
 from dmat_ray.data.manifold_set import write_json
-from dmat_ray.data.sources import decode, list_examples, to_unit
+from dmat_ray.data.sources import list_examples, read_pixels
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators, quality
 from dmat_ray.manifold.projection import Projector
@@ -44,9 +46,11 @@ def main() -> None:
     listing = list_examples(data)
     splits = {}
     for split in ("train", "test"):
-        chosen = [e for e in listing.examples if e.split == split]
-        pixels = np.stack([decode(e.read(), data.resolution, data.channels) for e in chosen])
-        splits[split] = to_unit(pixels), torch.tensor([e.label for e in chosen]), [e.id for e in chosen]
+        rows = listing.rows(split)
+        found = read_pixels(rows, data)
+        keep = [i for i, image in enumerate(found) if not isinstance(image, str)]
+        ids, labels = (rows[name].take(pa.array(keep)).to_pylist() for name in ("id", "label"))
+        splits[split] = to_unit(np.stack([found[i] for i in keep])), torch.tensor(labels), ids
     cpu = torch.device("cpu")
     judge = quality.train_classifier(*splits["train"][:2], len(listing.class_names), 12, cpu)
     generator = generators.load_configured(config.generator)

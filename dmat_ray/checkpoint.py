@@ -25,7 +25,7 @@ from dmat_ray.errors import UserError
 MODEL, RUN, STATE = "model.safetensors", "run.json", "state.pt"
 VERSION = 1
 # settings that may differ between a checkpoint and the run that goes on from it
-HARMLESS = ("output", "name", "methods", "evaluation", "tune", "cluster", "tracking", "gan")
+HARMLESS = ("output", "manifold_set", "name", "methods", "evaluation", "tune", "cluster", "tracking", "gan", "encoder")
 
 
 def versions() -> dict[str, str]:

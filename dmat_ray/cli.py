@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -123,7 +124,8 @@ def with_absolute_paths(config: Config) -> Config:
         reserved = value in ("mnist5k", "mnist32", "pretrained", "random", "classifier", "inception", "none")
         return str(Path(value).resolve()) if Path(value).exists() and not reserved else value
 
-    projection = config.projection.model_copy(update={"lpips_weights": absolute(config.projection.lpips_weights)})
+    given = {name: getattr(config.projection, name) for name in ("lpips_weights", "encoder")}
+    projection = config.projection.model_copy(update={k: v and absolute(v) for k, v in given.items()})
     data = config.data.model_copy(update={"source": absolute(config.data.source)})
     generator = config.generator.model_copy(update={"path": absolute(config.generator.path)})
     judged_by = {name: absolute(getattr(config.gan.quality, name)) for name in ("network", "weights")}
@@ -132,7 +134,10 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def user_error_behind(error: BaseException) -> UserError | None:
-    """The UserError that caused `error`, also through the wrappers in which Ray brings it back from a worker."""
+    """The UserError that caused `error`, also through the wrappers in which Ray brings it back from a worker.
+
+    Of an actor that could not be built Ray brings a text only.
+    """
     queue: list[Any] = [error]
     seen: set[int] = set()
     while queue:
@@ -145,7 +150,8 @@ def user_error_behind(error: BaseException) -> UserError | None:
         queue += [current.__cause__, getattr(current, "cause", None), getattr(current, "_base_exc", None)]
         failures = getattr(current, "worker_failures", None)
         queue += list(failures.values()) if isinstance(failures, dict) else []
-    return None
+    told = re.search(r"^dmat_ray\.errors\.UserError: (.+)$", str(error), re.MULTILINE)
+    return UserError(told[1]) if told else None
 
 
 def run(main: Callable[[], None]) -> None:

@@ -1,6 +1,5 @@
 """What people look at: the table in the terminal, and one self-contained HTML page with curves and a gallery."""
 
-import base64
 import io
 from pathlib import Path
 from typing import Any
@@ -8,16 +7,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from jinja2 import Environment, PackageLoader, select_autoescape
 from rich.console import Console
 from rich.table import Table
 
-from dmat_ray import checkpoint
+from dmat_ray import checkpoint, figures
 from dmat_ray.config import Config, EvaluationConfig, LatentRow
 from dmat_ray.data import manifold_set
 from dmat_ray.evaluation import rows_of
 from dmat_ray.manifold import generators
 from dmat_ray.metrics import Accuracy, accuracies
+from dmat_ray.storage import at
 
 SET_NAMES = {"on_manifold": "on-manifold test images g(w)", "natural": "natural test images x"}
 GALLERY_SIZE = 10
@@ -53,12 +52,13 @@ def terminal_table(rows: pa.Table, models: list[str], config: EvaluationConfig) 
     return console.export_text().rstrip()
 
 
-def write(config: Config, set_folder: Path, models: dict[str, Path], rows: pa.Table, path: Path) -> Path:
+def write(config: Config, set_folder: manifold_set.Place, models: dict[str, Path], rows: pa.Table, path: Path) -> Path:
     """Write the page for these rows; `models` maps names to folders, in the order of the table."""
-    environment = Environment(loader=PackageLoader("dmat_ray", "templates"), autoescape=select_autoescape())
     runs = {name: checkpoint.read_run(folder) for name, folder in models.items()}
     manifest = manifold_set.read_manifest(set_folder)
-    page = environment.get_template("report.html").render(
+    figures.write_page(
+        at(path),
+        "report.html",
         title=config.tracking.experiment,
         tables=_tables(rows, list(models), config.evaluation),
         curves=_curves({name: run["history"] for name, run in runs.items()}),
@@ -67,9 +67,6 @@ def write(config: Config, set_folder: Path, models: dict[str, Path], rows: pa.Ta
         config=_yaml(config),
         versions=manifest["versions"],
     )
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page)
-    partial.replace(path)
     return path
 
 
@@ -98,11 +95,6 @@ def _yaml(config: Config) -> str:
 
 def _curves(histories: dict[str, list[dict[str, float]]]) -> list[dict[str, str]]:
     """One SVG each for the loss and the held-out accuracies over epochs."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
     wanted = [
         ("train_loss", "training loss (each method its own)"),
         ("val_clean", "held-out accuracy, clean"),
@@ -113,35 +105,18 @@ def _curves(histories: dict[str, list[dict[str, float]]]) -> list[dict[str, str]
     for metric, title in wanted:
         if not any(metric in h for history in histories.values() for h in history):
             continue
-        figure, axes = pyplot.subplots(figsize=(4.2, 2.8), layout="constrained")
-        for name, history in histories.items():
-            points = [(h["epoch"], h[metric]) for h in history if metric in h]
-            axes.plot(*zip(*points, strict=True), label=name, linewidth=1.6)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("epoch", fontsize=9)
-        if metric.startswith("val_"):
-            axes.set_ylim(0, 1.02)
-        axes.legend(fontsize=8, frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-        pyplot.close(figure)
-        svg = buffer.getvalue()
-        drawn.append({"title": title, "svg": svg[svg.index("<svg") :]})
+        with figures.axes(4.2, 2.8, title, "epoch") as (axes, svg):
+            for name, history in histories.items():
+                points = [(h["epoch"], h[metric]) for h in history if metric in h]
+                axes.plot(*zip(*points, strict=True), label=name, linewidth=1.6)
+            if metric.startswith("val_"):
+                axes.set_ylim(0, 1.02)
+            axes.legend(fontsize=8, frameon=False)
+        drawn.append({"title": title, "svg": svg[0]})
     return drawn
 
 
-def _png(x_CHW: torch.Tensor) -> str:
-    from PIL import Image
-
-    pixels = manifold_set.quantise(x_CHW)
-    image = Image.fromarray(pixels[0] if pixels.shape[0] == 1 else pixels.transpose(1, 2, 0))
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _gallery(config: Config, set_folder: Path, models: dict[str, Path]) -> list[dict[str, Any]]:
+def _gallery(config: Config, set_folder: manifold_set.Place, models: dict[str, Path]) -> list[dict[str, Any]]:
     """For each model: natural and on-manifold images and every attack of the suite, with the predicted labels."""
     data = manifold_set.open_set(set_folder, "test")
     index = _one_of_each_class(data.label)
@@ -171,6 +146,7 @@ def _one_of_each_class(labels: np.ndarray) -> np.ndarray:
 
 def _line(title: str, x: torch.Tensor, guess: np.ndarray, label: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
     images = [
-        {"src": _png(image), "label": names[int(g)], "right": bool(g == y)} for image, g, y in zip(x, guess, label, strict=True)
+        {"src": figures.png(manifold_set.quantise(image)), "label": names[int(g)], "right": bool(g == y)}
+        for image, g, y in zip(x, guess, label, strict=True)
     ]
     return {"title": title, "images": images}

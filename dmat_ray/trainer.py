@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from dmat_ray import checkpoint, classifiers, objectives, threats
 from dmat_ray.attack import attack
 from dmat_ray.config import Config, FogTerm, ImageTerm, LatentTerm, TrainingConfig
-from dmat_ray.data.manifold_set import ManifoldSet, epoch_batches, require_generator, steps_per_epoch
+from dmat_ray.data.epochs import EpochSource, InMemory
+from dmat_ray.data.manifold_set import ManifoldSet, digest, require_generator, steps_per_epoch
 from dmat_ray.errors import UserError
 from dmat_ray.rng import derive
 from dmat_ray.types import Batch, Generator, RunContext
@@ -24,23 +25,15 @@ def learning_rate(config: TrainingConfig, epoch: float) -> float:
     return float(np.interp(epoch, config.lr_epochs, config.lr_values))
 
 
-def split_validation(data: ManifoldSet, config: TrainingConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the training and of the held-out examples: a seeded choice, the same for every worker and resume."""
-    if config.val_examples >= len(data):
-        raise UserError(f"training.val_examples is {config.val_examples}, but the training split has {len(data)} images")
-    order = np.random.default_rng([config.seed, 1]).permutation(len(data))
-    return np.sort(order[config.val_examples :]), np.sort(order[: config.val_examples])
-
-
-def check_inputs(config: Config, data: ManifoldSet, generator_sha256: str, world_size: int) -> None:
+def check_inputs(config: Config, manifest: dict[str, Any], generator_sha256: str, world_size: int) -> None:
     """Raise UserError for a combination of settings and set that cannot be trained."""
-    require_generator(data.manifest, generator_sha256, "the on-manifold set")
+    require_generator(manifest, generator_sha256, "the on-manifold set")
     if config.training.images == "natural" and objectives.needs_generator(config.objective):
         raise UserError("objective.latent needs training.images on_manifold: natural images have no exact w")
     if config.training.batch_size < world_size:
         raise UserError(f"training.batch_size {config.training.batch_size} is smaller than the {world_size} workers")
-    if len(np.unique(data.label)) < 2:
-        raise UserError("the training split has one class only")
+    if len(manifest["class_names"]) < 2:
+        raise UserError("the on-manifold set has one class only")
 
 
 @dataclass(frozen=True)
@@ -49,7 +42,6 @@ class _Validator:
 
     config: Config
     data: ManifoldSet
-    index: np.ndarray
     generator: Generator
 
     def __call__(self, network: nn.Module, context: RunContext) -> dict[str, float]:
@@ -58,7 +50,7 @@ class _Validator:
         if self.config.training.images == "on_manifold":
             terms["latent"] = objective.latent
         terms |= {name: term for name, term in objective.adversarial.items() if term.weight > 0}
-        mine = self.index[context.rank :: context.world_size]
+        mine = np.arange(len(self.data))[context.rank :: context.world_size]
         names = ["clean", *terms, "robust"]
         right = torch.zeros(len(names) + 1, device=context.device)
         network.eval()  # as it will be used, and so that its batch-norm statistics stay those of the training
@@ -83,28 +75,31 @@ def _correct(network: nn.Module, x: Tensor, batch: Batch) -> Tensor:
 
 
 def train(
-    config: Config, data: ManifoldSet, generator: Generator, generator_sha256: str, context: RunContext
+    config: Config, data: ManifoldSet | EpochSource, generator: Generator, generator_sha256: str, context: RunContext
 ) -> dict[str, float]:
-    """Train a classifier on the training split `data` and return the last epoch's metrics.
+    """Train a classifier on the training split `data`, in memory or streamed, and return the last epoch's metrics.
 
     After every epoch metrics go to `context.report`, with a checkpoint every `checkpoint_every` epochs and at the end.
     Goes on from `context.latest_checkpoint()`; raises UserError if that was trained with other settings.
     """
     settings, device = config.training, context.device
-    check_inputs(config, data, generator_sha256, context.world_size)
+    source: EpochSource = InMemory(data, settings) if isinstance(data, ManifoldSet) else data
+    manifest, set_sha256 = source.manifest, digest(source.manifest)
+    check_inputs(config, manifest, generator_sha256, context.world_size)
     torch.manual_seed(derive(settings.seed, "weights") % 2**31)
-    channels, resolution = data.natural.shape[1], data.natural.shape[2]
-    network = classifiers.build(config.classifier, channels, len(data.class_names)).to(device)
+    channels, resolution, _ = manifest["shapes"]["on_manifold"]
+    class_names = tuple(manifest["class_names"])
+    network = classifiers.build(config.classifier, channels, len(class_names)).to(device)
     optimizer = torch.optim.SGD(
         network.parameters(), lr=settings.lr_values[0], momentum=settings.momentum, weight_decay=settings.weight_decay
     )
-    run = checkpoint.describe_run(config, data.class_names, channels, resolution, generator_sha256, data.sha256)
+    run = checkpoint.describe_run(config, class_names, channels, resolution, generator_sha256, set_sha256)
     first_epoch: int = 0
     history: list[dict[str, float]] = []
     if (found := context.latest_checkpoint()) is not None:
         old = checkpoint.read_run(found)
         checkpoint.require_same_config(old["config"], config, found)
-        if old["set_sha256"] != data.sha256:
+        if old["set_sha256"] != set_sha256:
             raise UserError(f"'{found}' was trained on another on-manifold set; train under another --name")
         checkpoint.load_weights(found, network)
         state = checkpoint.load_state(found)
@@ -112,19 +107,15 @@ def train(
         first_epoch, history = state["epoch"], old["history"]
     objective = objectives.build(config.objective, generator)
     trained = context.wrap(network)
-    train_index, val_index = split_validation(data, settings)
-    validate = _Validator(config, data, val_index, generator) if settings.val_examples else None
-    steps = steps_per_epoch(len(train_index), settings.batch_size)
+    held_out = source.held_out
+    validate = None if held_out is None else _Validator(config, held_out, generator)
+    steps = steps_per_epoch(source.size, settings.batch_size)
 
     for epoch in range(first_epoch, settings.epochs):
         began = time.monotonic()
         network.train()
         sums: dict[str, Tensor] = {}
-        batches = epoch_batches(
-            data, train_index, images=settings.images, batch_size=settings.batch_size, epoch=epoch, seed=settings.seed,
-            rank=context.rank, world_size=context.world_size,
-        )  # fmt: skip
-        for step, cpu_batch in enumerate(batches):
+        for step, cpu_batch in enumerate(source.batches(epoch, context.rank, context.world_size)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, epoch + step / steps)
             batch = cpu_batch.to(device)
@@ -142,7 +133,7 @@ def train(
         context.average_([b for b in network.buffers() if b.is_floating_point()])
         if validate is not None:
             metrics |= validate(network, context)
-        metrics["examples_per_second"] = len(train_index) / (time.monotonic() - began)
+        metrics["examples_per_second"] = source.size / (time.monotonic() - began)
         history.append(metrics)
         last = epoch + 1 == settings.epochs
         if last or (epoch + 1) % settings.checkpoint_every == 0:

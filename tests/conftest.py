@@ -2,7 +2,8 @@
 
 import io
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,57 +70,111 @@ def png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def write_set(folder: Path, generator_folder: Path, *, train: int = 24, test: int = 12, shards: int = 3, seed: int = 0) -> Path:
-    """An on-manifold set as its documentation describes it, written with plain pyarrow; the label is the brightness of g(w)."""
+def features(class_names: Sequence[str], w_size: int) -> dict[str, object]:
+    """What Hugging Face datasets read in a file's metadata, as their documentation describes it."""
+    text, number = {"dtype": "string", "_type": "Value"}, {"dtype": "float32", "_type": "Value"}
+    return {
+        "id": text,
+        "split": text,
+        "label": {"names": list(class_names), "_type": "ClassLabel"},
+        "image": {"_type": "Image"},
+        "on_manifold": {"_type": "Image"},
+        "w": {"feature": number, "length": w_size, "_type": "List"},
+        "lpips": number,
+        "l1": number,
+        "l2": number,
+        "steps": {"dtype": "int32", "_type": "Value"},
+        "status": text,
+    }
+
+
+def write_set(
+    folder: Path,
+    generator_folder: Path,
+    *,
+    train: int = 24,
+    test: int = 12,
+    shards: int = 3,
+    seed: int = 0,
+    class_names: Sequence[str] = CLASS_NAMES,
+    noise: int = 5,
+) -> Path:
+    """An on-manifold set as its documentation describes it, written with plain pyarrow; the label is the brightness of g(w).
+
+    Natural images are g(w) plus up to `noise` levels; from about 50 on they are poor.
+    """
     generator = generators.load_generator(str(generator_folder))
     count, size = train + test, generator.resolution
     rng = np.random.default_rng(seed)
     w = generator.mapping(torch.from_numpy(rng.standard_normal((count, generator.z_dim), dtype=np.float32))).contiguous()
     with torch.no_grad():
-        x = (generator.synthesis(w) * 255).round().to(torch.uint8).numpy()
+        g = generator.synthesis(w).numpy()
+    x = (g * 255).round().astype(np.uint8)
     brightness = x.reshape(count, -1).mean(axis=1)
-    label = brightness.argsort().argsort() * 3 // count
-    natural = np.clip(x.astype(int) + rng.integers(-5, 6, x.shape), 0, 255).astype(np.uint8)
-    pixels = generator.channels * size * size
+    label = brightness.argsort().argsort() * len(class_names) // count
+    natural = np.clip(x.astype(int) + rng.integers(-noise, noise + 1, x.shape), 0, 255).astype(np.uint8)
+    l1 = np.abs(g - natural / 255).mean(axis=(1, 2, 3)).astype(np.float32)
+    l2 = np.square(g - natural / 255).mean(axis=(1, 2, 3)).astype(np.float32)
+    split = np.where(np.arange(count) < train, "train", "test")
+    status = np.where(l1 <= 0.1, "ok", "poor")
+    header = f"{'P5' if generator.channels == 1 else 'P6'}\n{size} {size}\n255\n".encode()
+    shapes = {"on_manifold": [generator.channels, size, size], "w": [generator.num_ws, generator.w_dim]}
+    w_size = generator.num_ws * generator.w_dim
+    metadata = {
+        "dmat_ray": json.dumps({"version": 2, "shapes": shapes, "class_names": list(class_names)}),
+        "huggingface": json.dumps({"info": {"features": features(class_names, w_size)}}),
+        "dmat_ray_rejected": "{}",
+    }
     (folder / "shards").mkdir(parents=True)
     rows = {}
     for k, index in enumerate(np.array_split(rng.permutation(count), shards)):
         table = pa.table(
             {
                 "id": [f"example-{i:03d}" for i in index],
-                "split": ["train" if i < train else "test" for i in index],
+                "split": split[index],
                 "label": pa.array(label[index], pa.int64()),
                 "image": [{"bytes": png(natural[i].transpose(1, 2, 0).squeeze()), "path": f"{i}.png"} for i in index],
-                "on_manifold": pa.FixedSizeListArray.from_arrays(pa.array(x[index].ravel()), pixels),
-                "w": pa.FixedSizeListArray.from_arrays(pa.array(w.numpy()[index].ravel()), generator.num_ws * generator.w_dim),
+                "on_manifold": pa.array(
+                    [{"bytes": header + x[i].transpose(1, 2, 0).tobytes(), "path": None} for i in index],
+                    pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+                ),
+                "w": pa.FixedSizeListArray.from_arrays(pa.array(w.numpy()[index].ravel()), w_size),
                 "lpips": pa.array(np.zeros(len(index)), pa.float32()),
-                "l1": pa.array(np.zeros(len(index)), pa.float32()),
-                "l2": pa.array(np.zeros(len(index)), pa.float32()),
+                "l1": l1[index],
+                "l2": l2[index],
                 "steps": pa.array(np.full(len(index), 10), pa.int32()),
-                "status": ["ok"] * len(index),
+                "status": status[index],
             }
-        )
+        ).replace_schema_metadata(metadata)
         name = f"part-{k:06d}.parquet"
         pq.write_table(table, folder / "shards" / name)
         rows[name] = table.num_rows
     manifest = {
-        "version": 1,
+        "version": 2,
+        "data": {"source": "somewhere", "resolution": size, "channels": generator.channels},
+        "projection": {"lpips": 0.1, "steps": 10, "poor_l1": 0.1, "poor_lpips": None},
         "generator_sha256": generators.fingerprint(str(generator_folder)),
-        "class_names": CLASS_NAMES,
+        "generator_precision": "reference",
+        "class_names": list(class_names),
+        "examples": count,
         "shards": rows,
-        "shapes": {"on_manifold": [generator.channels, size, size], "w": [generator.num_ws, generator.w_dim]},
+        "shapes": shapes,
         "count": count,
-        "splits": {"train": train, "test": test},
-        "status": {"ok": count},
-        "usable": {"train": train, "test": test},
-        "means": {"lpips": 0.0, "l1": 0.01, "l2": 0.001},
-        "projection": {"lpips": 0.1},
+        "splits": counts(split),
+        "status": counts(status),
+        "usable": counts(split[status == "ok"]),
+        "means": {"lpips": 0.0, "l1": round(float(l1.mean()), 6), "l2": round(float(l2.mean()), 6)},
         "lpips_is_perceptual": False,
         "rejected": {},
         "versions": {"dmat_ray": "0.1.0", "torch": "2"},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
+
+
+def counts(values: np.ndarray) -> dict[str, int]:
+    """How often each value occurs."""
+    return dict(Counter(values.tolist()))
 
 
 @pytest.fixture

@@ -13,10 +13,11 @@ from torchrun import run_two_workers
 
 from dmat_ray import checkpoint, objectives
 from dmat_ray.config import Config
+from dmat_ray.data.epochs import held_out_positions
 from dmat_ray.data.manifold_set import epoch_batches, open_set
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold.stylegan2 import StyleGAN2
-from dmat_ray.trainer import learning_rate, split_validation
+from dmat_ray.trainer import learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_two_workers_average_their_gradients(
 ) -> None:
     """The same training in one process: two networks, each with its part of the batch, move by the mean gradient."""
     data, settings = open_set(set_folder, "train"), config.training
-    index, _ = split_validation(data, settings)
+    index, _ = held_out_positions(len(data), settings)
     workers = [checkpoint.classifiers.build(config.classifier, 1, 3)]
     workers[0].load_state_dict(ranks[0]["first_weights"])
     workers.append(copy.deepcopy(workers[0]))

@@ -1,10 +1,12 @@
 """The on-manifold set: what is written, what is refused, and how epochs are dealt out."""
 
+import io
 import json
 from collections import Counter
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,35 +31,68 @@ def edit_manifest(folder: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def rows_of(folder: Path) -> list[dict[str, object]]:
+def rows_of(folder: Path) -> list[dict[str, Any]]:
     """All rows, sorted by id, through plain pyarrow."""
     tables = [pq.read_table(path) for path in (folder / "shards").glob("*.parquet")]
     return pa.concat_tables(tables).sort_by("id").to_pylist()
 
 
-def test_schema_is_plain_arrow(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    images, w = rng.integers(0, 256, (5, 3, 4, 4), dtype=np.uint8), rng.standard_normal((5, 2, 7)).astype(np.float32)
-    columns = {
-        "id": list("abcde"),
-        "split": ["train"] * 5,
-        "label": [0, 1, 2, 3, 4],
-        "image": [{"bytes": b"x", "path": "p"}] * 5,
-        "on_manifold": manifold_set.fixed_list(images, pa.uint8()),
-        "w": manifold_set.fixed_list(w, pa.float32()),
-        **{name: np.zeros(5, np.float32) for name in ("lpips", "l1", "l2")},
-        "steps": [3] * 5,
-        "status": ["ok"] * 5,
-    }
-    pq.write_table(pa.table(columns, schema=manifold_set.schema(3, 4, 2, 7)), tmp_path / "x.parquet")
-    read = pq.read_table(tmp_path / "x.parquet")
-    assert read.schema.field("w").type == pa.list_(pa.float32(), 14)
-    assert read.schema.field("image").type == pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    shapes = json.loads(read.schema.metadata[b"dmat_ray"])["shapes"]
-    assert shapes == {"on_manifold": [3, 4, 4], "w": [2, 7]}
-    for i, row in enumerate(read.to_pylist()):
-        np.testing.assert_array_equal(np.array(row["w"], np.float32).reshape(shapes["w"]), w[i])
-        np.testing.assert_array_equal(np.array(row["on_manifold"]).reshape(shapes["on_manifold"]), images[i])
+def pixels_of(value: Any) -> np.ndarray:
+    """A stored image as Pillow reads it: (C, H, W)."""
+    with Image.open(io.BytesIO(value["bytes"])) as image:
+        pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+@given(
+    count=st.integers(0, 6),
+    channels=st.sampled_from([1, 3]),
+    height=st.integers(1, 5),
+    width=st.integers(1, 12),
+    cuts=st.lists(st.integers(0, 6), max_size=4),
+)
+def test_netpbm_is_what_pillow_reads_and_comes_back_from_any_chunks(
+    count: int, channels: int, height: int, width: int, cuts: list[int]
+) -> None:
+    images = np.random.default_rng(count).integers(0, 256, (count, channels, height, width), dtype=np.uint8)
+    column = manifold_set.to_netpbm(images)
+    for value, image in zip(column.to_pylist(), images, strict=True):
+        np.testing.assert_array_equal(pixels_of(value), image)
+    edges = [0, *sorted(min(cut, count) for cut in cuts), count]
+    chunks = pa.chunked_array([column[a:b] for a, b in pairwise(edges)], column.type)
+    np.testing.assert_array_equal(manifold_set.from_netpbm(chunks, images.shape[1:]), images)
+
+
+def test_netpbm_comes_back_from_filtered_and_taken_rows() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (9, 3, 4, 4), dtype=np.uint8)
+    w = np.arange(9 * 6, dtype=np.float32).reshape(9, 2, 3)
+    table = pa.table({"g": manifold_set.to_netpbm(images), "w": manifold_set.fixed_list(w, pa.float32())})[2:8]
+    for index, part in (
+        ([3, 5], table.filter(pa.array([False, True, False, True, False, False]))),
+        ([7, 2], table.take([5, 0])),
+        ([4, 5, 2, 3], pa.concat_tables([table[2:4], table[:2]])),
+    ):
+        np.testing.assert_array_equal(manifold_set.from_netpbm(part["g"], (3, 4, 4)), images[index])
+        np.testing.assert_array_equal(manifold_set.from_lists(part["w"], (2, 3)), w[index])
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"P5\n2 2\n255\n123", b"P5\n2 2\n255\n12345", b"P6\n2 2\n255\n1234", b"P5\n4 1\n255\n1234"]
+)
+def test_what_is_no_image_of_the_set_is_refused(content: bytes | None) -> None:
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    good = {"bytes": b"P5\n2 2\n255\n1234", "path": None}
+    assert manifold_set.from_netpbm(pa.chunked_array([pa.array([good], kind)]), (1, 2, 2)).ravel().tolist() == list(b"1234")
+    for bad in ({"bytes": content, "path": None}, None):
+        with pytest.raises(UserError, match="no netpbm image of 2x2 pixels and 1 channels"):
+            manifold_set.from_netpbm(pa.chunked_array([pa.array([good, bad, good], kind)]), (1, 2, 2))
+
+
+def test_more_images_than_a_binary_column_holds_are_refused() -> None:
+    """Arrow counts the bytes of a binary array in 32 bits, and Parquet's readers cannot cut a struct in two."""
+    images = np.broadcast_to(np.zeros((), np.uint8), (700, 3, 1024, 1024))
+    with pytest.raises(UserError, match=r"set projection\.shard_size to 682 or less"):
+        manifold_set.to_netpbm(images)
 
 
 def test_open_set_gives_what_plain_pyarrow_reads(set_folder: Path) -> None:
@@ -68,7 +103,48 @@ def test_open_set_gives_what_plain_pyarrow_reads(set_folder: Path) -> None:
         assert data.id == [r["id"] for r in rows]
         assert data.label.tolist() == [r["label"] for r in rows]
         np.testing.assert_array_equal(data.w.reshape(count, -1), np.array([r["w"] for r in rows], np.float32))
-        np.testing.assert_array_equal(data.on_manifold.reshape(count, -1), [r["on_manifold"] for r in rows])
+        np.testing.assert_array_equal(data.on_manifold, [pixels_of(r["on_manifold"]) for r in rows])
+        np.testing.assert_array_equal(data.natural, [pixels_of(r["image"]) for r in rows])
+
+
+def test_open_set_reads_shards_without_rows_and_with_metadata_of_their_own(make_set: MakeSet) -> None:
+    folder = make_set()
+    whole = open_set(folder, "train")
+    path = folder / "shards" / "part-000001.parquet"
+    table = pq.read_table(path)
+    metadata = {**table.schema.metadata, b"dmat_ray_rejected": b'{"x": "is no image"}'}
+    pq.write_table(table.schema.empty_table().replace_schema_metadata(metadata), folder / "shards" / "part-000003.parquet")
+    edit_manifest(folder, shards={**json.loads((folder / "manifest.json").read_text())["shards"], "part-000003.parquet": 0})
+    again = open_set(folder, "train")
+    assert again.id == whole.id
+    np.testing.assert_array_equal(again.on_manifold, whole.on_manifold)
+
+
+def test_open_set_does_not_depend_on_the_order_of_rows(make_set: MakeSet, tmp_path: Path) -> None:
+    folder = make_set()
+    shuffled = open_set(folder, "train")
+    tables = [pq.read_table(path) for path in sorted((folder / "shards").glob("*.parquet"))]
+    ordered = pa.concat_tables(tables).sort_by("id")
+    for k, path in enumerate(sorted((folder / "shards").glob("*.parquet"))):
+        pq.write_table(ordered[12 * k : 12 * k + 12], path, row_group_size=5)
+    data = open_set(folder, "train")
+    assert data.id == shuffled.id == sorted(shuffled.id)
+    for name in ("on_manifold", "natural", "label", "w"):
+        np.testing.assert_array_equal(getattr(data, name), getattr(shuffled, name))
+
+
+def test_open_set_of_some_ids(set_folder: Path) -> None:
+    whole = open_set(set_folder, "train")
+    wanted = [whole.id[7], whole.id[2]]
+    some = open_set(set_folder, "train", only=wanted)
+    assert some.id == sorted(wanted)
+    taken = whole.take(np.array([2, 7]))
+    assert taken.id == some.id
+    for name in ("on_manifold", "natural", "label", "w"):
+        np.testing.assert_array_equal(getattr(some, name), getattr(whole, name)[[2, 7]])
+        np.testing.assert_array_equal(getattr(taken, name), getattr(whole, name)[[2, 7]])
+    with pytest.raises(UserError, match="1 images to read in its train split, asked for were 2"):
+        open_set(set_folder, "train", only=[whole.id[0], "another"])
 
 
 def test_w_renders_the_stored_image(set_folder: Path, generator_folder: Path) -> None:
@@ -85,7 +161,7 @@ def test_natural_batch_has_the_natural_image_and_no_w(set_folder: Path) -> None:
     assert batch.w_BLD is None
     assert batch.id == [data.id[3], data.id[1]]
     assert batch.y_B.tolist() == data.label[[3, 1]].tolist()
-    content = {r["id"]: r["image"]["bytes"] for r in rows_of(set_folder)}  # type: ignore[index]
+    content = {r["id"]: r["image"]["bytes"] for r in rows_of(set_folder)}
     with Image.open(pa.BufferReader(content[data.id[3]])) as image:
         np.testing.assert_allclose(batch.x_BCHW[0, 0].numpy() * 255, np.asarray(image), atol=1e-4)
 
@@ -98,6 +174,7 @@ def test_poor_images_are_left_out_unless_asked_for(make_set: MakeSet) -> None:
     pq.write_table(table.set_column(column, "status", pa.array(["poor"] * table.num_rows)), path)
     poor = {r["id"] for r in table.to_pylist() if r["split"] == "train"}
     assert len(poor) > 0
+    edit_manifest(folder, usable={"train": 24 - len(poor), "test": len(poor)})
     assert set(open_set(folder, "train").id).isdisjoint(poor)
     assert poor < set(open_set(folder, "train", include_poor=True).id)
 
@@ -119,6 +196,41 @@ def _short_shard(folder: Path) -> None:
     pq.write_table(pq.read_table(path)[:-1], path)
 
 
+def _other_columns(folder: Path) -> None:
+    path = folder / "shards" / "part-000001.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(6, "lpips", table["lpips"].cast(pa.float64())), path)
+
+
+def _other_shape(folder: Path) -> None:
+    edit_manifest(folder, shapes={"on_manifold": [1, 8, 8], "w": [1, 8]})
+
+
+def _natural_image_damaged(folder: Path) -> None:
+    path = folder / "shards" / "part-000001.parquet"
+    table = pq.read_table(path)
+    images = [{"bytes": b"no image", "path": "x"}] * table.num_rows
+    pq.write_table(table.set_column(3, table.schema.field("image"), pa.array(images, table.schema.field("image").type)), path)
+
+
+def _other_count(folder: Path) -> None:
+    edit_manifest(folder, usable={"train": 23, "test": 12})
+
+
+def _list_as_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text("[1, 2]")
+
+
+def _flipped_bit(folder: Path) -> None:
+    """In the pixels of a shard that was written with checksums."""
+    path = folder / "shards" / "part-000001.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
+    content = path.read_bytes()
+    where = content.index(table["on_manifold"][3]["bytes"].as_py()) + 40
+    path.write_bytes(content[:where] + bytes([content[where] ^ 1]) + content[where + 1 :])
+
+
 def _truncated_shard(folder: Path) -> None:
     path = folder / "shards" / "part-000001.parquet"
     path.write_bytes(path.read_bytes()[:-100])
@@ -136,7 +248,13 @@ def _other_version(folder: Path) -> None:
         (_no_shard, "lacks its shard part-000001.parquet"),
         (_short_shard, "has 11 rows, its manifest says 12"),
         (_truncated_shard, "part-000001.parquet of .* is damaged"),
-        (_other_version, "format version 99, this program reads 1"),
+        (_flipped_bit, "part-000001.parquet of .* is damaged .*checksum"),
+        (_other_columns, "has other columns than its manifest says: lpips is double, not float"),
+        (_other_shape, r"has other columns than its manifest says: w is fixed_size_list<.*>\[\d+\], not .*\[8\]"),
+        (_natural_image_damaged, "part-000001.parquet of .*: the natural image of 'example-.*' cannot be read"),
+        (_other_count, "24 images to read in its train split, its manifest says 23"),
+        (_list_as_manifest, "is damaged: it holds a list, not an object"),
+        (_other_version, "format version 99, this program reads 2"),
     ],
 )
 def test_sets_that_are_not_whole(make_set: MakeSet, damage: Callable[[Path], None], message: str) -> None:
@@ -214,7 +332,7 @@ def test_a_batch_keeps_images_labels_and_codes_together(set_folder: Path) -> Non
         for i, x, y, w in zip(batch.id, batch.x_BCHW, batch.y_B, batch.w_BLD, strict=True):
             assert y == rows[i]["label"]
             np.testing.assert_array_equal(w.flatten(), np.array(rows[i]["w"], np.float32))
-            np.testing.assert_array_equal((x * 255).round().flatten(), rows[i]["on_manifold"])
+            np.testing.assert_array_equal((x * 255).round(), pixels_of(rows[i]["on_manifold"]))
 
 
 def test_quantise_rounds_and_clips() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dmat_ray import checkpoint, classifiers, trainer
 from dmat_ray.config import ClassifierConfig, Config, TrainingConfig
+from dmat_ray.data.epochs import held_out_positions
 from dmat_ray.data.manifold_set import ManifoldSet, epoch_batches, open_set
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
@@ -133,7 +134,7 @@ def test_reported_accuracy_is_that_of_the_saved_model(
     held_out: dict[str, Any] = {"val_examples": 12, "epochs": 3, "lr_epochs": [0, 3]}
     metrics = train(make_config(training=held_out), tmp_path)
     network, _ = checkpoint.load_classifier(tmp_path / "checkpoint")
-    train_index, val_index = trainer.split_validation(data, make_config(training=held_out).training)
+    train_index, val_index = held_out_positions(len(data), make_config(training=held_out).training)
     assert sorted([*train_index, *val_index]) == list(range(24))
     batch = data.batch(val_index, "on_manifold")
     with torch.no_grad():
@@ -149,7 +150,7 @@ def test_validation_does_not_touch_the_training(
 ) -> None:
     """The same training examples, once with and once without held-out ones measured after every epoch."""
     config = make_config(training={"epochs": 3, "lr_epochs": [0, 3]}, objective=objective)
-    index, _ = trainer.split_validation(data, config.training)
+    index, _ = held_out_positions(len(data), config.training)
     columns = {name: getattr(data, name)[index] for name in ("on_manifold", "natural", "label", "w")}
     only = ManifoldSet(id=[data.id[i] for i in index], class_names=data.class_names, manifest=data.manifest, **columns)
     sha = data.manifest["generator_sha256"]

@@ -17,6 +17,7 @@ from dmat_ray.cluster.context import device_of_actor
 from dmat_ray.config import Config
 from dmat_ray.data import manifold_set
 from dmat_ray.manifold import generators
+from dmat_ray.storage import Location
 
 ROWS, DONE = "rows.parquet", "evaluation.json"
 
@@ -28,7 +29,7 @@ class ChunkEvaluator:
         self.config, self.models = Config.model_validate(config), models
         self.device = device_of_actor()
         torch.set_num_threads(self.config.cluster.threads_per_worker)
-        self.data = manifold_set.open_set(Path(set_path), "test")
+        self.data = manifold_set.open_set(set_path, "test")
         self.generator = generators.load_configured(self.config.generator, self.device)
         self.loaded: dict[str, torch.nn.Module] = {}
 
@@ -45,17 +46,17 @@ class ChunkEvaluator:
         return pa.concat_tables(tables)
 
 
-def fingerprint(config: Config, set_path: Path, models: dict[str, Path]) -> dict[str, Any]:
+def fingerprint(config: Config, set_path: Location, models: dict[str, Path]) -> dict[str, Any]:
     """What the rows depend on."""
     return {
         "evaluation": config.evaluation.model_dump(mode="json"),
         "generator_precision": config.generator.precision,
-        "set": manifold_set.sha256(set_path / manifold_set.MANIFEST),
+        "set": manifold_set.digest(manifold_set.read_manifest(set_path)),
         "models": {name: manifold_set.sha256(path / checkpoint.MODEL) for name, path in models.items()},
     }
 
 
-def is_evaluated(config: Config, set_path: Path, models: dict[str, Path], folder: Path) -> bool:
+def is_evaluated(config: Config, set_path: Location, models: dict[str, Path], folder: Path) -> bool:
     """True if `folder` holds the rows of exactly this."""
     path = folder / DONE
     return path.is_file() and manifold_set.read_json(path) == fingerprint(config, set_path, models)
@@ -66,7 +67,7 @@ def read_rows(folder: Path) -> pa.Table:
     return pq.read_table(folder / ROWS)
 
 
-def check(config: Config, set_path: Path, models: dict[str, Path]) -> None:
+def check(config: Config, set_path: Location, models: dict[str, Path]) -> None:
     """Raise UserError for a set, generator or model that is missing or does not fit the others. Needs no Ray."""
     data = manifold_set.open_set(set_path, "test")
     sha = generators.fingerprint(config.generator.path)
@@ -76,7 +77,7 @@ def check(config: Config, set_path: Path, models: dict[str, Path]) -> None:
         evaluation.require_fit(run, data, name)
 
 
-def evaluate(config: Config, set_path: Path, models: dict[str, Path], folder: Path, say: Callable[[str], None]) -> pa.Table:
+def evaluate(config: Config, set_path: Location, models: dict[str, Path], folder: Path, say: Callable[[str], None]) -> pa.Table:
     """Rows of every model, test set and attack, after `check`; also written to `folder`. Ray must be connected."""
     size = manifold_set.read_manifest(set_path)["usable"]["test"]
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray.train
 import ray.train.torch
 import torch
@@ -23,7 +24,7 @@ from dmat_ray.cluster.events import listen, no_retry_of_user_errors, send
 from dmat_ray.cluster.session import worker_resources
 from dmat_ray.config import Config, DataConfig
 from dmat_ray.data.manifold_set import read_json, text_digest, write_json
-from dmat_ray.data.sources import Example, decode, list_examples
+from dmat_ray.data.sources import list_examples, read_pixels, versions_of_images
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import quality
 from dmat_ray.manifold.base import LatentGenerator
@@ -34,6 +35,7 @@ from dmat_ray.manifold.samples import sample_grid
 SAMPLES = "samples.png"
 PIXELS, LABELS, REJECTED = "images.npy", "labels.npy", "rejected.json"
 RUN_NAME = "generator"
+CHUNK = 64  # images that a thread reads and decodes at a time
 
 
 @dataclass(frozen=True)
@@ -52,19 +54,13 @@ class ImageCache:
         return torch.from_numpy(pixels[: len(labels)]), torch.from_numpy(labels)
 
 
-def _listing(config: Config) -> tuple[list[Example], str]:
+def _listing(config: Config) -> tuple[pa.Table, str]:
     """The training split, and a digest that changes with its images, their labels, and how they are decoded."""
     labelled = config.gan.architecture.num_classes > 0
-    examples = [e for e in list_examples(config.data, labelled=labelled).examples if e.split == "train"]
-
-    def version(content: bytes | Path) -> str:
-        if isinstance(content, bytes):
-            return text_digest(content.hex())
-        stat = content.stat()
-        return f"{stat.st_size} {stat.st_mtime_ns}"
-
-    lines = [f"{e.id}\t{e.label}\t{version(e.content)}" for e in examples]
-    return examples, text_digest("\n".join([f"{config.data.resolution} {config.data.channels}", *lines]))
+    rows = list_examples(config.data, labelled=labelled).rows("train")
+    columns = rows["id"].to_pylist(), rows["label"].to_pylist(), versions_of_images(rows, config.data)
+    lines = [f"{id}\t{label}\t{version}" for id, label, version in zip(*columns, strict=True)]
+    return rows, text_digest("\n".join([f"{config.data.resolution} {config.data.channels}", *lines]))
 
 
 def prepare_images(config: Config, storage: Path) -> ImageCache:
@@ -72,7 +68,7 @@ def prepare_images(config: Config, storage: Path) -> ImageCache:
 
     Raises UserError if more than `data.max_rejected` of the images cannot be read.
     """
-    examples, digest = _listing(config)
+    rows, digest = _listing(config)
     cache = storage / f"images-{digest[:16]}"
     if all((cache / name).is_file() for name in (PIXELS, LABELS, REJECTED)):
         return ImageCache(cache, digest, read_json(cache / REJECTED))
@@ -80,7 +76,7 @@ def prepare_images(config: Config, storage: Path) -> ImageCache:
     partial = storage / f".{cache.name}.{os.getpid()}.partial"
     partial.mkdir(parents=True, exist_ok=True)
     try:
-        rejected = _decode_all(examples, config.data, partial)
+        rejected = _decode_all(rows, config.data, partial)
         write_json(partial / REJECTED, rejected)
         with contextlib.suppress(OSError):  # another job of the same output was quicker
             partial.rename(cache)
@@ -89,29 +85,30 @@ def prepare_images(config: Config, storage: Path) -> ImageCache:
     return ImageCache(cache, digest, rejected)
 
 
-def _decode_all(examples: list[Example], config: DataConfig, folder: Path) -> dict[str, str]:
-    shape = (len(examples), config.channels, config.resolution, config.resolution)
+def _decode_all(rows: pa.Table, config: DataConfig, folder: Path) -> dict[str, str]:
+    shape = (rows.num_rows, config.channels, config.resolution, config.resolution)
     pixels = np.lib.format.open_memmap(folder / PIXELS, mode="w+", dtype=np.uint8, shape=shape)
-    rejected: dict[str, str] = {}
 
-    def load(i: int, example: Example) -> bool:
-        try:
-            pixels[i] = decode(example.read(), config.resolution, config.channels)
-        except (OSError, ValueError) as error:
-            rejected[example.id] = str(error)
-            return False
-        return True
+    def load(start: int) -> list[str | None]:
+        """Decodes some; the reason for each that cannot be read."""
+        found = read_pixels(rows.slice(start, CHUNK), config)
+        for place, image in enumerate(found, start):
+            if not isinstance(image, str):
+                pixels[place] = image
+        return [image if isinstance(image, str) else None for image in found]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside of the interpreter's lock
-        good = [i for i, ok in enumerate(pool.map(load, range(len(examples)), examples)) if ok]
-    if not good or len(rejected) > config.max_rejected * len(examples):
-        name, reason = next(iter(rejected.items()), ("", "there are none"))
-        raise UserError(f"{len(rejected)} of {len(examples)} images were rejected; the first: '{name}' {reason}")
+        reasons = [reason for chunk in pool.map(load, range(0, rows.num_rows, CHUNK)) for reason in chunk]
+    rejected = {id: reason for id, reason in zip(rows["id"].to_pylist(), reasons, strict=True) if reason is not None}
+    good = [i for i, reason in enumerate(reasons) if reason is None]
+    if not good or len(rejected) > config.max_rejected * rows.num_rows:
+        name, first = next(iter(rejected.items()), ("", "there are none"))
+        raise UserError(f"{len(rejected)} of {rows.num_rows} images were rejected; the first: '{name}' {first}")
     for place, i in enumerate(good):  # the places of those that could not be read are closed up
         if place != i:
             pixels[place] = pixels[i]
     pixels.flush()
-    np.save(folder / LABELS, np.array([examples[i].label for i in good], dtype=np.int64))
+    np.save(folder / LABELS, rows["label"].to_numpy()[good])
     return rejected
 
 

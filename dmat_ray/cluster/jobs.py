@@ -1,5 +1,6 @@
 """What the scripts in jobs/ call: each stage with its session, its MLflow run and its lines."""
 
+import contextlib
 import os
 import sys
 import time
@@ -31,18 +32,26 @@ def project(config: Config, say: Callable[[str], None], parent: str | None = Non
     """Projection, tracked. Returns the manifest."""
     from dmat_ray.cluster import project as stage
     from dmat_ray.data.manifold_set import MANIFEST, read_manifest
+    from dmat_ray.data.set_writer import begin, is_finished
+    from dmat_ray.lease import exclusive
 
     if config.projection.lpips_weights == "random" and config.projection.lpips > 0:
         say("LPIPS runs on a random backbone (projection.lpips_weights=random): it guides the search, it is not perceptual")
     folder = set_folder(config)
-    listing = stage.prepare(config, folder)
-    if stage.is_projected(config, folder, listing):
+    listing = stage.prepare(config)
+    settings = stage.settings_of(config, listing)
+    if is_finished(folder, settings):
         say("the on-manifold set is whole and unchanged, nothing to do")
         return read_manifest(folder)
-    with connected(config.cluster), tracking.tracked(config, "", "project", parent) as run:
-        manifest = stage.project(config, folder, listing, say)
+    with contextlib.ExitStack() as stack:
+        # before Ray is started: a second writer, other settings and a full disk show at once
+        lease = stack.enter_context(exclusive(folder))
+        begin(folder, settings)
+        stack.enter_context(connected(config.cluster))
+        run = stack.enter_context(tracking.tracked(config, "", "project", parent))
+        manifest = stage.project(config, folder, listing, lease, say)
         run.metrics({f"mean_{k}": v for k, v in manifest["means"].items()} | {"images": manifest["count"]}, step=0)
-        run.artifact(folder / MANIFEST)
+        run.text(MANIFEST, (folder / MANIFEST).read_bytes().decode())
     counts = ", ".join(f"{n} {split}" for split, n in sorted(manifest["splits"].items()))
     poor = manifest["status"].get("poor", 0)
     rejected = len(manifest["rejected"])

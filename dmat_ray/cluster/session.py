@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dmat_ray.config import ClusterConfig, Config
 from dmat_ray.errors import UserError
+from dmat_ray.storage import Location, at
 
 # Read by Ray when it is imported or when a process starts; a user's own value wins.
 ENVIRONMENT = {
@@ -59,9 +60,14 @@ def cluster_address(config: ClusterConfig) -> str | None:
     return None if address == "local" else address
 
 
-def set_folder(config: Config) -> Path:
-    """Where the on-manifold set of an output folder lies."""
-    return Path(config.output).resolve() / "on_manifold_set"
+def is_own(config: ClusterConfig) -> bool:
+    """True if the job starts a Ray of its own on this machine."""
+    return cluster_address(config) is None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
+
+
+def set_folder(config: Config) -> Location:
+    """Where the on-manifold set lies: where the settings say, or in the output folder."""
+    return at(config.manifold_set) if config.manifold_set else at(config.output) / "on_manifold_set"
 
 
 def worker_resources(config: ClusterConfig) -> dict[str, float]:

@@ -40,6 +40,10 @@ class Run:
         else:
             self._client.log_artifact(self.id, str(path), folder)
 
+    def text(self, name: str, content: str) -> None:
+        """Keep a text as an artifact of this name."""
+        self._client.log_text(self.id, content, name)
+
     def tag(self, key: str, value: str) -> None:
         """Set a tag."""
         self._client.set_tag(self.id, key, value)

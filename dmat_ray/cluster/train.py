@@ -15,12 +15,14 @@ from dmat_ray import checkpoint, classifiers
 from dmat_ray.cluster import session, tracking
 from dmat_ray.cluster.context import RayContext
 from dmat_ray.cluster.events import listen, no_retry_of_user_errors
+from dmat_ray.cluster.ingest import Streamed
 from dmat_ray.cluster.session import set_folder
 from dmat_ray.config import Config
 from dmat_ray.data import manifold_set
+from dmat_ray.data.epochs import held_out_positions
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import generators
-from dmat_ray.trainer import check_inputs, split_validation, train
+from dmat_ray.trainer import check_inputs, train
 
 
 class _NamedContext(RayContext):
@@ -51,11 +53,13 @@ def _train(settings: dict[str, Any]) -> None:
         # the runs before it are finished: they come in order
         configs = configs[[c.name for c in configs].index(current) :]
     torch.set_num_threads(configs[0].cluster.threads_per_worker)
-    data = manifold_set.open_set(Path(settings["set"]), "train")
+    loader = configs[0].training.loader
+    data = manifold_set.open_set(settings["set"], "train") if loader == "memory" else None
     for config in configs:
         context = _NamedContext(config.name, settings["mailbox"])
         generator = generators.load_configured(config.generator, context.device)
-        train(config, data, generator, generators.fingerprint(config.generator.path), context)
+        source = Streamed(settings["set"], config.training) if data is None else data
+        train(config, source, generator, generators.fingerprint(config.generator.path), context)
 
 
 def model_folder(config: Config) -> Path:
@@ -79,7 +83,7 @@ def is_trained(config: Config) -> bool:
 
 def _set_digest(config: Config) -> str:
     """What `ManifoldSet.sha256` of the output folder's set is."""
-    return manifold_set.text_digest(json.dumps(manifold_set.read_manifest(set_folder(config)), sort_keys=True))
+    return manifold_set.digest(manifold_set.read_manifest(set_folder(config)))
 
 
 def _describe(name: str, metrics: dict[str, float], epochs: int) -> str:
@@ -111,11 +115,17 @@ def untrained(configs: list[Config], say: Callable[[str], None]) -> list[Config]
         else:
             todo.append(config)
     if todo:
-        data = manifold_set.open_set(set_folder(todo[0]), "train")
+        manifest = manifold_set.read_manifest(set_folder(todo[0]))
+        channels, resolution, _ = manifest["shapes"]["on_manifold"]
+        usable = manifest["usable"].get("train", 0)
+        if usable == 0:
+            raise UserError(f"the set '{set_folder(todo[0])}' has no usable image in its train split")
         for config in todo:
-            check_inputs(config, data, generators.fingerprint(config.generator.path), config.cluster.train_workers)
-            classifiers.require_trainable(config.classifier, data.natural.shape[1], data.natural.shape[2], len(data.class_names))
-            split_validation(data, config.training)
+            check_inputs(config, manifest, generators.fingerprint(config.generator.path), config.cluster.train_workers)
+            classifiers.require_trainable(config.classifier, channels, resolution, len(manifest["class_names"]))
+            held_out_positions(usable, config.training)
+        if len({c.training.loader for c in todo}) > 1:
+            raise UserError("training.loader must be the same for all methods that are trained together")
     return todo
 
 

@@ -29,8 +29,9 @@ from dmat_ray.config.attacks import (
     Term,
 )
 from dmat_ray.config.base import Fraction, Section
-from dmat_ray.config.data import DataConfig, ProjectionConfig
+from dmat_ray.config.data import DataConfig
 from dmat_ray.config.generators import GanConfig, GeneratorConfig, QualityConfig, StyleGAN1Config, StyleGAN2Config, StyleGANConfig
+from dmat_ray.config.projection import EncoderConfig, ProjectionConfig
 from dmat_ray.config.training import ClassifierConfig, ClusterConfig, TrackingConfig, TrainingConfig, TuneConfig
 
 
@@ -38,6 +39,9 @@ class Config(Section):
     """All settings of dmat_ray."""
 
     output: str = Field("runs/default", min_length=1, description="folder that everything is written under")
+    manifold_set: str | None = Field(
+        None, min_length=1, description="the on-manifold set, a folder or an s3:// or gs:// URL; null = OUTPUT/on_manifold_set"
+    )
     name: str = Field(
         "",
         pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*)?$",
@@ -49,6 +53,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     generator: GeneratorConfig = GeneratorConfig()
     gan: GanConfig = GanConfig()
+    encoder: EncoderConfig = EncoderConfig()
     projection: ProjectionConfig = ProjectionConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     classifier: ClassifierConfig = ClassifierConfig()
@@ -72,6 +77,7 @@ __all__ = [
     "ClusterConfig",
     "Config",
     "DataConfig",
+    "EncoderConfig",
     "EvaluationConfig",
     "FogRow",
     "FogTerm",

@@ -20,6 +20,11 @@ class TrainingConfig(Section):
     """SGD on the objective, its learning rate piecewise linear in epochs, stepped every iteration."""
 
     images: Literal["on_manifold", "natural"] = Field("on_manifold", description="what x is: g(w), or the natural image")
+    loader: Literal["memory", "stream"] = Field(
+        "memory",
+        description="'memory': every worker holds the training split; 'stream': Ray Data reads and shuffles the whole of it "
+        "anew every epoch, for sets larger than that",
+    )
     epochs: int = Field(20, ge=1, description="passes over the training split")
     batch_size: int = Field(64, ge=1, description="examples a step, over all workers")
     lr_epochs: tuple[float, ...] = Field((0, 1, 6, 12, 15, 20), description="knots of the schedule, in epochs")
@@ -67,11 +72,20 @@ class ClusterConfig(Section):
         None, ge=1, description="logical CPUs of a local Ray; null = the machine's, at least 6 and what the workers need"
     )
     train_workers: int = Field(2, ge=1, description="DDP workers")
-    projection_actors: int = Field(2, ge=1, description="projection actors")
+    projection_actors: int = Field(2, ge=1, description="projection actors, at most")
+    projection_actors_min: int = Field(1, ge=1, description="projection actors that are kept while there is work for fewer")
     evaluation_actors: int = Field(2, ge=1, description="evaluation actors")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of each worker and actor; 0 = CPU")
     threads_per_worker: int = Field(1, ge=1, description="CPU threads of each worker and actor")
     max_failures: int = Field(3, ge=0, description="worker failures a training survives")
+
+    @model_validator(mode="after")
+    def _check(self) -> "ClusterConfig":
+        if self.projection_actors_min > self.projection_actors:
+            raise ValueError(
+                f"projection_actors_min {self.projection_actors_min} is more than projection_actors {self.projection_actors}"
+            )
+        return self
 
 
 class TrackingConfig(Section):

@@ -1,16 +1,14 @@
 """The on-manifold set: Parquet shards of (x, w, g(w), label), and the manifest that says they are whole.
 
-A set is a folder. `shards/*.parquet` hold one row per image; `manifest.json` is written last, so that a set without
-one is unfinished by definition. Columns are plain Arrow types that any reader opens: `image` is struct{bytes, path}
-(the Hugging Face Image layout), `w` and `on_manifold` are fixed-size lists whose shapes stand in the manifest and in
-the schema's metadata.
+A set is a folder. `shards/*.parquet` hold one row per image, in the columns of `dmat_ray.data.set_format`; `manifest.json` is
+written last, so that a set without one is unfinished by definition.
 """
 
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,40 +20,22 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from dmat_ray.data.sources import decode, to_unit
+from dmat_ray.data.decoding import decode, to_unit
+from dmat_ray.data.set_format import ERRORS as ERRORS
+from dmat_ray.data.set_format import VERSION as VERSION
+from dmat_ray.data.set_format import different_columns
+from dmat_ray.data.set_format import fixed_list as fixed_list
+from dmat_ray.data.set_format import from_lists as from_lists
+from dmat_ray.data.set_format import from_netpbm as from_netpbm
+from dmat_ray.data.set_format import schema as schema
+from dmat_ray.data.set_format import to_netpbm as to_netpbm
 from dmat_ray.errors import UserError
+from dmat_ray.storage import Location, at
 from dmat_ray.types import Batch
 
-VERSION = 1
+Place = str | Path | Location
 MANIFEST = "manifest.json"
 SHARDS = "shards"
-
-
-def schema(channels: int, resolution: int, num_ws: int, w_dim: int) -> pa.Schema:
-    """Arrow schema of a shard."""
-    shapes = {"on_manifold": [channels, resolution, resolution], "w": [num_ws, w_dim]}
-    return pa.schema(
-        [
-            ("id", pa.string()),
-            ("split", pa.string()),
-            ("label", pa.int64()),
-            ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-            ("on_manifold", pa.list_(pa.uint8(), channels * resolution * resolution)),
-            ("w", pa.list_(pa.float32(), num_ws * w_dim)),
-            ("lpips", pa.float32()),
-            ("l1", pa.float32()),
-            ("l2", pa.float32()),
-            ("steps", pa.int32()),
-            ("status", pa.string()),
-        ],
-        metadata={"dmat_ray": json.dumps({"version": VERSION, "shapes": shapes})},
-    )
-
-
-def fixed_list(array: np.ndarray, kind: pa.DataType) -> pa.FixedSizeListArray:
-    """(N, ...) array -> Arrow fixed-size lists of its flattened rows."""
-    flat = array.reshape(len(array), -1)
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel(), type=kind), flat.shape[1])
 
 
 def sha256(path: Path) -> str:
@@ -87,17 +67,46 @@ def read_json(path: Path) -> Any:
         raise UserError(f"'{path}' is damaged: {error}") from None
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(place: Place) -> dict[str, Any]:
     """The manifest of a finished set; raises UserError for one that is missing, unfinished or of another version."""
-    path = folder / MANIFEST
-    if not folder.is_dir():
-        raise UserError(f"there is no on-manifold set at '{folder}'; make it with jobs/project.py")
-    if not path.is_file():
-        raise UserError(f"the on-manifold set '{folder}' is unfinished: it has no {MANIFEST}; run jobs/project.py again")
-    manifest: dict[str, Any] = read_json(path)
+    folder = at(place)
+    try:
+        content = (folder / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        if not folder.is_dir():
+            raise UserError(f"there is no on-manifold set at '{folder}'; make it with jobs/project.py") from None
+        raise UserError(
+            f"the on-manifold set '{folder}' is unfinished: it has no {MANIFEST}; run jobs/project.py again"
+        ) from None
+    try:
+        manifest: dict[str, Any] = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"'{folder / MANIFEST}' is damaged: {error}") from None
+    if not isinstance(manifest, dict):
+        raise UserError(f"'{folder / MANIFEST}' is damaged: it holds a {type(manifest).__name__}, not an object")
     if manifest.get("version") != VERSION:
-        raise UserError(f"the set '{folder}' has format version {manifest.get('version')}, this program reads {VERSION}")
+        raise UserError(
+            f"the set '{folder}' has format version {manifest.get('version')}, this program reads {VERSION}; project again into "
+            "another folder"
+        )
     return manifest
+
+
+def digest(manifest: dict[str, Any]) -> str:
+    """Names a set in checkpoints and evaluations."""
+    return text_digest(json.dumps(manifest, sort_keys=True))
+
+
+def read_shard(folder: Location, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """A shard's table; raises UserError if it is missing or damaged."""
+    try:
+        with (folder / SHARDS / name).open() as file:
+            return pq.read_table(file, columns=None if columns is None else list(columns), page_checksum_verification=True)
+    except FileNotFoundError:
+        raise UserError(f"the set '{folder}' lacks its shard {name}; run jobs/project.py again") from None
+    except (pa.ArrowException, OSError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"shard {name} of '{folder}' is damaged ({reason}); remove it and run jobs/project.py again") from None
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,19 @@ class ManifoldSet:
     @property
     def sha256(self) -> str:
         """Digest of the manifest: names the set in checkpoints."""
-        return text_digest(json.dumps(self.manifest, sort_keys=True))
+        return digest(self.manifest)
+
+    def take(self, index: np.ndarray) -> "ManifoldSet":
+        """The examples at these positions, as a set of their own."""
+        return ManifoldSet(
+            id=[self.id[i] for i in index],
+            on_manifold=self.on_manifold[index],
+            natural=self.natural[index],
+            label=self.label[index],
+            w=self.w[index],
+            class_names=self.class_names,
+            manifest=self.manifest,
+        )
 
     def batch(self, index: np.ndarray, images: str) -> Batch:
         """Examples by position; `images` is 'on_manifold' (with w) or 'natural' (without: w does not render x)."""
@@ -127,46 +148,73 @@ class ManifoldSet:
         return Batch([self.id[i] for i in index], to_unit(source[index]), torch.from_numpy(self.label[index]), w)
 
 
-def open_set(folder: Path, split: str, *, include_poor: bool = False) -> ManifoldSet:
-    """Read one split of a finished set; raises UserError if it is not whole, or has no images of that split."""
-    manifest = read_manifest(folder)
-    tables = []
-    for name, rows in sorted(manifest["shards"].items()):
-        path = folder / SHARDS / name
-        if not path.is_file():
-            raise UserError(f"the set '{folder}' lacks its shard {name}; run jobs/project.py again")
-        try:
-            table = pq.read_table(path)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(
-                f"shard {name} of '{folder}' is damaged ({str(error).splitlines()[0]}); remove it and run jobs/project.py again"
-            ) from None
-        if table.num_rows != rows:
-            raise UserError(f"shard {name} of '{folder}' has {table.num_rows} rows, its manifest says {rows}")
-        tables.append(table)
-    table = pa.concat_tables(tables).sort_by("id")
-    keep = pc.equal(table["split"], split)
-    if not include_poor:
-        keep = pc.and_(keep, pc.equal(table["status"], "ok"))
-    table = table.filter(keep)
-    if table.num_rows == 0:
+def open_set(place: Place, split: str, *, include_poor: bool = False, only: Sequence[str] | None = None) -> ManifoldSet:
+    """Read one split of a finished set, or `only` the examples of these ids.
+
+    Memory: what is kept, and a shard; as much again while rows are put in order, if shards do not come in the order of ids.
+    Raises UserError if the set is not whole, or has no images of that split.
+    """
+    folder, manifest = at(place), read_manifest(place)
+    shape, count = manifest["shapes"]["on_manifold"], manifest["splits" if include_poor else "usable"].get(split, 0)
+    count = count if only is None else len(only)
+    if count == 0:
         raise UserError(f"the set '{folder}' has no usable image in its {split} split")
-    channels, resolution, _ = manifest["shapes"]["on_manifold"]
-
-    def array(column: str, shape: list[int]) -> np.ndarray:
-        flat: np.ndarray = table[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        return flat.reshape(table.num_rows, *shape)
-
-    natural = np.stack([decode(i["bytes"], resolution, channels) for i in table["image"].to_pylist()])
+    on_manifold, natural = np.empty((count, *shape), np.uint8), np.empty((count, *shape), np.uint8)
+    tables, end = [], 0
+    for name, rows in sorted(manifest["shards"].items()):
+        table = _read_rows(folder, name, rows, manifest)
+        keep = pc.equal(table["split"], split)
+        if not include_poor:
+            keep = pc.and_(keep, pc.equal(table["status"], "ok"))
+        if only is not None:
+            keep = pc.and_(keep, pc.is_in(table["id"], value_set=pa.array(only, pa.string())))
+        table = table.filter(keep)
+        start, end = end, end + table.num_rows
+        if end <= count:
+            on_manifold[start:end] = from_netpbm(table["on_manifold"], shape)
+            _decode_into(natural[start:end], table, f"shard {name} of '{folder}'")
+        tables.append(table.select(["id", "label", "w"]))
+    if end != count:
+        wanted = "its manifest says" if only is None else "asked for were"
+        raise UserError(f"the set '{folder}' has {end} images to read in its {split} split, {wanted} {count}")
+    table = pa.concat_tables(tables)
+    order = pc.sort_indices(table["id"]).to_numpy()
+    ordered: Any = slice(None) if (order == np.arange(count)).all() else order
     return ManifoldSet(
-        id=table["id"].to_pylist(),
-        on_manifold=array("on_manifold", manifest["shapes"]["on_manifold"]),
-        natural=natural,
-        label=table["label"].to_numpy(),
-        w=array("w", manifest["shapes"]["w"]),
+        id=table["id"].take(order).to_pylist(),
+        on_manifold=on_manifold[ordered],
+        natural=natural[ordered],
+        label=table["label"].to_numpy()[ordered],
+        w=from_lists(table["w"], manifest["shapes"]["w"])[ordered],
         class_names=tuple(manifest["class_names"]),
         manifest=manifest,
     )
+
+
+def _read_rows(folder: Location, name: str, rows: int, manifest: dict[str, Any]) -> pa.Table:
+    """All columns of a shard, checked against the manifest."""
+    table = read_shard(folder, name)
+    if table.num_rows != rows:
+        raise UserError(f"shard {name} of '{folder}' has {table.num_rows} rows, its manifest says {rows}")
+    if odd := different_columns(table.schema, schema_of(manifest)):
+        raise UserError(f"shard {name} of '{folder}' has other columns than its manifest says: {odd}")
+    return table
+
+
+def schema_of(manifest: dict[str, Any]) -> pa.Schema:
+    """The schema of the shards that a manifest describes."""
+    (channels, resolution, _), w = manifest["shapes"]["on_manifold"], manifest["shapes"]["w"]
+    return schema(channels, resolution, w[0], w[1], manifest["class_names"])
+
+
+def _decode_into(pixels_NCHW: np.ndarray, table: pa.Table, where: str) -> None:
+    """Decode the natural images of a table; raises UserError for one that cannot be read."""
+    _, channels, resolution, _ = pixels_NCHW.shape
+    for i, content in enumerate(pc.struct_field(table["image"], "bytes")):
+        try:
+            pixels_NCHW[i] = decode(content.as_py(), resolution, channels)
+        except ValueError as error:
+            raise UserError(f"{where}: the natural image of '{table['id'][i]}' {error}") from None
 
 
 def require_generator(manifest: dict[str, Any], sha: str, what: str) -> None:

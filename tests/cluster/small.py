@@ -1,9 +1,12 @@
 """Settings small enough for two cores, and servers on loopback."""
 
+import os
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,21 @@ import psutil
 from dmat_ray import cli
 from dmat_ray.config import Config
 
+ROOT = Path(__file__).parents[2]
 SMALL = [
     *("--data.train_limit", "60", "--data.test_limit", "40", "--projection.steps", "6", "--projection.candidates", "200"),
-    *("--projection.batch_size", "20", "--projection.poor_l1", "0.9", "--training.epochs", "2", "--training.batch_size", "20"),
+    *(
+        "--projection.batch_size",
+        "20",
+        "--projection.shard_size",
+        "20",
+        "--projection.poor_l1",
+        "0.9",
+        "--training.epochs",
+        "2",
+        "--training.batch_size",
+        "20",
+    ),
     *("--training.val_examples", "20", "--evaluation.batch_size", "20", "--training.lr_epochs", "0,2"),
     *("--training.lr_values", "0.05,0.01"),
 ]
@@ -50,13 +65,40 @@ def wait_until_answers(url: str, process: "subprocess.Popen[bytes]", log: Path, 
             time.sleep(0.2)
 
 
-def train_workers() -> list[psutil.Process]:
-    """Ray Train's worker processes that descend from this one."""
+def processes_below(pid: int, title: str) -> list[psutil.Process]:
+    """Processes that descend from `pid` and whose title, which Ray sets, holds `title`."""
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for process in psutil.Process(pid).children(recursive=True):
         try:
-            if "RayTrainWorker" in " ".join(process.cmdline()[:1]):
+            if title in " ".join(process.cmdline()[:1]):
                 found.append(process)
         except psutil.NoSuchProcess:
             continue
     return found
+
+
+def train_workers() -> list[psutil.Process]:
+    """Ray Train's worker processes that descend from this one."""
+    return processes_below(os.getpid(), "RayTrainWorker")
+
+
+def start_job(job: str, output: Path, *options: str) -> "subprocess.Popen[str]":
+    """A job as a user starts it, with its own Ray unless the options say otherwise."""
+    command = [sys.executable, str(ROOT / "jobs" / job), "--output", str(output), *SMALL, *options]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 240) -> None:
+    """Poll until `condition`, or fail if the process ends or time is up first."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert time.monotonic() < end, "time is up"
+        time.sleep(0.02)
+
+
+def finish(process: "subprocess.Popen[str]") -> str:
+    """Wait for a job that must succeed; returns what it printed."""
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    return output

@@ -20,7 +20,7 @@ from small import train_workers
 from dmat_ray import cli
 from dmat_ray.cluster import gan
 from dmat_ray.config import Config
-from dmat_ray.data.sources import decode, list_examples
+from dmat_ray.data.sources import list_examples, read_pixels
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import generators
 
@@ -145,9 +145,9 @@ def test_decoded_images_are_those_of_the_training_split(tmp_path):
     config = photo_settings(photo_folder(tmp_path / "photos"), tmp_path)
     cache = gan.prepare_images(config, tmp_path / "train")
     images, labels = cache.open()
-    expected = [e for e in list_examples(config.data).examples if e.split == "train"]
-    assert labels.tolist() == [e.label for e in expected]
-    assert all((image.numpy() == decode(e.read(), 8, 1)).all() for image, e in zip(images, expected, strict=True))
+    expected = list_examples(config.data).rows("train")
+    assert labels.tolist() == expected["label"].to_pylist()
+    np.testing.assert_array_equal(images.numpy(), read_pixels(expected, config.data))
     written = {p.name: p.stat().st_mtime_ns for p in cache.folder.iterdir()}
     assert gan.prepare_images(config, tmp_path / "train") == cache
     assert {p.name: p.stat().st_mtime_ns for p in cache.folder.iterdir()} == written
@@ -156,9 +156,8 @@ def test_decoded_images_are_those_of_the_training_split(tmp_path):
 def test_decoded_images_follow_their_files(tmp_path):
     config = photo_settings(photo_folder(tmp_path / "photos"), tmp_path)
     before = gan.prepare_images(config, tmp_path / "train")
-    Image.fromarray(np.zeros((9, 9), dtype=np.uint8)).save(
-        next(tmp_path / "photos" / e.id for e in list_examples(config.data).examples if e.split == "train")
-    )
+    name = list_examples(config.data).rows("train")["id"][0].as_py()
+    Image.fromarray(np.zeros((9, 9), dtype=np.uint8)).save(tmp_path / "photos" / name)
     after = gan.prepare_images(config, tmp_path / "train")
     assert after.digest != before.digest
     assert not torch.equal(after.open()[0], before.open()[0])
@@ -172,16 +171,16 @@ def test_decoded_images_follow_their_files(tmp_path):
 def test_unreadable_images_are_left_out_and_told(tmp_path):
     photos = photo_folder(tmp_path / "photos", count=20)
     config = photo_settings(photos, tmp_path, "--data.max_rejected", "0.2")
-    victim = next(e for e in list_examples(config.data).examples if e.split == "train")
+    victim = list_examples(config.data).rows("train")["id"][0].as_py()
     whole = gan.prepare_images(config, tmp_path / "whole").open()
-    (photos / victim.id).write_bytes(b"no picture")
+    (photos / victim).write_bytes(b"no picture")
     cache = gan.prepare_images(config, tmp_path / "train")
     images, labels = cache.open()
-    assert list(cache.rejected) == [victim.id]
+    assert list(cache.rejected) == [victim]
     assert torch.equal(images, whole[0][1:])
     assert torch.equal(labels, whole[1][1:])
     strict = photo_settings(photos, tmp_path)
-    with pytest.raises(UserError, match=rf"1 of 16 images were rejected; the first: '{victim.id}' cannot be read"):
+    with pytest.raises(UserError, match=rf"1 of 16 images were rejected; the first: '{victim}' cannot be read"):
         gan.prepare_images(strict, tmp_path / "strict")
     assert not list((tmp_path / "strict").iterdir())
 

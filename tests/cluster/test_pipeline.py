@@ -19,9 +19,14 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 METHODS = ("standard", "dmat")
 
 
+def folder_of(config: Config) -> Path:
+    """Where the set is."""
+    return Path(config.output) / "on_manifold_set"
+
+
 def read_set(config: Config) -> dict[str, list]:
     """All rows of a set, by plain pyarrow, sorted by id."""
-    return pq.read_table(jobs.set_folder(config) / "shards").sort_by("id").to_pydict()
+    return pq.read_table(folder_of(config) / "shards").sort_by("id").to_pydict()
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +44,10 @@ def finished(ray_session, tmp_path_factory) -> tuple[Config, dict[str, Path], li
 def test_set_is_whole_and_opens_in_plain_pyarrow(finished):
     config, _, _ = finished
     table, listing = read_set(config), list_examples(config.data)
-    assert table["id"] == [e.id for e in listing.examples]
-    assert table["label"] == [e.label for e in listing.examples]
+    assert table["id"] == listing.table["id"].to_pylist()
+    assert table["label"] == listing.table["label"].to_pylist()
     assert sorted(set(table["split"])) == ["test", "train"]
-    manifest = json.loads((jobs.set_folder(config) / "manifest.json").read_text())
+    manifest = json.loads((folder_of(config) / "manifest.json").read_text())
     assert manifest["count"] == 100
     assert manifest["splits"] == {"test": 40, "train": 60}
     assert not manifest["lpips_is_perceptual"]
@@ -58,7 +63,7 @@ def test_set_renders_again_from_w(finished):
     from dmat_ray.manifold.generators import load_generator
 
     config, _, _ = finished
-    data, generator = open_set(jobs.set_folder(config), "test"), load_generator(config.generator.path)
+    data, generator = open_set(folder_of(config), "test"), load_generator(config.generator.path)
     x = generator.synthesis(torch.from_numpy(data.w)).numpy() * 255
     assert np.abs(x - data.on_manifold).max() <= 0.51
 
@@ -105,7 +110,7 @@ def test_rows_are_one_per_example_and_attack(finished):
 
 def test_rows_do_not_depend_on_the_number_of_actors(finished, tmp_path, say):
     config, models, _ = finished
-    shutil.copytree(jobs.set_folder(config), tmp_path / "on_manifold_set")
+    shutil.copytree(folder_of(config), tmp_path / "on_manifold_set")
     other = settings(tmp_path, "--cluster.evaluation_actors", 1)
     rows = jobs.evaluate(other, models, say)
     assert rows.equals(pq.read_table(Path(config.output) / "evaluation" / "rows.parquet"))

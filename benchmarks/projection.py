@@ -1,0 +1,303 @@
+"""What does projection cost beside the published loop and its strongest peers, and is the result as good?
+
+    python benchmarks/projection.py step [--kinds stylegan1 stylegan2] [--resolutions 64 256] [--batch 64:16 256:4]
+    python benchmarks/projection.py images [--digits 32] [--group 32] [--option steps=80 ...]
+    either with [--device cuda] [--threads 1] [--compile] [--json FILE]
+
+`step` times one optimisation step on random weights of the published widths. Sides, each written plainly here but ours:
+
+- published: the loop of the code of arXiv 2009.02470. Generator as in the papers; LPIPS (VGG) whose backbone still
+  requires gradients, so that every step computes those of its weights too; the target goes through it in every step.
+- lpips package: the same with lpips.LPIPS as it ships (backbone frozen).
+- cached: what NVlabs' projector does: backbone frozen, features of the target computed once. (It handles one image a
+  run; here it has a batch, as all others.)
+- ours, in float32 and in bfloat16: a whole step of `Projector`, with noise, Adam, and all that stopping needs.
+
+`images` projects digits of the test split onto the shipped generator, by the published loop with its 1,000 steps and by
+preset `fast` (VGG with random weights on both sides), group by group, and reports errors and images per second.
+
+Ratios are medians over rounds (groups), with quartiles; how they are taken and why the script starts itself again is
+said in benchmarks/generator.py. "A/A" runs the first side twice and shows the noise.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import platform
+import random
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lpips
+import numpy as np
+import torch
+from generator import ALLOCATOR, alternate, build, restart_with, stopwatch
+from torch import Tensor
+
+from dmat_ray import presets
+from dmat_ray.config import Config, DataConfig, ProjectionConfig
+from dmat_ray.data import sources
+from dmat_ray.data.decoding import unit
+from dmat_ray.errors import UserError
+from dmat_ray.manifold import encoder as encoders
+from dmat_ray.manifold import fast, generators
+from dmat_ray.manifold.projection import Projection, Projector, learning_rate, noise_scale
+from dmat_ray.types import Generator
+
+PUBLISHED = ProjectionConfig(lpips_weights="random")  # the defaults are the published settings
+SPLIT = 0.95
+
+
+def vgg(device: torch.device, *, frozen: bool) -> lpips.LPIPS:
+    """LPIPS of the package on a random VGG, the one that `Projector` makes for seed 0."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        metric = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    metric.net.requires_grad_(not frozen)
+    return metric.to(device).eval()
+
+
+def rgb(x: Tensor) -> Tensor:
+    """Images in [0, 1] as LPIPS wants them: three channels in [-1, 1]."""
+    return x.expand(-1, 3, -1, -1) * 2 - 1
+
+
+def package_distance(metric: lpips.LPIPS, target: Tensor) -> Callable[[Tensor], Tensor]:
+    """LPIPS to the target, whose features are computed in every call."""
+    return lambda x: metric(rgb(x), rgb(target)).flatten()
+
+
+def cached_distance(metric: lpips.LPIPS, target: Tensor) -> Callable[[Tensor], Tensor]:
+    """LPIPS to the target, whose features are computed here, once."""
+
+    def features(x: Tensor) -> list[Tensor]:
+        return [lpips.normalize_tensor(f) for f in metric.net(metric.scaling_layer(rgb(x)))]
+
+    with torch.no_grad():
+        wanted = features(target)
+
+    def distance(x: Tensor) -> Tensor:
+        layers = zip(metric.lins, features(x), wanted, strict=True)
+        return torch.stack([lin((a - b) ** 2).mean(dim=(1, 2, 3)) for lin, a, b in layers]).sum(dim=0)
+
+    return distance
+
+
+class PlainLoop:
+    """The published loop, from its description: Adam on w, the rate and the noise of the step, gradients by backward()."""
+
+    def __init__(self, generator: Generator, target: Tensor, distance: Callable[[Tensor], Tensor], steps: int) -> None:
+        self.generator, self.target, self.distance = generator, target, distance
+        self.config = PUBLISHED.model_copy(update={"steps": steps})
+        w = generator.w_mean.expand(len(target), generator.num_ws, -1)
+        self.w = w.clone().requires_grad_()
+        self.optimizer = torch.optim.Adam([self.w], lr=self.config.lr)
+
+    def step(self, step: int) -> None:
+        self.optimizer.param_groups[0]["lr"] = learning_rate(self.config, step)
+        noise = torch.randn_like(self.w) * self.generator.w_std * noise_scale(self.config, step)
+        x = self.generator.synthesis(self.w + noise, clamp=False)
+        loss = self.distance(x) + 100 * (x - self.target).abs().mean(dim=(1, 2, 3))
+        self.optimizer.zero_grad()
+        loss.sum().backward()
+        self.optimizer.step()
+
+
+def our_step(generator: Generator, target: Tensor, device: torch.device, **settings: Any) -> Callable[[], None]:
+    """A step of `Projector` on a full batch that never ends."""
+    values = {"batch_size": len(target), "steps": 1_000_000, "stop_window": 10, "stop_improvement": 1e-6, **settings}
+    config = PUBLISHED.model_copy(update=values)
+    projector = Projector(generator, config, device)
+    with torch.no_grad():
+        slots = projector.reserved()
+        projector.enter(slots, list(range(len(target))), target.cpu(), [str(i) for i in range(len(target))])
+
+    def step() -> None:
+        with torch.no_grad():
+            projector.step(slots, len(target), noisy=True)
+
+    return step
+
+
+def step_sides(kind: str, resolution: int, batch: int, arguments: argparse.Namespace) -> dict[str, Callable[[], None]]:
+    """One step of each side, on the same images."""
+    device, generator = torch.device(arguments.device), build(kind, resolution, None).eval().requires_grad_(False)
+    generator.measure_w(samples=1000)
+    generator = generator.to(device)
+    target = torch.rand(batch, 3, resolution, resolution, generator=torch.Generator().manual_seed(1)).to(device)
+    distances = {
+        "published": package_distance(vgg(device, frozen=False), target),
+        "lpips package": package_distance(vgg(device, frozen=True), target),
+        "cached": cached_distance(vgg(device, frozen=True), target),
+    }
+    loops = {name: PlainLoop(generator, target, distance, 1000) for name, distance in distances.items()}
+    sides: dict[str, Callable[[], None]] = {name: lambda loop=loop: loop.step(100) for name, loop in loops.items()}
+    for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+        quick = fast.accelerate(generator, dtype)
+        sides[f"ours {name}"] = our_step(quick, target, device, lpips_precision=name)
+        if arguments.compile:
+            sides[f"ours {name} compiled"] = our_step(quick, target, device, lpips_precision=name, compile=True)
+    return sides
+
+
+def quartiles(values: np.ndarray) -> list[float]:
+    return [float(v) for v in np.quantile(values, (0.25, 0.5, 0.75))]
+
+
+def compare_steps(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for every generator and side."""
+    sizes = dict(entry.split(":") for entry in arguments.batch if ":" in entry)
+    common = next((entry for entry in arguments.batch if ":" not in entry), "16")
+    rows = []
+    for kind in arguments.kinds:
+        for resolution in arguments.resolutions:
+            batch = int(sizes.get(str(resolution), common))
+            sides = step_sides(kind, resolution, batch, arguments)
+            seconds = alternate(
+                {**sides, "published again (A/A)": sides["published"]},
+                arguments.rounds,
+                stopwatch(torch.device(arguments.device)),
+            )
+            print(f"\nstep on {kind} {resolution}x{resolution}, batch {batch}")
+            print(f"{'side':24} {'ms an image':>12}   to published (quartiles)     to the lpips package (quartiles)")
+            for name, times in seconds.items():
+                ratios = {base: quartiles(times / seconds[base]) for base in ("published", "lpips package")}
+                milliseconds = float(np.median(times)) / batch * 1000
+                rows.append(
+                    {"kind": kind, "resolution": resolution, "batch": batch, "side": name, "ms": milliseconds, "ratios": ratios}
+                )
+                shown = [f"{middle:.3f} ({low:.3f} to {high:.3f})" for low, middle, high in ratios.values()]
+                print(f"{name:24} {milliseconds:12.1f}   {shown[0]:28} {shown[1]}", flush=True)
+    return rows
+
+
+def digits(count: int) -> tuple[Tensor, list[str]]:
+    """Test digits (uint8) and their ids, in a seeded order."""
+    config = DataConfig(source="mnist5k", resolution=32, channels=1)
+    rows = sources.list_examples(config).rows("test").sort_by("id")
+    rows = rows.take(np.random.default_rng(0).permutation(len(rows))[:count])
+    return torch.from_numpy(np.stack(sources.read_pixels(rows, config))), rows["id"].to_pylist()
+
+
+def fast_projector(arguments: argparse.Namespace, device: torch.device) -> Projector:
+    """Preset `fast` with the options of the command line."""
+    values = presets.merge(
+        presets.load(["fast"]), {"projection": {"lpips_weights": "random", "batch_size": arguments.batch_size}}
+    )
+    options = dict(entry.split("=", 1) for entry in arguments.option)
+    values = presets.merge(values, {"projection": {**options, "compile": arguments.compile}})
+    config = Config.model_validate(values)
+    start = None
+    if config.projection.start == "encoder":
+        folder = encoders.locate_encoder(config.projection.encoder, None, config.generator.path)
+        start = encoders.load_encoder(folder, generators.fingerprint(config.generator.path), device)
+    return Projector(generators.load_configured(config.generator, device), config.projection, device, start)
+
+
+def published_images(x: Tensor, judge: Projector, arguments: argparse.Namespace, device: torch.device) -> Projection:
+    """All steps of the published loop, batch by batch; errors are measured as for ours."""
+    generator, found = generators.load_generator("mnist32", device), []
+    metric = vgg(device, frozen=False)
+    for part in x.split(arguments.batch_size):
+        target = unit(part).to(device)
+        loop = PlainLoop(generator, target, package_distance(metric, target), arguments.steps)
+        for step in range(arguments.steps):
+            loop.step(step)
+        found.append(loop.w.detach().cpu())
+    return judge.measured(x, torch.cat(found), torch.full((len(x),), arguments.steps))
+
+
+def compare_images(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for every side: errors over all digits, and the ratio of images per second."""
+    device = torch.device(arguments.device)
+    x, ids = digits(arguments.digits)
+    ours = fast_projector(arguments, device)
+    # the same measure for both: LPIPS in float32, the clamped images of the papers' arithmetic
+    judge = Projector(generators.load_generator("mnist32", device), ours.config.model_copy(update={"start": "mean"}), device)
+    clock, found, seconds = stopwatch(device), {"published": [], "fast": []}, {"published": [], "fast": []}
+    ours.project(x[:2], ids[:2])  # compiles, and brings the heap to its size
+    for start in range(0, len(x), arguments.group):
+        part = slice(start, start + arguments.group)
+
+        def both(part: slice = part) -> dict[str, Callable[[], Projection]]:
+            return {
+                "published": lambda: published_images(x[part], judge, arguments, device),
+                "fast": lambda: ours.project(x[part], ids[part]),
+            }
+
+        sides = list(both().items())
+        random.shuffle(sides)
+        for name, side in sides:
+            began = clock()
+            result = side()
+            seconds[name].append(clock() - began)
+            if name == "fast":
+                result = judge.measured(x[part], result.w_BLD, result.steps_B)
+            found[name].append(result)
+            print(f"{name}: {len(result.steps_B)} images in {seconds[name][-1]:.1f} s", flush=True)
+    return [row_of(name, found[name], seconds, ours.config) for name in found]
+
+
+def row_of(name: str, parts: list[Projection], seconds: dict[str, list[float]], config: ProjectionConfig) -> dict[str, Any]:
+    """What is reported of one side."""
+    lpips_B, l1_B, l2_B, steps_B = (torch.cat([getattr(p, k) for p in parts]) for k in ("lpips_B", "l1_B", "l2_B", "steps_B"))
+    errors = {
+        "loss": config.lpips * lpips_B + config.l1 * l1_B + config.l2 * l2_B,
+        "lpips": lpips_B, "l1": l1_B, "psnr": -10 * l2_B.log10(),
+    }  # fmt: skip
+    speedups = np.array(seconds["published"]) / np.array(seconds[name])
+    row: dict[str, Any] = {"side": name, "images": len(l1_B), "steps": float(steps_B.float().mean())}
+    row |= {"images_per_second": len(l1_B) / sum(seconds[name]), "times_published": quartiles(speedups)}
+    print(f"\n{name}: {row['steps']:.1f} steps an image, {row['images_per_second']:.3f} images/s, ", end="")
+    low, middle, high = row["times_published"]
+    print(f"{middle:.2f} ({low:.2f} to {high:.2f}) times those of the published loop")
+    for key, value in errors.items():
+        # the bad end of PSNR is the low one
+        bad = float(value.quantile(1 - SPLIT if key == "psnr" else SPLIT))
+        row[key] = {"mean": float(value.mean()), "median": float(value.median()), "p95": bad}
+        print(f"  {key:6} mean {row[key]['mean']:9.5f}  median {row[key]['median']:9.5f}  95th percentile {bad:9.5f}")
+    return row
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["step", "images"])
+    parser.add_argument("--kinds", nargs="+", choices=["stylegan1", "stylegan2"], default=["stylegan1", "stylegan2"])
+    parser.add_argument("--resolutions", nargs="+", type=int, default=[64, 256], help="image sizes in pixels")
+    parser.add_argument("--batch", nargs="+", default=["16", "256:4"], help="images a step; RESOLUTION:IMAGES for one size")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of steps")
+    parser.add_argument("--digits", type=int, default=32, help="test digits to project")
+    parser.add_argument("--group", type=int, default=32, help="digits that one side projects before the other does")
+    parser.add_argument("--batch-size", type=int, default=16, help="digits optimised together, on both sides")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of the published loop on digits")
+    parser.add_argument("--option", nargs="*", default=[], metavar="KEY=VALUE", help="settings of projection over preset fast")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of one operation")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for ours (step: as sides of their own)")
+    parser.add_argument("--json", type=Path, help="write the rows and the machine here")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.device == "cpu":
+        restart_with({**ALLOCATOR, "OMP_NUM_THREADS": str(arguments.threads)})
+    torch.set_num_threads(arguments.threads)
+    random.seed(0)
+    rows = compare_steps(arguments) if arguments.what == "step" else compare_images(arguments)
+    if arguments.json:
+        device = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
+        machine = {"device": device, "threads": arguments.threads, "torch": torch.__version__}
+        arguments.json.write_text(json.dumps({"command": sys.argv, **machine, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,182 @@
+"""How projection on Ray scales with actors, what Ray adds to it, and whether memory grows with the set.
+
+    python benchmarks/projection_scaling.py scaling --actors 1 2 4 --shards 40 --seconds 2
+    python benchmarks/projection_scaling.py overhead --shards 16 --steps 100
+    python benchmarks/projection_scaling.py memory --shards 40 400
+
+`scaling` and `memory` put a stand-in in place of the projector, which sleeps and returns random codes, so that one machine can
+play many GPUs: what is measured is everything around it (reading, decoding, moving, writing, the driver). `overhead` runs the
+real projector, once in a plain loop and once as an actor, both with one CPU thread, after what each needs to start.
+"""
+
+import argparse
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+
+from dmat_ray import cli
+from dmat_ray.cluster.session import connected, prepare_environment
+from dmat_ray.config import Config
+from dmat_ray.data import manifold_set, set_writer
+from dmat_ray.data.sources import Listing, list_examples
+from dmat_ray.storage import at
+
+
+def settings(output: Path, *options: object) -> Config:
+    """The demo's settings without LPIPS, with these on top."""
+    config, _ = cli.parse("", ["--preset", "demo", "--output", str(output), *map(str, options)])
+    return config
+
+
+def repeated(listing: Listing, count: int) -> Listing:
+    """A listing of `count` images: the same ones, under new ids."""
+    rows = listing.table.take(pa.array(np.arange(count) % listing.table.num_rows))
+    ids = pa.array([f"image-{i:08d}" for i in range(count)])
+    return Listing(rows.set_column(rows.schema.get_field_index("id"), "id", ids), listing.class_names)
+
+
+def stand_in(seconds: float) -> type:
+    """A projector's place, held by one that takes `seconds` a shard."""
+
+    class StandIn:
+        def __init__(self, config: dict[str, Any], class_names: list[str]) -> None:
+            self.config, self.class_names = Config.model_validate(config), class_names
+
+        def __call__(self, row: pa.Table) -> pa.Table:
+            from dmat_ray.cluster.project import pack, unpack
+
+            name, images, rejected, _ = unpack(row)
+            began, count, size = time.monotonic(), images.num_rows, self.config.data.resolution
+            pixels = manifold_set.from_lists(images["pixels"], (1, size, size))
+            zeros = np.zeros(count, np.float32)
+            columns = {
+                "id": images["id"],
+                "split": images["split"].cast(pa.string()),
+                "label": images["label"].cast(pa.int64()),
+                "image": [{"bytes": content, "path": None} for content in images["image"].to_pylist()],
+                "on_manifold": manifold_set.to_netpbm(pixels),
+                "w": manifold_set.fixed_list(np.random.default_rng(0).standard_normal((count, 8, 64), np.float32), pa.float32()),
+                **dict.fromkeys(manifold_set.ERRORS, zeros),
+                "steps": zeros.astype(np.int32),
+                "status": ["ok"] * count,
+            }
+            table = pa.table(columns, schema=manifold_set.schema(1, size, 8, 64, self.class_names))
+            time.sleep(max(0.0, seconds - (time.monotonic() - began)))
+            return pack(name, table, rejected, seconds)
+
+    return StandIn
+
+
+def run(config: Config, listing: Listing, projector: type | None = None) -> list[float]:
+    """Project all shards of `listing`; returns the moments at which they were finished."""
+    from dmat_ray.cluster import project
+
+    folder = at(config.output)
+    shards = set_writer.plan(listing, config.projection.shard_size)
+    moments = []
+    for _ in project.run_shards(config, folder, listing.class_names, shards, projector or project.ShardProjector):
+        moments.append(time.monotonic())
+    return moments
+
+
+def scaling(args: argparse.Namespace, root: Path) -> None:
+    """Share of the ideal rate, from the moment when every actor has finished two shards to the last shard but one round."""
+    print(f"{args.shards} shards, {args.seconds} s each")
+    for actors in args.actors:
+        options = ("--cluster.projection_actors", actors, "--cluster.projection_actors_min", actors, "--cluster.num_cpus", 8)
+        config = settings(root / f"{actors}", *options, "--projection.shard_size", 50)
+        with connected(config.cluster):
+            moments = run(config, repeated(list_examples(config.data), 50 * args.shards), stand_in(args.seconds))
+        first, last = 2 * actors, len(moments) - actors
+        ideal = (last - first) * args.seconds / actors
+        efficiency = ideal / (moments[last - 1] - moments[first - 1])
+        print(f"{actors} actors: {50 / args.seconds * actors * efficiency:.1f} images/s, efficiency {efficiency:.1%}")
+
+
+def overhead(args: argparse.Namespace, root: Path) -> None:
+    """Time a shard on one actor, over the same work in a plain loop; the first two shards of both are left out."""
+    import torch
+
+    from dmat_ray.cluster.project import build_projector, pack, project_shard, read_shard, write_shard
+
+    options = ("--projection.steps", args.steps, "--projection.shard_size", 50, "--cluster.projection_actors", 1)
+    torch.set_num_threads(1)
+    config = settings(root / "plain", *options)
+    listing = repeated(list_examples(config.data), 50 * args.shards)
+    projector = build_projector(config, torch.device("cpu"))
+    for repeat in range(args.rounds):
+        moments = []
+        for shard in set_writer.plan(listing, 50):
+            images = read_shard(pack(shard.name, shard.rows, {}, 0.0), data=config.data.model_dump(mode="json"))
+            write_shard(
+                project_shard(projector, images, config.projection, list(listing.class_names)), folder=str(root / "plain")
+            )
+            moments.append(time.monotonic())
+        plain = (moments[-1] - moments[1]) / (len(moments) - 2)
+        ray_config = settings(root / f"ray{repeat}", *options)
+        with connected(ray_config.cluster):
+            moments = run(ray_config, listing)
+        on_ray = (moments[-1] - moments[1]) / (len(moments) - 2)
+        print(f"a shard of 50 images: {plain:.2f} s in a loop, {on_ray:.2f} s on Ray: {on_ray / plain - 1:+.1%}")
+
+
+def memory(args: argparse.Namespace, root: Path) -> None:
+    """Peak memory of the driver and of the largest of Ray's workers, for sets of several sizes."""
+    for shards in args.shard_counts:
+        config = settings(root / f"{shards}", "--projection.shard_size", 50)
+        peak = {"driver": 0, "worker": 0}
+        stop = threading.Event()
+
+        def watch(peak: dict[str, int] = peak, stop: threading.Event = stop) -> None:
+            own = psutil.Process()
+            while not stop.wait(0.2):
+                peak["driver"] = max(peak["driver"], own.memory_full_info().uss)
+                for child in own.children(recursive=True):
+                    try:
+                        if child.cmdline()[:1] and child.cmdline()[0].startswith("ray::"):
+                            peak["worker"] = max(peak["worker"], child.memory_full_info().uss)
+                    except (psutil.NoSuchProcess, psutil.AccessDenied):
+                        continue
+
+        with connected(config.cluster):
+            listing = repeated(list_examples(config.data), 50 * shards)
+            thread = threading.Thread(target=watch, daemon=True)
+            thread.start()
+            run(config, listing, stand_in(0.0))
+            stop.set()
+            thread.join()
+        print(f"{50 * shards} images: driver {peak['driver'] / 2**20:.0f} MiB, largest worker {peak['worker'] / 2**20:.0f} MiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sections = parser.add_subparsers(required=True)
+    part = sections.add_parser("scaling")
+    part.add_argument("--actors", type=int, nargs="+", default=[1, 2, 4])
+    part.add_argument("--shards", type=int, default=40)
+    part.add_argument("--seconds", type=float, default=2.0, help="time that the stand-in takes a shard")
+    part.set_defaults(section=scaling)
+    part = sections.add_parser("overhead")
+    part.add_argument("--shards", type=int, default=16)
+    part.add_argument("--steps", type=int, default=100)
+    part.add_argument("--rounds", type=int, default=2)
+    part.set_defaults(section=overhead)
+    part = sections.add_parser("memory")
+    part.add_argument("--shards", type=int, nargs="+", default=[40, 400], dest="shard_counts")
+    part.set_defaults(section=memory)
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    prepare_environment()
+    with tempfile.TemporaryDirectory() as root:
+        args.section(args, Path(root))
+
+
+if __name__ == "__main__":
+    main()

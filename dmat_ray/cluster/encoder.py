@@ -1,0 +1,134 @@
+"""Encoder training on Ray Train: workers on parts of each batch of samples, checkpoints, errors in MLflow."""
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+
+from dmat_ray.checkpoint import versions
+from dmat_ray.cluster import tracking
+from dmat_ray.cluster.context import RayContext
+from dmat_ray.cluster.events import listen, no_retry_of_user_errors
+from dmat_ray.cluster.session import connected, worker_resources
+from dmat_ray.config import Config
+from dmat_ray.data.manifold_set import text_digest
+from dmat_ray.errors import UserError
+from dmat_ray.manifold import encoder_trainer, generators
+from dmat_ray.manifold.encoder import CARD, FOLDER, load_encoder, read_card, save_encoder
+
+RUN_NAME = "encoder"
+
+
+def worker(settings: dict[str, Any]) -> None:
+    """What every Ray Train worker runs; the last checkpoint holds the result."""
+    config = Config.model_validate(settings["config"])
+    torch.set_num_threads(config.cluster.threads_per_worker)
+    with no_retry_of_user_errors(settings["mailbox"]) as go:
+        if go:
+            context = RayContext(RUN_NAME, settings["mailbox"])
+            generator = generators.load_configured(config.generator, context.device)
+            encoder_trainer.train_encoder(config.encoder, generator, generators.fingerprint(config.generator.path), context)
+
+
+def describe(metrics: dict[str, float], kimg: float) -> str:
+    """One line about a report."""
+    return (
+        f"{metrics['kimg']:.3g} of {kimg:g} thousand samples, loss {metrics['loss']:.3g}, mean |g(E(x)) - x| "
+        f"{metrics['l1']:.4f}, {metrics['images_per_second']:.0f} samples/s"
+    )
+
+
+def is_trained(config: Config, folder: Path) -> bool:
+    """True if `folder` holds the encoder that these settings make for this generator.
+
+    Raises UserError if it holds another one, which training would replace.
+    """
+    if not (folder / CARD).is_file():
+        return False
+    card = read_card(folder)
+    sha = generators.fingerprint(config.generator.path)
+    if card.get("training") == config.encoder.model_dump(mode="json") and card.get("generator_sha256") == sha:
+        load_encoder(folder, sha)
+        return True
+    raise UserError(
+        f"'{folder}' holds an encoder of another generator, or of other settings under encoder.*; give another --output, or "
+        "--overwrite"
+    )
+
+
+def train(config: Config, folder: Path, command: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """Train an encoder for `config.generator` and write it to `folder`; returns its card. Ray must be connected.
+
+    A rerun after a crash goes on from the latest checkpoint.
+    """
+    storage = Path(config.output).resolve() / "train"
+    sha = generators.fingerprint(config.generator.path)
+    digest = text_digest(f"{sha} {config.generator.precision} {config.encoder.fingerprint()}")[:12]
+    name = f"encoder-{digest}-{config.cluster.train_workers}"
+    others = [p.name for p in storage.glob("encoder-*") if p.name != name]
+    if others:
+        say(f"'{storage}' holds unfinished trainings of other settings, which this one leaves: " + ", ".join(others))
+    began = time.monotonic()
+    with tracking.tracked(config, "", "train_encoder") as run:
+
+        def handle(event: dict[str, Any]) -> None:
+            metrics = event["metrics"]
+            run.metrics(metrics, step=round(metrics["kimg"] * 1000))
+            say(describe(metrics, config.encoder.kimg))
+
+        with listen(handle) as mailbox:
+            result = ray.train.torch.TorchTrainer(
+                worker,
+                train_loop_config={"config": config.to_json(), "mailbox": mailbox},
+                scaling_config=ray.train.ScalingConfig(
+                    num_workers=config.cluster.train_workers,
+                    use_gpu=config.cluster.gpus_per_worker > 0,
+                    resources_per_worker=worker_resources(config.cluster),
+                ),
+                run_config=ray.train.RunConfig(
+                    name=name,
+                    storage_path=str(storage),
+                    failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
+                    checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+                ),
+            ).fit()
+        assert result.checkpoint is not None
+        generator = generators.load_configured(config.generator)
+        with result.checkpoint.as_directory() as found:
+            encoder = encoder_trainer.result_of(Path(found), config.encoder, generator, sha)
+        errors = encoder_trainer.fresh_errors(encoder, generator, config.encoder)
+        card = {
+            "command": command,
+            "generator": config.generator.model_dump(mode="json"),
+            "generator_sha256": sha,
+            "training": config.encoder.model_dump(mode="json"),
+            "workers": config.cluster.train_workers,
+            "seconds": round(time.monotonic() - began),
+            "fresh_samples": errors,
+            "versions": versions(),
+        }
+        save_encoder(folder, encoder, card)
+        run.artifact(folder, "encoder")
+        run.metrics({f"fresh_{key}": value for key, value in errors.items()}, step=round(config.encoder.kimg * 1000))
+    shutil.rmtree(storage / name, ignore_errors=True)
+    return card
+
+
+def train_encoder(config: Config, overwrite: bool, command: str, say: Callable[[str], None]) -> Path:
+    """Encoder training with its session, tracked, unless the encoder is there. Returns its folder."""
+    folder = Path(config.output).resolve() / FOLDER
+    encoder_trainer.check_workers(config.encoder, config.cluster.train_workers)
+    if not overwrite and is_trained(config, folder):
+        say("is trained already and unchanged, nothing to do")
+        return folder
+    generators.load_configured(config.generator)  # a bad generator ends here, before Ray starts
+    with connected(config.cluster):
+        card = train(config, folder, command, say)
+    found = card["fresh_samples"]
+    say(f"on fresh samples mean |g(E(x)) - x| is {found['l1']:.4f}, {found['l1_of_mean']:.4f} for the mean of w")
+    return folder

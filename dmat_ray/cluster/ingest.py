@@ -1,0 +1,134 @@
+"""Training batches streamed through Ray Data, for sets that are too large for every worker's memory.
+
+Each epoch reads the shards anew, shuffles all of their rows (an all-to-all exchange through the object store, which spills
+to disk), and splits the result equally among the workers. The order depends on (seed, epoch, number of workers).
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.data
+import ray.train
+import ray.train.collective
+import torch
+
+from dmat_ray.config import TrainingConfig
+from dmat_ray.data import manifold_set
+from dmat_ray.data.decoding import decode, to_unit
+from dmat_ray.data.epochs import held_out_positions
+from dmat_ray.data.manifold_set import ManifoldSet
+from dmat_ray.rng import derive
+from dmat_ray.storage import at
+from dmat_ray.types import Batch
+
+
+def read_examples(
+    row: pa.Table, *, place: str, images: str, shapes: dict[str, list[int]], without: list[str], twice: list[str]
+) -> pa.Table:
+    """A task: the usable training examples of one shard, but for those `without`; those in `twice` come a second time."""
+    table = manifold_set.read_shard(at(place), row["shard"][0].as_py())
+    keep = pc.and_(pc.equal(table["split"], "train"), pc.equal(table["status"], "ok"))
+    table = table.filter(pc.and_(keep, pc.invert(pc.is_in(table["id"], value_set=pa.array(without, pa.string())))))
+    again = table.filter(pc.is_in(table["id"], value_set=pa.array(twice, pa.string())))
+    table = pa.concat_tables([table, again])
+    shape = shapes["on_manifold"]
+    if images == "on_manifold":
+        pixels = manifold_set.from_netpbm(table["on_manifold"], shape)
+    else:
+        decoded = [decode(i["bytes"], shape[1], shape[0]) for i in table["image"].to_pylist()]
+        pixels = np.stack(decoded) if decoded else np.empty((0, *shape), np.uint8)
+    columns = {"id": table["id"], "label": table["label"], "pixels": manifold_set.fixed_list(pixels, pa.uint8())}
+    return pa.table(columns | ({"w": table["w"]} if images == "on_manifold" else {}))
+
+
+class Streamed:
+    """An EpochSource (see `dmat_ray.data.epochs`) inside a Ray Train worker."""
+
+    def __init__(self, place: str, config: TrainingConfig) -> None:
+        self._place, self._config = place, config
+        self._manifest = manifold_set.read_manifest(place)
+        folder = at(place)
+        columns = ["id", "split", "status"]
+        table = pa.concat_tables(manifold_set.read_shard(folder, name, columns) for name in self._manifest["shards"])
+        usable = pc.and_(pc.equal(table["split"], "train"), pc.equal(table["status"], "ok"))
+        ids = np.sort(np.array(table.filter(usable)["id"].to_pylist(), dtype=object))
+        train, held_out = held_out_positions(len(ids), config)
+        self._ids, self._held_out_ids = ids[train], ids[held_out].tolist()
+        self._held_out = manifold_set.open_set(place, "train", only=self._held_out_ids) if self._held_out_ids else None
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """See EpochSource."""
+        return self._manifest
+
+    @property
+    def size(self) -> int:
+        """See EpochSource."""
+        return len(self._ids)
+
+    @property
+    def held_out(self) -> ManifoldSet | None:
+        """See EpochSource."""
+        return self._held_out
+
+    def batches(self, epoch: int, rank: int, world_size: int) -> Iterator[Batch]:
+        """See EpochSource."""
+        # as in memory: batches as equal as can be, each topped up so that all workers have equal parts of it
+        parts = np.array_split(np.arange(self.size), manifold_set.steps_per_epoch(self.size, self._config.batch_size))
+        sizes = [math.ceil(len(part) / world_size) for part in parts]
+        short = sum(sizes) * world_size - self.size
+        splits = self._splits(epoch, world_size, short) if rank == 0 else None
+        mine = ray.train.collective.broadcast_from_rank_zero(splits)[rank]
+        tables = mine.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+        return self._cut(tables, sizes)
+
+    def _splits(self, epoch: int, world_size: int, short: int) -> list[Any]:
+        seed = self._config.seed
+        twice = np.random.default_rng([seed, epoch, 2]).permutation(self._ids)[:short].tolist()
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True  # what reaches the shuffle first must not depend on who was fastest
+        context.enable_progress_bars = False
+        names = sorted(self._manifest["shards"])
+        shards = ray.data.from_items([{"shard": name} for name in names], override_num_blocks=len(names))
+        examples = shards.map_batches(
+            read_examples,
+            batch_size=1,
+            batch_format="pyarrow",
+            fn_kwargs={
+                "place": self._place,
+                "images": self._config.images,
+                "shapes": self._manifest["shapes"],
+                "without": self._held_out_ids,
+                "twice": twice,
+            },
+        )
+        shuffled = examples.random_shuffle(seed=derive(seed, "epoch", epoch) % 2**31)
+        return list(shuffled.streaming_split(world_size, equal=True))
+
+    def _cut(self, tables: Iterator[pa.Table], sizes: list[int]) -> Iterator[Batch]:
+        waiting: list[pa.Table] = []
+        have = 0
+        todo = iter(sizes)
+        size = next(todo, 0)
+        for table in tables:
+            waiting.append(table)
+            have += table.num_rows
+            while size and have >= size:
+                joined = pa.concat_tables(waiting)
+                yield self._batch(joined.slice(0, size))
+                waiting, have = [joined.slice(size)], have - size
+                size = next(todo, 0)
+        if size:
+            raise RuntimeError(f"an epoch of {sum(sizes)} examples a worker ended with {have} left for a batch of {size}")
+
+    def _batch(self, table: pa.Table) -> Batch:
+        pixels = manifold_set.from_lists(table["pixels"], self._manifest["shapes"]["on_manifold"])
+        w = None
+        if "w" in table.column_names:
+            w = torch.from_numpy(manifold_set.from_lists(table["w"], self._manifest["shapes"]["w"]).copy())
+        label = torch.from_numpy(table["label"].to_numpy().copy())
+        return Batch(table["id"].to_pylist(), to_unit(pixels), label, w)

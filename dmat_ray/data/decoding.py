@@ -1,0 +1,164 @@
+"""Encoded images to pixels and back. All of it may run in many threads at once."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+from torch import Tensor
+
+# once for the whole process: `max_pixels` takes the place of Pillow's limit, which its readers of TIFF and WebP ask again
+Image.MAX_IMAGE_PIXELS = None
+
+# First bytes, name and reader. The content decides, never the name of the file; Image.open would try many more kinds, some of
+# which run other programs.
+READERS: tuple[tuple[tuple[bytes, ...], str, Callable[..., Image.Image]], ...] = (
+    ((b"\xff\xd8\xff",), "JPEG", JpegImagePlugin.JpegImageFile),
+    ((b"\x89PNG\r\n\x1a\n",), "PNG", PngImagePlugin.PngImageFile),
+    ((b"RIFF",), "WebP", WebPImagePlugin.WebPImageFile),
+    ((b"GIF87a", b"GIF89a"), "GIF", GifImagePlugin.GifImageFile),
+    ((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "TIFF", TiffImagePlugin.TiffImageFile),
+    ((b"BM",), "BMP", BmpImagePlugin.BmpImageFile),
+    ((b"P1", b"P2", b"P3", b"P4", b"P5", b"P6"), "netpbm", PpmImagePlugin.PpmImageFile),
+)
+EXIF_ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+NO_LEVELS = {
+    "F": "floating-point values, of which no range is known",
+    "I": "signed or 32-bit integers, of which no range is known",
+    "LAB": "colours in L*a*b*",
+}
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a TIFF tag, and one of its values
+WHITE_16 = 65535
+
+
+def decode(content: bytes, resolution: int, channels: int, max_pixels: int | None = None) -> np.ndarray:
+    """Encoded image (PNG, JPEG, WebP, GIF, TIFF, BMP, netpbm) -> uint8 (channels, resolution, resolution).
+
+    The first picture of several is taken and turned as its EXIF orientation says; what is transparent lies on white; colour
+    profiles are not applied. A smaller or larger image is scaled so that its shorter side fits, then cropped at the centre.
+    Raises ValueError with the reason, on one line, if it cannot be read or has more than `max_pixels`, which is known before
+    it is decoded.
+    """
+    picture = _picture(content, "L" if channels == 1 else "RGB", max_pixels)
+    width, height = picture.size
+    if (width, height) != (resolution, resolution):
+        scale = resolution / min(width, height)
+        if 4 * min(width, height) < resolution:
+            raise ValueError(f"is {width}x{height} pixels, too small to be enlarged to {resolution}")
+        if max(width, height) > 50 * min(width, height):
+            raise ValueError(f"is {width}x{height} pixels, too narrow to crop a square from")
+        size = max(resolution, round(width * scale)), max(resolution, round(height * scale))
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+        left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
+        picture = picture.crop((left, top, left + resolution, top + resolution))
+    pixels = np.asarray(picture, dtype=np.uint8)
+    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _picture(content: bytes, mode: str, max_pixels: int | None) -> Image.Image:
+    """The upright, opaque picture in this mode."""
+    kind, read = _reader(content)
+    try:
+        with read(io.BytesIO(content)) as image:
+            width, height = image.size
+            if max_pixels is None or width * height <= max_pixels:
+                image.load()
+                if kind == "TIFF" and image.mode in NO_LEVELS:
+                    raise _UnsupportedError(NO_LEVELS[image.mode])
+                picture, turn = _opaque(image).convert(mode), UPRIGHT.get(_orientation(image))
+                return picture if turn is None else picture.transpose(turn)
+    except _UnsupportedError as error:
+        raise ValueError(f"cannot be read as an image: {kind} with {error}") from None
+    except Exception as error:  # Pillow's readers raise whatever they stumble over in damaged bytes
+        raise ValueError(f"cannot be read as an image: damaged {kind} ({_one_line(error)})") from None
+    raise ValueError(f"is {width}x{height} pixels, more than data.max_pixels = {max_pixels}")
+
+
+class _UnsupportedError(Exception):
+    """What a file holds that has no meaning as levels of grey or colour."""
+
+
+def _reader(content: bytes) -> tuple[str, Callable[..., Image.Image]]:
+    for beginnings, kind, read in READERS:
+        if content.startswith(beginnings) and (kind != "WebP" or content[8:12] == b"WEBP"):
+            return kind, read
+    if not content:
+        raise ValueError("cannot be read as an image: it has 0 bytes")
+    known = ", ".join(kind for _, kind, _ in READERS)
+    raise ValueError(f"cannot be read as an image: it begins with {content[:12]!r}, which is none of {known}")
+
+
+def _one_line(error: Exception) -> str:
+    """What an exception says, without addresses of objects, which change from run to run."""
+    text = " ".join(str(error).split())
+    return type(error).__name__ if not text or " at 0x" in text else text[:200]
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(EXIF_ORIENTATION, 1))
+    except Exception:  # damaged EXIF says nothing, and the picture may be whole
+        return 1
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """The same over white, in a mode of 8 bits without transparency."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _eight_bits(image)
+    if not image.has_transparency_data:
+        return image
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, tuple) and max(transparent) > 255:
+        # a transparent colour of 16 bits, of which Pillow has kept the upper 8 of all pixels
+        image.info["transparency"] = tuple(level >> 8 for level in transparent)
+    with_alpha = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), with_alpha)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The upper byte of 16-bit grey; Pillow itself would clip at 255."""
+    levels: Any = np.array(image).astype(np.uint16)
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        levels = WHITE_16 - levels
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        levels[levels == transparent] = WHITE_16
+    return Image.fromarray((levels >> 8).astype(np.uint8))
+
+
+def encode(pixels: np.ndarray) -> bytes:
+    """uint8 (C, H, W) -> PNG bytes."""
+    buffer = io.BytesIO()
+    array = pixels[0] if pixels.shape[0] == 1 else pixels.transpose(1, 2, 0)
+    Image.fromarray(array).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def to_unit(pixels: np.ndarray) -> Tensor:
+    """uint8 (..., H, W) -> float32 in [0, 1]."""
+    return unit(torch.from_numpy(np.ascontiguousarray(pixels)))
+
+
+def unit(x: Tensor) -> Tensor:
+    """uint8 images as float32 in [0, 1]; float images as they are."""
+    return x.float() / 255.0 if x.dtype == torch.uint8 else x

@@ -1,0 +1,79 @@
+"""Where a training's batches come from: a split in memory, or a stream of the same shape."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from dmat_ray.config import TrainingConfig
+from dmat_ray.data.manifold_set import ManifoldSet, epoch_batches
+from dmat_ray.errors import UserError
+from dmat_ray.types import Batch
+
+
+class EpochSource(Protocol):
+    """The training split of an on-manifold set, as epochs of batches. The validation examples are not among them."""
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The set's manifest."""
+
+    @property
+    def size(self) -> int:
+        """Examples of an epoch, over all workers."""
+
+    @property
+    def held_out(self) -> ManifoldSet | None:
+        """The validation examples, in memory; None if there are none."""
+
+    def batches(self, epoch: int, rank: int, world_size: int) -> Iterator[Batch]:
+        """This worker's part of every global batch of an epoch; all workers have as many, of equal sizes."""
+
+
+def held_out_positions(size: int, config: TrainingConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Positions, among the usable training examples sorted by id, of those trained on and of those held out.
+
+    A seeded choice, the same for every worker and resume. Raises UserError if nothing would be left to train on.
+    """
+    if config.val_examples >= size:
+        raise UserError(f"training.val_examples is {config.val_examples}, but the training split has {size} images")
+    order = np.random.default_rng([config.seed, 1]).permutation(size)
+    return np.sort(order[config.val_examples :]), np.sort(order[: config.val_examples])
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """An EpochSource over a split that is wholly in this process."""
+
+    data: ManifoldSet
+    config: TrainingConfig
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """See EpochSource."""
+        return self.data.manifest
+
+    @property
+    def size(self) -> int:
+        """See EpochSource."""
+        return len(held_out_positions(len(self.data), self.config)[0])
+
+    @property
+    def held_out(self) -> ManifoldSet | None:
+        """See EpochSource."""
+        positions = held_out_positions(len(self.data), self.config)[1]
+        return self.data.take(positions) if len(positions) else None
+
+    def batches(self, epoch: int, rank: int, world_size: int) -> Iterator[Batch]:
+        """See EpochSource: the global order depends on (seed, epoch) alone."""
+        return epoch_batches(
+            self.data,
+            held_out_positions(len(self.data), self.config)[0],
+            images=self.config.images,
+            batch_size=self.config.batch_size,
+            epoch=epoch,
+            seed=self.config.seed,
+            rank=rank,
+            world_size=world_size,
+        )

@@ -1,0 +1,116 @@
+"""The columns of the on-manifold set: plain Arrow types that any reader opens, and what our own readers make of them.
+
+`image` (as the source had it) and `on_manifold` (g(w), netpbm) are struct{bytes, path}, the Hugging Face Image layout; `w` is a
+fixed-size list whose shape stands in the manifest and in the schema's metadata.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dmat_ray.errors import UserError
+
+VERSION = 2
+ERRORS = ("lpips", "l1", "l2")
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # the layout that Hugging Face datasets call Image
+MOST_BYTES = 2**31 - 1  # of one Arrow array of binaries, and of what Parquet's readers take of a struct in one piece
+
+
+def schema(channels: int, resolution: int, num_ws: int, w_dim: int, class_names: Sequence[str]) -> pa.Schema:
+    """Arrow schema of a shard. Its metadata tell our readers the shapes, and Hugging Face datasets what is an image or class."""
+    fields: list[tuple[str, pa.DataType, dict[str, Any]]] = [
+        ("id", pa.string(), {"dtype": "string", "_type": "Value"}),
+        ("split", pa.string(), {"dtype": "string", "_type": "Value"}),
+        ("label", pa.int64(), {"names": list(class_names), "_type": "ClassLabel"}),
+        ("image", IMAGE, {"_type": "Image"}),
+        ("on_manifold", IMAGE, {"_type": "Image"}),
+        (
+            "w",
+            pa.list_(pa.float32(), num_ws * w_dim),
+            {"feature": {"dtype": "float32", "_type": "Value"}, "length": num_ws * w_dim, "_type": "List"},
+        ),
+        *((name, pa.float32(), {"dtype": "float32", "_type": "Value"}) for name in ERRORS),
+        ("steps", pa.int32(), {"dtype": "int32", "_type": "Value"}),
+        ("status", pa.string(), {"dtype": "string", "_type": "Value"}),
+    ]
+    shapes = {"on_manifold": [channels, resolution, resolution], "w": [num_ws, w_dim]}
+    ours = {"version": VERSION, "shapes": shapes, "class_names": list(class_names)}
+    theirs = {"info": {"features": {name: feature for name, _, feature in fields}}}
+    return pa.schema(
+        [(name, kind) for name, kind, _ in fields],
+        metadata={"dmat_ray": json.dumps(ours), "huggingface": json.dumps(theirs)},
+    )
+
+
+def different_columns(found: pa.Schema, wanted: pa.Schema) -> str:
+    """Names what differs between two schemas, metadata aside; empty if nothing does."""
+    if found.equals(wanted):
+        return ""
+    if found.names != wanted.names:
+        return f"{', '.join(found.names)} instead of {', '.join(wanted.names)}"
+    return ", ".join(f"{a.name} is {a.type}, not {b.type}" for a, b in zip(found, wanted, strict=True) if not a.equals(b))
+
+
+def fixed_list(array: np.ndarray, kind: pa.DataType) -> pa.FixedSizeListArray:
+    """(N, ...) array -> Arrow fixed-size lists of its flattened rows."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(array.ravel(), type=kind), math.prod(array.shape[1:]))
+
+
+def from_lists(column: pa.ChunkedArray, shape: Sequence[int]) -> np.ndarray:
+    """The inverse of `fixed_list`: (N, *shape)."""
+    flat: np.ndarray = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(len(column), *shape)
+
+
+def _header(channels: int, height: int, width: int) -> bytes:
+    return f"P{5 if channels == 1 else 6}\n{width} {height}\n255\n".encode()
+
+
+def to_netpbm(pixels_NCHW: np.ndarray) -> pa.StructArray:
+    """uint8 images as PGM or PPM files: a short header and the raw pixels, which any program that shows images opens.
+
+    Raw, because decoding PNG would cost training ten times what reading costs; Parquet's own compression is enough. Raises
+    UserError for more than 2 GiB of them.
+    """
+    count, channels, height, width = pixels_NCHW.shape
+    header = np.frombuffer(_header(channels, height, width), np.uint8)
+    size = len(header) + channels * height * width
+    if count * size > MOST_BYTES:
+        raise UserError(
+            f"{count} images of {width}x{height} pixels are more than the 2 GiB that a shard may hold of them; "
+            f"set projection.shard_size to {MOST_BYTES // size} or less"
+        )
+    rows = np.empty((count, size), np.uint8)
+    rows[:, : len(header)] = header
+    rows[:, len(header) :].reshape(count, height, width, channels)[...] = pixels_NCHW.transpose(0, 2, 3, 1)
+    ends = np.arange(count + 1, dtype=np.int32) * size
+    content = pa.BinaryArray.from_buffers(pa.binary(), count, [None, pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(rows)])
+    return pa.StructArray.from_arrays([content, pa.nulls(count, pa.string())], fields=list(IMAGE))
+
+
+def from_netpbm(column: pa.ChunkedArray, shape: Sequence[int]) -> np.ndarray:
+    """The inverse of `to_netpbm`, for images of `shape` (C, H, W). Raises UserError for anything else."""
+    channels, height, width = shape
+    header = _header(channels, height, width)
+    size = len(header) + channels * height * width
+    wrong = UserError(f"a stored g(w) is no netpbm image of {width}x{height} pixels and {channels} channels")
+    pixels = np.empty((len(column), channels, height, width), np.uint8)
+    start = 0
+    for chunk in column.chunks:
+        content = chunk.field("bytes")  # follows the chunk's offset
+        if not len(content):
+            continue
+        ends = np.frombuffer(content.buffers()[1], np.int32)[content.offset : content.offset + len(content) + 1]
+        if chunk.null_count or content.null_count or (np.diff(ends) != size).any():
+            raise wrong
+        rows = np.frombuffer(content.buffers()[2], np.uint8)[ends[0] : ends[-1]].reshape(len(content), size)
+        if (rows[:, : len(header)] != np.frombuffer(header, np.uint8)).any():
+            raise wrong
+        images = rows[:, len(header) :].reshape(len(content), height, width, channels)
+        pixels[start : start + len(content)] = images.transpose(0, 3, 1, 2)
+        start += len(content)
+    return pixels

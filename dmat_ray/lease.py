@@ -1,0 +1,152 @@
+"""One writer at a time: a small file that says who writes a folder, and beats while they do.
+
+A file, because that is what local disks, shared disks and object stores have in common. Nobody's clock is compared with
+anybody's: a second writer watches whether the beat moves. A writer that was killed on the same machine is recognised by its
+process, without waiting.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dmat_ray.errors import UserError
+from dmat_ray.storage import Location
+
+FILE = "writer.json"
+BEATS_UNTIL_DEAD = 4
+
+_mine: set[str] = set()  # owners that live in this process
+
+
+def _machine() -> str:
+    """Names where process numbers mean the same: this machine until it restarts, and in it the container."""
+    names = [socket.gethostname()]
+    with suppress(OSError):
+        names += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return "/".join(names)
+
+
+def _started(pid: int) -> str | None:
+    """When a process started, in ticks since the machine did; None if there is none or the system does not say."""
+    try:
+        # the second field, in brackets, may hold spaces; the 22nd is the start
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+class Lease:
+    """A held folder; `check` raises once somebody else has taken it."""
+
+    def __init__(self, file: Location, interval_s: float) -> None:
+        self._file, self._interval_s = file, interval_s
+        self._stop, self._lost = threading.Event(), False
+        pid = os.getpid()
+        self._content: dict[str, Any] = {
+            "owner": uuid.uuid4().hex,
+            "machine": _machine(),
+            "pid": pid,
+            "started": _started(pid),
+            "since": datetime.now(UTC).isoformat(timespec="seconds"),
+            "interval_s": interval_s,
+            "beat": 0,
+        }
+
+    def check(self) -> None:
+        """Raise UserError if another run has taken the folder (this one was suspended, or its storage out of reach)."""
+        if self._lost:
+            raise UserError(f"another run has taken over '{self._file.parent}' while this one did not answer; this one ends")
+
+    def _take(self) -> None:
+        if not self._file.create_bytes(self._bytes()):
+            found = self._read()
+            if found is not None:
+                self._require_dead(found)
+            self._file.write_bytes(self._bytes())
+        # two that found the same dead writer have both written: the last one stays
+        time.sleep(0.2 if self._file.local else 1.0)
+        found = self._read()
+        if found is None or found["owner"] != self._content["owner"]:
+            raise UserError(_refusal(self._file, found))
+        _mine.add(self._content["owner"])
+
+    def _require_dead(self, found: dict[str, Any]) -> None:
+        if found["machine"] == self._content["machine"] and found["started"] is not None:
+            if found["pid"] == os.getpid() and found["started"] == self._content["started"]:
+                alive = found["owner"] in _mine
+            else:
+                alive = _started(found["pid"]) == found["started"]
+            if alive:
+                raise UserError(_refusal(self._file, found))
+            return
+        end = time.monotonic() + BEATS_UNTIL_DEAD * found["interval_s"]
+        while time.monotonic() < end:
+            time.sleep(min(1.0, found["interval_s"]))
+            now = self._read()
+            if now is None:
+                return
+            if (now["owner"], now["beat"]) != (found["owner"], found["beat"]):
+                raise UserError(_refusal(self._file, now))
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            found = self._file.read_json()
+        except FileNotFoundError:
+            return None
+        wanted = {"owner", "machine", "pid", "started", "since", "interval_s", "beat"}
+        if not isinstance(found, dict) or not wanted <= found.keys():
+            raise UserError(f"'{self._file}' is not what a run writes there; remove it if no run writes that folder")
+        return found
+
+    def _bytes(self) -> bytes:
+        return json.dumps(self._content).encode()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._interval_s):
+            try:
+                found = self._read()
+                if found is not None and found["owner"] != self._content["owner"]:
+                    self._lost = True
+                    return
+                self._content["beat"] += 1
+                self._file.write_bytes(self._bytes())
+            except (OSError, UserError):
+                continue  # a storage that is out of reach for a moment; a successor, if there is one, shows at the next beat
+
+    def _release(self) -> None:
+        _mine.discard(self._content["owner"])
+        found = self._read()
+        if found is not None and found["owner"] == self._content["owner"]:
+            self._file.unlink()
+
+
+def _refusal(file: Location, found: dict[str, Any] | None) -> str:
+    who = f"process {found['pid']} on {found['machine'].split('/')[0]}, since {found['since']}" if found else "another run"
+    return f"'{file.parent}' is being written by {who}; wait until it ends, or give another --output"
+
+
+@contextmanager
+def exclusive(folder: Location, interval_s: float = 5.0) -> Iterator[Lease]:
+    """Inside, this process is the folder's only writer. Raises UserError at once if there is another that lives.
+
+    A writer that died elsewhere, so that only its silence shows it, is waited for: four of its beats.
+    """
+    lease = Lease(folder / FILE, interval_s)
+    lease._take()
+    thread = threading.Thread(target=lease._beat, daemon=True)
+    thread.start()
+    try:
+        yield lease
+    finally:
+        lease._stop.set()
+        thread.join()
+        with suppress(OSError, UserError):  # what is left names a process that is gone, or falls silent
+            lease._release()

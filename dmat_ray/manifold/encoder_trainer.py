@@ -1,0 +1,194 @@
+"""The loop of encoder training, on the generator's own samples: no images are needed, and w is known of each.
+
+Loss: squared error of w in units of w_std, and pixel errors of g(encoder(x)) against x. W+ is covered by style mixing and
+by noise on the w of every layer: projected natural images lie some w_std off W.
+"""
+
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmat_ray import checkpoint
+from dmat_ray.config import EncoderConfig
+from dmat_ray.data.manifold_set import read_json, write_json
+from dmat_ray.errors import UserError
+from dmat_ray.manifold.base import LatentGenerator
+from dmat_ray.manifold.encoder import Encoder, as_stored, untrained
+from dmat_ray.manifold.gan import StepDraws
+from dmat_ray.rng import derive
+from dmat_ray.types import RunContext
+
+PROGRESS = "encoder_progress.json"
+RAMP = 0.1  # share of the steps in which the rate grows: without normalisation, full steps at first cost much of the rest
+
+
+def check_workers(config: EncoderConfig, world_size: int) -> None:
+    """Raise UserError unless the batch can be cut into equal parts for this many workers."""
+    if config.batch_size % world_size:
+        raise UserError(
+            f"encoder.batch_size {config.batch_size} must be a multiple of {world_size}, the number of workers; change it or "
+            "cluster.train_workers"
+        )
+
+
+def learning_rate(highest: float, done: float, step: float) -> float:
+    """Adam's rate when a share `done` of the training is done, of which one step is `step`: linear up, cosine to 0."""
+    return highest * min(1.0, (done + step) / RAMP) * (0.5 + 0.5 * math.cos(math.pi * done))
+
+
+def sample_w(generator: LatentGenerator, config: EncoderConfig, draws: StepDraws) -> Tensor:
+    """Random w_BLD: mapped z, with `style_mixing` the later layers of a second z of the same class, and `spread`."""
+    device, layers = generator.w_mean.device, generator.num_ws
+    one, other = draws.normal(generator.z_dim), draws.normal(generator.z_dim)
+    other[:, : generator.num_classes] = one[:, : generator.num_classes]
+    cut, coin = draws.integers(1, max(2, layers)), draws.uniform()
+    cut = torch.where(coin < config.style_mixing, cut, layers).to(device)
+    first = torch.arange(layers, device=device)[None] < cut[:, None]
+    w = torch.where(first[:, :, None], generator.mapping(one.to(device)), generator.mapping(other.to(device)))
+    return w + config.spread * generator.w_std * draws.normal(layers, generator.w_dim).to(device)
+
+
+def losses(encoder: Encoder, generator: LatentGenerator, w_BLD: Tensor, config: EncoderConfig) -> Tensor:
+    """(3): mean squared error of w in units of w_std, mean absolute and mean squared pixel error, over samples g(w_BLD)."""
+    with torch.no_grad():
+        x = generator.synthesis(w_BLD)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        offset = encoder.offset(x)
+    # where w_std is 0 there is nothing to learn
+    wanted = (w_BLD - encoder.w_mean) / encoder.w_std.clamp(min=1e-8)
+    # unclamped: a pixel outside [0, 1] must still feel which way its target lies
+    difference = generator.synthesis(encoder.w_mean + encoder.w_std * offset, clamp=False) - x
+    return torch.stack([(offset - wanted).square().mean(), difference.abs().mean(), difference.square().mean()])
+
+
+class _Training:
+    """Everything that a step changes: the encoder, its optimiser, and sums for the next report."""
+
+    def __init__(self, config: EncoderConfig, generator: LatentGenerator, context: RunContext) -> None:
+        torch.manual_seed(derive(config.seed, "encoder weights") % 2**31)
+        self.config, self.context, self.generator = config, context, generator
+        self.encoder = untrained(config, generator)
+        self.optimizer = torch.optim.Adam(self.encoder.parameters(), lr=config.lr)
+        self.sums = torch.zeros(4, device=context.device)  # the three errors, steps
+        self.weights = torch.tensor([config.w_weight, config.l1_weight, config.l2_weight], device=context.device)
+        self.steps = max(1, math.ceil(config.kimg * 1000 / config.batch_size))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold so that the next step is the one that would have come."""
+        return {"encoder": self.encoder.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Back to where `state` was taken."""
+        self.encoder.load_state_dict(state["encoder"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def step(self, i: int) -> None:
+        """Step `i`, counted from 1, on this worker's part of its samples."""
+        config, context = self.config, self.context
+        draws = StepDraws(derive(config.seed, "encoder"), i, config.batch_size, context.rank, context.world_size)
+        self.optimizer.param_groups[0]["lr"] = learning_rate(config.lr, (i - 1) / self.steps, 1 / self.steps)
+        with torch.no_grad():
+            w = sample_w(self.generator, config, draws)
+        errors = losses(self.encoder, self.generator, w, config)
+        self.optimizer.zero_grad(set_to_none=True)
+        (errors @ self.weights).backward()
+        context.average_([p.grad for p in self.encoder.parameters() if p.grad is not None])
+        self.optimizer.step()
+        self.sums += torch.cat([errors.detach(), errors.new_ones(1)])
+
+    def report(self) -> dict[str, float]:
+        """Mean errors since the last call, over all workers; raises UserError if they are no numbers."""
+        self.context.average_([self.sums])
+        means = self.sums[:3] / self.sums[3]
+        w, l1, l2 = means.tolist()
+        loss = float(means @ self.weights)
+        self.sums.zero_()
+        if not math.isfinite(loss):
+            raise UserError(f"encoder training diverged: its loss is {loss}; lower encoder.lr (now {self.config.lr:g})")
+        return {"loss": loss, "w_error": w, "l1": l1, "l2": l2}
+
+
+def train_encoder(config: EncoderConfig, generator: LatentGenerator, generator_sha256: str, context: RunContext) -> Encoder:
+    """Train an encoder for a frozen generator on `context.device`, which is where the generator must be.
+
+    Each worker works on its part of every batch; gradients are averaged. Every `report_kimg` errors and a checkpoint go
+    to `context.report`. Goes on from `context.latest_checkpoint()`, on one CPU worker with the very numbers of an
+    uninterrupted run. The samples of a step depend on (seed, step) alone. Raises UserError if training diverges.
+    """
+    check_workers(config, context.world_size)
+    training = _Training(config, generator, context)
+    about = {"config": config.model_dump(mode="json"), "generator_sha256": generator_sha256}
+    first = 0
+    if (found := context.latest_checkpoint()) is not None:
+        first, state = _read_checkpoint(found, about)
+        training.load(state)
+    per_kimg = 1000 / config.batch_size
+    # a last interval of a few steps would say little
+    report_every = math.ceil(training.steps / max(1, round(config.kimg / config.report_kimg)))
+    began = time.monotonic()
+    for i in range(first + 1, training.steps + 1):
+        training.step(i)
+        if i % report_every and i < training.steps:
+            continue
+        speed = (i - first) * config.batch_size / (time.monotonic() - began)
+        metrics = {"kimg": i / per_kimg, **training.report(), "images_per_second": speed}
+        _report_checkpoint(context, metrics, {**about, "step": i}, training.state())
+    return training.encoder.eval().requires_grad_(False)
+
+
+def _report_checkpoint(context: RunContext, metrics: dict[str, float], progress: dict[str, Any], state: dict[str, Any]) -> None:
+    if context.rank != 0:
+        context.report(metrics)
+        return
+    with tempfile.TemporaryDirectory(prefix="dmat_ray_") as folder:
+        torch.save(state, Path(folder) / checkpoint.STATE)
+        write_json(Path(folder) / PROGRESS, progress)
+        context.report(metrics, Path(folder))
+
+
+def _read_checkpoint(folder: Path, about: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """The step of a checkpoint and its tensors; raises UserError if it is damaged or of another training."""
+    if not (folder / PROGRESS).is_file():
+        raise UserError(f"'{folder}' is no checkpoint of an encoder training (no {PROGRESS})")
+    progress = read_json(folder / PROGRESS)
+    if progress["generator_sha256"] != about["generator_sha256"]:
+        raise UserError(f"'{folder}' was trained for another generator; give another --output or remove it")
+    if progress["config"] != about["config"]:
+        raise UserError(f"'{folder}' was trained with other settings under encoder.*; give another --output or remove it")
+    return int(progress["step"]), checkpoint.load_state(folder)
+
+
+def result_of(folder: Path, config: EncoderConfig, generator: LatentGenerator, generator_sha256: str) -> Encoder:
+    """The encoder of a finished training's last checkpoint, with its weights as they are stored."""
+    about = {"config": config.model_dump(mode="json"), "generator_sha256": generator_sha256}
+    encoder = untrained(config, generator)
+    encoder.load_state_dict(_read_checkpoint(folder, about)[1]["encoder"])
+    encoder.load_state_dict(as_stored(encoder))
+    return encoder.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def fresh_errors(encoder: Encoder, generator: LatentGenerator, config: EncoderConfig, samples: int = 1024) -> dict[str, float]:
+    """Pixel errors of g(encoder(x)), and of g(w_mean), on samples that no training step has seen.
+
+    `l1` and `l2` are over samples as in training, `l1_of_w` over plain ones (no spread, no mixing), `l1_of_mean` is what
+    w_mean has on the first. Images are clamped to [0, 1].
+    """
+    size = min(64, samples)
+    sums = torch.zeros(4)
+    for k in range(samples // size):
+        draws = StepDraws(derive(config.seed, "fresh samples"), k, size)
+        x = generator.synthesis(sample_w(generator, config, draws))
+        difference = generator.synthesis(encoder(x)) - x
+        mean = generator.synthesis(generator.w_mean.expand(size, generator.num_ws, -1)) - x
+        plain = generator.synthesis(generator.mapping(draws.normal(generator.z_dim).to(x.device)))
+        of_w = generator.synthesis(encoder(plain)) - plain
+        values = [difference.abs(), difference.square(), of_w.abs(), mean.abs()]
+        sums += torch.stack([v.mean() for v in values]).cpu()
+    names = ("l1", "l2", "l1_of_w", "l1_of_mean")
+    return {**dict(zip(names, (sums / (samples // size)).tolist(), strict=True)), "samples": samples // size * size}

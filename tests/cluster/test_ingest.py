@@ -1,0 +1,123 @@
+"""Training batches streamed through Ray Data: every example once, in an order that covers the whole set."""
+
+import json
+import sys
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray.cloudpickle
+import ray.train
+import ray.train.torch
+from scipy.stats import spearmanr
+from small import settings
+
+from dmat_ray.cluster import jobs
+from dmat_ray.cluster.ingest import Streamed
+from dmat_ray.config import TrainingConfig
+from dmat_ray.data.epochs import InMemory, held_out_positions
+from dmat_ray.data.manifold_set import open_set
+
+pytestmark = pytest.mark.cluster
+# batches of 8, 8, 7, ... that two workers cannot share equally
+TRAINING = TrainingConfig(batch_size=8, val_examples=11, lr_epochs=(0, 1), lr_values=(0.1, 0.1))
+NATURAL = TRAINING.model_copy(update={"images": "natural"})
+
+
+def collect(config: dict[str, Any]) -> None:
+    """A worker: what it is given in two epochs, the first of them twice."""
+    rank = ray.train.get_context().get_world_rank()
+    found: dict[str, Any] = {"batches": []}
+    streamed = Streamed(config["place"], TRAINING)
+    for epoch in (0, 1, 0):
+        found["batches"].append([list(b.id) for b in streamed.batches(epoch, rank, 2)])
+    natural = Streamed(config["place"], NATURAL)
+    found["natural"] = {id: x.sum().item() for b in natural.batches(0, rank, 2) for id, x in zip(b.id, b.x_BCHW, strict=True)}
+    one = next(iter(streamed.batches(3, rank, 2)))
+    assert one.w_BLD is not None
+    rows = zip(one.id, one.x_BCHW, one.w_BLD, one.y_B, strict=True)
+    found["example"] = {id: [x.sum().item(), w.sum().item(), int(y)] for id, x, w, y in rows}
+    found["held_out"] = streamed.held_out.id if streamed.held_out is not None else None
+    (Path(config["out"]) / f"{rank}.json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def place(ray_session, tmp_path_factory) -> Path:
+    """A set of 60 training images in 20 shards, whose shards are its classes' neighbours by id."""
+    output = tmp_path_factory.mktemp("set")
+    jobs.project(settings(output, "--projection.steps", 1, "--projection.shard_size", 5), print)
+    return output / "on_manifold_set"
+
+
+# workers do not have this file
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture(scope="module")
+def workers(place, tmp_path_factory) -> list[dict[str, Any]]:
+    """What each of two workers was given."""
+    out = tmp_path_factory.mktemp("collected")
+    ray.train.torch.TorchTrainer(
+        collect,
+        train_loop_config={"place": str(place), "out": str(out)},
+        scaling_config=ray.train.ScalingConfig(num_workers=2),
+        run_config=ray.train.RunConfig(name="collect", storage_path=str(out / "train")),
+    ).fit()
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_every_example_comes_once_and_none_that_is_held_out(workers, place):
+    memory = InMemory(open_set(place, "train"), TRAINING)
+    held_out = memory.held_out
+    assert held_out is not None
+    assert workers[0]["held_out"] == workers[1]["held_out"] == held_out.id
+    for epoch in (0, 1):
+        parts = [worker["batches"][epoch] for worker in workers]
+        sizes = [[len(batch) for batch in part] for part in parts]
+        assert sizes[0] == sizes[1] == [len(b) for b in memory.batches(epoch, 0, 2)], "DDP needs equal parts"
+        given = Counter(chain(*parts[0], *parts[1]))
+        train, _ = held_out_positions(60, TRAINING)
+        assert set(given) == {memory.data.id[i] for i in train}
+        assert given.total() - len(train) == sum(sizes[0]) * 2 - 49, "as many twice as fill the workers' parts"
+        assert max(given.values()) <= 2
+
+
+def test_the_order_repeats_by_epoch_and_changes_with_it(workers):
+    for worker in workers:
+        assert worker["batches"][0] == worker["batches"][2]
+        assert worker["batches"][0] != worker["batches"][1]
+        assert sorted(chain(*worker["batches"][0])) != sorted(chain(*worker["batches"][1])), "a worker keeps no part of the set"
+
+
+def test_the_shuffle_covers_the_whole_set(workers, place):
+    position = {}
+    for path in sorted((place / "shards").glob("*.parquet")):
+        for id in pq.read_table(path, columns=["id"])["id"].to_pylist():
+            position[id] = len(position)
+    for epoch in (0, 1):
+        for worker in workers:
+            order = [position[id] for batch in worker["batches"][epoch] for id in batch]
+            correlation, _ = spearmanr(order, np.arange(len(order)))
+            assert abs(correlation) < 0.5, "chance gives 0.19 on average, order 1"
+            # neighbours in the epoch are a third of the set apart, as two random examples are
+            assert np.abs(np.diff(order)).mean() > 100 / 3 / 2
+
+
+def test_images_codes_and_labels_stay_together(workers, place):
+    rows = pa.concat_tables(pq.read_table(p) for p in sorted((place / "shards").glob("*.parquet"))).to_pylist()
+    memory = open_set(place, "train")
+    natural = dict(zip(memory.id, memory.natural.reshape(len(memory), -1).sum(axis=1, dtype=float) / 255, strict=True))
+    by_id = {r["id"]: r for r in rows}
+    for worker in workers:
+        assert len(worker["example"]) >= 3
+        for id, (x, w, y) in worker["example"].items():
+            pixels = np.frombuffer(by_id[id]["on_manifold"]["bytes"][-1024:], np.uint8)
+            assert x == pytest.approx(pixels.sum() / 255, rel=1e-5)
+            assert w == pytest.approx(np.sum(by_id[id]["w"]), rel=1e-3, abs=1e-3)
+            assert y == by_id[id]["label"]
+        assert worker["natural"] == pytest.approx({id: natural[id] for id in worker["natural"]}, rel=1e-5)

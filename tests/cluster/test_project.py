@@ -1,0 +1,285 @@
+"""Projection on clusters that lose drivers, actors, nodes and memory: the set is that of a calm run, row for row."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray.cloudpickle
+import ray.data
+import s3
+from PIL import Image
+from ray.cluster_utils import Cluster
+from small import finish, processes_below, settings, start_job, wait_for
+
+from dmat_ray.cli import user_error_behind
+from dmat_ray.cluster import jobs
+from dmat_ray.data import manifold_set
+from dmat_ray.data.manifold_set import open_set
+from dmat_ray.errors import UserError
+
+pytestmark = pytest.mark.cluster
+# twenty shards, slow enough that what happens to them happens in the middle
+OPTIONS = ("--projection.steps", "60", "--projection.shard_size", "5")
+ACTOR = "ShardProjector"
+
+
+def rows(output: Path) -> dict[str, list[object]]:
+    """The whole set, sorted by id, by plain pyarrow."""
+    tables = [pq.read_table(path) for path in (output / "on_manifold_set" / "shards").glob("*.parquet")]
+    return pa.concat_tables(tables).sort_by("id").to_pydict()
+
+
+def written(output: Path) -> list[Path]:
+    return sorted((output / "on_manifold_set" / "shards").glob("part-*.parquet"))
+
+
+@pytest.fixture(scope="module")
+def calm(ray_session, tmp_path_factory) -> Path:
+    """The output folder of a projection that nothing disturbed."""
+    output = tmp_path_factory.mktemp("calm")
+    jobs.project(settings(output, *OPTIONS), print)
+    return output
+
+
+def test_killed_driver_goes_on_and_a_second_one_is_refused(tmp_path, calm):
+    process = start_job("project.py", tmp_path, *OPTIONS)
+    wait_for(lambda: len(written(tmp_path)) >= 2, process)
+    second = start_job("project.py", tmp_path, *OPTIONS)
+    refusal, _ = second.communicate(timeout=100)
+    assert second.returncode == 2
+    assert f"is being written by process {process.pid} on " in refusal
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "on_manifold_set" / "manifest.json").exists()
+    before = {path.name: path.stat().st_mtime_ns for path in written(tmp_path)}
+    assert 2 <= len(before) < 20
+    # what may differ in a run that goes on: how many images share a batch
+    assert f"going on: {len(before)} of 20" in finish(start_job("project.py", tmp_path, *OPTIONS))
+    assert before == {path.name: path.stat().st_mtime_ns for path in written(tmp_path) if path.name in before}
+    assert rows(tmp_path) == rows(calm)
+    assert not (tmp_path / "on_manifold_set" / "writer.json").exists()
+
+
+def test_other_settings_are_refused_over_what_is_there(calm, tmp_path):
+    for options, words in (
+        (("--projection.lr", "0.5"), "projection.lr = 0.1, now it is 0.5"),
+        (("--projection.shard_size", "7"), "projection.shard_size = 5, now it is 7"),
+        (("--generator.precision", "fast"), "generator_precision = reference, now it is fast"),
+        (("--data.train_limit", "61"), "data.train_limit = 60, now it is 61"),
+    ):
+        with pytest.raises(UserError, match=words):
+            jobs.project(settings(calm, *OPTIONS, *options), print)
+    lines: list[str] = []
+    jobs.project(settings(calm, *OPTIONS, "--projection.batch_size", "3", "--data.max_rejected", "1"), lines.append)
+    assert "the on-manifold set is whole and unchanged, nothing to do" in lines
+
+
+class Nodes:
+    """A Ray cluster of several nodes on this machine: a head that computes nothing, and nodes with one logical GPU each."""
+
+    def __init__(self) -> None:
+        # less memory for objects than the images of one run take
+        self._store = 80 * 1024 * 1024
+        self.cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": self._store, "include_dashboard": False}
+        )
+        for _ in range(2):
+            self.add()
+
+    def add(self, **environment: str) -> Any:
+        """A node whose GPU is not there, and whose processes know it."""
+        environment = environment or {"DMAT_RAY_LOGICAL_GPUS": "1"}
+        return self.cluster.add_node(num_cpus=2, num_gpus=1, object_store_memory=self._store, env_vars=environment)
+
+    def actors(self) -> list[psutil.Process]:
+        """The actors' processes on all nodes."""
+        return processes_below(os.getpid(), ACTOR)
+
+    def actors_on(self, node: Any) -> list[psutil.Process]:
+        """The actors' processes on one node."""
+        return processes_below(node.all_processes["raylet"][0].process.pid, ACTOR)
+
+    def remove_one_with_an_actor(self) -> None:
+        """Kill a node and all of its processes, as when a machine is taken away."""
+        node = next(node for node in self.cluster.worker_nodes if self.actors_on(node))
+        self.cluster.remove_node(node, allow_graceful=False)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    found = Nodes()
+    yield found
+    found.cluster.shutdown()
+
+
+@pytest.fixture
+def start_on(nodes: Nodes) -> Callable[..., "subprocess.Popen[str]"]:
+    """start_on(output, options): a projection job on the nodes, an actor on each GPU."""
+
+    def start(output: Path, *options: object) -> "subprocess.Popen[str]":
+        cluster = ("--cluster.address", nodes.cluster.address, "--cluster.gpus_per_worker", "1")
+        return start_job("project.py", output, *cluster, *map(str, options))
+
+    return start
+
+
+def test_killed_actor(nodes, start_on, tmp_path, calm):
+    process = start_on(tmp_path, *OPTIONS)
+    wait_for(lambda: len(written(tmp_path)) >= 2, process)
+    victim = nodes.actors()[0]
+    victim.kill()
+    finish(process)
+    assert len(written(tmp_path)) == 20
+    assert rows(tmp_path) == rows(calm)
+
+
+def test_removed_node_and_a_new_one(nodes, start_on, tmp_path, calm):
+    process = start_on(tmp_path, *OPTIONS)
+    wait_for(lambda: len(written(tmp_path)) >= 2 and len(nodes.actors()) == 2, process)
+    nodes.remove_one_with_an_actor()
+    (survivor,) = nodes.actors()
+    survivor.suspend()  # so that there is work left for a machine that comes later
+    new = nodes.add()
+    wait_for(lambda: bool(nodes.actors_on(new)), process)
+    survivor.resume()
+    finish(process)
+    assert len(written(tmp_path)) == 20
+    assert rows(tmp_path) == rows(calm)
+
+
+FILLER = """
+import sys, numpy, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+held = [ray.put(numpy.ones(20_000_000, numpy.uint8)) for _ in range(4)]
+print("full", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_full_object_store_corrupt_images_and_their_repair(nodes, start_on, tmp_path):
+    """Images of twice the memory for objects, most of which somebody else holds; one is corrupt, and repaired afterwards."""
+    rng = np.random.default_rng(0)
+    for label in ("a", "b"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for i in range(40):
+            Image.fromarray(rng.integers(0, 255, (820, 820, 3), dtype=np.uint8)).save(tmp_path / "photos" / label / f"{i:02}.png")
+    bad = tmp_path / "photos" / "a" / "07.png"
+    good = bad.read_bytes()
+    bad.write_bytes(good[: len(good) // 2])
+    assert sum(p.stat().st_size for p in (tmp_path / "photos").rglob("*.png")) > 150e6
+    filler = subprocess.Popen(
+        [sys.executable, "-c", FILLER, nodes.cluster.address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert filler.stdout is not None
+    assert filler.stdout.readline() == "full\n"
+    options = (
+        *("--data.source", tmp_path / "photos", "--data.train_limit", "null", "--data.test_limit", "null"),
+        *("--projection.steps", 1, "--projection.shard_size", 8),
+    )
+    output = tmp_path / "out"
+    process = start_on(output, *options)
+    refused, _ = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert "1 of 80 images were rejected, more than data.max_rejected = 0.01; the first: 'a/07.png' " in refused
+    filler.communicate()
+    before = {path.name: path.stat().st_mtime_ns for path in written(output)}
+    assert len(before) == 10
+
+    bad.write_bytes(good)
+    finish(start_on(output, *options))
+    after = {path.name: path.stat().st_mtime_ns for path in written(output)}
+    assert after.keys() - before.keys() == {"part-000000-1.parquet"}
+    assert {name: after[name] for name in before} == before, "what was finished is not projected again"
+    manifest = manifold_set.read_manifest(output / "on_manifold_set")
+    assert (manifest["count"], manifest["rejected"]) == (80, {})
+    found = rows(output)
+    assert len(set(found["id"])) == 80
+    assert found["image"][found["id"].index("a/07.png")]["bytes"] == good
+
+
+ASKER = """
+import sys, ray
+from dmat_ray.cluster.context import device_of_actor
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+try:
+    print(ray.get(ray.remote(device_of_actor).options(num_gpus=1, resources={"unaware": 1}).remote()))
+except ray.exceptions.RayTaskError as error:
+    print(error.cause)
+"""
+
+
+def test_a_gpu_that_torch_cannot_use_is_no_reason_to_compute_on_the_cpu(nodes):
+    node = nodes.cluster.add_node(num_cpus=1, num_gpus=1, resources={"unaware": 1})
+    command = [sys.executable, "-c", ASKER, nodes.cluster.address]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    nodes.cluster.remove_node(node)
+    assert "a GPU, but torch" in answer
+    assert "finds none there" in answer
+
+
+class Unbuildable:
+    """An actor that fails of what only a user can mend."""
+
+    def __init__(self) -> None:
+        raise UserError("there is no 'vgg.pth' on this node; copy it")
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return batch
+
+
+# actors do not have this file
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def test_what_an_actor_cannot_be_built_for_reaches_the_user(ray_session):
+    pool = ray.data.ActorPoolStrategy(size=1)
+    with pytest.raises(ray.exceptions.RayError) as failed:
+        ray.data.range(1).map_batches(Unbuildable, batch_size=1, compute=pool).take_all()
+    assert str(user_error_behind(failed.value)) == "there is no 'vgg.pth' on this node; copy it"
+
+
+def test_images_and_set_in_an_object_store(tmp_path):
+    """A real S3 server on loopback: everything by URL, a lost shard made again, the set sound and readable."""
+    rng = np.random.default_rng(0)
+    photos = {}
+    for label in ("a", "b"):
+        for i in range(12):
+            path = tmp_path / f"{i}.png"
+            Image.fromarray(rng.integers(0, 255, (40, 32, 3), dtype=np.uint8)).save(path)
+            photos[f"photos/{label}/ü {i}#.png"] = path.read_bytes()
+    with s3.serving(tmp_path) as server:
+        server.put("images", photos)
+        server.put("sets", {})
+        output, place = tmp_path / "out", "s3://sets/mine/set"
+        options = (
+            *("--data.source", "s3://images/photos", "--manifold_set", place, "--data.train_limit", "null"),
+            *("--data.test_limit", "null", "--projection.steps", "1", "--projection.shard_size", "5"),
+        )
+        finish(start_job("project.py", output, *options))
+        objects = {o["Key"] for o in server.client().list_objects_v2(Bucket="sets")["Contents"] if o["Size"]}
+        shards = {f"mine/set/shards/part-{k:06d}.parquet" for k in range(5)}
+        assert objects == {"mine/set/manifest.json", "mine/set/settings.json", *shards}
+        train = open_set(place, "train")
+        assert len(train) + len(open_set(place, "test")) == 24
+        assert not (output / "on_manifold_set").exists()
+
+        lost = "mine/set/shards/part-000003.parquet"
+        server.client().delete_object(Bucket="sets", Key=lost)
+        before = len(server.requests())
+        assert "going on: 4 of 5" in finish(start_job("project.py", output, *options))
+        puts = [r.split("?")[0] for r in server.requests()[before:] if r.startswith("PUT") and "/shards/" in r]
+        assert puts == [f"PUT /sets/{lost}"]
+        again = open_set(place, "train")
+        assert again.id == train.id
+        np.testing.assert_array_equal(again.w, train.w)
+        inspected = start_job("inspect_set.py", output, "--manifold_set", place)
+        assert "the set is sound" in finish(inspected)

@@ -1,0 +1,143 @@
+"""One writer at a time, with real processes that are refused, killed, suspended and set against each other."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dmat_ray.errors import UserError
+from dmat_ray.lease import exclusive
+from dmat_ray.storage import at
+
+# holds the folder until its input ends; says what happens
+HOLDER = """
+import sys, time
+from dmat_ray import lease
+from dmat_ray.storage import at
+machine, interval = sys.argv[2], float(sys.argv[3])
+if machine:
+    lease._machine = lambda: machine
+try:
+    with lease.exclusive(at(sys.argv[1]), interval) as held:
+        print("held", flush=True)
+        for line in sys.stdin:
+            held.check()
+            print("still held", flush=True)
+except lease.UserError as error:
+    print(f"refused: {error}", flush=True)
+"""
+Hold = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def hold(tmp_path: Path) -> Iterator[Hold]:
+    """hold(machine=, interval_s=) starts a process that tries to hold tmp_path; all are killed in the end."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(machine: str = "", interval_s: float = 60.0) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-c", HOLDER, str(tmp_path), machine, str(interval_s)]
+        started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def says(process: "subprocess.Popen[str]") -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def ask(process: "subprocess.Popen[str]") -> str:
+    assert process.stdin is not None
+    process.stdin.write("?\n")
+    process.stdin.flush()
+    return says(process)
+
+
+def test_a_second_writer_is_refused_and_told_of_the_first(hold: Hold, tmp_path: Path) -> None:
+    first = hold()
+    assert says(first) == "held"
+    for second in (hold(), hold()):
+        answer = says(second)
+        assert answer.startswith("refused: ")
+        assert f"is being written by process {first.pid} on " in answer
+        assert "give another --output" in answer
+    assert ask(first) == "still held"
+    first.communicate()
+    assert list(tmp_path.iterdir()) == []
+    assert says(hold()) == "held"
+
+
+def test_a_killed_writer_is_followed_at_once(hold: Hold) -> None:
+    """Its beats are a minute apart: whoever waited for them would run into the test's time limit."""
+    first = hold()
+    assert says(first) == "held"
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert says(hold()) == "held"
+
+
+def test_a_writer_elsewhere_that_lives_is_seen_by_its_beat(hold: Hold) -> None:
+    assert says(hold(machine="elsewhere", interval_s=0.2)) == "held"
+    assert "on elsewhere" in says(hold(interval_s=0.2))
+
+
+def test_a_writer_elsewhere_that_died_is_followed_after_its_silence(hold: Hold) -> None:
+    first = hold(machine="elsewhere", interval_s=0.2)
+    assert says(first) == "held"
+    os.kill(first.pid, signal.SIGKILL)
+    assert says(hold(interval_s=0.2)) == "held"
+
+
+def test_a_suspended_writer_that_was_followed_ends(hold: Hold) -> None:
+    first = hold(machine="elsewhere", interval_s=0.2)
+    assert says(first) == "held"
+    os.kill(first.pid, signal.SIGSTOP)
+    second = hold(interval_s=0.2)
+    assert says(second) == "held"
+    os.kill(first.pid, signal.SIGCONT)
+    time.sleep(1)  # its next beat
+    assert "another run has taken over" in ask(first)
+    assert ask(second) == "still held"
+    first.wait()
+    assert ask(second) == "still held", "the first must not have removed the second's file"
+
+
+@pytest.mark.parametrize("dead", [False, True], ids=["empty folder", "after a killed writer"])
+def test_of_many_at_once_one_goes_on(hold: Hold, dead: bool) -> None:
+    if dead:
+        process = hold()
+        assert says(process) == "held"
+        process.kill()
+        process.wait()
+    answers = [says(process) for process in [hold(interval_s=0.2) for _ in range(4)]]
+    assert sorted(a.split(":")[0] for a in answers) == ["held", "refused", "refused", "refused"]
+
+
+def test_within_one_process(tmp_path: Path) -> None:
+    folder = at(tmp_path)
+    with exclusive(folder) as lease:
+        with pytest.raises(UserError, match="is being written by process"), exclusive(folder):
+            pass
+        lease.check()
+    with pytest.raises(KeyError), exclusive(folder):
+        raise KeyError
+    with exclusive(folder):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_another_kind_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "writer.json").write_text(json.dumps(["mine"]))
+    with pytest.raises(UserError, match="is not what a run writes there"), exclusive(at(tmp_path)):
+        pass
+    assert json.loads((tmp_path / "writer.json").read_text()) == ["mine"]

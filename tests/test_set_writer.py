@@ -1,0 +1,188 @@
+"""How a set comes to be: what counts as finished, what is still to be done, and that no image is there twice or missing."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dmat_ray.data import manifold_set, set_writer
+from dmat_ray.data.set_writer import Shard, begin, finish, is_finished, plan, read_records, unfinished, write_shard
+from dmat_ray.data.sources import Listing
+from dmat_ray.errors import UserError
+from dmat_ray.storage import Location, at
+
+SETTINGS = {"projection": {"lr": 0.1, "steps": 5}, "class_names": ["a", "b"]}
+
+
+def listing(count: int = 10) -> Listing:
+    """Images of two classes by turns, every fifth a test image."""
+    columns = {
+        "id": [f"{i:03d}" for i in range(count)],
+        "split": ["test" if i % 5 == 4 else "train" for i in range(count)],
+        "label": [i % 2 for i in range(count)],
+    }
+    return Listing(pa.table(columns), ("a", "b"))
+
+
+def write(folder: Location, shard: Shard, rejected: Sequence[str] = ()) -> None:
+    """What a projection of the shard writes, with these images unreadable."""
+    rows = [r for r in shard.rows.to_pylist() if r["id"] not in rejected]
+    rng = np.random.default_rng(len(rows))
+    columns = {
+        "id": [r["id"] for r in rows],
+        "split": [r["split"] for r in rows],
+        "label": [r["label"] for r in rows],
+        "image": [{"bytes": b"x", "path": r["id"]} for r in rows],
+        "on_manifold": manifold_set.to_netpbm(rng.integers(0, 256, (len(rows), 1, 4, 4), dtype=np.uint8)),
+        "w": manifold_set.fixed_list(rng.standard_normal((len(rows), 2, 3)).astype(np.float32), pa.float32()),
+        **{name: np.full(len(rows), 0.25, np.float32) for name in ("lpips", "l1", "l2")},
+        "steps": [5] * len(rows),
+        "status": ["poor" if r["id"] == "003" else "ok" for r in rows],
+    }
+    write_shard(
+        folder, shard.name, pa.table(columns, schema=manifold_set.schema(1, 4, 2, 3, ["a", "b"])), dict.fromkeys(rejected, "why")
+    )
+
+
+def todo(folder: Location, shards: Sequence[Shard]) -> dict[str, list[str]]:
+    return {s.name: s.rows["id"].to_pylist() for s in unfinished(shards, read_records(folder))}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Location:
+    return at(tmp_path / "set")
+
+
+@pytest.fixture
+def shards() -> list[Shard]:
+    return plan(listing(), 4)
+
+
+def test_the_plan_cuts_the_listing_in_its_order(shards: list[Shard]) -> None:
+    assert [(s.name, s.rows["id"].to_pylist()) for s in shards] == [
+        ("part-000000.parquet", ["000", "001", "002", "003"]),
+        ("part-000001.parquet", ["004", "005", "006", "007"]),
+        ("part-000002.parquet", ["008", "009"]),
+    ]
+
+
+def test_what_is_written_is_not_done_again(folder: Location, shards: list[Shard]) -> None:
+    assert list(todo(folder, shards)) == [s.name for s in shards]
+    write(folder, shards[1])
+    assert list(todo(folder, shards)) == ["part-000000.parquet", "part-000002.parquet"]
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _foreign(path: Path) -> None:
+    pq.write_table(pa.table({"id": ["004"]}), path)
+
+
+@pytest.mark.parametrize("damage", [_cut, _empty, _foreign, Path.unlink])
+def test_a_damaged_shard_is_done_again(folder: Location, shards: list[Shard], damage: object) -> None:
+    for shard in shards:
+        write(folder, shard)
+    assert todo(folder, shards) == {}
+    damage(Path(folder.key) / "shards" / "part-000001.parquet")  # type: ignore[operator]
+    assert list(todo(folder, shards)) == ["part-000001.parquet"]
+
+
+def test_only_what_could_not_be_read_is_tried_again(folder: Location, shards: list[Shard]) -> None:
+    write(folder, shards[0], rejected=["001", "002"])
+    write(folder, shards[1])
+    write(folder, shards[2], rejected=["008", "009"])
+    first = todo(folder, shards)
+    assert first == {"part-000000-1.parquet": ["001", "002"], "part-000002-1.parquet": ["008", "009"]}
+    again = {s.name: s for s in unfinished(shards, read_records(folder))}
+    write(folder, again["part-000002-1.parquet"], rejected=["008", "009"])
+    assert todo(folder, shards) == first, "a supplement without an image is no file"
+    write(folder, again["part-000000-1.parquet"], rejected=["002"])
+    assert todo(folder, shards)["part-000000-2.parquet"] == ["002"]
+    manifest = finish(folder, SETTINGS, shards, {})
+    assert manifest["rejected"] == {"002": "why", "008": "why", "009": "why"}
+    assert manifest["count"] == 7
+    assert manifest["shards"] == {
+        "part-000000.parquet": 2, "part-000000-1.parquet": 1, "part-000001.parquet": 4, "part-000002.parquet": 0,
+    }  # fmt: skip
+    found = pa.concat_tables(pq.read_table(Path(folder.key) / "shards" / name) for name in manifest["shards"])
+    assert sorted(found["id"].to_pylist()) == ["000", "001", "003", "004", "005", "006", "007"]
+
+
+def test_the_manifest_says_what_the_rows_say(folder: Location, shards: list[Shard]) -> None:
+    for shard in shards:
+        write(folder, shard)
+    manifest = finish(folder, SETTINGS, shards, {"versions": {"x": "1"}})
+    assert manifest == manifold_set.read_manifest(folder)
+    assert manifest["splits"] == {"test": 2, "train": 8}
+    assert manifest["status"] == {"ok": 9, "poor": 1}
+    assert manifest["usable"] == {"test": 2, "train": 7}
+    assert manifest["means"] == {"l1": 0.25, "l2": 0.25, "lpips": 0.25}
+    assert (manifest["projection"], manifest["versions"]) == (SETTINGS["projection"], {"x": "1"})
+
+
+def test_an_image_that_is_missing_or_there_twice_is_no_finished_set(folder: Location, shards: list[Shard]) -> None:
+    write(folder, shards[0])
+    write(folder, shards[1])
+    with pytest.raises(RuntimeError, match=r"part-000002\.parquet' is missing"):
+        finish(folder, SETTINGS, shards, {})
+    write(folder, Shard(shards[2].name, shards[2].rows.slice(0, 1)))
+    with pytest.raises(RuntimeError, match="hold 9 images, 1 of 10 are missing"):
+        finish(folder, SETTINGS, shards, {})
+    write(folder, Shard(shards[2].name, pa.concat_tables([shards[2].rows, shards[0].rows.slice(0, 1)])))
+    with pytest.raises(RuntimeError, match="hold 11 images, 0 of 10 are missing"):
+        finish(folder, SETTINGS, shards, {})
+    assert not (folder / "manifest.json").is_file()
+
+
+def test_a_set_is_finished_under_its_own_settings_only(folder: Location, shards: list[Shard]) -> None:
+    for shard in shards:
+        write(folder, shard)
+    assert not is_finished(folder, SETTINGS)
+    finish(folder, SETTINGS, shards, {})
+    assert is_finished(folder, SETTINGS)
+    assert not is_finished(folder, {**SETTINGS, "class_names": ["a", "c"]})
+    _cut(Path(folder.key) / "shards" / "part-000001.parquet")
+    assert not is_finished(folder, SETTINGS)
+
+
+def test_other_settings_are_named(folder: Location) -> None:
+    begin(folder, SETTINGS)
+    begin(folder, SETTINGS)
+    with pytest.raises(UserError, match=r"was begun with projection\.lr = 0\.1, now it is 0\.2; .*--output"):
+        begin(folder, {**SETTINGS, "projection": {"lr": 0.2, "steps": 5}})
+    with pytest.raises(UserError, match=r"projection\.new = None, now it is 1"):
+        begin(folder, {**SETTINGS, "projection": {"lr": 0.1, "steps": 5, "new": 1}})
+    with pytest.raises(UserError, match=r"generator = None, now it is x"):
+        begin(folder, {**SETTINGS, "generator": "x"})
+    with pytest.raises(UserError, match=r"class_names = \['a', 'b'\], now it is None"):
+        begin(folder, {"projection": SETTINGS["projection"]})
+    assert json.loads((Path(folder.key) / "settings.json").read_text()) == SETTINGS
+
+
+def test_other_files_are_left_alone(folder: Location, shards: list[Shard]) -> None:
+    for shard in shards:
+        write(folder, shard)
+    (folder / "shards" / "notes.txt").write_bytes(b"mine")
+    (folder / "shards" / "part-000007.parquet.bak").write_bytes(b"mine")
+    assert todo(folder, shards) == {}
+    assert set(read_records(folder)) == {s.name for s in shards}
+
+
+def test_raw_columns_are_compressed_and_compressed_ones_are_not(folder: Location, shards: list[Shard]) -> None:
+    write(folder, shards[0])
+    metadata = pq.read_metadata(Path(folder.key) / "shards" / shards[0].name).row_group(0)
+    codecs = {metadata.column(i).path_in_schema: metadata.column(i).compression for i in range(metadata.num_columns)}
+    assert codecs["on_manifold.bytes"] == "ZSTD"
+    assert codecs["image.bytes"] == "UNCOMPRESSED"
+    assert codecs["w.list.element"] == "UNCOMPRESSED"
+    assert set_writer.REJECTED in pq.read_schema(Path(folder.key) / "shards" / shards[0].name).metadata
