@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from dmat_ray import cli
-from dmat_ray.data.decoding import to_unit
-from dmat_ray.data.manifold_set import write_json
+from dmat_ray.data.pixels import to_unit
 from dmat_ray.data.sources import list_examples, read_pixels
+from dmat_ray.files import write_json
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators, quality
 from dmat_ray.manifold.projection import Projector

@@ -41,7 +41,7 @@ from torch import Tensor
 from dmat_ray import presets
 from dmat_ray.config import Config, DataConfig, ProjectionConfig
 from dmat_ray.data import sources
-from dmat_ray.data.decoding import unit
+from dmat_ray.data.pixels import unit
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import encoder as encoders
 from dmat_ray.manifold import fast, generators
@@ -100,9 +100,9 @@ class PlainLoop:
 
     def step(self, step: int) -> None:
         self.optimizer.param_groups[0]["lr"] = learning_rate(self.config, step)
-        noise = torch.randn_like(self.w) * self.generator.w_std * noise_scale(self.config, step)
+        noise = torch.randn_like(self.w) * self.generator.w_std.square().sum().sqrt() * noise_scale(self.config, step)
         x = self.generator.synthesis(self.w + noise, clamp=False)
-        loss = self.distance(x) + 100 * (x - self.target).abs().mean(dim=(1, 2, 3))
+        loss = self.distance(x) + 200 * (x - self.target).abs().mean(dim=(1, 2, 3))
         self.optimizer.zero_grad()
         loss.sum().backward()
         self.optimizer.step()

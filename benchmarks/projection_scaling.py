@@ -24,7 +24,7 @@ import pyarrow as pa
 from dmat_ray import cli
 from dmat_ray.cluster.session import connected, prepare_environment
 from dmat_ray.config import Config
-from dmat_ray.data import manifold_set, set_writer
+from dmat_ray.data import set_format, set_writer
 from dmat_ray.data.sources import Listing, list_examples
 from dmat_ray.storage import at
 
@@ -50,24 +50,24 @@ def stand_in(seconds: float) -> type:
             self.config, self.class_names = Config.model_validate(config), class_names
 
         def __call__(self, row: pa.Table) -> pa.Table:
-            from dmat_ray.cluster.project import pack, unpack
+            from dmat_ray.cluster.shard_tasks import pack, unpack
 
             name, images, rejected, _ = unpack(row)
             began, count, size = time.monotonic(), images.num_rows, self.config.data.resolution
-            pixels = manifold_set.from_lists(images["pixels"], (1, size, size))
+            pixels = set_format.from_lists(images["pixels"], (1, size, size))
             zeros = np.zeros(count, np.float32)
             columns = {
                 "id": images["id"],
                 "split": images["split"].cast(pa.string()),
                 "label": images["label"].cast(pa.int64()),
                 "image": [{"bytes": content, "path": None} for content in images["image"].to_pylist()],
-                "on_manifold": manifold_set.to_netpbm(pixels),
-                "w": manifold_set.fixed_list(np.random.default_rng(0).standard_normal((count, 8, 64), np.float32), pa.float32()),
-                **dict.fromkeys(manifold_set.ERRORS, zeros),
+                "on_manifold": set_format.to_netpbm(pixels),
+                "w": set_format.fixed_list(np.random.default_rng(0).standard_normal((count, 8, 64), np.float32), pa.float32()),
+                **dict.fromkeys(set_format.ERRORS, zeros),
                 "steps": zeros.astype(np.int32),
                 "status": ["ok"] * count,
             }
-            table = pa.table(columns, schema=manifold_set.schema(1, size, 8, 64, self.class_names))
+            table = pa.table(columns, schema=set_format.schema(1, size, 8, 64, self.class_names))
             time.sleep(max(0.0, seconds - (time.monotonic() - began)))
             return pack(name, table, rejected, seconds)
 
@@ -104,7 +104,8 @@ def overhead(args: argparse.Namespace, root: Path) -> None:
     """Time a shard on one actor, over the same work in a plain loop; the first two shards of both are left out."""
     import torch
 
-    from dmat_ray.cluster.project import build_projector, pack, project_shard, read_shard, write_shard
+    from dmat_ray.cluster.shard_projector import build_projector, project_shard
+    from dmat_ray.cluster.shard_tasks import pack, read_shard, write_shard
 
     options = ("--projection.steps", args.steps, "--projection.shard_size", 50, "--cluster.projection_actors", 1)
     torch.set_num_threads(1)

@@ -19,8 +19,8 @@ import dmat_ray
 from dmat_ray import classifiers
 from dmat_ray.cli import validate
 from dmat_ray.config import Config
-from dmat_ray.data.manifold_set import read_json, write_json
 from dmat_ray.errors import UserError
+from dmat_ray.files import read_json, write_json
 
 MODEL, RUN, STATE = "model.safetensors", "run.json", "state.pt"
 VERSION = 1

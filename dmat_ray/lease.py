@@ -98,13 +98,15 @@ class Lease:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            found = self._file.read_json()
+            content = self._file.read_bytes()
         except FileNotFoundError:
             return None
         wanted = {"owner", "machine", "pid", "started", "since", "interval_s", "beat"}
-        if not isinstance(found, dict) or not wanted <= found.keys():
-            raise UserError(f"'{self._file}' is not what a run writes there; remove it if no run writes that folder")
-        return found
+        with suppress(ValueError, RecursionError):
+            found = json.loads(content)
+            if isinstance(found, dict) and wanted <= found.keys():
+                return found
+        raise UserError(f"'{self._file}' is not what a run writes there; remove it if no run writes that folder")
 
     def _bytes(self) -> bytes:
         return json.dumps(self._content).encode()

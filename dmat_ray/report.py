@@ -12,7 +12,8 @@ from rich.table import Table
 
 from dmat_ray import checkpoint, figures
 from dmat_ray.config import Config, EvaluationConfig, LatentRow
-from dmat_ray.data import manifold_set
+from dmat_ray.data import manifold_set, set_reader
+from dmat_ray.data.pixels import quantise
 from dmat_ray.evaluation import rows_of
 from dmat_ray.manifold import generators
 from dmat_ray.metrics import Accuracy, accuracies
@@ -52,10 +53,10 @@ def terminal_table(rows: pa.Table, models: list[str], config: EvaluationConfig) 
     return console.export_text().rstrip()
 
 
-def write(config: Config, set_folder: manifold_set.Place, models: dict[str, Path], rows: pa.Table, path: Path) -> Path:
+def write(config: Config, set_folder: set_reader.Place, models: dict[str, Path], rows: pa.Table, path: Path) -> Path:
     """Write the page for these rows; `models` maps names to folders, in the order of the table."""
     runs = {name: checkpoint.read_run(folder) for name, folder in models.items()}
-    manifest = manifold_set.read_manifest(set_folder)
+    manifest = set_reader.read_manifest(set_folder)
     figures.write_page(
         at(path),
         "report.html",
@@ -116,7 +117,7 @@ def _curves(histories: dict[str, list[dict[str, float]]]) -> list[dict[str, str]
     return drawn
 
 
-def _gallery(config: Config, set_folder: manifold_set.Place, models: dict[str, Path]) -> list[dict[str, Any]]:
+def _gallery(config: Config, set_folder: set_reader.Place, models: dict[str, Path]) -> list[dict[str, Any]]:
     """For each model: natural and on-manifold images and every attack of the suite, with the predicted labels."""
     data = manifold_set.open_set(set_folder, "test")
     index = _one_of_each_class(data.label)
@@ -146,7 +147,7 @@ def _one_of_each_class(labels: np.ndarray) -> np.ndarray:
 
 def _line(title: str, x: torch.Tensor, guess: np.ndarray, label: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
     images = [
-        {"src": figures.png(manifold_set.quantise(image)), "label": names[int(g)], "right": bool(g == y)}
+        {"src": figures.png(quantise(image)), "label": names[int(g)], "right": bool(g == y)}
         for image, g, y in zip(x, guess, label, strict=True)
     ]
     return {"title": title, "images": images}

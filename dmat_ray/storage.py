@@ -26,6 +26,11 @@ from dmat_ray.errors import UserError
 
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+# what is wrong with a file itself; all else (a stale handle, an input/output error, too many open files) is the machine's
+OF_THE_FILE = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL),
+)
+PARTIAL = re.compile(r"\.[0-9a-f]{16}\.partial")
 
 
 @dataclass(frozen=True)
@@ -80,15 +85,27 @@ class Location:
         return fs.FileType.File if stat.S_ISREG(mode) else fs.FileType.Unknown
 
     def files(self) -> "list[Location]":
-        """The files that lie directly in this folder, sorted by name; none if it does not exist."""
+        """The files that lie directly in this folder, sorted by name, hidden ones left out; none if it does not exist."""
         if self.scheme:
             found = [info.path for info in self._infos(recursive=False) if info.type == fs.FileType.File]
-            return [Location(self.scheme, path) for path in sorted(found)]
+            places = [Location(self.scheme, path) for path in sorted(found)]
+            return [place for place in places if not place.name.startswith(".")]
         try:
             with os.scandir(self.key) as entries:
-                return [self / name for name in sorted(entry.name for entry in entries if entry.is_file())]
+                names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file())
         except FileNotFoundError:
             return []
+        return [self / name for name in names]
+
+    def sweep(self) -> None:
+        """Remove from this folder what writers that were killed have left of their work; nobody may be writing here.
+
+        An object store shows nothing of it, but may keep it: parts of large objects, which a rule of the bucket can expire.
+        """
+        if self.local is not None and self.local.is_dir():
+            for path in self.local.iterdir():
+                if PARTIAL.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
 
     def tree(self) -> tuple[list[str], list[str]]:
         """All files and all folders below this folder, as '/'-separated paths relative to it, in no order.
@@ -254,6 +271,14 @@ class Location:
             if done == "read" and any(word in str(error) for word in object_store.REFUSALS):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self)) from None
             raise UserError(f"'{self}' cannot be {done}: {object_store.explain(str(error))}") from None
+
+
+def require_not_of_storage(error: Exception, place: Location) -> None:
+    """Raise UserError if an error of reading this file says nothing of the file, but of the way to it."""
+    if object_store.is_its_error(error):
+        raise UserError(f"'{place}' cannot be read: {object_store.explain(str(error))}") from None
+    if isinstance(error, OSError) and error.errno is not None and error.errno not in OF_THE_FILE:
+        raise UserError(f"'{place}' cannot be read: {error.strerror}") from None
 
 
 def at(place: "str | Path | Location") -> Location:

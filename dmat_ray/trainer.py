@@ -14,7 +14,8 @@ from dmat_ray import checkpoint, classifiers, objectives, threats
 from dmat_ray.attack import attack
 from dmat_ray.config import Config, FogTerm, ImageTerm, LatentTerm, TrainingConfig
 from dmat_ray.data.epochs import EpochSource, InMemory
-from dmat_ray.data.manifold_set import ManifoldSet, digest, require_generator, steps_per_epoch
+from dmat_ray.data.manifold_set import ManifoldSet, steps_per_epoch
+from dmat_ray.data.set_reader import digest, require_generator
 from dmat_ray.errors import UserError
 from dmat_ray.rng import derive
 from dmat_ray.types import Batch, Generator, RunContext

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from dmat_ray.data.manifold_set import sha256
 from dmat_ray.errors import UserError
+from dmat_ray.files import sha256
 
 SHIPPED_GENERATORS = ("mnist32",)
 HOW_TO_GET_A_GENERATOR = (

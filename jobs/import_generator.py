@@ -26,7 +26,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def import_weights(path: Path, folder: Path) -> None:
     """Write the generator in `path`, a checkpoint or a folder of ours, into `folder`."""
     from dmat_ray.checkpoint import versions
-    from dmat_ray.data.manifold_set import sha256
+    from dmat_ray.files import sha256
     from dmat_ray.manifold import generators
     from dmat_ray.manifold.formats import exported, foreign
     from dmat_ray.manifold.samples import sample_grid

@@ -184,6 +184,12 @@ def make_set(tmp_path: Path, generator_folder: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def write_any_set(generator_folder: Path) -> Callable[..., Path]:
+    """write_any_set(folder, train=, test=, shards=, noise=) for fixtures that outlive a test."""
+    return lambda folder, **sizes: write_set(folder, generator_folder, **sizes)
+
+
+@pytest.fixture(scope="session")
 def set_folder(tmp_path_factory: pytest.TempPathFactory, generator_folder: Path) -> Path:
     """A set to read only."""
     return write_set(tmp_path_factory.mktemp("shared") / "on_manifold_set", generator_folder)

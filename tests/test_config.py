@@ -203,12 +203,8 @@ def test_defaults_are_the_published_settings() -> None:
     assert (config.objective.latent.eps, config.objective.latent.scale) == (0.02, "raw")
     assert config.training.lr_epochs == (0, 1, 6, 12, 15, 20)
     assert config.training.lr_values == (0, 0.4, 0.04, 0.004, 0.0004, 0.0001)
-    assert (config.projection.steps, config.projection.lr, config.projection.noise, config.projection.l1) == (
-        1000,
-        0.1,
-        0.05,
-        100,
-    )
+    assert (config.projection.steps, config.projection.lr, config.projection.noise) == (1000, 0.1, 0.05)
+    assert config.projection.l1 == 2 * 100  # of images in [-1, 1]
 
 
 def test_dmat_preset_is_the_published_mixture() -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from dmat_ray.data.decoding import READERS, decode, encode, to_unit
+from dmat_ray.data.decoding import READERS, decode, encode
+from dmat_ray.data.pixels import to_unit
 
 N = 16
 LEVELS = np.linspace(0, 255, 16).astype(np.uint8).reshape(4, 4).repeat(4, 0).repeat(4, 1)

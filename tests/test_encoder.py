@@ -39,7 +39,7 @@ SHA = "ab" * 32
 
 
 def settings(**values: Any) -> EncoderConfig:
-    short = {"channel_base": 64, "channel_max": 16, "kimg": 1.6, "batch_size": 16, "report_kimg": 0.16, "w_weight": 0.5}
+    short = {"width": 8, "width_max": 16, "kimg": 1.6, "batch_size": 16, "report_kimg": 0.16, "w_weight": 0.5}
     return EncoderConfig.model_validate({**short, **values})
 
 
@@ -68,7 +68,7 @@ def trained(generator: StyleGAN2, tmp_path_factory: pytest.TempPathFactory) -> t
 
 @pytest.mark.parametrize(("resolution", "channels", "num_ws"), [(8, 1, 1), (28, 3, 5), (30, 1, 2), (2, 1, 3), (64, 3, 10)])
 def test_any_size_of_image_and_code(resolution: int, channels: int, num_ws: int) -> None:
-    encoder = Encoder(resolution, channels, num_ws, w_dim=6, channel_base=64, channel_max=16)
+    encoder = Encoder(resolution, channels, num_ws, w_dim=6, width=8, width_max=16)
     encoder.w_mean.copy_(torch.arange(6.0))
     encoder.w_std.fill_(2.0)
     x = images(3, size=resolution, channels=channels)
@@ -302,7 +302,7 @@ def test_what_is_saved_is_loaded(generator: StyleGAN2, saved: Path) -> None:
     card = json.loads((saved / "encoder.json").read_text())
     assert (card["version"], card["generator_sha256"], card["note"]) == (1, SHA, "a test")
     assert card["architecture"] == {
-        "resolution": 8, "channels": 1, "num_ws": generator.num_ws, "w_dim": 8, "channel_base": 64, "channel_max": 16,
+        "resolution": 8, "channels": 1, "num_ws": generator.num_ws, "w_dim": 8, "width": 8, "width_max": 16,
     }  # fmt: skip
     assert sorted(p.name for p in saved.iterdir()) == ["encoder.json", "encoder.safetensors"]
     digest = subprocess.run(["sha256sum", saved / "encoder.safetensors"], capture_output=True, text=True, check=True).stdout
@@ -346,7 +346,7 @@ def rewrite(folder: Path, change: Any) -> None:
 
 
 def sizes(**values: Any) -> dict[str, Any]:
-    old = {"resolution": 8, "channels": 1, "num_ws": 4, "w_dim": 8, "channel_base": 64, "channel_max": 16}
+    old = {"resolution": 8, "channels": 1, "num_ws": 4, "w_dim": 8, "width": 8, "width_max": 16}
     return {"architecture": {**old, **values}}
 
 
@@ -376,8 +376,8 @@ def truncate(path: Path) -> None:
         (lambda f: edit(f, architecture=None), "architecture must give resolution, channels"),
         (lambda f: edit(f, **sizes(resolution="8")), r"architecture\.resolution is 8"),
         (lambda f: edit(f, **sizes(resolution=0)), r"architecture\.resolution is 0"),
-        (lambda f: edit(f, **sizes(channel_max=10**12)), r"architecture\.channel_max is 1000000000000"),
-        (lambda f: edit(f, **sizes(channel_max=10**6)), r"hidden\.bias is \(16,\), not \(1000000,\)"),
+        (lambda f: edit(f, **sizes(width_max=10**12)), r"architecture\.width_max is 1000000000000"),
+        (lambda f: edit(f, **sizes(width_max=10**6)), r"hidden\.bias is \(16,\), not \(1000000,\)"),
         (lambda f: edit(f, **sizes(num_ws=7)), r"head\.bias is \(\d+,\), not \(56,\)"),
         (lambda f: edit(f, **sizes(resolution=16)), "do not fit its card: .*blocks"),
         (lambda f: edit(f, **sizes(channels=3)), r"do not fit its card: .*stem\.weight"),

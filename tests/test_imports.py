@@ -102,3 +102,9 @@ def test_the_command_line_answers_without_torch() -> None:
     """A typing error should not cost the seconds that torch takes to import."""
     code = "import sys; from dmat_ray import cli; cli.parse('x', ['--training.epochs', '3']); print('torch' in sys.modules)"
     assert in_fresh_python(code).strip() == "False"
+
+
+def test_what_reads_and_writes_shards_needs_no_torch() -> None:
+    """Those processes are many on a cluster; torch would be most of their memory."""
+    code = "import sys, dmat_ray.cluster.shard_tasks as tasks; print(tasks.read_shard.__module__, 'torch' in sys.modules)"
+    assert in_fresh_python(code).strip() == "dmat_ray.cluster.shard_tasks False"

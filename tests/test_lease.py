@@ -136,8 +136,9 @@ def test_within_one_process(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_of_another_kind_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "writer.json").write_text(json.dumps(["mine"]))
-    with pytest.raises(UserError, match="is not what a run writes there"), exclusive(at(tmp_path)):
+@pytest.mark.parametrize("content", [json.dumps(["mine"]), "", '{"owner": 1', "[" * 100_000])
+def test_a_file_of_another_kind_is_left_alone(tmp_path: Path, content: str) -> None:
+    (tmp_path / "writer.json").write_text(content)
+    with pytest.raises(UserError, match="is not what a run writes there; remove it if no run"), exclusive(at(tmp_path)):
         pass
-    assert json.loads((tmp_path / "writer.json").read_text()) == ["mine"]
+    assert (tmp_path / "writer.json").read_text() == content

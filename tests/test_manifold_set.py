@@ -17,9 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dmat_ray.data import manifold_set
+from dmat_ray.data import manifold_set, set_format, set_reader
 from dmat_ray.data.manifold_set import ManifoldSet, epoch_batches, open_set
+from dmat_ray.data.pixels import quantise
 from dmat_ray.errors import UserError
+from dmat_ray.files import write_json
 from dmat_ray.manifold import generators
 from dmat_ray.types import Batch
 
@@ -55,25 +57,25 @@ def test_netpbm_is_what_pillow_reads_and_comes_back_from_any_chunks(
     count: int, channels: int, height: int, width: int, cuts: list[int]
 ) -> None:
     images = np.random.default_rng(count).integers(0, 256, (count, channels, height, width), dtype=np.uint8)
-    column = manifold_set.to_netpbm(images)
+    column = set_format.to_netpbm(images)
     for value, image in zip(column.to_pylist(), images, strict=True):
         np.testing.assert_array_equal(pixels_of(value), image)
     edges = [0, *sorted(min(cut, count) for cut in cuts), count]
     chunks = pa.chunked_array([column[a:b] for a, b in pairwise(edges)], column.type)
-    np.testing.assert_array_equal(manifold_set.from_netpbm(chunks, images.shape[1:]), images)
+    np.testing.assert_array_equal(set_format.from_netpbm(chunks, images.shape[1:]), images)
 
 
 def test_netpbm_comes_back_from_filtered_and_taken_rows() -> None:
     images = np.random.default_rng(0).integers(0, 256, (9, 3, 4, 4), dtype=np.uint8)
     w = np.arange(9 * 6, dtype=np.float32).reshape(9, 2, 3)
-    table = pa.table({"g": manifold_set.to_netpbm(images), "w": manifold_set.fixed_list(w, pa.float32())})[2:8]
+    table = pa.table({"g": set_format.to_netpbm(images), "w": set_format.fixed_list(w, pa.float32())})[2:8]
     for index, part in (
         ([3, 5], table.filter(pa.array([False, True, False, True, False, False]))),
         ([7, 2], table.take([5, 0])),
         ([4, 5, 2, 3], pa.concat_tables([table[2:4], table[:2]])),
     ):
-        np.testing.assert_array_equal(manifold_set.from_netpbm(part["g"], (3, 4, 4)), images[index])
-        np.testing.assert_array_equal(manifold_set.from_lists(part["w"], (2, 3)), w[index])
+        np.testing.assert_array_equal(set_format.from_netpbm(part["g"], (3, 4, 4)), images[index])
+        np.testing.assert_array_equal(set_format.from_lists(part["w"], (2, 3)), w[index])
 
 
 @pytest.mark.parametrize(
@@ -82,17 +84,17 @@ def test_netpbm_comes_back_from_filtered_and_taken_rows() -> None:
 def test_what_is_no_image_of_the_set_is_refused(content: bytes | None) -> None:
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     good = {"bytes": b"P5\n2 2\n255\n1234", "path": None}
-    assert manifold_set.from_netpbm(pa.chunked_array([pa.array([good], kind)]), (1, 2, 2)).ravel().tolist() == list(b"1234")
+    assert set_format.from_netpbm(pa.chunked_array([pa.array([good], kind)]), (1, 2, 2)).ravel().tolist() == list(b"1234")
     for bad in ({"bytes": content, "path": None}, None):
         with pytest.raises(UserError, match="no netpbm image of 2x2 pixels and 1 channels"):
-            manifold_set.from_netpbm(pa.chunked_array([pa.array([good, bad, good], kind)]), (1, 2, 2))
+            set_format.from_netpbm(pa.chunked_array([pa.array([good, bad, good], kind)]), (1, 2, 2))
 
 
 def test_more_images_than_a_binary_column_holds_are_refused() -> None:
     """Arrow counts the bytes of a binary array in 32 bits, and Parquet's readers cannot cut a struct in two."""
     images = np.broadcast_to(np.zeros((), np.uint8), (700, 3, 1024, 1024))
     with pytest.raises(UserError, match=r"set projection\.shard_size to 682 or less"):
-        manifold_set.to_netpbm(images)
+        set_format.to_netpbm(images)
 
 
 def test_open_set_gives_what_plain_pyarrow_reads(set_folder: Path) -> None:
@@ -276,10 +278,10 @@ def test_split_without_images(make_set: MakeSet) -> None:
 
 
 def test_other_generator(set_folder: Path, generator_folder: Path) -> None:
-    manifest = manifold_set.read_manifest(set_folder)
-    manifold_set.require_generator(manifest, generators.fingerprint(str(generator_folder)), "the set")
+    manifest = set_reader.read_manifest(set_folder)
+    set_reader.require_generator(manifest, generators.fingerprint(str(generator_folder)), "the set")
     with pytest.raises(UserError, match=r"the set was made with generator .*generator\.path"):
-        manifold_set.require_generator(manifest, "0" * 64, "the set")
+        set_reader.require_generator(manifest, "0" * 64, "the set")
 
 
 def batches(data: ManifoldSet, index: np.ndarray, **how: int) -> list[Batch]:
@@ -337,13 +339,13 @@ def test_a_batch_keeps_images_labels_and_codes_together(set_folder: Path) -> Non
 
 def test_quantise_rounds_and_clips() -> None:
     x = torch.tensor([-0.1, 0.0, 0.4999 / 255, 0.5001 / 255, 0.5, 254.6 / 255, 1.0, 1.2])
-    assert manifold_set.quantise(x).tolist() == [0, 0, 0, 1, 128, 255, 255, 255]
+    assert quantise(x).tolist() == [0, 0, 0, 1, 128, 255, 255, 255]
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    manifold_set.write_json(path, {"a": [1, 2.5, None]})
+    write_json(path, {"a": [1, 2.5, None]})
     with pytest.raises(TypeError):
-        manifold_set.write_json(path, {"a": object()})
+        write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": [1, 2.5, None]}
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]

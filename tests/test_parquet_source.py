@@ -269,6 +269,24 @@ def test_images_beside_a_parquet_file(tmp_path: Path) -> None:
     assert "does not lead to a file below" in str(read(listing.table, config)[0])
 
 
+def test_paths_that_are_no_paths_cost_their_own_images(tmp_path: Path) -> None:
+    latin = pa.array([b"gr\xfcn.png", b"gr\xfcn.png", b"a\0b.png", None]).view(pa.string())
+    contents = pa.array([png(1), None, None, png(4)], pa.binary())
+    write(
+        tmp_path / "x.parquet",
+        {"image": pa.StructArray.from_arrays([contents, latin], fields=list(STRUCT)), "label": [0, 1, 0, 1]},
+    )
+    listing, config = listed(tmp_path)
+    found = read(listing.table, config)
+    assert (found[0], found[3]) == (png(1), png(4))
+    assert found[1] == "has no bytes, and a path that is not UTF-8"
+    assert found[2] == f"has no bytes, and its path 'a\\x00b.png' does not lead to a file below '{tmp_path}'"
+    numbers = pa.StructArray.from_arrays([contents, pa.array([1, 2, 3, 4])], ["bytes", "path"])
+    write(tmp_path / "y" / "x.parquet", {"image": numbers, "label": [0, 1, 0, 1]})
+    listing, config = listed(tmp_path / "y")
+    assert read(listing.table, config) == [png(1), "is null", "is null", png(4)]
+
+
 def test_a_damaged_row_group_costs_its_own_images(tmp_path: Path) -> None:
     """Random bytes as images, so that each page is found in the file by what it holds."""
     contents = [random.Random(i).randbytes(500) for i in range(40)]

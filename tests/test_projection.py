@@ -8,6 +8,7 @@ import lpips
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from dmat_ray import presets
 from dmat_ray.config import Config, ProjectionConfig
@@ -16,6 +17,7 @@ from dmat_ray.manifold import encoder, fast, generators
 from dmat_ray.manifold.axes import principal_axes
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.noise import normal
+from dmat_ray.manifold.perceptual import Perceptual
 from dmat_ray.manifold.projection import Projection, Projector
 from dmat_ray.manifold.schedule import learning_rate, noise_scale
 from dmat_ray.manifold.stylegan2 import StyleGAN2
@@ -95,31 +97,42 @@ def digits() -> tuple[LatentGenerator, encoder.Encoder, Tensor]:
     return generator, start, generator.synthesis(generator.mapping(z))
 
 
-def test_every_digit_of_the_shipped_generator_is_recovered_by_preset_fast() -> None:
+@pytest.mark.parametrize(
+    ("count", "values"),
+    [(8, {**SQUEEZE, "lpips_precision": "float32"}), (2, {"lpips_weights": "random"})],
+    ids=["all", "as it is"],
+)
+def test_every_digit_of_the_shipped_generator_is_recovered_by_preset_fast(count: int, values: dict[str, object]) -> None:
     generator, start, x = digits()
-    values = presets.merge(presets.load(["fast"]), {"projection": {**SQUEEZE, "lpips_precision": "float32"}})
-    config = Config.model_validate(values)
+    config = Config.model_validate(presets.merge(presets.load(["fast"]), {"projection": values}))
     assert config.generator.precision == "fast"
-    found = Projector(generator, config.projection, CPU, start).project(x, names(8))
+    found = Projector(generator, config.projection, CPU, start).project(x[:count], names(count))
     assert (-10 * found.l2_B.log10()).min() >= 35, -10 * found.l2_B.log10()
-    assert found.steps_B.max() < config.projection.steps
+    assert found.steps_B.float().mean() < 0.9 * config.projection.steps
     assert found.steps_B.unique().numel() > 1
 
 
 def test_most_digits_are_recovered_by_preset_paper_in_a_quarter_of_its_steps() -> None:
-    """From the mean some searches end in another digit's valley: with all 1,000 steps 7 of these 8 pass 35 dB."""
+    """From the mean some searches end in another digit's valley: with all 1,000 steps the last of these 8 comes to 34 dB."""
     generator, _, x = digits()
     config = ProjectionConfig.model_validate({**presets.load(["paper"])["projection"], **SQUEEZE, "lpips": 0, "steps": 250})
     found = Projector(generator, config, CPU).project(x, names(8))
-    assert ((-10 * found.l2_B.log10()) >= 35).sum() >= 5, -10 * found.l2_B.log10()
+    assert ((-10 * found.l2_B.log10()) >= 35).sum() >= 6, -10 * found.l2_B.log10()
 
 
 def test_preset_paper_is_the_published_loop() -> None:
-    published = ProjectionConfig()
-    assert ProjectionConfig.model_validate(presets.load(["paper"])["projection"]) == published
-    assert (published.steps, published.lr, published.noise, published.l1, published.lpips) == (1000, 0.1, 0.05, 100, 1)
-    assert (published.lr_rampup, published.lr_rampdown, published.noise_ramp) == (0.05, 0.25, 0.75)
-    assert (published.start, published.lpips_net, published.axes, published.stop_window) == ("mean", "vgg", "w", 0)
+    """The numbers of encode_imagenet.py of the code of arXiv 2009.02470, whose images have twice the range of ours."""
+    paper, fast_ = (presets.load([name])["projection"] for name in ("paper", "fast"))
+    published = {
+        "steps": 1000, "lr": 0.1, "beta2": 0.999, "lr_rampup": 0.05, "lr_rampdown": 0.25, "noise": 0.05, "noise_ramp": 0.75,
+        "lpips": 1, "lpips_net": "vgg", "l1": 2 * 100, "l2": 0, "start": "mean", "axes": "w", "stop_window": 0, "l1_smooth": 0,
+        "batch_size": 10,
+    }  # fmt: skip
+    assert {key: paper[key] for key in published} == published
+    assert ProjectionConfig.model_validate(paper) == ProjectionConfig()
+    # whichever is layered on top of the other, it decides
+    free = {"compile", "encoder", "candidates", "shard_size", "poor_l1", "poor_lpips", "seed"}
+    assert paper.keys() == fast_.keys() == ProjectionConfig.model_fields.keys() - free
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -149,7 +162,7 @@ def test_the_steps_are_those_of_a_plain_loop(make_generator: Callable[..., Style
     best, best_w = torch.full((3,), torch.inf, dtype=dtype), w.detach().clone()
     for step in range(steps + 1):
         sigma = noise_scale(config, step)
-        noise = normal(keys, torch.full((3,), step), w.shape[1:]) * generator.w_std * sigma
+        noise = normal(keys, torch.full((3,), step), w.shape[1:]) * generator.w_std.square().sum().sqrt() * sigma
         of_lpips, of_l1 = distances(generator.synthesis(w + noise, clamp=False))
         loss = of_lpips + 100 * of_l1
         losses.append(loss.detach())
@@ -162,7 +175,7 @@ def test_the_steps_are_those_of_a_plain_loop(make_generator: Callable[..., Style
             loss.sum().backward()
             optimizer.step()
     assert (losses[-1] < losses[0]).all()
-    tolerance = 1e-4 if with_lpips else 1e-9
+    tolerance = 1e-4 if with_lpips else 1e-7
     torch.testing.assert_close(torch.stack(projector.losses), torch.stack(losses), atol=tolerance, rtol=tolerance)
     with torch.no_grad():
         of_lpips, of_l1 = distances(generator.synthesis(found.w_BLD, clamp=False))
@@ -170,8 +183,40 @@ def test_the_steps_are_those_of_a_plain_loop(make_generator: Callable[..., Style
         for ours, expected in zip((found.lpips_B, found.l1_B), distances(generator.synthesis(found.w_BLD)), strict=True):
             torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
     if not with_lpips:
-        torch.testing.assert_close(found.w_BLD, best_w, atol=1e-7, rtol=1e-7)
+        torch.testing.assert_close(found.w_BLD, best_w, atol=1e-6, rtol=1e-6)
     assert found.steps_B.tolist() == [steps] * 3
+
+
+def test_steps_along_axes_with_a_plateau_are_those_of_a_plain_loop(exact: StyleGAN2, mixed: Tensor) -> None:
+    """torch's Adam on coordinates along the axes, the rate from the ramp down as soon as the loss stands still."""
+    values: dict[str, object] = {"axes": "principal", "steps": 60, "stop_window": 6, "stop_improvement": 0.2, "beta2": 0.95}
+    x, found = mixed.double(), project(exact, mixed.double(), lr_rampdown=0.3, **values)
+    axes, lengths = principal_axes(exact, seed=0)
+    config = settings(lr_rampdown=0.3, **values)
+    assert found.steps_B.unique().numel() > 3
+    for i in range(12):
+        along = torch.zeros(exact.num_ws, 8, dtype=torch.float64, requires_grad=True)
+        optimizer, position, updates, losses = torch.optim.Adam([along], betas=(0.9, 0.95)), 0, 0, []
+        best, best_w = torch.inf, torch.empty(0)
+        while True:
+            w = exact.w_mean + torch.einsum("le,lde->ld", lengths * along, axes)
+            difference = exact.synthesis(w[None], clamp=False) - x[i]
+            loss = 10 * difference.abs().mean() + 50 * difference.square().mean()
+            losses.append(loss.item())
+            if loss < best:
+                best, best_w = loss.item(), w.detach()
+            if position == 60:
+                break
+            # the gradient along an axis is that of a full step: its length comes after Adam
+            (gradient,) = torch.autograd.grad(loss, w, retain_graph=True)
+            along.grad = torch.einsum("ld,lde->le", gradient, axes)
+            optimizer.param_groups[0]["lr"] = learning_rate(config, position)
+            optimizer.step()
+            before = min(losses[: max(0, len(losses) - 6)], default=torch.inf)
+            position = max(position + 1, 42) if min(losses) > 0.8 * before else position + 1
+            updates += 1
+        assert updates == found.steps_B[i]
+        torch.testing.assert_close(found.w_BLD[i], best_w, atol=1e-6, rtol=1e-6)
 
 
 def test_the_errors_are_those_of_the_clamped_image(generator: StyleGAN2, images: Tensor) -> None:
@@ -367,10 +412,15 @@ def test_an_image_without_any_finite_loss_keeps_its_first_w(brittle: Brittle, mi
     assert torch.equal(found.w_BLD, mean)
     assert found.x_BCHW.isfinite().all()
     assert found.steps_B.tolist() == [1] * 12
+    # nor one without even that: an encoder may say what the generator cannot make
+    light = mixed.double()[9:]
+    far = Projector(brittle, settings(start="encoder", steps=5), CPU, Says(mean[0] + 1)).project(light, names(3))
+    assert torch.equal(far.w_BLD, mean[9:])
+    torch.testing.assert_close(far.l1_B, found.l1_B[9:])
+    assert far.steps_B.tolist() == [0] * 3
     brittle.reach = -1
-    never = project(brittle, mixed.double(), steps=5)
-    assert torch.equal(never.w_BLD, mean)
-    assert never.steps_B.tolist() == [0] * 12
+    with pytest.raises(UserError, match="image of the mean of w, or LPIPS of it, is not finite"):
+        project(brittle, mixed.double(), steps=5)
 
 
 def test_no_images_and_images_as_bytes(generator: StyleGAN2, mixed: Tensor) -> None:
@@ -396,7 +446,7 @@ def test_images_that_do_not_fit_are_refused(generator: StyleGAN2, mixed: Tensor)
 
 
 def test_principal_axes_are_those_of_the_derivative(generator: StyleGAN2) -> None:
-    axes = principal_axes(generator, seed=0)
+    axes, lengths = principal_axes(generator, seed=0)
     unit = torch.eye(8).expand(generator.num_ws, -1, -1)
     torch.testing.assert_close(axes.transpose(1, 2) @ axes, unit, atol=1e-5, rtol=0)
     # E[J^T J] from whole Jacobians at other samples
@@ -411,6 +461,11 @@ def test_principal_axes_are_those_of_the_derivative(generator: StyleGAN2) -> Non
     along = torch.einsum("lda,lde,leb->lab", axes, energy, axes)
     diagonal = along.diagonal(dim1=1, dim2=2)
     assert (diagonal[:, -1] > 5 * diagonal[:, 0]).all()
+    # a hundredth of the effect of the strongest is enough for a whole step
+    share = diagonal.clamp(min=0).sqrt() / diagonal[:, -1:].sqrt()
+    torch.testing.assert_close(lengths, (100 * share).clamp(max=1), atol=0.2, rtol=0)
+    assert (lengths < 0.5).any()
+    assert (lengths == 1).any()
     plain = energy.diagonal(dim1=1, dim2=2)
 
     def off(matrix: Tensor, own: Tensor) -> Tensor:
@@ -449,11 +504,14 @@ def test_bf16_guides_nearly_as_well(make_generator: Callable[..., StyleGAN2]) ->
     assert (low.lpips_B + low.l1_B < 1.3 * (exact.lpips_B + exact.l1_B)).all()
 
 
-def test_compiled_steps_give_the_same_result(generator: StyleGAN2, mixed: Tensor) -> None:
-    values: dict[str, object] = {**STOPPING, "steps": 30, "batch_size": 3, "noise": 0.05}
+def test_compiled_steps_give_the_same_result(generator: StyleGAN2, mixed: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    values: dict[str, object] = {**STOPPING, "steps": 30, "batch_size": 3, "noise": 0.01}
     plain = project(generator, mixed[:7], **values)
+    counted = CompileCounterWithBackend("inductor")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counted, fullgraph=True))
     projector = Recorder(fast.accelerate(generator, torch.float32), settings(**values, compile=True), CPU)
     found = projector.project(mixed[:7], names(7))
+    assert counted.frame_count == 1
     # one shape, to the end: a batch that runs out is padded
     assert {len(loss) for loss in projector.losses} == {3}
     assert torch.equal(found.steps_B, plain.steps_B)
@@ -481,6 +539,31 @@ def test_lpips_guides_the_search(make_generator: Callable[..., StyleGAN2]) -> No
     x = generator.synthesis(generator.mapping(torch.randn(2, 8, generator=torch.Generator().manual_seed(3))))
     values: dict[str, object] = {"lpips": 1, "l1": 0, "l2": 0, **SQUEEZE}
     assert (project(generator, x, steps=20, **values).lpips_B < 0.7 * project(generator, x, steps=1, **values).lpips_B).all()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_step_with_lpips_is_one_graph(make_generator: Callable[..., StyleGAN2], precision: str) -> None:
+    """What torch.compile is given: no break, and the same numbers."""
+    generator, x = fast.accelerate(make_generator(32), torch.float32), torch.rand(2, 1, 32, 32)
+    projector = Projector(generator, settings(**SQUEEZE, lpips=1, lpips_precision=precision), CPU)
+    assert projector.guide is not None
+    given = generator.w_mean.repeat(2, generator.num_ws, 1), x, projector.guide.features(x + 0.1), torch.zeros(2)
+    plain = projector.loss_and_gradient(*given)
+    projector.loss = torch.compile(projector._loss, backend="aot_eager", fullgraph=True, dynamic=False)
+    for found, expected in zip(projector.loss_and_gradient(*given), plain, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3 if precision == "float32" else 0.05)
+
+
+def test_the_targets_features_are_computed_once(
+    make_generator: Callable[..., StyleGAN2], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    of = Perceptual.features
+    monkeypatch.setattr(Perceptual, "features", lambda self, x: (seen.append(len(x)), of(self, x))[1])
+    projector = Projector(make_generator(32), settings(**SQUEEZE, lpips=1, steps=5, batch_size=2), CPU)
+    projector.project(torch.rand(4, 1, 32, 32), names(4))
+    # for the shape, then two by two, and once more for the errors that are reported
+    assert seen == [1, 2, 2, 2, 2]
 
 
 def test_lpips_needs_larger_images(generator: StyleGAN2) -> None:

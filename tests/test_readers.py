@@ -18,14 +18,14 @@ from conftest import png, write_set
 from PIL import Image
 from pyarrow import dataset
 
-from dmat_ray.data import manifold_set
+from dmat_ray.data import set_format, set_reader
 
 NAMES = ['a "quoted" name', "it's", "<b>bold & wide</b>", "ünïcødé – 猫", "a/b\\c"]
 
 
 def write_by_schema(folder: Path) -> Path:
     """Colour shards written with our schema and our netpbm: rejected images in the metadata, and a shard without rows."""
-    schema, rng = manifold_set.schema(3, 8, 2, 7, NAMES), np.random.default_rng(0)
+    schema, rng = set_format.schema(3, 8, 2, 7, NAMES), np.random.default_rng(0)
     (folder / "shards").mkdir(parents=True)
     for k, count in enumerate((4, 0, 3)):
         natural, rendered = (rng.integers(0, 256, (count, 3, 8, 8), dtype=np.uint8) for _ in range(2))
@@ -34,8 +34,8 @@ def write_by_schema(folder: Path) -> Path:
             "split": ["train"] * count,
             "label": [(k + i) % len(NAMES) for i in range(count)],
             "image": [{"bytes": png(x.transpose(1, 2, 0)), "path": f"{k}/{i}.png"} for i, x in enumerate(natural)],
-            "on_manifold": manifold_set.to_netpbm(rendered),
-            "w": manifold_set.fixed_list(rng.standard_normal((count, 2, 7)).astype(np.float32), pa.float32()),
+            "on_manifold": set_format.to_netpbm(rendered),
+            "w": set_format.fixed_list(rng.standard_normal((count, 2, 7)).astype(np.float32), pa.float32()),
             **{name: rng.random(count).astype(np.float32) for name in ("lpips", "l1", "l2")},
             "steps": [100] * count,
             "status": ["ok"] * count,
@@ -74,12 +74,12 @@ def test_documented_format_is_that_of_the_schema(
     """conftest writes the format down independently: both must say the same, metadata included."""
     path = write_set(tmp_path / "set", generator_folder, class_names=NAMES) / "shards" / "part-000000.parquet"
     generator = make_generator()
-    ours = manifold_set.schema(1, 8, generator.num_ws, generator.w_dim, NAMES)
+    ours = set_format.schema(1, 8, generator.num_ws, generator.w_dim, NAMES)
     theirs = pq.read_schema(path)
     assert theirs.equals(ours)
     for key in (b"dmat_ray", b"huggingface"):
         assert json.loads(theirs.metadata[key]) == json.loads(ours.metadata[key])
-    assert manifold_set.schema_of(manifold_set.read_manifest(tmp_path / "set")).equals(ours, check_metadata=True)
+    assert set_reader.schema_of(set_reader.read_manifest(tmp_path / "set")).equals(ours, check_metadata=True)
 
 
 def test_pyarrow_reads_the_folder_as_one_table(shards: Path) -> None:

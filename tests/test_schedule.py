@@ -18,19 +18,15 @@ WORD = 1 << 64
 
 @given(steps=st.integers(1, 1000), part=st.floats(0, 1), lr=st.floats(1e-3, 1))
 def test_learning_rate_is_the_published_one(steps: int, part: float, lr: float) -> None:
-    """Up linearly over 5 % of the steps, down by a cosine over 25 %; here the ramp ends its first step, not begins it."""
+    """Up linearly over 5 % of the steps, down by a cosine over 25 %."""
     config = ProjectionConfig(steps=steps, lr=lr)
-
-    def published(t: float, ramp_at: float) -> float:
-        down = 0.5 - 0.5 * math.cos(math.pi * min(1.0, (1.0 - t) / 0.25))
-        return lr * down * min(1.0, ramp_at / 0.05)
-
     step = min(steps - 1, int(part * steps))
     t = step / steps
-    assert learning_rate(config, step) == pytest.approx(published(t, t + 1 / steps), abs=1e-12)
+    published = lr * (0.5 - 0.5 * math.cos(math.pi * min(1.0, (1.0 - t) / 0.25))) * min(1.0, t / 0.05)
+    assert learning_rate(config, step) == pytest.approx(published, abs=1e-12)
     if 0.05 <= t <= 0.75:
         assert learning_rate(config, step) == pytest.approx(lr)
-    assert learning_rate(config, step) > 0
+    assert (learning_rate(config, step) == 0) == (step == 0)
 
 
 @given(steps=st.integers(1, 1000), part=st.floats(0, 1))
@@ -60,28 +56,29 @@ def test_tables_hold_what_the_formulas_say(steps: int, rampdown: float, ramp: fl
     assert [learning_rate(flat, k) for k in range(schedule.rampdown)] == pytest.approx([flat.lr] * schedule.rampdown)
 
 
-def test_adam_is_torchs_for_images_at_steps_and_rates_of_their_own() -> None:
+@pytest.mark.parametrize("beta2", [0.999, 0.9])
+def test_adam_is_torchs_for_images_at_steps_and_rates_of_their_own(beta2: float) -> None:
     """Three images enter at different times; each moves as if torch.optim.Adam had it alone."""
     steps, entries = 60, (0, 7, 31)
-    config = ProjectionConfig(steps=steps)
+    config = ProjectionConfig(steps=steps, beta2=beta2)
     schedule, rng = Schedule(config, CPU), torch.Generator().manual_seed(0)
     start = torch.randn(3, 4, 5, generator=rng)
     w, m, v = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
     alone = [row.clone().requires_grad_() for row in start]
-    optimizers = [torch.optim.Adam([row], lr=1.0) for row in alone]
+    optimizers = [torch.optim.Adam([row], lr=1.0, betas=(0.9, beta2)) for row in alone]
     updates = torch.zeros(3, dtype=torch.int64)
     for now in range(steps):
         active = torch.tensor([i for i, entry in enumerate(entries) if now >= entry])
         grad = torch.randn(len(active), 4, 5, generator=rng) * 10.0 ** torch.randint(-6, 3, (len(active), 4, 1), generator=rng)
         place, moments = updates[active], (m[active], v[active])
-        w[active] -= adam(*moments, grad, schedule.rate[place], schedule.first[place], schedule.second[place])
+        w[active] -= adam(*moments, grad, schedule.rate[place], schedule.first[place], schedule.second[place], beta2)
         m[active], v[active] = moments
         for row, i in enumerate(active.tolist()):
             optimizers[i].param_groups[0]["lr"] = learning_rate(config, int(updates[i]))
             alone[i].grad = grad[row]
             optimizers[i].step()
         updates[active] += 1
-    assert (torch.stack(alone) - start).abs().min() > 1e-3
+    assert (torch.stack(alone) - start).abs().mean() > 0.1
     torch.testing.assert_close(w, torch.stack(alone).detach(), atol=2e-6, rtol=2e-6)
 
 

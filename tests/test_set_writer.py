@@ -1,15 +1,20 @@
 """How a set comes to be: what counts as finished, what is still to be done, and that no image is there twice or missing."""
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dmat_ray.data import manifold_set, set_writer
+from dmat_ray.data import set_format, set_reader, set_writer
 from dmat_ray.data.set_writer import Shard, begin, finish, is_finished, plan, read_records, unfinished, write_shard
 from dmat_ray.data.sources import Listing
 from dmat_ray.errors import UserError
@@ -37,15 +42,19 @@ def write(folder: Location, shard: Shard, rejected: Sequence[str] = ()) -> None:
         "split": [r["split"] for r in rows],
         "label": [r["label"] for r in rows],
         "image": [{"bytes": b"x", "path": r["id"]} for r in rows],
-        "on_manifold": manifold_set.to_netpbm(rng.integers(0, 256, (len(rows), 1, 4, 4), dtype=np.uint8)),
-        "w": manifold_set.fixed_list(rng.standard_normal((len(rows), 2, 3)).astype(np.float32), pa.float32()),
+        "on_manifold": set_format.to_netpbm(rng.integers(0, 256, (len(rows), 1, 4, 4), dtype=np.uint8)),
+        "w": set_format.fixed_list(rng.standard_normal((len(rows), 2, 3)).astype(np.float32), pa.float32()),
         **{name: np.full(len(rows), 0.25, np.float32) for name in ("lpips", "l1", "l2")},
         "steps": [5] * len(rows),
         "status": ["poor" if r["id"] == "003" else "ok" for r in rows],
     }
     write_shard(
-        folder, shard.name, pa.table(columns, schema=manifold_set.schema(1, 4, 2, 3, ["a", "b"])), dict.fromkeys(rejected, "why")
+        folder, shard.name, pa.table(columns, schema=set_format.schema(1, 4, 2, 3, ["a", "b"])), dict.fromkeys(rejected, "why")
     )
+
+
+def finished(folder: Location, shards: Sequence[Shard], **described: object) -> dict[str, Any]:
+    return finish(folder, SETTINGS, shards, read_records(folder), described)
 
 
 def todo(folder: Location, shards: Sequence[Shard]) -> dict[str, list[str]]:
@@ -108,7 +117,7 @@ def test_only_what_could_not_be_read_is_tried_again(folder: Location, shards: li
     assert todo(folder, shards) == first, "a supplement without an image is no file"
     write(folder, again["part-000000-1.parquet"], rejected=["002"])
     assert todo(folder, shards)["part-000000-2.parquet"] == ["002"]
-    manifest = finish(folder, SETTINGS, shards, {})
+    manifest = finished(folder, shards)
     assert manifest["rejected"] == {"002": "why", "008": "why", "009": "why"}
     assert manifest["count"] == 7
     assert manifest["shards"] == {
@@ -118,11 +127,64 @@ def test_only_what_could_not_be_read_is_tried_again(folder: Location, shards: li
     assert sorted(found["id"].to_pylist()) == ["000", "001", "003", "004", "005", "006", "007"]
 
 
+@given(st.data())
+def test_whatever_is_lost_the_rest_makes_the_set_whole(data: st.DataObject) -> None:
+    """Runs that are cut short, images that come and go, files that vanish or rot: what is left to do is just what is missing."""
+    shards, ids = plan(listing(), 4), [f"{i:03d}" for i in range(10)]
+    with tempfile.TemporaryDirectory() as name:
+        folder, files = at(name), Path(name) / "shards"
+        for _ in range(data.draw(st.integers(1, 5))):
+            unreadable = data.draw(st.sets(st.sampled_from(ids)))
+            work = data.draw(st.permutations(unfinished(shards, read_records(folder))))
+            for shard in work[: data.draw(st.integers(0, len(work)))]:
+                write(folder, shard, [id for id in shard.rows["id"].to_pylist() if id in unreadable])
+            for path in sorted(files.glob("*.parquet")):
+                if data.draw(st.integers(0, 3)) == 0:
+                    data.draw(st.sampled_from([_cut, _empty, _foreign, Path.unlink]))(path)
+        held = [id for path in files.glob("*.parquet") for id in _readable(path)]
+        assert len(set(held)) == len(held)
+        work = unfinished(shards, read_records(folder))
+        assert sorted(held + [id for s in work for id in s.rows["id"].to_pylist()]) == ids, "all that is missing, and no more"
+        lost = set(data.draw(st.sets(st.sampled_from(ids)))) - set(held)
+        for shard in work:
+            write(folder, shard, [id for id in shard.rows["id"].to_pylist() if id in lost])
+        manifest = finished(folder, shards)
+        assert manifest["rejected"].keys() == lost
+        assert {path.name for path in files.iterdir()} == manifest["shards"].keys()
+        found = pq.read_table(files)["id"].to_pylist()
+        assert sorted(found) == sorted(set(ids) - lost)
+        assert is_finished(folder, SETTINGS)
+
+
+def _readable(path: Path) -> list[str]:
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError):
+        return []
+    return table["id"].to_pylist() if "w" in table.column_names else []
+
+
+def test_a_store_that_does_not_answer_is_no_reason_to_project_again(tmp_path: Path, shards: list[Shard]) -> None:
+    with s3.serving(tmp_path) as server:
+        server.put("bucket", {})
+        folder = at("s3://bucket/set")
+        for shard in shards:
+            write(folder, shard)
+        finished(folder, shards)
+        with s3.environment(AWS_ENDPOINT_URL="http://127.0.0.1:9"):
+            for ask in (lambda: read_records(folder), lambda: is_finished(folder, SETTINGS)):
+                with pytest.raises(UserError, match=r"127\.0\.0\.1:9 cannot be reached"):
+                    ask()
+            with pytest.raises(UserError, match=r"127\.0\.0\.1:9 cannot be reached"):
+                set_writer.read_record(folder, shards[0].name)
+        assert is_finished(folder, SETTINGS)
+
+
 def test_the_manifest_says_what_the_rows_say(folder: Location, shards: list[Shard]) -> None:
     for shard in shards:
         write(folder, shard)
-    manifest = finish(folder, SETTINGS, shards, {"versions": {"x": "1"}})
-    assert manifest == manifold_set.read_manifest(folder)
+    manifest = finished(folder, shards, versions={"x": "1"})
+    assert manifest == set_reader.read_manifest(folder)
     assert manifest["splits"] == {"test": 2, "train": 8}
     assert manifest["status"] == {"ok": 9, "poor": 1}
     assert manifest["usable"] == {"test": 2, "train": 7}
@@ -134,13 +196,13 @@ def test_an_image_that_is_missing_or_there_twice_is_no_finished_set(folder: Loca
     write(folder, shards[0])
     write(folder, shards[1])
     with pytest.raises(RuntimeError, match=r"part-000002\.parquet' is missing"):
-        finish(folder, SETTINGS, shards, {})
+        finished(folder, shards)
     write(folder, Shard(shards[2].name, shards[2].rows.slice(0, 1)))
     with pytest.raises(RuntimeError, match="hold 9 images, 1 of 10 are missing"):
-        finish(folder, SETTINGS, shards, {})
+        finished(folder, shards)
     write(folder, Shard(shards[2].name, pa.concat_tables([shards[2].rows, shards[0].rows.slice(0, 1)])))
     with pytest.raises(RuntimeError, match="hold 11 images, 0 of 10 are missing"):
-        finish(folder, SETTINGS, shards, {})
+        finished(folder, shards)
     assert not (folder / "manifest.json").is_file()
 
 
@@ -148,7 +210,7 @@ def test_a_set_is_finished_under_its_own_settings_only(folder: Location, shards:
     for shard in shards:
         write(folder, shard)
     assert not is_finished(folder, SETTINGS)
-    finish(folder, SETTINGS, shards, {})
+    finished(folder, shards)
     assert is_finished(folder, SETTINGS)
     assert not is_finished(folder, {**SETTINGS, "class_names": ["a", "c"]})
     _cut(Path(folder.key) / "shards" / "part-000001.parquet")
@@ -167,6 +229,9 @@ def test_other_settings_are_named(folder: Location) -> None:
     with pytest.raises(UserError, match=r"class_names = \['a', 'b'\], now it is None"):
         begin(folder, {"projection": SETTINGS["projection"]})
     assert json.loads((Path(folder.key) / "settings.json").read_text()) == SETTINGS
+    (folder / "settings.json").write_json([1])
+    with pytest.raises(UserError, match=r"settings\.json' is damaged: it holds a list"):
+        begin(folder, SETTINGS)
 
 
 def test_other_files_are_left_alone(folder: Location, shards: list[Shard]) -> None:

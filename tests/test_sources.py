@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import pickle
+import resource
 import shutil
 import tempfile
 from collections import Counter
@@ -260,6 +261,25 @@ def test_reasons_stand_in_the_places_of_what_cannot_be_read(folder: Path) -> Non
     assert not isinstance(read_pixels(table.slice(0, 1), limited)[0], str)
     (folder / "a/0.png").write_bytes(png(0, 9))
     assert read_pixels(table.slice(0, 1), limited) == ["is 9x9 pixels, more than data.max_pixels = 64"]
+
+
+def test_a_file_larger_than_any_image_is_not_read(folder: Path) -> None:
+    (folder / "a" / "0.png").write_bytes(bytes(8 * 64 + 1))
+    config = DataConfig(source=str(folder), resolution=8, max_pixels=64)
+    found = read(list_examples(config).table, config)
+    assert found[0] == "has 513 bytes, more than any image of data.max_pixels"
+    assert all(isinstance(content, bytes) for content in found[1:])
+
+
+def test_what_ails_the_machine_is_not_taken_for_broken_images(folder: Path) -> None:
+    config = DataConfig(source=str(folder), resolution=8)
+    table, (soft, hard) = list_examples(config).table, resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(UserError, match=r"a/0\.png' cannot be read: Too many open files"):
+            read(table, config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_reasons_of_a_store(server: s3.Server) -> None:

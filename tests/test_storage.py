@@ -120,7 +120,7 @@ def test_folders(place: Location) -> None:
     assert place.is_dir()
     assert (place / "sub").is_dir()
     assert not (place / "su").is_dir()
-    assert [file.name for file in place.files()] == [".hidden", "a", "b"]
+    assert [file.name for file in place.files()] == ["a", "b"]
     files, folders = place.tree()
     assert sorted(files) == ["a", "b", "sub/deeper/c", "sub/f"]
     assert sorted(folders) == ["sub", "sub/deeper"]
@@ -225,6 +225,11 @@ def test_a_killed_writer_leaves_nothing_that_counts(place: Location) -> None:
         assert len(content) == size
         assert content.count(content[:1]) == size
         assert place.tree()[0] == [f"folder/{file.name}"], "what is left of the last write is hidden"
+        assert (place / "folder").files() == [file]
+        (place / "folder").sweep()
+        if place.local is not None:
+            assert list((place.local / "folder").iterdir()) == [file.local]
+        assert file.read_bytes() == content
         file.unlink()
 
 

@@ -1,17 +1,13 @@
 """RunContext inside a Ray Train worker."""
 
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ray.train
 import ray.train.torch
-import torch
 from torch import Tensor, nn
 
 from dmat_ray.cluster.events import send
-from dmat_ray.errors import UserError
 from dmat_ray.local import average_over_workers_, wrap_ddp
 
 
@@ -46,21 +42,3 @@ class RayContext:
         """See RunContext."""
         checkpoint = ray.train.get_checkpoint()
         return None if checkpoint is None else Path(checkpoint.to_directory())
-
-
-def device_of_actor() -> torch.device:
-    """The GPU that Ray gave this actor, or the CPU if none was asked for.
-
-    Raises UserError if torch cannot use the GPU: a cluster that is paid for its GPUs must not compute on CPUs unnoticed.
-    `DMAT_RAY_LOGICAL_GPUS=1` allows it, for clusters whose GPUs are only said to be there.
-    """
-    if not ray.get_gpu_ids():
-        return torch.device("cpu")
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if os.environ.get("DMAT_RAY_LOGICAL_GPUS") == "1":
-        return torch.device("cpu")
-    raise UserError(
-        f"Ray gave this actor on {platform.node()} a GPU, but torch {torch.__version__} finds none there (driver, or a torch "
-        "without CUDA?); set cluster.gpus_per_worker 0 to compute on CPUs"
-    )

@@ -16,23 +16,27 @@ from dmat_ray.cluster.context import RayContext
 from dmat_ray.cluster.events import listen, no_retry_of_user_errors
 from dmat_ray.cluster.session import connected, worker_resources
 from dmat_ray.config import Config
-from dmat_ray.data.manifold_set import text_digest
 from dmat_ray.errors import UserError
+from dmat_ray.files import text_digest
 from dmat_ray.manifold import encoder_trainer, generators
 from dmat_ray.manifold.encoder import CARD, FOLDER, load_encoder, read_card, save_encoder
 
 RUN_NAME = "encoder"
 
 
-def worker(settings: dict[str, Any]) -> None:
-    """What every Ray Train worker runs; the last checkpoint holds the result."""
+def worker(settings: dict[str, Any]) -> dict[str, float] | None:
+    """What every Ray Train worker runs; the last checkpoint holds the result. Rank 0 returns its errors on fresh samples."""
     config = Config.model_validate(settings["config"])
     torch.set_num_threads(config.cluster.threads_per_worker)
     with no_retry_of_user_errors(settings["mailbox"]) as go:
         if go:
             context = RayContext(RUN_NAME, settings["mailbox"])
             generator = generators.load_configured(config.generator, context.device)
-            encoder_trainer.train_encoder(config.encoder, generator, generators.fingerprint(config.generator.path), context)
+            sha = generators.fingerprint(config.generator.path)
+            encoder = encoder_trainer.train_encoder(config.encoder, generator, sha, context)
+            if context.rank == 0:
+                return encoder_trainer.fresh_errors(encoder, generator, config.encoder)
+    return None
 
 
 def describe(metrics: dict[str, float], kimg: float) -> str:
@@ -101,7 +105,7 @@ def train(config: Config, folder: Path, command: str, say: Callable[[str], None]
         generator = generators.load_configured(config.generator)
         with result.checkpoint.as_directory() as found:
             encoder = encoder_trainer.result_of(Path(found), config.encoder, generator, sha)
-        errors = encoder_trainer.fresh_errors(encoder, generator, config.encoder)
+        errors = result.return_value
         card = {
             "command": command,
             "generator": config.generator.model_dump(mode="json"),

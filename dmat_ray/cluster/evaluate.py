@@ -13,9 +13,10 @@ import ray.data
 import torch
 
 from dmat_ray import checkpoint, evaluation
-from dmat_ray.cluster.context import device_of_actor
+from dmat_ray.cluster.session import device_of_actor
 from dmat_ray.config import Config
-from dmat_ray.data import manifold_set
+from dmat_ray.data import manifold_set, set_reader
+from dmat_ray.files import read_json, sha256, write_json
 from dmat_ray.manifold import generators
 from dmat_ray.storage import Location
 
@@ -51,15 +52,15 @@ def fingerprint(config: Config, set_path: Location, models: dict[str, Path]) -> 
     return {
         "evaluation": config.evaluation.model_dump(mode="json"),
         "generator_precision": config.generator.precision,
-        "set": manifold_set.digest(manifold_set.read_manifest(set_path)),
-        "models": {name: manifold_set.sha256(path / checkpoint.MODEL) for name, path in models.items()},
+        "set": set_reader.digest(set_reader.read_manifest(set_path)),
+        "models": {name: sha256(path / checkpoint.MODEL) for name, path in models.items()},
     }
 
 
 def is_evaluated(config: Config, set_path: Location, models: dict[str, Path], folder: Path) -> bool:
     """True if `folder` holds the rows of exactly this."""
     path = folder / DONE
-    return path.is_file() and manifold_set.read_json(path) == fingerprint(config, set_path, models)
+    return path.is_file() and read_json(path) == fingerprint(config, set_path, models)
 
 
 def read_rows(folder: Path) -> pa.Table:
@@ -71,7 +72,7 @@ def check(config: Config, set_path: Location, models: dict[str, Path]) -> None:
     """Raise UserError for a set, generator or model that is missing or does not fit the others. Needs no Ray."""
     data = manifold_set.open_set(set_path, "test")
     sha = generators.fingerprint(config.generator.path)
-    manifold_set.require_generator(data.manifest, sha, f"the set '{set_path}'")
+    set_reader.require_generator(data.manifest, sha, f"the set '{set_path}'")
     for name, path in models.items():
         _, run = checkpoint.load_classifier(path)
         evaluation.require_fit(run, data, name)
@@ -79,7 +80,7 @@ def check(config: Config, set_path: Location, models: dict[str, Path]) -> None:
 
 def evaluate(config: Config, set_path: Location, models: dict[str, Path], folder: Path, say: Callable[[str], None]) -> pa.Table:
     """Rows of every model, test set and attack, after `check`; also written to `folder`. Ray must be connected."""
-    size = manifold_set.read_manifest(set_path)["usable"]["test"]
+    size = set_reader.read_manifest(set_path)["usable"]["test"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DONE).unlink(missing_ok=True)
     work = evaluation.chunks(list(models), config.evaluation, size)
@@ -108,5 +109,5 @@ def evaluate(config: Config, set_path: Location, models: dict[str, Path], folder
     partial = folder / f".{ROWS}.partial"
     pq.write_table(rows, partial, compression="zstd")
     partial.replace(folder / ROWS)
-    manifold_set.write_json(folder / DONE, fingerprint(config, set_path, models))
+    write_json(folder / DONE, fingerprint(config, set_path, models))
     return rows

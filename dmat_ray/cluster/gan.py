@@ -23,9 +23,9 @@ from dmat_ray.cluster.context import RayContext
 from dmat_ray.cluster.events import listen, no_retry_of_user_errors, send
 from dmat_ray.cluster.session import worker_resources
 from dmat_ray.config import Config, DataConfig
-from dmat_ray.data.manifold_set import read_json, text_digest, write_json
 from dmat_ray.data.sources import list_examples, read_pixels, versions_of_images
 from dmat_ray.errors import UserError
+from dmat_ray.files import read_json, text_digest, write_json
 from dmat_ray.manifold import quality
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.gan_trainer import DEAD_END, check_images, check_workers, result_of, train_generator

@@ -17,31 +17,40 @@ import ray.train.collective
 import torch
 
 from dmat_ray.config import TrainingConfig
-from dmat_ray.data import manifold_set
-from dmat_ray.data.decoding import decode, to_unit
+from dmat_ray.data import manifold_set, set_format, set_reader
 from dmat_ray.data.epochs import held_out_positions
 from dmat_ray.data.manifold_set import ManifoldSet
+from dmat_ray.data.pixels import to_unit
 from dmat_ray.rng import derive
-from dmat_ray.storage import at
+from dmat_ray.storage import Location, at
 from dmat_ray.types import Batch
+
+BLOCKS = 256  # that are shuffled: the exchange makes as many objects as the square of them
 
 
 def read_examples(
-    row: pa.Table, *, place: str, images: str, shapes: dict[str, list[int]], without: list[str], twice: list[str]
+    row: pa.Table, *, place: str, images: str, manifest: dict[str, Any], without: list[str], twice: list[str]
 ) -> pa.Table:
-    """A task: the usable training examples of one shard, but for those `without`; those in `twice` come a second time."""
-    table = manifold_set.read_shard(at(place), row["shard"][0].as_py())
+    """A task: the usable training examples of some shards, but for those `without`; those in `twice` come a second time."""
+    parts = [_read_shard(at(place), name, images, manifest, without, twice) for name in row["shards"][0].as_py()]
+    return pa.concat_tables(parts)
+
+
+def _read_shard(
+    folder: Location, name: str, images: str, manifest: dict[str, Any], without: list[str], twice: list[str]
+) -> pa.Table:
+    wanted = ["on_manifold", "w"] if images == "on_manifold" else ["image"]
+    table = set_reader.read_shard(folder, name, ["id", "split", "status", "label", *wanted])
     keep = pc.and_(pc.equal(table["split"], "train"), pc.equal(table["status"], "ok"))
     table = table.filter(pc.and_(keep, pc.invert(pc.is_in(table["id"], value_set=pa.array(without, pa.string())))))
     again = table.filter(pc.is_in(table["id"], value_set=pa.array(twice, pa.string())))
     table = pa.concat_tables([table, again])
-    shape = shapes["on_manifold"]
+    shape = manifest["shapes"]["on_manifold"]
     if images == "on_manifold":
-        pixels = manifold_set.from_netpbm(table["on_manifold"], shape)
+        pixels = set_format.from_netpbm(table["on_manifold"], shape)
     else:
-        decoded = [decode(i["bytes"], shape[1], shape[0]) for i in table["image"].to_pylist()]
-        pixels = np.stack(decoded) if decoded else np.empty((0, *shape), np.uint8)
-    columns = {"id": table["id"], "label": table["label"], "pixels": manifold_set.fixed_list(pixels, pa.uint8())}
+        pixels = set_reader.decoded(table, manifest, f"shard {name} of '{folder}'")
+    columns = {"id": table["id"], "label": table["label"], "pixels": set_format.fixed_list(pixels, pa.uint8())}
     return pa.table(columns | ({"w": table["w"]} if images == "on_manifold" else {}))
 
 
@@ -50,10 +59,8 @@ class Streamed:
 
     def __init__(self, place: str, config: TrainingConfig) -> None:
         self._place, self._config = place, config
-        self._manifest = manifold_set.read_manifest(place)
-        folder = at(place)
-        columns = ["id", "split", "status"]
-        table = pa.concat_tables(manifold_set.read_shard(folder, name, columns) for name in self._manifest["shards"])
+        self._manifest = set_reader.read_manifest(place)
+        table = set_reader.read_columns(at(place), self._manifest["shards"], ["id", "split", "status"])
         usable = pc.and_(pc.equal(table["split"], "train"), pc.equal(table["status"], "ok"))
         ids = np.sort(np.array(table.filter(usable)["id"].to_pylist(), dtype=object))
         train, held_out = held_out_positions(len(ids), config)
@@ -93,7 +100,8 @@ class Streamed:
         context.execution_options.preserve_order = True  # what reaches the shuffle first must not depend on who was fastest
         context.enable_progress_bars = False
         names = sorted(self._manifest["shards"])
-        shards = ray.data.from_items([{"shard": name} for name in names], override_num_blocks=len(names))
+        groups = [part.tolist() for part in np.array_split(names, min(len(names), BLOCKS))]
+        shards = ray.data.from_items([{"shards": group} for group in groups], override_num_blocks=len(groups))
         examples = shards.map_batches(
             read_examples,
             batch_size=1,
@@ -101,7 +109,7 @@ class Streamed:
             fn_kwargs={
                 "place": self._place,
                 "images": self._config.images,
-                "shapes": self._manifest["shapes"],
+                "manifest": {key: self._manifest[key] for key in ("shapes", "data")},
                 "without": self._held_out_ids,
                 "twice": twice,
             },
@@ -126,9 +134,9 @@ class Streamed:
             raise RuntimeError(f"an epoch of {sum(sizes)} examples a worker ended with {have} left for a batch of {size}")
 
     def _batch(self, table: pa.Table) -> Batch:
-        pixels = manifold_set.from_lists(table["pixels"], self._manifest["shapes"]["on_manifold"])
+        pixels = set_format.from_lists(table["pixels"], self._manifest["shapes"]["on_manifold"])
         w = None
         if "w" in table.column_names:
-            w = torch.from_numpy(manifold_set.from_lists(table["w"], self._manifest["shapes"]["w"]).copy())
+            w = torch.from_numpy(set_format.from_lists(table["w"], self._manifest["shapes"]["w"]).copy())
         label = torch.from_numpy(table["label"].to_numpy().copy())
         return Batch(table["id"].to_pylist(), to_unit(pixels), label, w)

@@ -31,7 +31,8 @@ class Speaker:
 def project(config: Config, say: Callable[[str], None], parent: str | None = None) -> dict[str, Any]:
     """Projection, tracked. Returns the manifest."""
     from dmat_ray.cluster import project as stage
-    from dmat_ray.data.manifold_set import MANIFEST, read_manifest
+    from dmat_ray.data.set_format import MANIFEST
+    from dmat_ray.data.set_reader import read_manifest
     from dmat_ray.data.set_writer import begin, is_finished
     from dmat_ray.lease import exclusive
 

@@ -2,16 +2,22 @@
 
 import logging
 import os
+import platform
 import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dmat_ray.config import ClusterConfig, Config
 from dmat_ray.errors import UserError
 from dmat_ray.storage import Location, at
+
+if TYPE_CHECKING:
+    import torch
 
 # Read by Ray when it is imported or when a process starts; a user's own value wins.
 ENVIRONMENT = {
@@ -40,14 +46,20 @@ LOCAL_ENVIRONMENT = {
 def prepare_environment(config: Config | None = None) -> None:
     """Set what is not set. Call it before ray is imported.
 
-    Raises UserError for an output folder that would be lost: a submitted job runs in a copy of its working directory.
+    Raises UserError for an output that is no folder, or would be lost: a submitted job runs in a copy of its working directory.
     """
-    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    if config is not None and submitted and not Path(config.output).is_absolute():
+    if config is not None and "://" in config.output:
         raise UserError(
-            f"output '{config.output}' is relative, but a submitted job runs in a temporary copy of its working directory; "
-            "give --output an absolute path that all nodes share"
+            f"output '{config.output}' is a URL; only images (data.source) and the on-manifold set (manifold_set) may lie in "
+            "object stores, output must be a folder"
         )
+    if config is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        for name, place in (("output", config.output), ("manifold_set", config.manifold_set)):
+            if place is not None and "://" not in place and not Path(place).is_absolute():
+                raise UserError(
+                    f"{name} '{place}' is relative, but a submitted job runs in a temporary copy of its working directory; "
+                    f"give --{name} an absolute path that all nodes share"
+                )
     own = config is None or cluster_address(config.cluster) is None
     local = LOCAL_ENVIRONMENT if own and not os.environ.get("RAY_ADDRESS") else {}
     for key, value in {**ENVIRONMENT, **local}.items():
@@ -76,6 +88,38 @@ def worker_resources(config: ClusterConfig) -> dict[str, float]:
     return {"CPU": config.threads_per_worker, **gpus}
 
 
+def await_machine(config: ClusterConfig, say: Callable[[str], None]) -> None:
+    """Wait until a node has what one worker needs, which an autoscaler may first have to start. Ray must be connected.
+
+    Raises UserError if none comes within `wait_minutes`.
+    """
+    import ray
+    from ray.autoscaler.sdk import request_resources
+
+    need = worker_resources(config)
+
+    def there() -> bool:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return any(all(node.get(name, 0) >= amount for name, amount in need.items()) for node in nodes)
+
+    if there():
+        return
+    wanted = " and ".join(f"{amount:g} {name}" for name, amount in need.items())
+    say(f"no node has {wanted}: asking the autoscaler, and waiting {config.wait_minutes:g} minutes for one")
+    request_resources(bundles=[need])
+    try:
+        end = time.monotonic() + 60 * config.wait_minutes
+        while not there():
+            if time.monotonic() > end:
+                raise UserError(
+                    f"no node with {wanted} came within {config.wait_minutes:g} minutes; start one, lower "
+                    "cluster.gpus_per_worker (0 = CPU) or cluster.threads_per_worker, or raise cluster.wait_minutes"
+                )
+            time.sleep(1.0)
+    finally:
+        request_resources(bundles=[])  # from now on the work itself says what it needs
+
+
 def _local_cpus(config: ClusterConfig) -> int:
     """Logical CPUs of a local Ray: the workers', and some for Ray Data, Train's controller and small helpers.
 
@@ -96,6 +140,27 @@ def _local_cpus(config: ClusterConfig) -> int:
                 "cluster.projection_actors and cluster.evaluation_actors, or set cluster.gpus_per_worker 0"
             )
     return config.num_cpus or max(6, need, os.cpu_count() or 1)
+
+
+def device_of_actor() -> "torch.device":
+    """The GPU that Ray gave this actor, or the CPU if none was asked for.
+
+    Raises UserError if torch cannot use the GPU: a cluster that is paid for its GPUs must not compute on CPUs unnoticed.
+    `DMAT_RAY_LOGICAL_GPUS=1` allows it, for clusters whose GPUs are only said to be there.
+    """
+    import ray
+    import torch
+
+    if not ray.get_gpu_ids():
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if os.environ.get("DMAT_RAY_LOGICAL_GPUS") == "1":
+        return torch.device("cpu")
+    raise UserError(
+        f"Ray gave this actor on {platform.node()} a GPU, but torch {torch.__version__} finds none there (driver, or a torch "
+        "without CUDA?); set cluster.gpus_per_worker 0 to compute on CPUs"
+    )
 
 
 def quiet_loggers() -> None:

@@ -18,9 +18,10 @@ from dmat_ray.cluster.events import listen, no_retry_of_user_errors
 from dmat_ray.cluster.ingest import Streamed
 from dmat_ray.cluster.session import set_folder
 from dmat_ray.config import Config
-from dmat_ray.data import manifold_set
+from dmat_ray.data import manifold_set, set_reader
 from dmat_ray.data.epochs import held_out_positions
 from dmat_ray.errors import UserError
+from dmat_ray.files import text_digest
 from dmat_ray.manifold import generators
 from dmat_ray.trainer import check_inputs, train
 
@@ -83,7 +84,7 @@ def is_trained(config: Config) -> bool:
 
 def _set_digest(config: Config) -> str:
     """What `ManifoldSet.sha256` of the output folder's set is."""
-    return manifold_set.digest(manifold_set.read_manifest(set_folder(config)))
+    return set_reader.digest(set_reader.read_manifest(set_folder(config)))
 
 
 def _describe(name: str, metrics: dict[str, float], epochs: int) -> str:
@@ -115,7 +116,7 @@ def untrained(configs: list[Config], say: Callable[[str], None]) -> list[Config]
         else:
             todo.append(config)
     if todo:
-        manifest = manifold_set.read_manifest(set_folder(todo[0]))
+        manifest = set_reader.read_manifest(set_folder(todo[0]))
         channels, resolution, _ = manifest["shapes"]["on_manifold"]
         usable = manifest["usable"].get("train", 0)
         if usable == 0:
@@ -139,7 +140,7 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: str | N
     first, epochs = todo[0], {c.name: c.training.epochs for c in todo}
     storage = Path(first.output).resolve() / "train"
     label = todo[0].name if len(todo) == 1 else f"{len(todo)}_models"
-    key = f"{label}-{manifold_set.text_digest(' '.join(_key(c) for c in todo))[:12]}"
+    key = f"{label}-{text_digest(' '.join(_key(c) for c in todo))[:12]}"
     with contextlib.ExitStack() as stack:
         runs = {c.name: stack.enter_context(tracking.tracked(c, c.name, "train", parent)) for c in todo}
 
@@ -182,7 +183,7 @@ def _key(config: Config) -> str:
     """Changes with whatever changes the trained weights."""
     relevant = {k: v for k, v in config.to_json().items() if k not in checkpoint.HARMLESS}
     text = json.dumps([relevant, config.name, config.cluster.train_workers, _set_digest(config)], sort_keys=True)
-    return manifold_set.text_digest(text)[:8]
+    return text_digest(text)[:8]
 
 
 def _final_checkpoint(folder: Path, config: Config) -> Path:

@@ -8,13 +8,19 @@ from dmat_ray.config.base import Section
 
 
 class ProjectionConfig(Section):
-    """Search for w with g(w) close to an image: Adam in W+ on LPIPS + L1 + L2. The defaults are the published ones."""
+    """Search for w with g(w) close to an image: Adam in W+ on LPIPS + L1 + L2.
+
+    The defaults are those of the code of arXiv 2009.02470, but for its perceptual distance, whose place LPIPS takes.
+    """
 
     steps: int = Field(1000, ge=1, description="optimisation steps an image, at most")
     lr: float = Field(0.1, gt=0, description="Adam's base learning rate, in W units a step")
+    beta2: float = Field(0.999, ge=0, lt=1, description="Adam's memory of squared gradients; short searches want it short")
     lr_rampup: float = Field(0.05, ge=0, le=1, description="share of the steps in which the rate grows linearly")
     lr_rampdown: float = Field(0.25, ge=0, le=1, description="share of the steps at the end with cosine decay")
-    noise: float = Field(0.05, ge=0, description="strength of the noise on w, in units of w_std")
+    noise: float = Field(
+        0.05, ge=0, description="strength of the noise on every coordinate of w, in units of the length of w_std"
+    )
     noise_ramp: float = Field(0.75, gt=0, le=1, description="share of the steps after which that noise is zero")
     axes: Literal["w", "principal"] = Field(
         "w",
@@ -22,11 +28,13 @@ class ProjectionConfig(Section):
         "generator's gradient, which takes fewer steps",
     )
     stop_window: int = Field(
-        0, ge=0, description="an image stops when this many steps have improved its best loss too little; 0 = never early"
+        0,
+        ge=0,
+        description="an image goes on to the ramp down when this many steps have improved its best loss too little; 0 = never",
     )
     stop_improvement: float = Field(0.01, gt=0, lt=1, description="what counts as too little, as a share of the loss")
     lpips: float = Field(1.0, ge=0, description="weight of LPIPS")
-    l1: float = Field(100.0, ge=0, description="weight of the mean absolute pixel error")
+    l1: float = Field(200.0, ge=0, description="weight of the mean absolute pixel error (100 as published, in [-1, 1] units)")
     l1_smooth: float = Field(
         0.0, ge=0, description="width below which L1 is rounded off for the gradient, in pixel values; falls to 0 over the steps"
     )
@@ -63,8 +71,8 @@ class ProjectionConfig(Section):
 class EncoderConfig(Section):
     """A small network from images to W+, trained on the generator's own samples, that projection may start from."""
 
-    channel_base: int = Field(512, ge=4, description="feature channels at a resolution r are channel_base / r ...")
-    channel_max: int = Field(128, ge=1, le=16384, description="... but at most this many, and as many before the last layer")
+    width: int = Field(16, ge=1, le=16384, description="feature channels at full resolution; they double where it is halved ...")
+    width_max: int = Field(128, ge=1, le=16384, description="... up to this many, and as many before the last layer")
     kimg: float = Field(100.0, gt=0, description="length of training in thousands of samples")
     batch_size: int = Field(64, ge=1, description="samples a step, over all workers")
     lr: float = Field(2e-3, gt=0, description="Adam's learning rate; it grows over the first tenth, and falls to 0 by a cosine")

@@ -77,6 +77,7 @@ class ClusterConfig(Section):
     evaluation_actors: int = Field(2, ge=1, description="evaluation actors")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of each worker and actor; 0 = CPU")
     threads_per_worker: int = Field(1, ge=1, description="CPU threads of each worker and actor")
+    wait_minutes: float = Field(30.0, ge=0, description="minutes to wait for a first machine that has what a worker needs")
     max_failures: int = Field(3, ge=0, description="worker failures a training survives")
 
     @model_validator(mode="after")

@@ -1,11 +1,10 @@
-"""Encoded images to pixels and back. All of it may run in many threads at once."""
+"""Encoded images to pixels and back. All of it may run in many threads at once, and needs no torch."""
 
 import io
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
@@ -16,7 +15,8 @@ from PIL import (
     TiffImagePlugin,
     WebPImagePlugin,
 )
-from torch import Tensor
+
+from dmat_ray.config import DataConfig
 
 # once for the whole process: `max_pixels` takes the place of Pillow's limit, which its readers of TIFF and WebP ask again
 Image.MAX_IMAGE_PIXELS = None
@@ -48,10 +48,11 @@ NO_LEVELS = {
     "LAB": "colours in L*a*b*",
 }
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a TIFF tag, and one of its values
+MAX_PIXELS = DataConfig().max_pixels
 WHITE_16 = 65535
 
 
-def decode(content: bytes, resolution: int, channels: int, max_pixels: int | None = None) -> np.ndarray:
+def decode(content: bytes, resolution: int, channels: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Encoded image (PNG, JPEG, WebP, GIF, TIFF, BMP, netpbm) -> uint8 (channels, resolution, resolution).
 
     The first picture of several is taken and turned as its EXIF orientation says; what is transparent lies on white; colour
@@ -75,18 +76,20 @@ def decode(content: bytes, resolution: int, channels: int, max_pixels: int | Non
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _picture(content: bytes, mode: str, max_pixels: int | None) -> Image.Image:
+def _picture(content: bytes, mode: str, max_pixels: int) -> Image.Image:
     """The upright, opaque picture in this mode."""
     kind, read = _reader(content)
     try:
         with read(io.BytesIO(content)) as image:
             width, height = image.size
-            if max_pixels is None or width * height <= max_pixels:
+            if width * height <= max_pixels:
                 image.load()
                 if kind == "TIFF" and image.mode in NO_LEVELS:
                     raise _UnsupportedError(NO_LEVELS[image.mode])
                 picture, turn = _opaque(image).convert(mode), UPRIGHT.get(_orientation(image))
                 return picture if turn is None else picture.transpose(turn)
+    except MemoryError:  # says nothing of the image
+        raise
     except _UnsupportedError as error:
         raise ValueError(f"cannot be read as an image: {kind} with {error}") from None
     except Exception as error:  # Pillow's readers raise whatever they stumble over in damaged bytes
@@ -152,13 +155,3 @@ def encode(pixels: np.ndarray) -> bytes:
     array = pixels[0] if pixels.shape[0] == 1 else pixels.transpose(1, 2, 0)
     Image.fromarray(array).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
-
-
-def to_unit(pixels: np.ndarray) -> Tensor:
-    """uint8 (..., H, W) -> float32 in [0, 1]."""
-    return unit(torch.from_numpy(np.ascontiguousarray(pixels)))
-
-
-def unit(x: Tensor) -> Tensor:
-    """uint8 images as float32 in [0, 1]; float images as they are."""
-    return x.float() / 255.0 if x.dtype == torch.uint8 else x

@@ -17,10 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dmat_ray import object_store
 from dmat_ray.config import DataConfig
 from dmat_ray.errors import UserError
-from dmat_ray.storage import Location
+from dmat_ray.storage import Location, require_not_of_storage
 
 SUFFIX = ".parquet"
 READERS = 16  # files read at a time: an object store answers slowly, and many at once
@@ -98,8 +97,7 @@ def _read_file(root: Location, name: str, config: DataConfig, labelled: bool) ->
     except (FileNotFoundError, PermissionError) as error:
         raise UserError(f"'{place}' cannot be read: {_one_line(error)}") from None
     except (pa.ArrowException, OSError) as error:
-        if object_store.is_its_error(error):
-            raise UserError(f"'{place}' cannot be read: {object_store.explain(str(error))}") from None
+        require_not_of_storage(error, place)
         raise UserError(f"'{place}' is damaged or no Parquet file: {_one_line(error)}") from None
 
 
@@ -133,7 +131,8 @@ def _image_columns(schema: pa.Schema, column: str, name: str) -> list[str]:
     _require_column(schema, column, "data.image_column", name)
     kind = schema.field(column).type
     if pa.types.is_struct(kind) and "bytes" in kind.names and _is_binary(kind.field("bytes").type):
-        return [f"{column}.{part}" for part in ("bytes", "path") if part in kind.names]
+        with_path = "path" in kind.names and _is_text(kind.field("path").type)
+        return [f"{column}.{part}" for part in (("bytes", "path") if with_path else ("bytes",))]
     if _is_binary(kind):
         return [column]
     raise _ColumnError(
@@ -193,11 +192,11 @@ def _classes(files: Sequence[_File], column: str) -> tuple[np.ndarray, tuple[str
     return places, tuple(known.class_names[number] for number in numbers)
 
 
-def read_rows(place: Location, rows: Sequence[int], column: str, below: Location) -> list[bytes | str]:
+def read_rows(place: Location, rows: Sequence[int], column: str, below: Location, max_bytes: int) -> list[bytes | str]:
     """The encoded images in these rows of a file, or the text of the reason why one cannot be read.
 
-    Only the column and the row groups that are needed are read. A `path` is followed only if it stays `below` this folder. Raises
-    UserError for an object store that does not answer.
+    Only the column and the row groups that are needed are read. A `path` is followed only if it stays `below` this folder, and to
+    a file of at most `max_bytes`. Raises UserError for a storage that does not answer.
     """
     wanted = np.unique(np.asarray(rows, np.int64))
     found: dict[int, bytes | str] = {}
@@ -208,15 +207,15 @@ def read_rows(place: Location, rows: Sequence[int], column: str, below: Location
             ends = np.cumsum([0] + [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)], dtype=np.int64)
             for k in range(file.num_row_groups):
                 inside = wanted[(wanted >= ends[k]) & (wanted < ends[k + 1])]
-                found.update(_read_group(file, k, int(ends[k]), inside, columns))
+                found.update(_read_group(file, k, int(ends[k]), inside, columns, place))
             found.update((int(row), f"cannot be read: the file has {ends[-1]} rows now") for row in wanted[wanted >= ends[-1]])
     except (pa.ArrowException, OSError, _ColumnError) as error:
-        found.update((int(row), _reason(error)) for row in wanted)
-    return [_content(found[row], place, below) for row in rows]
+        found.update((int(row), _reason(error, place)) for row in wanted)
+    return [_content(found[row], place, below, max_bytes) for row in rows]
 
 
 def _read_group(
-    file: pq.ParquetFile, group: int, start: int, wanted: np.ndarray, columns: list[str]
+    file: pq.ParquetFile, group: int, start: int, wanted: np.ndarray, columns: list[str], place: Location
 ) -> Iterator[tuple[int, Any]]:
     """(row, value of the image column) for these rows of a row group that begins at row `start`."""
     if not len(wanted):
@@ -224,15 +223,24 @@ def _read_group(
     try:
         for batch in file.iter_batches(BATCH, row_groups=[group], columns=columns, use_threads=False):
             here = wanted[(wanted >= start) & (wanted < start + batch.num_rows)]
-            yield from ((int(row), batch.column(0)[int(row) - start].as_py()) for row in here)  # views cannot be taken
+            yield from ((int(row), _value(batch.column(0)[int(row) - start])) for row in here)  # views cannot be taken
             start += batch.num_rows
             if start > wanted[-1]:
                 return
     except (pa.ArrowException, OSError) as error:
-        yield from ((int(row), _reason(error)) for row in wanted[wanted >= start])
+        yield from ((int(row), _reason(error, place)) for row in wanted[wanted >= start])
 
 
-def _content(value: Any, place: Location, below: Location) -> bytes | str:
+def _value(scalar: pa.Scalar) -> Any:
+    """What a row of the image column holds; the text of the reason if that is a path that is no text."""
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        content = scalar["bytes"].as_py()
+        return "has no bytes, and a path that is not UTF-8" if content is None else content
+
+
+def _content(value: Any, place: Location, below: Location, max_bytes: int) -> bytes | str:
     """What the value of an image column holds or leads to."""
     if isinstance(value, bytes | str):
         return value
@@ -240,29 +248,30 @@ def _content(value: Any, place: Location, below: Location) -> bytes | str:
         return "is null"
     if value["bytes"] is not None:
         return bytes(value["bytes"])
-    path = value["path"]
+    path = os.fsdecode(value["path"])
     key = posixpath.normpath(posixpath.join(place.parent.key, path))
-    if "://" in path or not key.startswith(f"{below.key}/"):
-        return f"has no bytes, and its path '{path}' does not lead to a file below '{below}'"
-    return read_file(Location(place.scheme, key))
+    if "://" in path or "\0" in path or not key.startswith(f"{below.key}/"):
+        return f"has no bytes, and its path {path!r} does not lead to a file below '{below}'"
+    return read_file(Location(place.scheme, key), max_bytes)
 
 
-def read_file(place: Location) -> bytes | str:
-    """A file's content, or the text of the reason why it cannot be read.
+def read_file(place: Location, max_bytes: int) -> bytes | str:
+    """A file's content, or the text of the reason why it cannot be read, such as more than `max_bytes` of it.
 
-    Raises UserError for an object store that does not answer.
+    Raises UserError for a storage that does not answer.
     """
     try:
         with place.open() as file:
+            if (size := file.size()) > max_bytes:
+                return f"has {size} bytes, more than any image of data.max_pixels"
             return bytes(file.read())
     except OSError as error:
-        return _reason(error)
+        return _reason(error, place)
 
 
-def _reason(error: Exception) -> str:
-    """Why an image cannot be read. Raises UserError if that says nothing of the image, but of the object store."""
-    if object_store.is_its_error(error):
-        raise UserError(f"data.source cannot be read: {object_store.explain(str(error))}") from None
+def _reason(error: Exception, place: Location) -> str:
+    """Why an image cannot be read. Raises UserError if that says nothing of the image, but of the storage."""
+    require_not_of_storage(error, place)
     return f"cannot be read: {_one_line(error)}"
 
 

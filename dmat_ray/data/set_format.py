@@ -15,6 +15,9 @@ import pyarrow as pa
 from dmat_ray.errors import UserError
 
 VERSION = 2
+MANIFEST = "manifest.json"
+SHARDS = "shards"
+REJECTED = b"dmat_ray_rejected"  # key of a shard's metadata: {id: reason} of the images that it lacks, as JSON
 ERRORS = ("lpips", "l1", "l2")
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # the layout that Hugging Face datasets call Image
 MOST_BYTES = 2**31 - 1  # of one Arrow array of binaries, and of what Parquet's readers take of a struct in one piece
@@ -114,3 +117,9 @@ def from_netpbm(column: pa.ChunkedArray, shape: Sequence[int]) -> np.ndarray:
         pixels[start : start + len(content)] = images.transpose(0, 3, 1, 2)
         start += len(content)
     return pixels
+
+
+def is_poor(l1: np.ndarray, lpips: np.ndarray, most_l1: float, most_lpips: float | None) -> np.ndarray:
+    """Mask of the images whose errors (float32) lie above the thresholds, or are no numbers."""
+    poor = ~(l1 <= np.float32(most_l1))
+    return np.asarray(poor if most_lpips is None else poor | ~(lpips <= np.float32(most_lpips)))

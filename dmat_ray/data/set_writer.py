@@ -3,7 +3,8 @@
 The images of a source, in its order, are cut into shards; shard k is always the same images and the same file name. A shard
 is one file that appears whole or not at all and also says which of its images could not be read and why. So whatever is
 killed, what is there is finished work, and the next run does the rest. Images that have been repaired since come as
-supplements (`part-000012-1.parquet`): what is finished is not projected again for their sake.
+supplements (`part-000012-1.parquet`): what is finished is not projected again for their sake. What a shard still lacks is told
+by its files alone, whichever of them are there; one that was lost is made again with the images that no other of them has.
 """
 
 import io
@@ -19,19 +20,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dmat_ray.data import manifold_set
-from dmat_ray.data.manifold_set import MANIFEST, SHARDS
+from dmat_ray.data import set_format, set_reader
+from dmat_ray.data.set_format import MANIFEST, REJECTED, SHARDS
 from dmat_ray.data.sources import Listing
 from dmat_ray.errors import UserError
-from dmat_ray.storage import Location
+from dmat_ray.storage import Location, require_not_of_storage
 
 SETTINGS = "settings.json"
-REJECTED = b"dmat_ray_rejected"
 NAME = re.compile(r"part-(\d{6,})(?:-(\d+))?\.parquet")
 # a raw image gains by compression, a PNG and the digits of a float do not
 COMPRESSION = {"image.bytes": "none", "w.list.element": "none"}
 GROUP_BYTES = 1 << 29
-READERS = 16  # footers read at a time: an object store answers slowly, and many at once
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Record:
-    """What a finished shard says of itself: how many rows it has, and {id: reason} of the images that it lacks."""
+    """What a file says of itself: how many rows it has, {id: reason} of what could not be read, and a supplement's ids."""
 
     rows: int
     rejected: dict[str, str]
+    ids: tuple[str, ...] = ()
 
 
 def plan(listing: Listing, shard_size: int) -> list[Shard]:
@@ -68,6 +68,8 @@ def begin(folder: Location, settings: dict[str, Any]) -> None:
     except FileNotFoundError:
         path.write_json(settings)
         return
+    if not isinstance(old, dict):
+        raise UserError(f"'{path}' is damaged: it holds a {type(old).__name__}, not an object")
     for section in sorted(settings.keys() | old.keys()):
         before, now = old.get(section), settings.get(section)
         if before == now:
@@ -112,47 +114,66 @@ def _leaves(schema: pa.Schema) -> list[str]:
 
 
 def read_record(folder: Location, name: str) -> Record | None:
-    """The record of a shard; None if it is missing or damaged, which is to say not finished."""
+    """The record of a file; None if it is missing or damaged, which is to say not finished.
+
+    Raises UserError for a storage that does not answer: what is there must not be made again for that.
+    """
+    place = folder / SHARDS / name
     try:
-        with (folder / SHARDS / name).open() as file:
-            metadata = pq.read_metadata(file)
-        return Record(metadata.num_rows, json.loads((metadata.metadata or {})[REJECTED]))
-    except (pa.ArrowException, OSError, KeyError, ValueError):
+        with place.open() as file, pq.ParquetFile(file) as parquet:
+            rejected = json.loads((parquet.metadata.metadata or {})[REJECTED])
+            ids = parquet.read(columns=["id"])["id"].to_pylist() if _supplement(name) else ()
+            return Record(parquet.metadata.num_rows, rejected, tuple(ids))
+    except (pa.ArrowException, OSError, KeyError, json.JSONDecodeError) as error:
+        require_not_of_storage(error, place)
         return None
 
 
 def read_records(folder: Location) -> dict[str, Record]:
-    """The records of all finished shards, by name. Files of other names are left alone."""
-    names = [found.name for found in (folder / SHARDS).files() if NAME.fullmatch(found.name)]
-    with ThreadPoolExecutor(READERS) as pool:
+    """The records of all finished files, by name. Files of other names are left alone."""
+    names = _names(folder)
+    with ThreadPoolExecutor(set_reader.READERS) as pool:
         records = pool.map(lambda name: read_record(folder, name), names)
     return {name: record for name, record in zip(names, records, strict=True) if record is not None}
 
 
+def _names(folder: Location) -> list[str]:
+    return [found.name for found in (folder / SHARDS).files() if NAME.fullmatch(found.name)]
+
+
 def unfinished(shards: Sequence[Shard], records: dict[str, Record]) -> list[Shard]:
     """What is still to be done: shards that are not there, and supplements for images that could not be read."""
+    supplements = _supplements(records)
     todo = []
     for shard in shards:
-        latest = latest_name(shard.name, records)
-        if latest is None:
-            todo.append(shard)
-        elif records[latest].rejected:
-            again = pc.is_in(shard.rows["id"], value_set=pa.array(list(records[latest].rejected), pa.string()))
-            todo.append(Shard(_numbered(shard.name, _supplement(latest) + 1), shard.rows.filter(again)))
+        mine = supplements.get(shard.name, {})
+        held = {id for record in mine.values() for id in record.ids}
+        if shard.name not in records:
+            rest = pc.invert(pc.is_in(shard.rows["id"], value_set=pa.array(list(held), pa.string())))
+            todo.append(Shard(shard.name, shard.rows.filter(rest) if held else shard.rows))
+        elif lacking := _lacking(records[shard.name], mine):
+            again = pc.is_in(shard.rows["id"], value_set=pa.array(list(lacking), pa.string()))
+            number = next(k for k in range(1, len(mine) + 2) if k not in mine)
+            todo.append(Shard(f"{shard.name.removesuffix('.parquet')}-{number}.parquet", shard.rows.filter(again)))
     return todo
 
 
-def latest_name(shard: str, records: dict[str, Record]) -> str | None:
-    """The last of a shard and its supplements that is there; the rejected of that one are the shard's."""
-    found = None
-    count = 0
-    while (name := _numbered(shard, count)) in records:
-        found, count = name, count + 1
+def _supplements(records: dict[str, Record]) -> dict[str, dict[int, Record]]:
+    """Shard -> number -> record of its supplements, the latest last."""
+    found: dict[str, dict[int, Record]] = {}
+    for name in sorted(records, key=_supplement):
+        if number := _supplement(name):
+            found.setdefault(f"{name.rsplit('-', 1)[0]}.parquet", {})[number] = records[name]
     return found
 
 
-def _numbered(shard: str, count: int) -> str:
-    return f"{shard.removesuffix('.parquet')}-{count}.parquet" if count else shard
+def _lacking(shard: Record, supplements: dict[int, Record]) -> dict[str, str]:
+    """{id: reason} of the images that one of a shard's files has not, and no supplement has."""
+    rejected = dict(shard.rejected)
+    for record in supplements.values():
+        rejected |= record.rejected
+    held = {id for record in supplements.values() for id in record.ids}
+    return {id: reason for id, reason in rejected.items() if id not in held}
 
 
 def _supplement(name: str) -> int:
@@ -163,41 +184,54 @@ def _supplement(name: str) -> int:
 
 def rejected_of(shards: Sequence[Shard], records: dict[str, Record]) -> dict[str, str]:
     """{id: reason} of all images that could not be read."""
-    latest = [latest_name(shard.name, records) for shard in shards]
-    return {id: reason for name in latest if name is not None for id, reason in records[name].rejected.items()}
-
-
-def finish(folder: Location, settings: dict[str, Any], shards: Sequence[Shard], described: dict[str, Any]) -> dict[str, Any]:
-    """Write the manifest and return it; `described` is what else it says.
-
-    Raises RuntimeError if an image is missing, is there twice, or has no place in the set.
-    """
-    records = read_records(folder)
-    ours: list[str] = []
+    rejected: dict[str, str] = {}
+    supplements = _supplements(records)
     for shard in shards:
-        last = latest_name(shard.name, records)
-        if last is None:
+        if shard.name in records:
+            rejected |= _lacking(records[shard.name], supplements.get(shard.name, {}))
+    return rejected
+
+
+def finish(
+    folder: Location,
+    settings: dict[str, Any],
+    shards: Sequence[Shard],
+    records: dict[str, Record],
+    described: dict[str, Any],
+) -> dict[str, Any]:
+    """Write the manifest and return it; `records` are those of now, and `described` is what else it says.
+
+    Files of our names that have no record are removed. Raises RuntimeError if an image is missing, is there twice, or has no
+    place in the set.
+    """
+    for shard in shards:
+        if shard.name not in records:
             raise RuntimeError(f"'{folder / SHARDS / shard.name}' is missing or damaged although it was written; run again")
-        ours += [_numbered(shard.name, k) for k in range(_supplement(last) + 1)]
+    for name in set(_names(folder)) - records.keys():
+        (folder / SHARDS / name).unlink()
     rejected = rejected_of(shards, records)
-    columns = ["id", "split", "label", "status", *manifold_set.ERRORS]
-    table = pa.concat_tables(manifold_set.read_shard(folder, name, columns) for name in ours)
+    columns = ["id", "split", "label", "status", *set_format.ERRORS]
+    table = set_reader.read_columns(folder, sorted(records), columns)
     _require_exactly_once(table["id"], rejected, shards)
     usable = table.filter(pc.equal(table["status"], "ok"))
     manifest = {
-        "version": manifold_set.VERSION,
+        "version": set_format.VERSION,
         **settings,
-        "shards": {name: records[name].rows for name in ours},
+        "shards": {name: record.rows for name, record in sorted(records.items())},
         "count": table.num_rows,
         "splits": _counts(table, "split"),
         "status": _counts(table, "status"),
         "usable": _counts(usable, "split"),
-        "means": {name: round(float(np.mean(table[name].to_numpy())), 6) for name in manifold_set.ERRORS},
+        "means": {name: round(_mean(table[name].to_numpy()), 6) for name in set_format.ERRORS},
         "rejected": dict(sorted(rejected.items())),
         **described,
     }
     (folder / MANIFEST).write_json(manifest)
     return manifest
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(np.mean(values, dtype=np.float64)) if len(values) else 0.0
 
 
 def _require_exactly_once(ids: pa.ChunkedArray, rejected: Iterable[str], shards: Sequence[Shard]) -> None:
@@ -215,9 +249,11 @@ def _counts(table: pa.Table, column: str) -> dict[str, int]:
 
 
 def is_finished(folder: Location, settings: dict[str, Any]) -> bool:
-    """True if `folder` holds the whole set of exactly these settings."""
+    """True if `folder` holds the whole set of exactly these settings. Raises UserError for a storage that does not answer."""
+    if not (folder / MANIFEST).is_file():
+        return False
     try:
-        manifest = manifold_set.read_manifest(folder)
+        manifest = set_reader.read_manifest(folder)
     except UserError:
         return False
     if any(manifest.get(key) != value for key, value in settings.items()):

@@ -25,6 +25,7 @@ from dmat_ray.storage import Location, at
 DIGITS = "mnist5k"
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 READERS = 16  # files read at a time: what waits is the storage
+BYTES_A_PIXEL = 8  # of the largest file that is read: 16-bit RGBA, not compressed
 
 
 @dataclass(frozen=True)
@@ -216,15 +217,15 @@ def read(rows: pa.Table, config: DataConfig) -> list[bytes | str]:
     names: list[Any] = rows["file"].to_pylist()
     if config.source == DIGITS:
         return names
-    root = at(config.source)
+    root, max_bytes = at(config.source), BYTES_A_PIXEL * config.max_pixels
     with ThreadPoolExecutor(READERS) as pool:
         if not rows["row"].null_count:
-            return _read_parquet(root, names, rows["row"].to_pylist(), config.image_column, pool)
-        return list(pool.map(lambda name: parquet_source.read_file(root / os.fsdecode(name)), names))
+            return _read_parquet(root, names, rows["row"].to_pylist(), config.image_column, max_bytes, pool)
+        return list(pool.map(lambda name: parquet_source.read_file(root / os.fsdecode(name), max_bytes), names))
 
 
 def _read_parquet(
-    root: Location, names: list[bytes], rows: list[int], column: str, pool: ThreadPoolExecutor
+    root: Location, names: list[bytes], rows: list[int], column: str, max_bytes: int, pool: ThreadPoolExecutor
 ) -> list[bytes | str]:
     places: dict[bytes, list[int]] = {}
     for place, name in enumerate(names):
@@ -232,7 +233,7 @@ def _read_parquet(
 
     def load(name: bytes) -> list[bytes | str]:
         below = root if name else root.parent
-        return parquet_source.read_rows(root / os.fsdecode(name), [rows[i] for i in places[name]], column, below)
+        return parquet_source.read_rows(root / os.fsdecode(name), [rows[i] for i in places[name]], column, below, max_bytes)
 
     contents: list[bytes | str] = [b""] * len(rows)
     for name, found in zip(places, pool.map(load, places), strict=True):

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dmat_ray.config import EncoderConfig
-from dmat_ray.data.manifold_set import read_json, sha256, write_json
 from dmat_ray.errors import UserError
+from dmat_ray.files import read_json, sha256, write_json
 from dmat_ray.types import Generator
 from dmat_ray.weights import generator_folder
 
@@ -57,21 +57,21 @@ class Encoder(nn.Module):
     w_mean: Tensor
     w_std: Tensor
 
-    def __init__(self, resolution: int, channels: int, num_ws: int, w_dim: int, channel_base: int, channel_max: int) -> None:
+    def __init__(self, resolution: int, channels: int, num_ws: int, w_dim: int, width: int, width_max: int) -> None:
         super().__init__()
         self.architecture = {
             "resolution": resolution, "channels": channels, "num_ws": num_ws, "w_dim": w_dim,
-            "channel_base": channel_base, "channel_max": channel_max,
+            "width": width, "width_max": width_max,
         }  # fmt: skip
         self.num_ws = num_ws
         sizes = [resolution]
         while sizes[-1] > SMALLEST:
             sizes.append((sizes[-1] + 1) // 2)
-        widths = [max(1, min(channel_max, channel_base // size)) for size in sizes]
+        widths = [min(width_max, width << k) for k in range(len(sizes))]
         self.stem = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.blocks = nn.Sequential(*(_Block(a, b) for a, b in pairwise(widths)))
-        self.hidden = nn.Linear(widths[-1] * sizes[-1] ** 2, channel_max)
-        self.head = nn.Linear(channel_max, num_ws * w_dim)
+        self.hidden = nn.Linear(widths[-1] * sizes[-1] ** 2, width_max)
+        self.head = nn.Linear(width_max, num_ws * w_dim)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, SLOPE)
@@ -93,9 +93,7 @@ class Encoder(nn.Module):
 
 def untrained(config: EncoderConfig, generator: Generator) -> Encoder:
     """An encoder for this generator that says w_mean of every image; its other weights are drawn by torch's global rng."""
-    encoder = Encoder(
-        generator.resolution, generator.channels, generator.num_ws, generator.w_dim, config.channel_base, config.channel_max
-    )
+    encoder = Encoder(generator.resolution, generator.channels, generator.num_ws, generator.w_dim, config.width, config.width_max)
     encoder.w_mean.copy_(generator.w_mean)
     encoder.w_std.copy_(generator.w_std)
     return encoder.to(generator.w_mean.device)
@@ -179,7 +177,7 @@ def load_encoder(folder: Path | str, generator_sha256: str, device: torch.device
     try:
         state = load_file(path)
         # the two that bound all others: a card alone must not make this reserve memory
-        for name, shape in (("head.bias", (sizes["num_ws"] * sizes["w_dim"],)), ("hidden.bias", (sizes["channel_max"],))):
+        for name, shape in (("head.bias", (sizes["num_ws"] * sizes["w_dim"],)), ("hidden.bias", (sizes["width_max"],))):
             if name not in state or tuple(state[name].shape) != shape:
                 found = "not there" if name not in state else tuple(state[name].shape)
                 raise UserError(f"the weights of encoder '{folder}' do not fit its card: {name} is {found}, not {shape}")

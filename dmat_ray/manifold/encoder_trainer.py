@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dmat_ray import checkpoint
 from dmat_ray.config import EncoderConfig
-from dmat_ray.data.manifold_set import read_json, write_json
 from dmat_ray.errors import UserError
+from dmat_ray.files import read_json, write_json
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.encoder import Encoder, as_stored, untrained
 from dmat_ray.manifold.gan import StepDraws
@@ -118,7 +118,8 @@ def train_encoder(config: EncoderConfig, generator: LatentGenerator, generator_s
 
     Each worker works on its part of every batch; gradients are averaged. Every `report_kimg` errors and a checkpoint go
     to `context.report`. Goes on from `context.latest_checkpoint()`, on one CPU worker with the very numbers of an
-    uninterrupted run. The samples of a step depend on (seed, step) alone. Raises UserError if training diverges.
+    uninterrupted run. The samples of a step depend on (seed, step) alone. The weights that are returned are rounded as they are
+    stored. Raises UserError if training diverges.
     """
     check_workers(config, context.world_size)
     training = _Training(config, generator, context)
@@ -138,6 +139,7 @@ def train_encoder(config: EncoderConfig, generator: LatentGenerator, generator_s
         speed = (i - first) * config.batch_size / (time.monotonic() - began)
         metrics = {"kimg": i / per_kimg, **training.report(), "images_per_second": speed}
         _report_checkpoint(context, metrics, {**about, "step": i}, training.state())
+    training.encoder.load_state_dict(as_stored(training.encoder))
     return training.encoder.eval().requires_grad_(False)
 
 
@@ -181,14 +183,14 @@ def fresh_errors(encoder: Encoder, generator: LatentGenerator, config: EncoderCo
     """
     size = min(64, samples)
     sums = torch.zeros(4)
+    of_mean = generator.synthesis(generator.w_mean.expand(1, generator.num_ws, -1))
     for k in range(samples // size):
         draws = StepDraws(derive(config.seed, "fresh samples"), k, size)
         x = generator.synthesis(sample_w(generator, config, draws))
         difference = generator.synthesis(encoder(x)) - x
-        mean = generator.synthesis(generator.w_mean.expand(size, generator.num_ws, -1)) - x
         plain = generator.synthesis(generator.mapping(draws.normal(generator.z_dim).to(x.device)))
         of_w = generator.synthesis(encoder(plain)) - plain
-        values = [difference.abs(), difference.square(), of_w.abs(), mean.abs()]
+        values = [difference.abs(), difference.square(), of_w.abs(), (of_mean - x).abs()]
         sums += torch.stack([v.mean() for v in values]).cpu()
     names = ("l1", "l2", "l1_of_w", "l1_of_mean")
     return {**dict(zip(names, (sums / (samples // size)).tolist(), strict=True)), "samples": samples // size * size}

@@ -9,8 +9,7 @@ import copy
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from dmat_ray import checkpoint
+from dmat_ray.arithmetic import tf32
 from dmat_ray.config import GanConfig
-from dmat_ray.data.manifold_set import read_json, write_json
 from dmat_ray.errors import UserError
+from dmat_ray.files import read_json, write_json
 from dmat_ray.manifold import gan
 from dmat_ray.manifold.augment import adapted, augment
 from dmat_ray.manifold.discriminator import Discriminator
@@ -62,19 +62,6 @@ def check_workers(config: GanConfig, world_size: int) -> None:
             f"gan.batch_size {config.batch_size} must be a multiple of {2 * world_size}: pairs of images for each of "
             f"{world_size} worker(s); change it or cluster.train_workers"
         )
-
-
-@contextmanager
-def _arithmetic(config: GanConfig) -> Iterator[None]:
-    """TF32 for products and convolutions of float32, or not, as the settings say; afterwards what was before."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest" if config.precision == "float32" else "high")
-    torch.backends.cudnn.allow_tf32 = config.precision != "float32"  # PyTorch's own default is to allow it
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 class _Training:
@@ -236,7 +223,7 @@ def train_generator(
     snapshot_every = report_every * max(1, round(config.snapshot_kimg / config.report_kimg))
     began = time.monotonic()
     for i in range(first + 1, training.steps + 1):
-        with _arithmetic(config):
+        with tf32(config.precision != "float32"):
             training.step(i, images, labels)
         if i % report_every and i < training.steps:
             continue

@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 from dmat_ray import weights
 from dmat_ray.cli import describe
 from dmat_ray.config import GeneratorConfig, StyleGAN1Config, StyleGAN2Config
-from dmat_ray.data.manifold_set import read_json, sha256, text_digest, write_json
 from dmat_ray.errors import UserError
+from dmat_ray.files import read_json, sha256, text_digest, write_json
 from dmat_ray.manifold import fast
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.formats import exported

@@ -22,7 +22,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.weights import locate
 
 EPSILON = 1e-10  # the package's
-SMALLEST = {"alex": 32, "vgg": 32, "squeeze": 32}
+SMALLEST = 32  # pixels of an image that every backbone takes
 
 
 class LayerDistance(torch.autograd.Function):
@@ -37,7 +37,6 @@ class LayerDistance(torch.autograd.Function):
         length = torch.linalg.vector_norm(a, dim=1, keepdim=True, dtype=torch.float32)
         inverse = torch.where(length > 0, 1.0 / (length + EPSILON), 0.0)
         minus = torch.addcmul(b, a, inverse.to(a.dtype), value=-1)
-        # products are summed in float32 whatever the maps are in
         pixels = minus.square().permute(0, 2, 3, 1) @ weight_C.to(a.dtype)
         return pixels.flatten(1).mean(dim=1, dtype=torch.float32), minus, inverse
 
@@ -75,7 +74,7 @@ class Perceptual(torch.nn.Module):
             self._load(path, net)
         self.requires_grad_(False).eval()
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-        self.smallest, self.dtype = SMALLEST[net], torch.float32
+        self.dtype = torch.float32
 
     def _load(self, path: Path, net: str) -> None:
         """torchvision's feature layers into the package's slices, which keep torchvision's layer numbers."""

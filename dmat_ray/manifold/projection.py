@@ -3,7 +3,7 @@
 Adam in W+ on LPIPS + L1 + L2 (`schedule` has rates and noise), the target's features computed once, gradient to w only.
 Images are searched for side by side in slots; one that is done leaves, and the next takes its place, so that steps run
 full batches while there is work. The result of an image depends on (image, settings, generator, seed), not on its
-neighbours, up to the rounding of batches of different sizes.
+neighbours; but rounding is not the same in batches of different sizes, and may decide into which of two valleys a search goes.
 """
 
 from collections.abc import Iterator
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from dmat_ray.arithmetic import tf32
 from dmat_ray.config import ProjectionConfig
-from dmat_ray.data.decoding import unit
+from dmat_ray.data.pixels import unit
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import noise, starts
 from dmat_ray.manifold.axes import principal_axes
@@ -47,15 +48,13 @@ class Projection:
 def _perceptual(config: ProjectionConfig, resolution: int, device: torch.device) -> "Perceptual | None":
     if config.lpips == 0:
         return None
-    from dmat_ray.manifold.perceptual import Perceptual  # lpips takes seconds to import
+    from dmat_ray.manifold.perceptual import SMALLEST, Perceptual  # lpips takes seconds to import
 
-    perceptual = Perceptual(config.lpips_net, config.lpips_weights, config.seed).to(device)
-    if resolution < perceptual.smallest:
+    if resolution < SMALLEST:
         raise UserError(
-            f"LPIPS with {config.lpips_net} needs images of {perceptual.smallest} pixels or more, the generator makes "
-            f"{resolution}; set projection.lpips 0"
+            f"LPIPS needs images of {SMALLEST} pixels or more, the generator makes {resolution}; set projection.lpips 0"
         )
-    return perceptual
+    return Perceptual(config.lpips_net, config.lpips_weights, config.seed).to(device)
 
 
 class Projector:
@@ -74,6 +73,7 @@ class Projector:
         lowered = self.perceptual is not None and config.lpips_precision == "bf16"
         self.guide = self.perceptual.lowered(torch.bfloat16) if lowered and self.perceptual else self.perceptual
         self.start = starts.build(generator, config, encoder)
+        self.spread = generator.w_std.square().sum().sqrt()
         self.schedule = Schedule(config, device, self.dtype)
         self.axes = principal_axes(generator, config.seed) if config.axes == "principal" else None
         self.loss = torch.compile(self._loss, dynamic=False) if config.compile else self._loss
@@ -115,7 +115,7 @@ class Projector:
         scale, seen = schedule.noise[position], w
         if noisy:
             draws = noise.normal(slots.key[rows], updates, w.shape[1:])
-            seen = w + draws * (self.generator.w_std * scale[:, None, None])
+            seen = w + draws * (self.spread * scale[:, None, None])
         features = [f[rows] for f in slots.features]
         loss, gradient = self.loss_and_gradient(seen, slots.target[rows], features, schedule.smooth[position])
         better = (scale == 0) & (loss < best) & ~done
@@ -128,9 +128,13 @@ class Projector:
         gradient = torch.where(moving[:, None, None], gradient, 0.0)
         place, rate = updates.clamp(max=config.steps - 1), schedule.rate[position] * moving
         if self.axes is not None:
-            gradient = torch.einsum("bld,lde->ble", gradient, self.axes)
-        change = adam(slots.m[rows], slots.v[rows], gradient, rate, schedule.first[place], schedule.second[place])
-        w -= change if self.axes is None else torch.einsum("ble,lde->bld", change, self.axes)
+            gradient = torch.einsum("bld,lde->ble", gradient, self.axes[0])
+        corrections = schedule.first[place], schedule.second[place]
+        change = adam(slots.m[rows], slots.v[rows], gradient, rate, *corrections, config.beta2)
+        if self.axes is not None:
+            axes, lengths = self.axes
+            change = torch.einsum("ble,lde->bld", change * lengths, axes)
+        w -= change
         following = position + 1
         if config.stop_window:
             following = torch.where(self._plateau(slots, rows), following.clamp(min=schedule.rampdown), following)
@@ -142,7 +146,7 @@ class Projector:
         place = (slots.updates[rows] % self.config.stop_window)[:, None]
         lowest, before = slots.lowest[rows], slots.history[rows].gather(1, place)[:, 0]
         slots.history[rows] = slots.history[rows].scatter(1, place, lowest[:, None])
-        return lowest > before * (1.0 - self.config.stop_improvement)
+        return (lowest > before * (1.0 - self.config.stop_improvement)) | (lowest == 0)
 
     def enter(self, slots: Slots, index: list[int], x: Tensor, ids: list[str]) -> None:
         """Give slots to the images of these numbers."""
@@ -220,13 +224,26 @@ class Projector:
         return self.measured(x_BCHW, w, steps)
 
     def measured(self, x_BCHW: Tensor, w: Tensor, steps: Tensor) -> Projection:
-        """The clamped images of w and their errors, a batch at a time."""
-        rendered = torch.empty(x_BCHW.shape, dtype=self.dtype)
+        """The clamped images of w and their errors, a batch at a time, without TF32: the set holds them for good.
+
+        The mean of w takes the place of a w whose image or errors are no numbers. Raises UserError if its are not either.
+        """
+        w, rendered = w.clone(), torch.empty(x_BCHW.shape, dtype=self.dtype)
         lpips, l1, l2 = errors = torch.empty(3, len(w), dtype=self.dtype)
         for start in range(0, len(w), self.config.batch_size):
             part = slice(start, start + self.config.batch_size)
-            target, image = self._target(x_BCHW[part]), self.generator.synthesis(w[part].to(self.device))
-            features = [] if self.perceptual is None else self.perceptual.features(target)
-            errors[:, part] = torch.stack(self._errors(image, target, self.perceptual, features)).cpu()
-            rendered[part] = image.cpu()
+            image, found = self._measure(x_BCHW[part], w[part])
+            if not bool(found.isfinite().all()):
+                w[part] = torch.where(found.isfinite().all(dim=0)[:, None, None], w[part], self.generator.w_mean.cpu())
+                image, found = self._measure(x_BCHW[part], w[part])
+                if not bool(found.isfinite().all()):
+                    raise UserError("the generator's image of the mean of w, or LPIPS of it, is not finite: is it damaged?")
+            rendered[part], errors[:, part] = image, found
         return Projection(w, rendered, lpips, l1, l2, steps)
+
+    def _measure(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Images of w, clamped, and their errors (3, B), on the CPU."""
+        with tf32(allowed=False):
+            target, image = self._target(x), self.generator.synthesis(w.to(self.device))
+            features = [] if self.perceptual is None else self.perceptual.features(target)
+            return image.cpu(), torch.stack(self._errors(image, target, self.perceptual, features)).cpu()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dmat_ray import checkpoint, classifiers
 from dmat_ray.config import ClassifierConfig, QualityConfig
-from dmat_ray.data.decoding import unit
+from dmat_ray.data.pixels import unit
 from dmat_ray.errors import UserError
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.samples import chunk_size, samples

@@ -12,19 +12,19 @@ from torch import Tensor
 
 from dmat_ray.config import ProjectionConfig
 
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+BETA1, EPSILON = 0.9, 1e-8
 
 
 def learning_rate(config: ProjectionConfig, step: int) -> float:
     """Adam's rate at `step` of `config.steps`: linear ramp up, constant, cosine ramp down."""
     t = step / config.steps
     down = min(1.0, (1.0 - t) / config.lr_rampdown) if config.lr_rampdown else 1.0
-    up = min(1.0, (t + 1.0 / config.steps) / config.lr_rampup) if config.lr_rampup else 1.0
+    up = min(1.0, t / config.lr_rampup) if config.lr_rampup else 1.0
     return config.lr * (0.5 - 0.5 * math.cos(down * math.pi)) * up
 
 
 def noise_scale(config: ProjectionConfig, step: int) -> float:
-    """Strength of the noise on w at `step`, in units of w_std."""
+    """Strength of the noise on w at `step`, in units of the length of w_std."""
     t = step / config.steps
     return config.noise * max(0.0, 1.0 - t / config.noise_ramp) ** 2
 
@@ -53,11 +53,11 @@ class Schedule:
         # from here on there is no noise, for an image and for all that are further
         self.quiet = next(k for k in positions if all(noise_scale(config, j) == 0 for j in range(k, config.steps + 1)))
         self.first = table([1.0 / (1.0 - BETA1 ** (k + 1)) for k in range(config.steps)])
-        self.second = table([1.0 / math.sqrt(1.0 - BETA2 ** (k + 1)) for k in range(config.steps)])
+        self.second = table([1.0 / math.sqrt(1.0 - config.beta2 ** (k + 1)) for k in range(config.steps)])
 
 
-def adam(m: Tensor, v: Tensor, grad: Tensor, rate_B: Tensor, first_B: Tensor, second_B: Tensor) -> Tensor:
+def adam(m: Tensor, v: Tensor, grad: Tensor, rate_B: Tensor, first_B: Tensor, second_B: Tensor, beta2: float) -> Tensor:
     """What Adam (arXiv 1412.6980) takes off w (B, L, D), each image at its rate and bias corrections; m and v change in place."""
     m.lerp_(grad, 1.0 - BETA1)
-    v.mul_(BETA2).addcmul_(grad, grad, value=1.0 - BETA2)
+    v.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
     return m.div(v.sqrt().mul_(second_B[:, None, None]).add_(EPSILON)).mul_((rate_B * first_B)[:, None, None])

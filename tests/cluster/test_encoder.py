@@ -28,8 +28,8 @@ from dmat_ray.manifold.encoder_trainer import train_encoder
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 ROOT = Path(__file__).parents[2]
 OPTIONS = [
-    *("--encoder.kimg", "6.4", "--encoder.report_kimg", "0.64", "--encoder.batch_size", "16", "--encoder.channel_max", "16"),
-    *("--encoder.channel_base", "64", "--cluster.train_workers", "1"),  # several differ by rounding
+    *("--encoder.kimg", "6.4", "--encoder.report_kimg", "0.64", "--encoder.batch_size", "16", "--encoder.width_max", "16"),
+    *("--encoder.width", "8", "--cluster.train_workers", "1"),  # several differ by rounding
 ]
 
 

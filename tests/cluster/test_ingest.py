@@ -15,9 +15,8 @@ import ray.cloudpickle
 import ray.train
 import ray.train.torch
 from scipy.stats import spearmanr
-from small import settings
 
-from dmat_ray.cluster import jobs
+from dmat_ray.cluster import ingest
 from dmat_ray.cluster.ingest import Streamed
 from dmat_ray.config import TrainingConfig
 from dmat_ray.data.epochs import InMemory, held_out_positions
@@ -32,6 +31,7 @@ NATURAL = TRAINING.model_copy(update={"images": "natural"})
 def collect(config: dict[str, Any]) -> None:
     """A worker: what it is given in two epochs, the first of them twice."""
     rank = ray.train.get_context().get_world_rank()
+    ingest.BLOCKS = 7  # of twenty shards
     found: dict[str, Any] = {"batches": []}
     streamed = Streamed(config["place"], TRAINING)
     for epoch in (0, 1, 0):
@@ -47,11 +47,11 @@ def collect(config: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(ray_session, tmp_path_factory) -> Path:
-    """A set of 60 training images in 20 shards, whose shards are its classes' neighbours by id."""
-    output = tmp_path_factory.mktemp("set")
-    jobs.project(settings(output, "--projection.steps", 1, "--projection.shard_size", 5), print)
-    return output / "on_manifold_set"
+def place(ray_session, tmp_path_factory, write_any_set) -> Path:
+    """A set of 70 training images, some of them poor, in 20 shards."""
+    folder = write_any_set(tmp_path_factory.mktemp("set") / "on_manifold_set", train=70, test=30, shards=20, noise=46)
+    assert 5 < json.loads((folder / "manifest.json").read_text())["status"]["poor"] < 30
+    return folder
 
 
 # workers do not have this file
@@ -81,9 +81,9 @@ def test_every_example_comes_once_and_none_that_is_held_out(workers, place):
         sizes = [[len(batch) for batch in part] for part in parts]
         assert sizes[0] == sizes[1] == [len(b) for b in memory.batches(epoch, 0, 2)], "DDP needs equal parts"
         given = Counter(chain(*parts[0], *parts[1]))
-        train, _ = held_out_positions(60, TRAINING)
+        train, _ = held_out_positions(len(memory.data), TRAINING)
         assert set(given) == {memory.data.id[i] for i in train}
-        assert given.total() - len(train) == sum(sizes[0]) * 2 - 49, "as many twice as fill the workers' parts"
+        assert given.total() == sum(sizes[0]) * 2, "as many twice as fill the workers' parts"
         assert max(given.values()) <= 2
 
 
@@ -116,7 +116,7 @@ def test_images_codes_and_labels_stay_together(workers, place):
     for worker in workers:
         assert len(worker["example"]) >= 3
         for id, (x, w, y) in worker["example"].items():
-            pixels = np.frombuffer(by_id[id]["on_manifold"]["bytes"][-1024:], np.uint8)
+            pixels = np.frombuffer(by_id[id]["on_manifold"]["bytes"][-64:], np.uint8)
             assert x == pytest.approx(pixels.sum() / 255, rel=1e-5)
             assert w == pytest.approx(np.sum(by_id[id]["w"]), rel=1e-3, abs=1e-3)
             assert y == by_id[id]["label"]

@@ -22,7 +22,7 @@ from small import finish, processes_below, settings, start_job, wait_for
 
 from dmat_ray.cli import user_error_behind
 from dmat_ray.cluster import jobs
-from dmat_ray.data import manifold_set
+from dmat_ray.data import set_reader
 from dmat_ray.data.manifold_set import open_set
 from dmat_ray.errors import UserError
 
@@ -199,7 +199,7 @@ def test_full_object_store_corrupt_images_and_their_repair(nodes, start_on, tmp_
     after = {path.name: path.stat().st_mtime_ns for path in written(output)}
     assert after.keys() - before.keys() == {"part-000000-1.parquet"}
     assert {name: after[name] for name in before} == before, "what was finished is not projected again"
-    manifest = manifold_set.read_manifest(output / "on_manifold_set")
+    manifest = set_reader.read_manifest(output / "on_manifold_set")
     assert (manifest["count"], manifest["rejected"]) == (80, {})
     found = rows(output)
     assert len(set(found["id"])) == 80
@@ -208,7 +208,7 @@ def test_full_object_store_corrupt_images_and_their_repair(nodes, start_on, tmp_
 
 ASKER = """
 import sys, ray
-from dmat_ray.cluster.context import device_of_actor
+from dmat_ray.cluster.session import device_of_actor
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 try:
     print(ray.get(ray.remote(device_of_actor).options(num_gpus=1, resources={"unaware": 1}).remote()))

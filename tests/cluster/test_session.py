@@ -27,3 +27,11 @@ def test_relative_output_of_a_submitted_job_is_refused(monkeypatch, tmp_path):
     prepare_environment(settings(tmp_path))
     with pytest.raises(UserError, match="output 'runs/demo' is relative"):
         prepare_environment(settings("runs/demo"))
+    prepare_environment(settings(tmp_path, "--manifold_set", "s3://bucket/set"))
+    with pytest.raises(UserError, match=r"manifold_set 'sets/mine' is relative.*--manifold_set an absolute path"):
+        prepare_environment(settings(tmp_path, "--manifold_set", "sets/mine"))
+
+
+def test_an_output_that_is_a_url_is_refused():
+    with pytest.raises(UserError, match=r"output 's3://bucket/x' is a URL.*must be a folder"):
+        prepare_environment(settings("s3://bucket/x"))

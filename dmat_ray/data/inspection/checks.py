@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, ValidationError
 
 from dmat_ray.cli import describe
-from dmat_ray.data.manifold_set import read_manifest
+from dmat_ray.data.set_reader import read_manifest
 from dmat_ray.storage import Location
 
 MOST_DEFECTS = 20  # lines of one check
@@ -107,11 +107,6 @@ class Check:
 def first_line(error: Exception) -> str:
     """What an error says, in a line."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
-def new_checks() -> dict[str, Check]:
-    """All checks, none of them made."""
-    return {name: Check(name) for name in CHECKS}
 
 
 def read_checked_manifest(folder: Location, check: Check) -> Manifest | None:

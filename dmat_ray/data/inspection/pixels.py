@@ -8,10 +8,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from dmat_ray.arithmetic import tf32
 from dmat_ray.data.decoding import decode
 from dmat_ray.data.inspection.checks import Check, Manifest, first_line
 from dmat_ray.data.inspection.rows import Rows, open_shard
-from dmat_ray.data.manifold_set import from_lists, from_netpbm, quantise
+from dmat_ray.data.pixels import quantise
+from dmat_ray.data.set_format import from_lists, from_netpbm
+from dmat_ray.data.set_reader import max_pixels_of
 from dmat_ray.errors import UserError
 from dmat_ray.storage import Location
 from dmat_ray.types import Generator
@@ -43,6 +46,7 @@ class PixelReader:
         self.wanted = {(int(rows.shard[i]), int(rows.row[i])): int(i) for i in wanted}
         self.pairs: dict[int, Pair] = {}
         self.count, self.most = 0, {"l1": 0.0, "l2": 0.0}
+        self.max_pixels = max_pixels_of(manifest.model_dump())
 
     def run(self, shards: np.ndarray) -> None:
         """Check the shards at these positions, and fetch wanted pairs from the others."""
@@ -120,7 +124,7 @@ class PixelReader:
         found: list[np.ndarray | None] = []
         for i, content in enumerate(pc.struct_field(batch["image"], "bytes").to_pylist()):
             try:
-                found.append(decode(content or b"", resolution, channels))
+                found.append(decode(content or b"", resolution, channels, self.max_pixels))
             except ValueError as error:
                 found.append(None)
                 if name:
@@ -148,7 +152,9 @@ def render_again(generator: Generator, pairs: list[Pair], precision: str, check:
     for start in range(0, len(pairs), size):
         part = pairs[start : start + size]
         w = torch.from_numpy(np.stack([pair.w for pair in part])).to(generator.w_mean.device)
-        gaps = np.abs(quantise(generator.synthesis(w)).astype(np.int16) - np.stack([pair.on_manifold for pair in part]))
+        with tf32(allowed=False):
+            image = quantise(generator.synthesis(w))
+        gaps = np.abs(image.astype(np.int16) - np.stack([pair.on_manifold for pair in part]))
         for pair, gap in zip(part, gaps, strict=True):
             if gap.max() > LEVELS[precision] or gap.mean() > MEAN_LEVELS:
                 check.defect(

@@ -14,14 +14,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dmat_ray.data.inspection.checks import Check, Manifest
-from dmat_ray.data.manifold_set import ERRORS, SHARDS, schema_of
-from dmat_ray.data.set_format import different_columns
+from dmat_ray.data.set_format import ERRORS, REJECTED, SHARDS, different_columns, is_poor
+from dmat_ray.data.set_reader import schema_of
 from dmat_ray.storage import Location
 
 NUMBERS = ("label", *ERRORS, "steps")
 SMALL = ("id", "split", *NUMBERS, "status")
 KEY_BYTES = 8  # of a million ids no two agree in them, but for one set in forty million; then the ids themselves decide
-REJECTED = b"dmat_ray_rejected"
 
 
 @dataclass(frozen=True)
@@ -133,10 +132,7 @@ class Reader:
                 self.checks["values"].defect(f"{name}: status of '{id}' is '{value}'")
 
     def _status(self, name: str, ids: list[str], found: Mapping[str, np.ndarray], ok: np.ndarray) -> None:
-        limits = self.manifest.projection
-        fine = found["l1"].astype(float) <= limits.poor_l1
-        if limits.poor_lpips is not None:
-            fine &= found["lpips"].astype(float) <= limits.poor_lpips
+        fine = ~is_poor(found["l1"], found["lpips"], self.manifest.projection.poor_l1, self.manifest.projection.poor_lpips)
         for i in np.flatnonzero(fine != ok):
             errors = f"l1 {found['l1'][i]:.4f}, lpips {found['lpips'][i]:.4f}"
             self.checks["status"].defect(f"{name}: '{ids[i]}' should be {'ok' if fine[i] else 'poor'} ({errors})")

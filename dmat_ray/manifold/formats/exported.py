@@ -17,8 +17,8 @@ from dmat_ray.checkpoint import versions
 from dmat_ray.cli import describe
 from dmat_ray.config import Section
 from dmat_ray.config.data import Channels
-from dmat_ray.data.manifold_set import read_json, sha256, write_json
 from dmat_ray.errors import UserError
+from dmat_ray.files import read_json, sha256, write_json
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.formats.programs import Kind, kind_of, load_program, reason
 from dmat_ray.manifold.formats.stored import shown

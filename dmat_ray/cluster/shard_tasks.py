@@ -1,0 +1,71 @@
+"""What reads and writes a shard, as tasks of Ray Data. Their processes need no torch, which would be most of their memory.
+
+Between them a shard is one row, and its table travels as bytes, which are not copied when they are opened again.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dmat_ray.config import DataConfig
+from dmat_ray.data import set_format, set_writer
+from dmat_ray.data.decoding import decode
+from dmat_ray.data.sources import read
+from dmat_ray.errors import UserError
+from dmat_ray.storage import at
+
+
+def as_bytes(table: pa.Table) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def pack(name: str, table: pa.Table, rejected: dict[str, str], seconds: float) -> pa.Table:
+    """A shard as one row. Its table travels as bytes, which are not copied when they are opened again."""
+    content = as_bytes(table)
+    ends = pa.py_buffer(np.array([0, content.size], np.int64))
+    payload = pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, ends, content])
+    return pa.table({"name": [name], "payload": payload, "rejected": [json.dumps(rejected)], "seconds": [seconds]})
+
+
+def unpack(row: pa.Table) -> tuple[str, pa.Table, dict[str, str], float]:
+    """What `pack` was given."""
+    table = pa.ipc.open_stream(row["payload"][0].as_buffer()).read_all()
+    return row["name"][0].as_py(), table, json.loads(row["rejected"][0].as_py()), row["seconds"][0].as_py()
+
+
+def read_shard(row: pa.Table, *, data: dict[str, Any]) -> pa.Table:
+    """A task: the images of a shard, encoded and decoded; those that cannot be read are set aside with the reason."""
+    name, wanted, _, _ = unpack(row)
+    config = DataConfig.model_validate(data)
+    keep, contents, pixels, rejected = [], [], [], {}
+    for i, (id, content) in enumerate(zip(wanted["id"].to_pylist(), read(wanted, config), strict=True)):
+        try:
+            if isinstance(content, str):
+                raise ValueError(content)
+            pixels.append(decode(content, config.resolution, config.channels, config.max_pixels))
+        except ValueError as error:
+            rejected[id] = str(error)
+            continue
+        keep.append(i)
+        contents.append(content)
+    shape = (config.channels, config.resolution, config.resolution)
+    chosen = wanted.select(["id", "split", "label"]).take(pa.array(keep, pa.int64()))
+    images = np.stack(pixels) if pixels else np.empty((0, *shape), np.uint8)
+    chosen = chosen.append_column("image", pa.array(contents, pa.large_binary()))
+    chosen = chosen.append_column("pixels", set_format.fixed_list(images, pa.uint8()))
+    return pack(name, chosen, rejected, 0.0)
+
+
+def write_shard(row: pa.Table, *, folder: str) -> pa.Table:
+    """A task: writes a shard into the set, and returns what the driver wants to know of it."""
+    name, table, rejected, seconds = unpack(row)
+    try:
+        set_writer.write_shard(at(folder), name, table, rejected)
+    except OSError as error:
+        raise UserError(f"'{folder}' cannot be written: {error.strerror or error}") from None
+    return pa.table({"name": [name], "rows": [table.num_rows], "rejected": [len(rejected)], "seconds": [seconds]})

@@ -1,0 +1,107 @@
+"""Reading an on-manifold set: its manifest, its shards, and what they say of each other. Needs no torch.
+
+A set is a folder. `shards/*.parquet` hold one row per image, in the columns of `dmat_ray.data.set_format`; `manifest.json` is
+written last, so that a set without one is unfinished by definition.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dmat_ray.data.decoding import MAX_PIXELS, decode
+from dmat_ray.data.set_format import MANIFEST, SHARDS, VERSION, schema
+from dmat_ray.errors import UserError
+from dmat_ray.files import text_digest
+from dmat_ray.storage import Location, at, require_not_of_storage
+
+Place = str | Path | Location
+READERS = 16  # files read at a time: an object store answers slowly, and many at once
+
+
+def read_manifest(place: Place) -> dict[str, Any]:
+    """The manifest of a finished set; raises UserError for one that is missing, unfinished or of another version."""
+    folder = at(place)
+    try:
+        content = (folder / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        if not folder.is_dir():
+            raise UserError(f"there is no on-manifold set at '{folder}'; make it with jobs/project.py") from None
+        raise UserError(
+            f"the on-manifold set '{folder}' is unfinished: it has no {MANIFEST}; run jobs/project.py again"
+        ) from None
+    try:
+        manifest: dict[str, Any] = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"'{folder / MANIFEST}' is damaged: {error}") from None
+    if not isinstance(manifest, dict):
+        raise UserError(f"'{folder / MANIFEST}' is damaged: it holds a {type(manifest).__name__}, not an object")
+    if manifest.get("version") != VERSION:
+        raise UserError(
+            f"the set '{folder}' has format version {manifest.get('version')}, this program reads {VERSION}; project again into "
+            "another folder"
+        )
+    return manifest
+
+
+def digest(manifest: dict[str, Any]) -> str:
+    """Names a set in checkpoints and evaluations."""
+    return text_digest(json.dumps(manifest, sort_keys=True))
+
+
+def read_shard(folder: Location, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """A shard's table; raises UserError if it is missing or damaged."""
+    try:
+        with (folder / SHARDS / name).open() as file:
+            return pq.read_table(file, columns=None if columns is None else list(columns), page_checksum_verification=True)
+    except FileNotFoundError:
+        raise UserError(f"the set '{folder}' lacks its shard {name}; run jobs/project.py again") from None
+    except (pa.ArrowException, OSError) as error:
+        require_not_of_storage(error, folder / SHARDS / name)
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"shard {name} of '{folder}' is damaged ({reason}); remove it and run jobs/project.py again") from None
+
+
+def read_columns(folder: Location, names: Iterable[str], columns: Sequence[str]) -> pa.Table:
+    """Small columns of these shards, one after the other in one table; raises UserError like `read_shard`."""
+    with ThreadPoolExecutor(READERS) as pool:
+        return pa.concat_tables(pool.map(lambda name: read_shard(folder, name, columns), names))
+
+
+def schema_of(manifest: dict[str, Any]) -> pa.Schema:
+    """The schema of the shards that a manifest describes."""
+    (channels, resolution, _), w = manifest["shapes"]["on_manifold"], manifest["shapes"]["w"]
+    return schema(channels, resolution, w[0], w[1], manifest["class_names"])
+
+
+def max_pixels_of(manifest: dict[str, Any]) -> int:
+    """Pixels that a natural image of this set may have: what was allowed when it was made, and what is allowed by default."""
+    said = manifest["data"].get("max_pixels")
+    return max(said, MAX_PIXELS) if isinstance(said, int) else MAX_PIXELS
+
+
+def decoded(table: pa.Table, manifest: dict[str, Any], where: str) -> np.ndarray:
+    """The natural images (N, C, H, W) of a table of this set, uint8; raises UserError for one that cannot be read."""
+    channels, resolution, _ = shape = manifest["shapes"]["on_manifold"]
+    pixels, most = np.empty((table.num_rows, *shape), np.uint8), max_pixels_of(manifest)
+    for i, content in enumerate(pc.struct_field(table["image"], "bytes")):
+        try:
+            pixels[i] = decode(content.as_py(), resolution, channels, most)
+        except ValueError as error:
+            raise UserError(f"{where}: the natural image of '{table['id'][i]}' {error}") from None
+    return pixels
+
+
+def require_generator(manifest: dict[str, Any], sha: str, what: str) -> None:
+    """Raise UserError unless the set was made with the generator of this sha256."""
+    if manifest["generator_sha256"] != sha:
+        raise UserError(
+            f"{what} was made with generator {manifest['generator_sha256'][:12]}, but the one given is {sha[:12]}; "
+            "give the same generator.path, or project again into another folder"
+        )
