@@ -6,7 +6,8 @@
 
 `scaling` and `memory` put a stand-in in place of the projector, which sleeps and returns random codes, so that one machine can
 play many GPUs: what is measured is everything around it (reading, decoding, moving, writing, the driver). `overhead` runs the
-real projector, once in a plain loop and once as an actor, both with one CPU thread, after what each needs to start.
+real projector, once bare in a loop over images that are in memory, and once as an actor that is given them by Ray, both with one
+CPU thread, after what each needs to start.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from dmat_ray.storage import at
 
 
 def settings(output: Path, *options: object) -> Config:
-    """The demo's settings without LPIPS, with these on top."""
+    """The demo's settings with these on top."""
     config, _ = cli.parse("", ["--preset", "demo", "--output", str(output), *map(str, options)])
     return config
 
@@ -101,31 +102,30 @@ def scaling(args: argparse.Namespace, root: Path) -> None:
 
 
 def overhead(args: argparse.Namespace, root: Path) -> None:
-    """Time a shard on one actor, over the same work in a plain loop; the first two shards of both are left out."""
+    """Time a shard on one actor, over that of the bare projector; the first two shards of both are left out."""
     import torch
 
-    from dmat_ray.cluster.shard_projector import build_projector, project_shard
-    from dmat_ray.cluster.shard_tasks import pack, read_shard, write_shard
+    from dmat_ray.cluster.shard_projector import build_projector
+    from dmat_ray.data.sources import read_pixels
 
     options = ("--projection.steps", args.steps, "--projection.shard_size", 50, "--cluster.projection_actors", 1)
     torch.set_num_threads(1)
     config = settings(root / "plain", *options)
     listing = repeated(list_examples(config.data), 50 * args.shards)
     projector = build_projector(config, torch.device("cpu"))
+    shards = [shard.rows for shard in set_writer.plan(listing, 50)]
+    images = [torch.from_numpy(np.stack(read_pixels(rows, config.data))) for rows in shards]
     for repeat in range(args.rounds):
         moments = []
-        for shard in set_writer.plan(listing, 50):
-            images = read_shard(pack(shard.name, shard.rows, {}, 0.0), data=config.data.model_dump(mode="json"))
-            write_shard(
-                project_shard(projector, images, config.projection, list(listing.class_names)), folder=str(root / "plain")
-            )
+        for rows, x in zip(shards, images, strict=True):
+            projector.project(x, rows["id"].to_pylist())
             moments.append(time.monotonic())
         plain = (moments[-1] - moments[1]) / (len(moments) - 2)
         ray_config = settings(root / f"ray{repeat}", *options)
         with connected(ray_config.cluster):
             moments = run(ray_config, listing)
         on_ray = (moments[-1] - moments[1]) / (len(moments) - 2)
-        print(f"a shard of 50 images: {plain:.2f} s in a loop, {on_ray:.2f} s on Ray: {on_ray / plain - 1:+.1%}")
+        print(f"a shard of 50 images: {plain:.2f} s bare, {on_ray:.2f} s on Ray: {on_ray / plain - 1:+.1%}")
 
 
 def memory(args: argparse.Namespace, root: Path) -> None:

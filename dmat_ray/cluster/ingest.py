@@ -16,42 +16,17 @@ import ray.train
 import ray.train.collective
 import torch
 
+from dmat_ray.cluster.shard_tasks import read_examples
 from dmat_ray.config import TrainingConfig
 from dmat_ray.data import manifold_set, set_format, set_reader
 from dmat_ray.data.epochs import held_out_positions
 from dmat_ray.data.manifold_set import ManifoldSet
 from dmat_ray.data.pixels import to_unit
 from dmat_ray.rng import derive
-from dmat_ray.storage import Location, at
+from dmat_ray.storage import at
 from dmat_ray.types import Batch
 
 BLOCKS = 256  # that are shuffled: the exchange makes as many objects as the square of them
-
-
-def read_examples(
-    row: pa.Table, *, place: str, images: str, manifest: dict[str, Any], without: list[str], twice: list[str]
-) -> pa.Table:
-    """A task: the usable training examples of some shards, but for those `without`; those in `twice` come a second time."""
-    parts = [_read_shard(at(place), name, images, manifest, without, twice) for name in row["shards"][0].as_py()]
-    return pa.concat_tables(parts)
-
-
-def _read_shard(
-    folder: Location, name: str, images: str, manifest: dict[str, Any], without: list[str], twice: list[str]
-) -> pa.Table:
-    wanted = ["on_manifold", "w"] if images == "on_manifold" else ["image"]
-    table = set_reader.read_shard(folder, name, ["id", "split", "status", "label", *wanted])
-    keep = pc.and_(pc.equal(table["split"], "train"), pc.equal(table["status"], "ok"))
-    table = table.filter(pc.and_(keep, pc.invert(pc.is_in(table["id"], value_set=pa.array(without, pa.string())))))
-    again = table.filter(pc.is_in(table["id"], value_set=pa.array(twice, pa.string())))
-    table = pa.concat_tables([table, again])
-    shape = manifest["shapes"]["on_manifold"]
-    if images == "on_manifold":
-        pixels = set_format.from_netpbm(table["on_manifold"], shape)
-    else:
-        pixels = set_reader.decoded(table, manifest, f"shard {name} of '{folder}'")
-    columns = {"id": table["id"], "label": table["label"], "pixels": set_format.fixed_list(pixels, pa.uint8())}
-    return pa.table(columns | ({"w": table["w"]} if images == "on_manifold" else {}))
 
 
 class Streamed:

@@ -1,4 +1,4 @@
-"""What reads and writes a shard, as tasks of Ray Data. Their processes need no torch, which would be most of their memory.
+"""What reads and writes shards, as tasks of Ray Data. Their processes need no torch, which would be most of their memory.
 
 Between them a shard is one row, and its table travels as bytes, which are not copied when they are opened again.
 """
@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dmat_ray.config import DataConfig
-from dmat_ray.data import set_format, set_writer
+from dmat_ray.data import set_format, set_reader, set_writer
 from dmat_ray.data.decoding import decode
 from dmat_ray.data.sources import read
 from dmat_ray.errors import UserError
-from dmat_ray.storage import at
+from dmat_ray.storage import Location, at
 
 
 def as_bytes(table: pa.Table) -> pa.Buffer:
@@ -69,3 +70,29 @@ def write_shard(row: pa.Table, *, folder: str) -> pa.Table:
     except OSError as error:
         raise UserError(f"'{folder}' cannot be written: {error.strerror or error}") from None
     return pa.table({"name": [name], "rows": [table.num_rows], "rejected": [len(rejected)], "seconds": [seconds]})
+
+
+def read_examples(
+    row: pa.Table, *, place: str, images: str, manifest: dict[str, Any], without: list[str], twice: list[str]
+) -> pa.Table:
+    """A task: the usable training examples of some shards, but for those `without`; those in `twice` come a second time."""
+    parts = [_read_shard(at(place), name, images, manifest, without, twice) for name in row["shards"][0].as_py()]
+    return pa.concat_tables(parts)
+
+
+def _read_shard(
+    folder: Location, name: str, images: str, manifest: dict[str, Any], without: list[str], twice: list[str]
+) -> pa.Table:
+    wanted = ["on_manifold", "w"] if images == "on_manifold" else ["image"]
+    table = set_reader.read_shard(folder, name, ["id", "split", "status", "label", *wanted])
+    keep = pc.and_(pc.equal(table["split"], "train"), pc.equal(table["status"], "ok"))
+    table = table.filter(pc.and_(keep, pc.invert(pc.is_in(table["id"], value_set=pa.array(without, pa.string())))))
+    again = table.filter(pc.is_in(table["id"], value_set=pa.array(twice, pa.string())))
+    table = pa.concat_tables([table, again])
+    shape = manifest["shapes"]["on_manifold"]
+    if images == "on_manifold":
+        pixels = set_format.from_netpbm(table["on_manifold"], shape)
+    else:
+        pixels = set_reader.decoded(table, manifest, f"shard {name} of '{folder}'")
+    columns = {"id": table["id"], "label": table["label"], "pixels": set_format.fixed_list(pixels, pa.uint8())}
+    return pa.table(columns | ({"w": table["w"]} if images == "on_manifold" else {}))

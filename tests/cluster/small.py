@@ -33,6 +33,8 @@ SMALL = [
     *("--training.val_examples", "20", "--evaluation.batch_size", "20", "--training.lr_epochs", "0,2"),
     *("--training.lr_values", "0.05,0.01"),
 ]
+# slow enough that a kill comes in the middle
+DMAT = ["--training.epochs", "3", "--objective.latent.steps", "40"]
 
 
 def settings(output: Path, *options: Any, preset: tuple[str, ...] = ("demo",)) -> Config:

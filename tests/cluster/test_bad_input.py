@@ -92,12 +92,10 @@ def test_unreadable_images_fail_the_run_beyond_a_share(run_job, tmp_path):
     assert found["count"] == 20
 
 
-@pytest.mark.usefixtures("ray_session")
-def test_sets_and_models(run_job, tmp_path):
+def test_sets_and_models(run_job, tmp_path, finished):
     out = tmp_path / "out"
     refused(run_job("train.py"), "no on-manifold set", "jobs/project.py")
-    config = settings(out)
-    jobs.project(config, print)
+    finished.copy_set(out)
     refused(run_job("project.py", "--projection.lr", 0.5), "projection.lr = 0.1", "now it is 0.5")
     refused(run_job("evaluate.py"), "no models", "jobs/train.py")
     refused(run_job("evaluate.py", "--models", "mine"), "no trained model", "mine")
@@ -115,7 +113,7 @@ def test_sets_and_models(run_job, tmp_path):
     save_generator(other, StyleGAN2(StyleGAN2Config.model_validate(card["architecture"])), card)
     refused(run_job("train.py", "--generator.path", other), "was made with generator", "the same generator.path")
 
-    (model,) = jobs.train([settings(out, "--name", "mine", "--training.epochs", 1)], print)
+    model = finished.models["standard"]
     run = json.loads((model / "run.json").read_text())
     foreign = out / "models" / "foreign"
     shutil.copytree(model, foreign)

@@ -1,53 +1,32 @@
 """The main path on a real Ray: project, train with two DDP workers, evaluate, report, MLflow in sqlite."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
-from small import settings
+from small import DMAT, settings
 
 from dmat_ray.cluster import jobs, tracking
-from dmat_ray.config import Config
 from dmat_ray.data.sources import list_examples
 from dmat_ray.metrics import accuracies
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
-METHODS = ("standard", "dmat")
 
 
-def folder_of(config: Config) -> Path:
-    """Where the set is."""
-    return Path(config.output) / "on_manifold_set"
-
-
-def read_set(config: Config) -> dict[str, list]:
+def read_set(output: Path) -> dict[str, list]:
     """All rows of a set, by plain pyarrow, sorted by id."""
-    return pq.read_table(folder_of(config) / "shards").sort_by("id").to_pydict()
-
-
-@pytest.fixture(scope="module")
-def finished(ray_session, tmp_path_factory) -> tuple[Config, dict[str, Path], list[str]]:
-    """A whole pipeline: the settings, the models, and what was said."""
-    config, lines = settings(tmp_path_factory.mktemp("pipeline")), []
-    with tracking.tracked(config, "", "pipeline") as run:
-        jobs.project(config, lines.append, run.id)
-        configs = [settings(Path(config.output), "--name", m, preset=("demo", m)) for m in METHODS]
-        models = dict(zip(METHODS, jobs.train(configs, lines.append, run.id), strict=True))
-        jobs.evaluate(config, models, lines.append, run.id)
-    return config, models, lines
+    return pq.read_table(output / "on_manifold_set" / "shards").sort_by("id").to_pydict()
 
 
 def test_set_is_whole_and_opens_in_plain_pyarrow(finished):
-    config, _, _ = finished
-    table, listing = read_set(config), list_examples(config.data)
+    table, listing = read_set(finished.output), list_examples(finished.config.data)
     assert table["id"] == listing.table["id"].to_pylist()
     assert table["label"] == listing.table["label"].to_pylist()
     assert sorted(set(table["split"])) == ["test", "train"]
-    manifest = json.loads((folder_of(config) / "manifest.json").read_text())
+    manifest = json.loads((finished.output / "on_manifold_set" / "manifest.json").read_text())
     assert manifest["count"] == 100
     assert manifest["splits"] == {"test": 40, "train": 60}
     assert not manifest["lpips_is_perceptual"]
@@ -62,44 +41,39 @@ def test_set_renders_again_from_w(finished):
     from dmat_ray.data.manifold_set import open_set
     from dmat_ray.manifold.generators import load_generator
 
-    config, _, _ = finished
-    data, generator = open_set(folder_of(config), "test"), load_generator(config.generator.path)
+    data = open_set(finished.output / "on_manifold_set", "test")
+    generator = load_generator(finished.config.generator.path)
     x = generator.synthesis(torch.from_numpy(data.w)).numpy() * 255
     assert np.abs(x - data.on_manifold).max() <= 0.51
 
 
 def test_set_does_not_depend_on_the_number_of_actors(finished, tmp_path, say):
-    config, _, _ = finished
-    other = settings(tmp_path, "--cluster.projection_actors", 1)
-    jobs.project(other, say)
-    assert read_set(other) == read_set(config)
+    jobs.project(settings(tmp_path, "--cluster.projection_actors", 1), say)
+    assert read_set(tmp_path) == read_set(finished.output)
 
 
 def test_random_lpips_is_said_so(finished):
-    _, _, lines = finished
-    assert any("not perceptual" in line for line in lines)
+    assert any("not perceptual" in line for line in finished.lines)
 
 
 def test_second_run_has_nothing_to_do(finished, say, lines):
-    config, models, _ = finished
-    before = {p: p.stat().st_mtime_ns for p in Path(config.output).rglob("*.parquet")}
-    jobs.project(config, say)
-    configs = [settings(Path(config.output), "--name", m, preset=("demo", m)) for m in METHODS]
-    jobs.train(configs, say)
-    jobs.evaluate(config, models, say)
+    before = {p: p.stat().st_mtime_ns for p in finished.output.rglob("*.parquet")}
+    jobs.project(finished.config, say)
+    options = {"standard": (), "dmat": DMAT}
+    jobs.train([settings(finished.output, "--name", m, *options[m], preset=("demo", m)) for m in options], say)
+    jobs.evaluate(finished.config, finished.models, say)
     assert sum("nothing to do" in line for line in lines) == 4
-    assert before == {p: p.stat().st_mtime_ns for p in Path(config.output).rglob("*.parquet")}
+    assert before == {p: p.stat().st_mtime_ns for p in finished.output.rglob("*.parquet")}
 
 
 def test_rows_are_one_per_example_and_attack(finished):
-    config, _, _ = finished
-    rows = pq.read_table(Path(config.output) / "evaluation" / "rows.parquet")
-    names = [row.name for row in config.evaluation.attacks]
+    rows = pq.read_table(finished.output / "evaluation" / "rows.parquet")
+    names = [row.name for row in finished.config.evaluation.attacks]
     natural = [n for n in names if not n.startswith("OM-")]
     assert rows.num_rows == 2 * 40 * (len(names) + len(natural))
     keys = list(zip(*(rows[c].to_pylist() for c in ("model", "set", "attack", "id")), strict=True))
     assert len(set(keys)) == len(keys)
-    budget = {row.name: getattr(row, "eps", 0.0) for row in config.evaluation.attacks}
+    budget = {row.name: getattr(row, "eps", 0.0) for row in finished.config.evaluation.attacks}
     for row in rows.to_pylist():
         assert row["correct"] == (row["prediction"] == row["label"])
         if row["attack"] in ("FGSM", "PGD-20"):
@@ -109,15 +83,13 @@ def test_rows_are_one_per_example_and_attack(finished):
 
 
 def test_rows_do_not_depend_on_the_number_of_actors(finished, tmp_path, say):
-    config, models, _ = finished
-    shutil.copytree(folder_of(config), tmp_path / "on_manifold_set")
-    other = settings(tmp_path, "--cluster.evaluation_actors", 1)
-    rows = jobs.evaluate(other, models, say)
-    assert rows.equals(pq.read_table(Path(config.output) / "evaluation" / "rows.parquet"))
+    finished.copy_set(tmp_path)
+    rows = jobs.evaluate(settings(tmp_path, "--cluster.evaluation_actors", 1), finished.models, say)
+    assert rows.equals(pq.read_table(finished.output / "evaluation" / "rows.parquet"))
 
 
 def test_mlflow_holds_every_stage(finished):
-    config, _, _ = finished
+    config = finished.config
     client = MlflowClient(tracking.tracking_uri(config))
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     runs = {r.data.tags["mlflow.runName"]: r for r in client.search_runs([experiment.experiment_id])}
@@ -129,7 +101,7 @@ def test_mlflow_holds_every_stage(finished):
     assert dmat.data.params["objective.image.weight"] == "0.5"
     assert float(dmat.data.params["objective.image.eps"]) == config.objective.image.eps
     losses = client.get_metric_history(dmat.info.run_id, "train_loss")
-    assert [m.step for m in losses] == [1, 2]
+    assert [m.step for m in losses] == [1, 2, 3]
     stored = [a.path for a in client.list_artifacts(dmat.info.run_id, "checkpoint")]
     assert sorted(stored) == ["checkpoint/model.safetensors", "checkpoint/run.json"]
     assert "report.html" in [a.path for a in client.list_artifacts(runs["evaluate"].info.run_id)]

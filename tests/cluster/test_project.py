@@ -1,6 +1,8 @@
 """Projection on clusters that lose drivers, actors, nodes and memory: the set is that of a calm run, row for row."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,14 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 import ray.cloudpickle
 import ray.data
-import s3
 from PIL import Image
 from ray.cluster_utils import Cluster
 from small import finish, processes_below, settings, start_job, wait_for
 
 from dmat_ray.cli import user_error_behind
 from dmat_ray.cluster import jobs
-from dmat_ray.data import set_reader
 from dmat_ray.data.manifold_set import open_set
 from dmat_ray.errors import UserError
 
@@ -62,11 +62,14 @@ def test_killed_driver_goes_on_and_a_second_one_is_refused(tmp_path, calm):
     assert not (tmp_path / "on_manifold_set" / "manifest.json").exists()
     before = {path.name: path.stat().st_mtime_ns for path in written(tmp_path)}
     assert 2 <= len(before) < 20
+    (tmp_path / "on_manifold_set" / "shards" / ".0123456789abcdef.partial").write_bytes(b"what a write in a kill leaves")
     # what may differ in a run that goes on: how many images share a batch
     assert f"going on: {len(before)} of 20" in finish(start_job("project.py", tmp_path, *OPTIONS))
     assert before == {path.name: path.stat().st_mtime_ns for path in written(tmp_path) if path.name in before}
     assert rows(tmp_path) == rows(calm)
-    assert not (tmp_path / "on_manifold_set" / "writer.json").exists()
+    assert {path.name for path in (tmp_path / "on_manifold_set").iterdir()} == {"manifest.json", "settings.json", "shards"}
+    assert len(list((tmp_path / "on_manifold_set" / "shards").iterdir())) == 20, "nothing of what was cut short is left"
+    assert "the set is sound" in finish(start_job("inspect_set.py", tmp_path))
 
 
 def test_other_settings_are_refused_over_what_is_there(calm, tmp_path):
@@ -95,10 +98,15 @@ class Nodes:
         for _ in range(2):
             self.add()
 
-    def add(self, **environment: str) -> Any:
+    def add(self) -> Any:
         """A node whose GPU is not there, and whose processes know it."""
-        environment = environment or {"DMAT_RAY_LOGICAL_GPUS": "1"}
-        return self.cluster.add_node(num_cpus=2, num_gpus=1, object_store_memory=self._store, env_vars=environment)
+        return self.cluster.add_node(
+            num_cpus=2,
+            num_gpus=1,
+            resources={"place": 1},
+            object_store_memory=self._store,
+            env_vars={"DMAT_RAY_LOGICAL_GPUS": "1"},
+        )
 
     def actors(self) -> list[psutil.Process]:
         """The actors' processes on all nodes."""
@@ -132,41 +140,62 @@ def start_on(nodes: Nodes) -> Callable[..., "subprocess.Popen[str]"]:
     return start
 
 
-def test_killed_actor(nodes, start_on, tmp_path, calm):
-    process = start_on(tmp_path, *OPTIONS)
-    wait_for(lambda: len(written(tmp_path)) >= 2, process)
-    victim = nodes.actors()[0]
-    victim.kill()
-    finish(process)
-    assert len(written(tmp_path)) == 20
-    assert rows(tmp_path) == rows(calm)
+def busy(process: psutil.Process) -> bool:
+    """Whether an actor is in the middle of a shard: nothing else keeps it computing."""
+    return process.cpu_percent(interval=0.3) > 30
 
 
-def test_removed_node_and_a_new_one(nodes, start_on, tmp_path, calm):
+def test_killed_actor_and_then_a_machine_that_is_not_replaced(nodes, start_on, tmp_path, calm):
     process = start_on(tmp_path, *OPTIONS)
     wait_for(lambda: len(written(tmp_path)) >= 2 and len(nodes.actors()) == 2, process)
+    victim = nodes.actors()[0]
+    wait_for(lambda: busy(victim), process)
+    victim.kill()
+    wait_for(lambda: len(nodes.actors()) == 2 and victim.pid not in [actor.pid for actor in nodes.actors()], process)
+    assert len(written(tmp_path)) < 20
     nodes.remove_one_with_an_actor()
-    (survivor,) = nodes.actors()
-    survivor.suspend()  # so that there is work left for a machine that comes later
-    new = nodes.add()
-    wait_for(lambda: bool(nodes.actors_on(new)), process)
-    survivor.resume()
     finish(process)
     assert len(written(tmp_path)) == 20
     assert rows(tmp_path) == rows(calm)
 
 
-FILLER = """
+def test_a_machine_that_comes_later_takes_part(nodes, start_on, tmp_path, calm):
+    process = start_on(tmp_path, *OPTIONS)
+    wait_for(lambda: len(written(tmp_path)) >= 2, process)
+    (alone,) = nodes.actors()
+    alone.suspend()  # so that there is work left for the other
+    new = nodes.add()
+    before = len(written(tmp_path))
+    wait_for(lambda: bool(nodes.actors_on(new)) and len(written(tmp_path)) > before + 1, process)
+    alone.resume()
+    finish(process)
+    assert len(written(tmp_path)) == 20
+    assert rows(tmp_path) == rows(calm)
+
+
+HOLDER = """
 import sys, numpy, ray
+from ray._private.internal_api import memory_summary
+
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
-held = [ray.put(numpy.ones(20_000_000, numpy.uint8)) for _ in range(4)]
-print("full", flush=True)
+
+@ray.remote(num_cpus=0, resources={"place": 1})
+class Holder:
+    def __init__(self):
+        self.held = [ray.put(numpy.ones(20_000_000, numpy.uint8)) for _ in range(3)]
+
+    def ready(self):
+        return len(self.held)
+
+holders = [Holder.remote() for _ in range(2)]
+print(ray.get([holder.ready.remote() for holder in holders]), flush=True)
 sys.stdin.read()
+print(memory_summary(sys.argv[1], stats_only=True))
 """
 
 
 def test_full_object_store_corrupt_images_and_their_repair(nodes, start_on, tmp_path):
-    """Images of twice the memory for objects, most of which somebody else holds; one is corrupt, and repaired afterwards."""
+    """Images of more than the nodes' memory for objects, most of which somebody else holds; one is corrupt, then repaired."""
     rng = np.random.default_rng(0)
     for label in ("a", "b"):
         (tmp_path / "photos" / label).mkdir(parents=True)
@@ -176,11 +205,11 @@ def test_full_object_store_corrupt_images_and_their_repair(nodes, start_on, tmp_
     good = bad.read_bytes()
     bad.write_bytes(good[: len(good) // 2])
     assert sum(p.stat().st_size for p in (tmp_path / "photos").rglob("*.png")) > 150e6
-    filler = subprocess.Popen(
-        [sys.executable, "-c", FILLER, nodes.cluster.address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, nodes.cluster.address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert filler.stdout is not None
-    assert filler.stdout.readline() == "full\n"
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "[3, 3]\n"
     options = (
         *("--data.source", tmp_path / "photos", "--data.train_limit", "null", "--data.test_limit", "null"),
         *("--projection.steps", 1, "--projection.shard_size", 8),
@@ -190,20 +219,31 @@ def test_full_object_store_corrupt_images_and_their_repair(nodes, start_on, tmp_
     refused, _ = process.communicate(timeout=300)
     assert process.returncode == 2
     assert "1 of 80 images were rejected, more than data.max_rejected = 0.01; the first: 'a/07.png' " in refused
-    filler.communicate()
     before = {path.name: path.stat().st_mtime_ns for path in written(output)}
-    assert len(before) == 10
+    assert "part-000000.parquet" in before
 
     bad.write_bytes(good)
     finish(start_on(output, *options))
+    told, _ = holder.communicate()
+    spilled = re.search(r"Spilled (\d+) MiB", told)
+    assert spilled is not None, told
+    assert int(spilled[1]) > 50
     after = {path.name: path.stat().st_mtime_ns for path in written(output)}
-    assert after.keys() - before.keys() == {"part-000000-1.parquet"}
+    assert after.keys() == {*(f"part-{k:06d}.parquet" for k in range(10)), "part-000000-1.parquet"}
     assert {name: after[name] for name in before} == before, "what was finished is not projected again"
-    manifest = set_reader.read_manifest(output / "on_manifold_set")
+    manifest = json.loads((output / "on_manifold_set" / "manifest.json").read_text())
     assert (manifest["count"], manifest["rejected"]) == (80, {})
     found = rows(output)
     assert len(set(found["id"])) == 80
     assert found["image"][found["id"].index("a/07.png")]["bytes"] == good
+
+
+def test_machines_that_do_not_come_are_not_waited_for_for_ever(start_on, tmp_path):
+    process = start_on(tmp_path, "--cluster.threads_per_worker", 64, "--cluster.wait_minutes", 0.05)
+    told, _ = process.communicate(timeout=200)
+    assert process.returncode == 2
+    assert "no node has 64 CPU and 1 GPU: asking the autoscaler" in told
+    assert "error: no node with 64 CPU and 1 GPU came within 0.05 minutes; start one, lower" in told
 
 
 ASKER = """
@@ -247,7 +287,7 @@ def test_what_an_actor_cannot_be_built_for_reaches_the_user(ray_session):
     assert str(user_error_behind(failed.value)) == "there is no 'vgg.pth' on this node; copy it"
 
 
-def test_images_and_set_in_an_object_store(tmp_path):
+def test_images_and_set_in_an_object_store(store, ray_session, tmp_path, lines, say):
     """A real S3 server on loopback: everything by URL, a lost shard made again, the set sound and readable."""
     rng = np.random.default_rng(0)
     photos = {}
@@ -256,30 +296,30 @@ def test_images_and_set_in_an_object_store(tmp_path):
             path = tmp_path / f"{i}.png"
             Image.fromarray(rng.integers(0, 255, (40, 32, 3), dtype=np.uint8)).save(path)
             photos[f"photos/{label}/ü {i}#.png"] = path.read_bytes()
-    with s3.serving(tmp_path) as server:
-        server.put("images", photos)
-        server.put("sets", {})
-        output, place = tmp_path / "out", "s3://sets/mine/set"
-        options = (
-            *("--data.source", "s3://images/photos", "--manifold_set", place, "--data.train_limit", "null"),
-            *("--data.test_limit", "null", "--projection.steps", "1", "--projection.shard_size", "5"),
-        )
-        finish(start_job("project.py", output, *options))
-        objects = {o["Key"] for o in server.client().list_objects_v2(Bucket="sets")["Contents"] if o["Size"]}
-        shards = {f"mine/set/shards/part-{k:06d}.parquet" for k in range(5)}
-        assert objects == {"mine/set/manifest.json", "mine/set/settings.json", *shards}
-        train = open_set(place, "train")
-        assert len(train) + len(open_set(place, "test")) == 24
-        assert not (output / "on_manifold_set").exists()
+    store.put("images", photos)
+    store.put("sets", {})
+    output, place = tmp_path / "out", "s3://sets/mine/set"
+    options = (
+        *("--data.source", "s3://images/photos", "--manifold_set", place, "--data.train_limit", "null"),
+        *("--data.test_limit", "null", "--projection.steps", "1", "--projection.shard_size", "5"),
+    )
+    jobs.project(settings(output, *options), say)
+    objects = {o["Key"] for o in store.client().list_objects_v2(Bucket="sets")["Contents"] if o["Size"]}
+    shards = {f"mine/set/shards/part-{k:06d}.parquet" for k in range(5)}
+    assert objects == {"mine/set/manifest.json", "mine/set/settings.json", *shards}
+    train = open_set(place, "train")
+    assert len(train) + len(open_set(place, "test")) == 24
+    assert not (output / "on_manifold_set").exists()
 
-        lost = "mine/set/shards/part-000003.parquet"
-        server.client().delete_object(Bucket="sets", Key=lost)
-        before = len(server.requests())
-        assert "going on: 4 of 5" in finish(start_job("project.py", output, *options))
-        puts = [r.split("?")[0] for r in server.requests()[before:] if r.startswith("PUT") and "/shards/" in r]
-        assert puts == [f"PUT /sets/{lost}"]
-        again = open_set(place, "train")
-        assert again.id == train.id
-        np.testing.assert_array_equal(again.w, train.w)
-        inspected = start_job("inspect_set.py", output, "--manifold_set", place)
-        assert "the set is sound" in finish(inspected)
+    lost = "mine/set/shards/part-000003.parquet"
+    store.client().delete_object(Bucket="sets", Key=lost)
+    before = len(store.requests())
+    jobs.project(settings(output, *options), say)
+    assert "going on: 4 of 5 shards are there" in lines
+    puts = [r.split("?")[0] for r in store.requests()[before:] if r.startswith("PUT") and "/shards/" in r]
+    assert puts == [f"PUT /sets/{lost}"]
+    again = open_set(place, "train")
+    assert again.id == train.id
+    np.testing.assert_array_equal(again.w, train.w)
+    inspected = start_job("inspect_set.py", output, "--manifold_set", place)
+    assert "the set is sound" in finish(inspected)

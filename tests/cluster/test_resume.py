@@ -1,35 +1,23 @@
-"""Jobs whose driver is killed -9 go on where they stopped."""
+"""Trainings whose driver or worker is killed -9 go on where they stopped, and end where an undisturbed one does."""
 
 import json
 import os
-import shutil
 import signal
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from small import finish, settings, start_job, train_workers, wait_for
+from small import DMAT, finish, settings, start_job, train_workers, wait_for
 
 from dmat_ray.cluster import jobs
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
-# slow enough that a kill comes in the middle
-TRAINING = ("--preset", "demo", "dmat", "--training.loader", "stream", "--training.epochs", "3", "--objective.latent.steps", "40")
-
-
-@pytest.fixture(scope="module")
-def calm(ray_session, tmp_path_factory) -> Path:
-    """The output folder of a projection and a training that nothing disturbed."""
-    output = tmp_path_factory.mktemp("calm")
-    jobs.project(settings(output), print)
-    jobs.train([settings(output, *TRAINING)], print)
-    return output
 
 
 def history(output: Path) -> list[dict[str, float]]:
     """Each epoch's metrics of the model, but for the speed."""
-    run = json.loads((output / "models" / "demo_dmat" / "run.json").read_text())
+    run = json.loads((output / "models" / "dmat" / "run.json").read_text())
     return [{k: v for k, v in epoch.items() if k != "examples_per_second"} for epoch in run["history"]]
 
 
@@ -40,22 +28,23 @@ def same_training(output: Path, calm: Path) -> None:
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def test_killed_driver_of_a_training_goes_on(tmp_path, calm):
-    shutil.copytree(calm / "on_manifold_set", tmp_path / "on_manifold_set")
-    process = start_job("train.py", tmp_path, *TRAINING)
+def test_killed_driver_of_a_training_goes_on(tmp_path, finished):
+    finished.copy_set(tmp_path)
+    options = ("--preset", "demo", "dmat", "--name", "dmat", *DMAT)
+    process = start_job("train.py", tmp_path, *options)
     # when the second is there the first is registered: of one that has only been written Ray does not know
     wait_for(lambda: len(list((tmp_path / "train").rglob("checkpoint_*/run.json"))) == 2, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "models").exists()
-    resumed = finish(start_job("train.py", tmp_path, *TRAINING))
+    resumed = finish(start_job("train.py", tmp_path, *options))
     assert "epoch 1/3" not in resumed
     assert "epoch 3/3" in resumed
-    same_training(tmp_path, calm)
+    same_training(tmp_path, finished.output)
 
 
-def test_killed_worker_is_replaced_and_training_goes_on(tmp_path, calm):
-    shutil.copytree(calm / "on_manifold_set", tmp_path / "on_manifold_set")
+def test_killed_worker_is_replaced_and_training_goes_on(tmp_path, finished):
+    finished.copy_set(tmp_path)
     lines: list[str] = []
     killed = threading.Event()
 
@@ -66,6 +55,6 @@ def test_killed_worker_is_replaced_and_training_goes_on(tmp_path, calm):
         killed.set()
 
     threading.Thread(target=kill_after_first_epoch, daemon=True).start()
-    jobs.train([settings(tmp_path, *TRAINING)], lines.append)
+    jobs.train([settings(tmp_path, "--name", "dmat", *DMAT, preset=("demo", "dmat"))], lines.append)
     assert killed.is_set()
-    same_training(tmp_path, calm)
+    same_training(tmp_path, finished.output)

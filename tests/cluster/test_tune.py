@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 from small import free_ports, settings, wait_until_answers
 
-from dmat_ray.cluster import jobs, tune
+from dmat_ray.cluster import tune
 from dmat_ray.errors import UserError
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
@@ -48,11 +48,13 @@ def server(tmp_path_factory) -> Iterator[str]:
         process.wait()
 
 
-def test_search_leaves_a_tree_of_runs(tmp_path, server, say, lines):
+def test_search_leaves_a_tree_of_runs(tmp_path, server, finished, say):
+    """Its trials read a stream of the set."""
     space = tmp_path / "space.py"
     space.write_text(SPACE)
-    config = settings(tmp_path, "--tune.space", space, "--tune.epochs", 1, "--tracking.uri", server, "--cluster.train_workers", 1)
-    jobs.project(config, say)
+    options = ("--tune.space", space, "--tune.epochs", 1, "--cluster.train_workers", 1, "--training.loader", "stream")
+    config = settings(tmp_path, *options, "--tracking.uri", server)
+    finished.copy_set(tmp_path)
     found = tune.search(config, say)
     assert sorted(r["sample"]["alpha"] for r in found) == [0.3, 0.7]
     assert found[0]["metrics"]["val_robust"] >= found[1]["metrics"]["val_robust"]
