@@ -24,7 +24,8 @@ demo: $(STAMP)
 	@$(BIN)/python jobs/pipeline.py --preset demo
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --ignore tests/cluster
+	@$(BIN)/python -m pytest tests/cluster
 
 check: $(STAMP)
 	@$(BIN)/ruff check .

@@ -72,7 +72,7 @@ def test_images(run_job, tmp_path):
     refused(run_job("project.py", "--data.source", one), "one class only", "class0")
     refused(run_job("project.py", "--data.resolution", 64), "32x32", "64x64", "data.resolution")
     refused(run_job("project.py", "--generator.path", tmp_path), "card.json", "train_generator", "import_generator")
-    refused(run_job("project.py", "--projection.lpips_weights", tmp_path / "vgg.pth"), "vgg.pth", "random")
+    refused(run_job("project.py", "--projection.lpips", 1, "--projection.lpips_weights", tmp_path / "vgg.pth"), "vgg.pth", "random")
     assert not (out / "on_manifold_set" / "manifest.json").exists()
 
 

@@ -11,6 +11,7 @@ from small import DMAT, settings
 
 from dmat_ray.cluster import jobs, tracking
 from dmat_ray.data.sources import list_examples
+from dmat_ray.errors import UserError
 from dmat_ray.metrics import accuracies
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
@@ -48,12 +49,15 @@ def test_set_renders_again_from_w(finished):
 
 
 def test_set_does_not_depend_on_the_number_of_actors(finished, tmp_path, say):
-    jobs.project(settings(tmp_path, "--cluster.projection_actors", 1), say)
+    jobs.project(settings(tmp_path, "--cluster.projection_actors", 2), say)
     assert read_set(tmp_path) == read_set(finished.output)
 
 
-def test_random_lpips_is_said_so(finished):
-    assert any("not perceptual" in line for line in finished.lines)
+def test_random_lpips_is_said_so(tmp_path, say, lines):
+    config = settings(tmp_path, "--projection.lpips", 1, "--data.source", tmp_path / "nowhere")
+    with pytest.raises(UserError, match="nowhere"):
+        jobs.project(config, say)
+    assert any("not perceptual" in line for line in lines)
 
 
 def test_second_run_has_nothing_to_do(finished, say, lines):
@@ -84,7 +88,7 @@ def test_rows_are_one_per_example_and_attack(finished):
 
 def test_rows_do_not_depend_on_the_number_of_actors(finished, tmp_path, say):
     finished.copy_set(tmp_path)
-    rows = jobs.evaluate(settings(tmp_path, "--cluster.evaluation_actors", 1), finished.models, say)
+    rows = jobs.evaluate(settings(tmp_path, "--cluster.evaluation_actors", 2), finished.models, say)
     assert rows.equals(pq.read_table(finished.output / "evaluation" / "rows.parquet"))
 
 

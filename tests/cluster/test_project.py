@@ -28,7 +28,7 @@ from dmat_ray.errors import UserError
 
 pytestmark = pytest.mark.cluster
 # twenty shards, slow enough that what happens to them happens in the middle
-OPTIONS = ("--projection.steps", "60", "--projection.shard_size", "5")
+OPTIONS = ("--projection.steps", "150", "--projection.shard_size", "5", "--cluster.projection_actors", "2")
 ACTOR = "ShardProjector"
 
 
