@@ -48,11 +48,6 @@ def test_set_renders_again_from_w(finished):
     assert np.abs(x - data.on_manifold).max() <= 0.51
 
 
-def test_set_does_not_depend_on_the_number_of_actors(finished, tmp_path, say):
-    jobs.project(settings(tmp_path, "--cluster.projection_actors", 2), say)
-    assert read_set(tmp_path) == read_set(finished.output)
-
-
 def test_random_lpips_is_said_so(tmp_path, say, lines):
     config = settings(tmp_path, "--projection.lpips", 1, "--data.source", tmp_path / "nowhere")
     with pytest.raises(UserError, match="nowhere"):

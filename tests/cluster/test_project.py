@@ -23,12 +23,16 @@ from small import finish, processes_below, settings, start_job, wait_for
 
 from dmat_ray.cli import user_error_behind
 from dmat_ray.cluster import jobs
+from dmat_ray.cluster.session import await_machine
+from dmat_ray.config import ClusterConfig
+from dmat_ray.data.inspection import inspect_set
 from dmat_ray.data.manifold_set import open_set
 from dmat_ray.errors import UserError
 
 pytestmark = pytest.mark.cluster
 # twenty shards, slow enough that what happens to them happens in the middle
-OPTIONS = ("--projection.steps", "150", "--projection.shard_size", "5", "--cluster.projection_actors", "2")
+OPTIONS = ("--projection.steps", "150", "--projection.shard_size", "5")
+TWO = ("--cluster.projection_actors", "2")
 ACTOR = "ShardProjector"
 
 
@@ -44,32 +48,29 @@ def written(output: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def calm(ray_session, tmp_path_factory) -> Path:
-    """The output folder of a projection that nothing disturbed."""
+    """The output folder of a projection that nothing disturbed, with one actor; the others have two."""
     output = tmp_path_factory.mktemp("calm")
     jobs.project(settings(output, *OPTIONS), print)
     return output
 
 
 def test_killed_driver_goes_on_and_a_second_one_is_refused(tmp_path, calm):
-    process = start_job("project.py", tmp_path, *OPTIONS)
+    process = start_job("project.py", tmp_path, *OPTIONS, *TWO)
     wait_for(lambda: len(written(tmp_path)) >= 2, process)
-    second = start_job("project.py", tmp_path, *OPTIONS)
-    refusal, _ = second.communicate(timeout=100)
-    assert second.returncode == 2
-    assert f"is being written by process {process.pid} on " in refusal
+    with pytest.raises(UserError, match=f"is being written by process {process.pid} on "):
+        jobs.project(settings(tmp_path, *OPTIONS), print)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "on_manifold_set" / "manifest.json").exists()
     before = {path.name: path.stat().st_mtime_ns for path in written(tmp_path)}
     assert 2 <= len(before) < 20
     (tmp_path / "on_manifold_set" / "shards" / ".0123456789abcdef.partial").write_bytes(b"what a write in a kill leaves")
-    # what may differ in a run that goes on: how many images share a batch
-    assert f"going on: {len(before)} of 20" in finish(start_job("project.py", tmp_path, *OPTIONS))
+    assert f"going on: {len(before)} of 20" in finish(start_job("project.py", tmp_path, *OPTIONS, *TWO))
     assert before == {path.name: path.stat().st_mtime_ns for path in written(tmp_path) if path.name in before}
     assert rows(tmp_path) == rows(calm)
     assert {path.name for path in (tmp_path / "on_manifold_set").iterdir()} == {"manifest.json", "settings.json", "shards"}
     assert len(list((tmp_path / "on_manifold_set" / "shards").iterdir())) == 20, "nothing of what was cut short is left"
-    assert "the set is sound" in finish(start_job("inspect_set.py", tmp_path))
+    assert inspect_set(tmp_path / "on_manifold_set").sound
 
 
 def test_other_settings_are_refused_over_what_is_there(calm, tmp_path):
@@ -135,7 +136,7 @@ def start_on(nodes: Nodes) -> Callable[..., "subprocess.Popen[str]"]:
 
     def start(output: Path, *options: object) -> "subprocess.Popen[str]":
         cluster = ("--cluster.address", nodes.cluster.address, "--cluster.gpus_per_worker", "1")
-        return start_job("project.py", output, *cluster, *map(str, options))
+        return start_job("project.py", output, *TWO, *cluster, *map(str, options))
 
     return start
 
@@ -238,12 +239,13 @@ def test_full_object_store_corrupt_images_and_their_repair(nodes, start_on, tmp_
     assert found["image"][found["id"].index("a/07.png")]["bytes"] == good
 
 
-def test_machines_that_do_not_come_are_not_waited_for_for_ever(start_on, tmp_path):
-    process = start_on(tmp_path, "--cluster.threads_per_worker", 64, "--cluster.wait_minutes", 0.05)
-    told, _ = process.communicate(timeout=200)
-    assert process.returncode == 2
-    assert "no node has 64 CPU and 1 GPU: asking the autoscaler" in told
-    assert "error: no node with 64 CPU and 1 GPU came within 0.05 minutes; start one, lower" in told
+def test_machines_that_do_not_come_are_not_waited_for_for_ever(ray_session, say, lines):
+    await_machine(ClusterConfig(), say)
+    assert lines == []
+    asked = ClusterConfig(threads_per_worker=64, gpus_per_worker=2, wait_minutes=0.02)
+    with pytest.raises(UserError, match=r"no node with 64 CPU and 2 GPU came within 0\.02 minutes; start one, lower"):
+        await_machine(asked, say)
+    assert lines == ["no node has 64 CPU and 2 GPU: asking the autoscaler, and waiting 0.02 minutes for one"]
 
 
 ASKER = """
