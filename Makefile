@@ -24,8 +24,7 @@ demo: $(STAMP)
 	@$(BIN)/python jobs/pipeline.py --preset demo
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --ignore tests/cluster
-	@$(BIN)/python -m pytest tests/cluster
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup
 
 check: $(STAMP)
 	@$(BIN)/ruff check .

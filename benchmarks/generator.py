@@ -35,7 +35,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from dmat_ray.config import StyleGAN1Config, StyleGAN2Config
 from dmat_ray.errors import UserError
@@ -126,7 +127,7 @@ def passes(side: Synthesis, w: Tensor, backward: bool) -> None:
         with torch.no_grad():
             side(w)
         return
-    # the weights are frozen; FlopCounterMode does not count under autograd.grad
+    # the weights are frozen
     side(w.detach().requires_grad_()).sum().backward()
 
 
@@ -151,11 +152,23 @@ def alternate(runs: dict[str, Callable[[], None]], rounds: int, clock: Callable[
     return {name: np.array(values) for name, values in seconds.items()}
 
 
+class Operations(TorchDispatchMode):
+    """Counts floating-point operations of products and convolutions; FlopCounterMode does not know autograd.grad to a leaf."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func.overloadpacket)
+        self.total += count(*args, **(kwargs or {}), out_val=out) if count else 0
+        return out
+
+
 def flops_of(run: Callable[[], None]) -> int:
     """Floating-point operations of a run's matrix products and convolutions."""
-    with FlopCounterMode(display=False) as counter:
+    with Operations() as counter:
         run()
-    return counter.get_total_flops()
+    return counter.total
 
 
 def machine_limit(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) -> float:

@@ -2,9 +2,10 @@
 
     python benchmarks/projection.py step [--kinds stylegan1 stylegan2] [--resolutions 64 256] [--batch 64:16 256:4]
     python benchmarks/projection.py images [--digits 48] [--group 16] [--option steps=80 ...]
-    either with [--device cuda] [--threads 1] [--compile] [--json FILE]
+    either with [--device cuda] [--threads 1] [--compile] [--json FILE], step also with [--count]
 
-`step` times one optimisation step on random weights of the published widths. Sides, each written plainly here but ours:
+`step` times one optimisation step on random weights of the published widths, or counts its operations (--count). Sides,
+each written plainly here but ours:
 
 - published: the loop of the code of arXiv 2009.02470, with LPIPS for its perceptual distance. Generator as in the papers;
   a VGG that still requires gradients, so that every step computes those of its weights too; the target goes through it
@@ -38,7 +39,7 @@ from typing import Any
 import lpips
 import numpy as np
 import torch
-from generator import ALLOCATOR, alternate, build, restart_with, stopwatch
+from generator import ALLOCATOR, alternate, build, flops_of, restart_with, stopwatch
 from torch import Tensor
 
 from dmat_ray import presets
@@ -161,21 +162,34 @@ def compare_steps(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for resolution in arguments.resolutions:
             batch = int(sizes.get(str(resolution), common))
             sides = step_sides(kind, resolution, batch, arguments)
-            seconds = alternate(
-                {**sides, "published again (A/A)": sides["published"]},
-                arguments.rounds,
-                stopwatch(torch.device(arguments.device)),
-            )
             print(f"\nstep on {kind} {resolution}x{resolution}, batch {batch}")
-            print(f"{'side':24} {'ms an image':>12}   to published (quartiles)     to the lpips package (quartiles)")
-            for name, times in seconds.items():
-                ratios = {base: quartiles(times / seconds[base]) for base in ("published", "lpips package")}
-                milliseconds = float(np.median(times)) / batch * 1000
-                rows.append(
-                    {"kind": kind, "resolution": resolution, "batch": batch, "side": name, "ms": milliseconds, "ratios": ratios}
-                )
-                shown = [f"{middle:.3f} ({low:.3f} to {high:.3f})" for low, middle, high in ratios.values()]
-                print(f"{name:24} {milliseconds:12.1f}   {shown[0]:28} {shown[1]}", flush=True)
+            case = {"kind": kind, "resolution": resolution, "batch": batch}
+            found = count_steps(sides, batch) if arguments.count else time_steps(sides, batch, arguments)
+            rows += [{**case, **row} for row in found]
+    return rows
+
+
+def count_steps(sides: dict[str, Callable[[], None]], batch: int) -> list[dict[str, Any]]:
+    """Floating-point operations of a step's products and convolutions."""
+    operations = {name: flops_of(run) / batch / 1e9 for name, run in sides.items()}
+    print(f"{'side':24} {'GFLOP an image':>14}   to published")
+    for name, gflop in operations.items():
+        print(f"{name:24} {gflop:14.1f}   {gflop / operations['published']:.3f}", flush=True)
+    return [{"side": name, "gflop": gflop} for name, gflop in operations.items()]
+
+
+def time_steps(sides: dict[str, Callable[[], None]], batch: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time of a step, and its ratios within rounds."""
+    clock = stopwatch(torch.device(arguments.device))
+    seconds = alternate({**sides, "published again (A/A)": sides["published"]}, arguments.rounds, clock)
+    rows = []
+    print(f"{'side':24} {'ms an image':>12}   to published (quartiles)     to the lpips package (quartiles)")
+    for name, times in seconds.items():
+        ratios = {base: quartiles(times / seconds[base]) for base in ("published", "lpips package")}
+        milliseconds = float(np.median(times)) / batch * 1000
+        rows.append({"side": name, "ms": milliseconds, "ratios": ratios})
+        shown = [f"{middle:.3f} ({low:.3f} to {high:.3f})" for low, middle, high in ratios.values()]
+        print(f"{name:24} {milliseconds:12.1f}   {shown[0]:28} {shown[1]}", flush=True)
     return rows
 
 
@@ -279,6 +293,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--resolutions", nargs="+", type=int, default=[64, 256], help="image sizes in pixels")
     parser.add_argument("--batch", nargs="+", default=["16", "256:4"], help="images a step; RESOLUTION:IMAGES for one size")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of steps")
+    parser.add_argument("--count", action="store_true", help="step: count floating-point operations instead of timing")
     parser.add_argument("--digits", type=int, default=48, help="test digits to project")
     parser.add_argument("--group", type=int, default=16, help="digits that one side projects before the other does")
     parser.add_argument("--batch-size", type=int, default=16, help="digits optimised together, on both sides")
