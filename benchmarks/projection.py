@@ -1,8 +1,9 @@
 """What does projection cost beside the published loop and its strongest peers, and is the result as good?
 
     python benchmarks/projection.py step [--kinds stylegan1 stylegan2] [--resolutions 64 256] [--batch 64:16 256:4]
-    python benchmarks/projection.py images [--digits 48] [--group 16] [--option steps=80 ...]
-    either with [--device cuda] [--threads 1] [--compile] [--json FILE], step also with [--count]
+    python benchmarks/projection.py images [--digits 48] [--group 16] [--sides published cached fast] [--option steps=80 ...]
+    python benchmarks/projection.py recover [--option steps=80 ...]
+    any with [--device cuda] [--threads 1] [--compile] [--json FILE], step also with [--count]
 
 `step` times one optimisation step on random weights of the published widths, or counts its operations (--count). Sides,
 each written plainly here but ours:
@@ -17,8 +18,8 @@ each written plainly here but ours:
 
 `images` projects digits of the test split onto the shipped generator, by the published loop and by the cached one with
 1,000 steps and by preset `fast` (VGG with random weights on all sides), group by group, and reports errors and images per
-second. What is done once is left out of the times: loading, the encoder's training (jobs/train_encoder.py), and the
-principal axes, whose time is printed.
+second. `recover` projects eight images that the generator made, by presets `paper` and `fast`. What is done once is left
+out of the times: loading, the encoder's training (jobs/train_encoder.py), and the principal axes, whose time is printed.
 
 Ratios are medians over rounds, with quartiles (over groups: with the lowest and the highest); how they are taken and why
 the script starts itself again is said in benchmarks/generator.py. "A/A" runs the first side twice and shows the noise.
@@ -201,10 +202,10 @@ def digits(count: int) -> tuple[Tensor, list[str]]:
     return torch.from_numpy(np.stack(sources.read_pixels(rows, config))), rows["id"].to_pylist()
 
 
-def fast_projector(arguments: argparse.Namespace, device: torch.device) -> Projector:
-    """Preset `fast` with the options of the command line."""
+def projector_of(preset: str, arguments: argparse.Namespace, device: torch.device) -> Projector:
+    """A preset with the options of the command line."""
     values = presets.merge(
-        presets.load(["fast"]), {"projection": {"lpips_weights": "random", "batch_size": arguments.batch_size}}
+        presets.load([preset]), {"projection": {"lpips_weights": "random", "batch_size": arguments.batch_size}}
     )
     options = dict(entry.split("=", 1) for entry in arguments.option)
     values = presets.merge(values, {"projection": {**options, "compile": arguments.compile}})
@@ -235,7 +236,7 @@ def compare_images(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     x, ids = digits(arguments.digits)
     clock = stopwatch(device)
     began = clock()
-    ours = fast_projector(arguments, device)
+    ours = projector_of("fast", arguments, device)
     print(f"made the projector of preset fast, its principal axes included, in {clock() - began:.1f} s")
     # the same measure for both: LPIPS in float32, the clamped images of the papers' arithmetic
     judged = ours.config.model_copy(update={"start": "mean", "axes": "w"})
@@ -245,11 +246,12 @@ def compare_images(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         result = ours.project(x[part], ids[part])
         return result.w_BLD, result.steps_B
 
-    sides: dict[str, Callable[[slice], tuple[Tensor, Tensor]]] = {
+    every: dict[str, Callable[[slice], tuple[Tensor, Tensor]]] = {
         "published": lambda part: plain_images(x[part], False, arguments, device),
         "cached": lambda part: plain_images(x[part], True, arguments, device),
         "fast": by_ours,
     }
+    sides = {name: every[name] for name in arguments.sides}
     found: dict[str, list[Projection]] = {name: [] for name in sides}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     ours.project(x[:2], ids[:2])  # compiles, and brings the heap to its size
@@ -274,7 +276,7 @@ def row_of(name: str, parts: list[Projection], seconds: dict[str, list[float]], 
     row: dict[str, Any] = {"side": name, "images": len(l1_B), "steps": float(steps_B.float().mean())}
     row["images_per_second"] = len(l1_B) / sum(seconds[name])
     print(f"\n{name}: {row['steps']:.1f} steps an image, {row['images_per_second']:.3f} images/s")
-    for base in ("published", "cached"):
+    for base in [side for side in ("published", "cached") if side in seconds]:
         times = np.array(seconds[base]) / np.array(seconds[name])
         row[f"times_{base}"] = [float(times.min()), float(np.median(times)), float(times.max())]
         print("  {1:.2f} ({0:.2f} to {2:.2f}) times the images/s of the loop '{3}'".format(*row[f"times_{base}"], base))
@@ -286,15 +288,31 @@ def row_of(name: str, parts: list[Projection], seconds: dict[str, list[float]], 
     return row
 
 
+def recover(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """PSNR of images that the generator made, from seeded z."""
+    device = torch.device(arguments.device)
+    generator = generators.load_generator("mnist32", device)
+    z = torch.randn(8, generator.z_dim, generator=torch.Generator().manual_seed(100)).to(device)
+    x = generator.synthesis(generator.mapping(z)).cpu()
+    rows = []
+    for preset in ("paper", "fast"):
+        found = projector_of(preset, arguments, device).project(x, [f"image-{i}" for i in range(len(x))])
+        psnr = (-10 * found.l2_B.log10()).sort().values.tolist()
+        rows.append({"side": preset, "psnr": psnr, "steps": float(found.steps_B.float().mean())})
+        print(f"{preset}: {rows[-1]['steps']:.0f} steps an image, PSNR {', '.join(f'{v:.1f}' for v in psnr)} dB", flush=True)
+    return rows
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "images"])
+    parser.add_argument("what", choices=["step", "images", "recover"])
     parser.add_argument("--kinds", nargs="+", choices=["stylegan1", "stylegan2"], default=["stylegan1", "stylegan2"])
     parser.add_argument("--resolutions", nargs="+", type=int, default=[64, 256], help="image sizes in pixels")
     parser.add_argument("--batch", nargs="+", default=["16", "256:4"], help="images a step; RESOLUTION:IMAGES for one size")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of steps")
     parser.add_argument("--count", action="store_true", help="step: count floating-point operations instead of timing")
     parser.add_argument("--digits", type=int, default=48, help="test digits to project")
+    parser.add_argument("--sides", nargs="+", choices=["published", "cached", "fast"], default=["published", "cached", "fast"])
     parser.add_argument("--group", type=int, default=16, help="digits that one side projects before the other does")
     parser.add_argument("--batch-size", type=int, default=16, help="digits optimised together, on both sides")
     parser.add_argument("--steps", type=int, default=1000, help="steps of the published loop on digits")
@@ -312,7 +330,7 @@ def main() -> None:
         restart_with({**ALLOCATOR, "OMP_NUM_THREADS": str(arguments.threads)})
     torch.set_num_threads(arguments.threads)
     random.seed(0)
-    rows = compare_steps(arguments) if arguments.what == "step" else compare_images(arguments)
+    rows = {"step": compare_steps, "images": compare_images, "recover": recover}[arguments.what](arguments)
     if arguments.json:
         device = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
         machine = {"device": device, "threads": arguments.threads, "torch": torch.__version__}

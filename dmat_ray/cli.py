@@ -1,6 +1,7 @@
 """The command line of every job: presets, then any setting by its dotted name."""
 
 import argparse
+import difflib
 import os
 import re
 import sys
@@ -46,7 +47,10 @@ def describe(error: ValidationError) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        wrong = re.search(r"unrecognized arguments: (--[\w.]+)", message)
+        close = difflib.get_close_matches(wrong[1], self._option_string_actions, n=1) if wrong else []
+        hint = f"; did you mean {close[0]}?" if close else ""
+        self.exit(2, f"error: {message}{hint} (see {self.prog} --help)\n")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -90,9 +94,10 @@ def parse(
         allow_abbrev=False,
     )
     shipped = ", ".join(presets.names())
+    given = f"{' '.join(preset)}, whose values take the place of the defaults below" if preset else "none"
     parser.add_argument(
         "--preset", nargs="+", default=list(preset), metavar="NAME",
-        help=f"settings to start from: {shipped}, or YAML files (default: {' '.join(preset) or 'none'})",
+        help=f"settings to start from: {shipped}, or YAML files (default: {given})",
     )  # fmt: skip
     if add is not None:
         add(parser)

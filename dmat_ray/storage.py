@@ -137,7 +137,8 @@ class Location:
                     if entry.is_dir(follow_symlinks=not prefix):
                         folders.append(prefix + entry.name)
                         todo.append(f"{prefix}{entry.name}/")
-                    elif entry.is_file():
+                    elif entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
+                        # a link to nothing is a file that cannot be read, and is told so
                         files.append(prefix + entry.name)
         return files, folders
 

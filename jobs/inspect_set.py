@@ -14,6 +14,8 @@ from typing import Any
 from dmat_ray import cli
 from dmat_ray.cluster.session import set_folder
 from dmat_ray.config import Config
+from dmat_ray.data.set_format import MANIFEST, SHARDS
+from dmat_ray.data.set_writer import SETTINGS
 from dmat_ray.errors import UserError
 from dmat_ray.storage import at
 
@@ -48,6 +50,10 @@ def main() -> None:
     page = at(arguments.page) if arguments.page else at(config.output) / "inspection.html"
     if not folder.is_dir():
         raise UserError(f"there is no on-manifold set at '{folder}'; give --output or --manifold_set")
+    if not ((folder / MANIFEST).is_file() or (folder / SETTINGS).is_file() or (folder / SHARDS).is_dir()):
+        inner = folder / "on_manifold_set"
+        hint = f"give --manifold_set {inner}" if inner.is_dir() else "give --output or --manifold_set"
+        raise UserError(f"'{folder}' holds no on-manifold set; {hint}")
     from dmat_ray import set_page
     from dmat_ray.data.inspection import inspect_set
     from dmat_ray.manifold import generators
@@ -66,12 +72,20 @@ def main() -> None:
             print(f"          - {defect}")
         if check.more:
             print(f"          - and {check.more} more")
-    set_page.write(found, page)
+    try:
+        set_page.write(found, page)
+    except OSError as error:
+        raise UserError(f"the page '{page}' cannot be written: {error.strerror or error}; give another --page") from None
     print(f"page: {page}")
+    partly = arguments.images is not None or any(check.state == "not made" for check in found.checks)
     if not found.sound:
         print(f"the set is not sound: {found.defects} defect(s)")
         sys.exit(1)
-    print("the set is sound")
+    manifest = found.manifest
+    if manifest is not None and manifest.count:
+        usable = sum(manifest.usable.values())
+        print(f"{usable} of {manifest.count} images are usable, the others poor")
+    print("the set is sound" + (", as far as it was checked" if partly else ""))
 
 
 if __name__ == "__main__":

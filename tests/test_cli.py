@@ -85,6 +85,8 @@ def test_unknown_option_exits_2_with_one_line(option: str, capsys: pytest.Captur
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     assert option in captured.err
+    meant = {"--objective.image.epsilon": "--objective.image.eps", "--training.epoch": "--training.epochs"}
+    assert f"did you mean {meant.get(option, '')}" in captured.err or option not in meant
 
 
 @pytest.mark.parametrize(
@@ -147,6 +149,10 @@ def test_help_lists_every_section_and_preset(capsys: pytest.CaptureFixture[str])
     assert missing == []
     deep = ["--objective.image.eps", "--objective.latent.scale", "--gan.architecture.w_dim", "--cluster.train_workers"]
     assert [option for option in [*deep, *presets.names()] if option not in text] == []
+    assert "(default: none)" in " ".join(text.split())
+    with pytest.raises(SystemExit):
+        cli.parse("A job.", ["--help"], preset=["demo"])
+    assert "(default: demo, whose values take the place of the defaults below)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_validate_lists_every_wrong_setting() -> None:

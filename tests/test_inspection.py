@@ -532,7 +532,13 @@ def test_job_says_what_it_found_by_its_exit_code(make_set: MakeSet, generator_fo
     base = ["--output", str(folder.parent), "--generator.path", str(generator_folder)]
     done = job(*base)
     assert (done.returncode, done.stderr) == (0, "")
-    assert [line.split()[:2] for line in done.stdout.splitlines()[:-2]] == [["ok", name] for name in CHECKS]
+    assert [line.split()[:2] for line in done.stdout.splitlines()[:-3]] == [["ok", name] for name in CHECKS]
+    usable = manifest_of(folder)["usable"]
+    assert done.stdout.splitlines()[-2:] == [
+        f"{sum(usable.values())} of 36 images are usable, the others poor", "the set is sound"
+    ]  # fmt: skip
+    done = job(*base, "--no-render", "--page", str(folder / "afile" / "p.html"))
+    assert done.stdout.splitlines()[-1] == "the set is sound, as far as it was checked"
     assert Page((folder.parent / "inspection.html").read_text()).tables
     with_value("label", 7)(folder)
     done = job(
@@ -545,4 +551,8 @@ def test_job_says_what_it_found_by_its_exit_code(make_set: MakeSet, generator_fo
     done = job(*base[2:], "--output", str(folder / "absent"))
     assert (done.returncode, done.stdout) == (2, "")
     assert "there is no on-manifold set at" in done.stderr
+    done = job("--manifold_set", str(folder.parent), "--output", str(folder / "absent"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"holds no on-manifold set; give --manifold_set {folder}" in done.stderr
+    assert not (folder / "absent").exists()
     assert job(*base, "--samples", "-1").returncode == 2

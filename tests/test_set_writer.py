@@ -228,10 +228,20 @@ def test_other_settings_are_named(folder: Location) -> None:
         begin(folder, {**SETTINGS, "generator": "x"})
     with pytest.raises(UserError, match=r"class_names = \['a', 'b'\], now it is None"):
         begin(folder, {"projection": SETTINGS["projection"]})
+    both = r"with projection\.lr = 0\.1, now it is 0\.2, and with projection\.steps = 5, now it is 9; give the old values, "
+    with pytest.raises(UserError, match=both):
+        begin(folder, {**SETTINGS, "projection": {"lr": 0.2, "steps": 9}})
     assert json.loads((Path(folder.key) / "settings.json").read_text()) == SETTINGS
     (folder / "settings.json").write_json([1])
     with pytest.raises(UserError, match=r"settings\.json' is damaged: it holds a list"):
         begin(folder, SETTINGS)
+
+
+def test_a_supplement_without_images_is_no_file(folder: Location, shards: list[Shard]) -> None:
+    nothing = set_format.schema(1, 4, 2, 3, ["a", "b"]).empty_table()
+    assert not write_shard(folder, "part-000000-1.parquet", nothing, {"003": "why"})
+    assert write_shard(folder, "part-000000.parquet", nothing, {"003": "why"})
+    assert read_records(folder).keys() == {"part-000000.parquet"}
 
 
 def test_other_files_are_left_alone(folder: Location, shards: list[Shard]) -> None:

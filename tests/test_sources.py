@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import s3
 from hypothesis import given
@@ -159,6 +160,19 @@ def test_folder_names_are_classes_and_paths_are_ids(folder: Path) -> None:
     labels = dict(zip(listing.table["id"].to_pylist(), listing.table["label"].to_pylist(), strict=True))
     assert len(labels) == 41
     assert (labels["a/deeper/LOUD.JPG"], labels["a/0.png"], labels["b/0.png"]) == (0, 0, 1)
+    assert listing.found == 41
+    assert listing.ignored == "2 files of no extension of images, or beside the class folders, the first: 'a/notes.md'"
+
+
+def test_what_limits_and_extensions_leave_out_is_counted(folder: Path) -> None:
+    listing = list_examples(DataConfig(source=str(folder), train_limit=10, test_limit=4))
+    assert (listing.table.num_rows, listing.found, listing.ignored) == (14, 40, "")
+    (folder / "b/lost.png").symlink_to(folder / "nowhere")
+    config = DataConfig(source=str(folder))
+    listing = list_examples(config)
+    row = listing.table.filter(pc.equal(listing.table["id"], "b/lost.png"))
+    assert read_pixels(row, config) == ["cannot be read: No such file or directory"]
+    assert versions_of_images(row, config) == ["gone"]
 
 
 def test_images_without_classes(tmp_path: Path) -> None:

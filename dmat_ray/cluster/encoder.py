@@ -22,6 +22,7 @@ from dmat_ray.manifold import encoder_trainer, generators
 from dmat_ray.manifold.encoder import CARD, FOLDER, load_encoder, read_card, save_encoder
 
 RUN_NAME = "encoder"
+USEFUL = 0.8  # share of the error of the mean w, above which a start is not worth its name
 
 
 def worker(settings: dict[str, Any]) -> dict[str, float] | None:
@@ -135,4 +136,6 @@ def train_encoder(config: Config, overwrite: bool, command: str, say: Callable[[
         card = train(config, folder, command, say)
     found = card["fresh_samples"]
     say(f"on fresh samples mean |g(E(x)) - x| is {found['l1']:.4f}, {found['l1_of_mean']:.4f} for the mean of w")
+    if found["l1"] > USEFUL * found["l1_of_mean"]:
+        say("warning: that is hardly better than to start at the mean of w; raise encoder.kimg, encoder.width and width_max")
     return folder

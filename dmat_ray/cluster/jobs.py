@@ -11,6 +11,7 @@ from typing import Any
 from dmat_ray.cluster import tracking
 from dmat_ray.cluster.session import connected, set_folder
 from dmat_ray.config import Config
+from dmat_ray.errors import UserError
 
 
 class Speaker:
@@ -41,13 +42,23 @@ def project(config: Config, say: Callable[[str], None], parent: str | None = Non
     folder = set_folder(config)
     listing = stage.prepare(config)
     settings = stage.settings_of(config, listing)
+    taken = listing.table.num_rows
+    if taken < listing.found:
+        say(f"taking {taken} of {listing.found} images (data.train_limit, data.test_limit)")
+    if listing.ignored:
+        say(f"not taken: {listing.ignored}")
     if is_finished(folder, settings):
         say("the on-manifold set is whole and unchanged, nothing to do")
         return read_manifest(folder)
     with contextlib.ExitStack() as stack:
         # before Ray is started: a second writer, other settings and a full disk show at once
-        lease = stack.enter_context(exclusive(folder))
-        begin(folder, settings)
+        try:
+            lease = stack.enter_context(exclusive(folder))
+            begin(folder, settings)
+        except OSError as error:
+            raise UserError(
+                f"'{folder}' cannot be written: {error.strerror or error}; give another --output or --manifold_set"
+            ) from None
         stack.enter_context(connected(config.cluster))
         run = stack.enter_context(tracking.tracked(config, "", "project", parent))
         manifest = stage.project(config, folder, listing, lease, say)
@@ -56,8 +67,13 @@ def project(config: Config, say: Callable[[str], None], parent: str | None = Non
     counts = ", ".join(f"{n} {split}" for split, n in sorted(manifest["splits"].items()))
     poor = manifest["status"].get("poor", 0)
     rejected = len(manifest["rejected"])
-    error = manifest["means"]["l1"]
-    say(f"on-manifold set: {counts} images, mean |g(w) - x| {error:.4f}, {poor} poor, {rejected} rejected")
+    l1 = manifest["means"]["l1"]
+    say(f"on-manifold set: {counts} images, mean |g(w) - x| {l1:.4f}, {poor} poor, {rejected} rejected, in '{folder}'")
+    if 2 * poor > manifest["count"]:
+        say(
+            f"warning: {poor} of {manifest['count']} images are poor (projection.poor_l1, projection.poor_lpips) and left out of "
+            "training; can this generator make such images?"
+        )
     return manifest
 
 

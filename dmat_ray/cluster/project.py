@@ -33,6 +33,7 @@ from dmat_ray.storage import Location
 # into which of two valleys a search goes. The encoder counts by its weights, not by its folder.)
 HARMLESS = {"batch_size", "compile", "encoder"}
 SAY_EVERY_S, SILENT_S = 5.0, 300.0
+REJECTED_SAID = 20  # the others are in the manifest
 VISIBLE_S = 90.0  # a shared disk may be that late in showing a new file to another machine
 # what a moment later may be gone: a refused connection, a storage that answers too slowly
 PASSING = ["OSError", "cannot be written", "cannot be read"]
@@ -88,21 +89,24 @@ def project(config: Config, folder: Location, listing: Listing, lease: Lease, sa
     total = listing.table.num_rows
     if records:
         say(f"going on: {sum(s.name in records for s in shards)} of {len(shards)} shards are there")
+    if again := sum(s.rows.num_rows for s in todo if s.is_supplement):
+        say(f"trying again what could not be read: {_count(again, 'image')}")
     if todo:
         session.await_machine(config.cluster, say)
         actors = min(config.cluster.projection_actors, len(todo))
         least = min(config.cluster.projection_actors_min, actors)
-        say(f"starting {actors if least == actors else f'{least} to {actors}'} actors for {len(todo)} shards")
-        rejected = 0
-        for k, summary in enumerate(_progress(run_shards(config, folder, listing.class_names, todo), todo, say)):
+        say(f"starting {'' if least == actors else f'{least} to '}{_count(actors, 'actor')} for {_count(len(todo), 'shard')}")
+        rejected, seen = 0, False
+        for summary in _progress(run_shards(config, folder, listing.class_names, todo), todo, say):
             lease.check()
-            if k == 0:
+            if summary["written"] and not seen:
                 _require_visible(folder, summary["name"])
+                seen = True
             rejected += summary["rejected"]
             if rejected > config.data.max_rejected * total:
                 break  # more work would not change that
         records = set_writer.read_records(folder)
-    _require_few(set_writer.rejected_of(shards, records), total, config.data.max_rejected)
+    _require_few(set_writer.rejected_of(shards, records), total, config.data.max_rejected, say)
     lease.check()
     generator = generators.load_configured(config.generator)
     size = generator.resolution
@@ -114,7 +118,16 @@ def project(config: Config, folder: Location, listing: Listing, lease: Lease, sa
     return set_writer.finish(folder, settings_of(config, listing), shards, records, described)
 
 
-def _require_few(rejected: dict[str, str], total: int, share: float) -> None:
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _require_few(rejected: dict[str, str], total: int, share: float, say: Callable[[str], None]) -> None:
+    """Name the images that were rejected; raise UserError if they are too many."""
+    for id, reason in list(rejected.items())[:REJECTED_SAID]:
+        say(f"rejected: '{id}' {reason}")
+    if len(rejected) > REJECTED_SAID:
+        say(f"rejected: and {_count(len(rejected) - REJECTED_SAID, 'image')} more")
     if len(rejected) > share * total or len(rejected) == total:
         first, reason = next(iter(rejected.items()))
         raise UserError(
@@ -139,7 +152,7 @@ def _progress(summaries: Iterator[dict[str, Any]], todo: list[Shard], say: Calla
     """Passes the summaries through, and says how far they are."""
     total = sum(shard.rows.num_rows for shard in todo)
     began = time.monotonic()
-    done, rejected, spoke = 0, 0, began
+    done, rejected, spoke, first, after_first = 0, 0, began, 0, began
     with _breaking_silence(say) as heard:
         for summary in summaries:
             heard()
@@ -147,10 +160,15 @@ def _progress(summaries: Iterator[dict[str, Any]], todo: list[Shard], say: Calla
             rejected += summary["rejected"]
             now = time.monotonic()
             if now - spoke > SAY_EVERY_S or done == total:
-                rate, spoke = done / (now - began), now
-                left = f", {(total - done) / rate:.0f} s to go" if done < total else ""
-                aside = f", {rejected} rejected" if rejected else ""
-                say(f"projected {done}/{total} images, {rate:.1f} images/s{aside}{left}")
+                spoke = now
+                speed = ""
+                if first and now > after_first:
+                    # the first shard's time is that of starting actors, too
+                    rate = (done - first) / (now - after_first)
+                    speed = f", {rate:.1f} images/s" + (f", {(total - done) / rate:.0f} s to go" if done < total else "")
+                say(f"projected {done}/{total} images{f', {rejected} rejected' if rejected else ''}{speed}")
+            if not first:
+                first, after_first = done, now
             yield summary
 
 

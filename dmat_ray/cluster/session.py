@@ -136,8 +136,9 @@ def _local_cpus(config: ClusterConfig) -> int:
         if found < workers * config.gpus_per_worker:
             raise UserError(
                 f"{workers} workers with cluster.gpus_per_worker {config.gpus_per_worker:g} need "
-                f"{workers * config.gpus_per_worker:g} GPUs, this machine has {found}; lower cluster.train_workers, "
-                "cluster.projection_actors and cluster.evaluation_actors, or set cluster.gpus_per_worker 0"
+                f"{workers * config.gpus_per_worker:g} GPUs, this machine has {found}; "
+                + ("lower cluster.train_workers, cluster.projection_actors and cluster.evaluation_actors, or " if found else "")
+                + "set cluster.gpus_per_worker 0 to compute on CPUs"
             )
     return config.num_cpus or max(6, need, os.cpu_count() or 1)
 

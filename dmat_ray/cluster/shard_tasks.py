@@ -66,10 +66,11 @@ def write_shard(row: pa.Table, *, folder: str) -> pa.Table:
     """A task: writes a shard into the set, and returns what the driver wants to know of it."""
     name, table, rejected, seconds = unpack(row)
     try:
-        set_writer.write_shard(at(folder), name, table, rejected)
+        written = set_writer.write_shard(at(folder), name, table, rejected)
     except OSError as error:
         raise UserError(f"'{folder}' cannot be written: {error.strerror or error}") from None
-    return pa.table({"name": [name], "rows": [table.num_rows], "rejected": [len(rejected)], "seconds": [seconds]})
+    summary = {"name": name, "rows": table.num_rows, "rejected": len(rejected), "written": written, "seconds": seconds}
+    return pa.table({key: [value] for key, value in summary.items()})
 
 
 def read_examples(

@@ -40,6 +40,11 @@ class Shard:
     name: str
     rows: pa.Table
 
+    @property
+    def is_supplement(self) -> bool:
+        """True for images that could not be read when their shard was written."""
+        return _supplement(self.name) > 0
+
 
 @dataclass(frozen=True)
 class Record:
@@ -60,7 +65,7 @@ def plan(listing: Listing, shard_size: int) -> list[Shard]:
 def begin(folder: Location, settings: dict[str, Any]) -> None:
     """Write the settings into the folder, or check that what is there was begun with the same.
 
-    Raises UserError that names the setting that differs.
+    Raises UserError that names the settings that differ.
     """
     path = folder / SETTINGS
     try:
@@ -70,23 +75,28 @@ def begin(folder: Location, settings: dict[str, Any]) -> None:
         return
     if not isinstance(old, dict):
         raise UserError(f"'{path}' is damaged: it holds a {type(old).__name__}, not an object")
-    for section in sorted(settings.keys() | old.keys()):
-        before, now = old.get(section), settings.get(section)
-        if before == now:
-            continue
-        if isinstance(now, dict) and isinstance(before, dict):
-            key = next(k for k in sorted(now.keys() | before.keys()) if before.get(k) != now.get(k))
-            section, before, now = f"{section}.{key}", before.get(key), now.get(key)
+    before, now = _flat(old), _flat(settings)
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    if changed:
+        told = ", and with ".join(f"{key} = {before.get(key)}, now it is {now.get(key)}" for key in changed)
         raise UserError(
-            f"the on-manifold set '{folder}' was begun with {section} = {before}, now it is {now}; give the old value, "
+            f"the on-manifold set '{folder}' was begun with {told}; give the old value{'s'[: len(changed) - 1]}, "
             "another --output, or remove the folder"
         )
 
 
-def write_shard(folder: Location, name: str, table: pa.Table, rejected: dict[str, str]) -> None:
-    """Write one shard, whole or not at all. A supplement that holds no image is not written."""
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Sections and their settings by dotted names."""
+    flat: dict[str, Any] = {}
+    for section, value in settings.items():
+        flat |= {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
+    return flat
+
+
+def write_shard(folder: Location, name: str, table: pa.Table, rejected: dict[str, str]) -> bool:
+    """Write one shard, whole or not at all. A supplement that holds no image is not written; returns whether there is a file."""
     if table.num_rows == 0 and _supplement(name):
-        return
+        return False
     metadata = {**(table.schema.metadata or {}), REJECTED: json.dumps(rejected)}
     buffer = io.BytesIO()
     codecs = {column: COMPRESSION.get(column, "zstd") for column in _leaves(table.schema)}
@@ -96,6 +106,7 @@ def write_shard(folder: Location, name: str, table: pa.Table, rejected: dict[str
         for part in _groups(table):
             writer.write_table(part.cast(schema))
     (folder / SHARDS / name).write_bytes(buffer.getbuffer())
+    return True
 
 
 def _groups(table: pa.Table) -> Iterator[pa.Table]:

@@ -35,10 +35,14 @@ class Listing:
     `table` is in the source's order (folders: by class, then path; Parquet: by file, then row) and has the columns id (string,
     unique), split (string, 'train' or 'test'), label (int64, 0 .. classes - 1), file (binary: the path relative to the source; of
     the digits the PNG itself) and row (int64 in a Parquet file, else null).
+
+    `found` is how many images the source holds, before the limits; `ignored` says which files are no images ('' = none).
     """
 
     table: pa.Table
     class_names: tuple[str, ...]
+    found: int = 0
+    ignored: str = ""
 
     def rows(self, split: str) -> pa.Table:
         """The examples of one split."""
@@ -54,6 +58,7 @@ class _Items:
     files: Any
     rows: Any
     class_names: tuple[str, ...]
+    ignored: str = ""
 
 
 def list_examples(config: DataConfig, *, labelled: bool = True) -> Listing:
@@ -75,7 +80,7 @@ def list_examples(config: DataConfig, *, labelled: bool = True) -> Listing:
         if not counts.all():
             missing = items.class_names[int(counts.argmin())]
             raise UserError(f"class '{missing}' of '{config.source}' has no image in the {split} split; it needs two or more")
-        chosen.append(_limited(members, items.labels[members], limit, len(items.class_names)))
+        chosen.append(_limited(members, items.labels[members], limit, len(items.class_names), split))
     taken = np.sort(np.concatenate(chosen))
     table = pa.table(
         {
@@ -87,7 +92,8 @@ def list_examples(config: DataConfig, *, labelled: bool = True) -> Listing:
         }
     )
     _require_unique(table["id"], config)
-    return Listing(table if len(taken) == table.num_rows else table.take(pa.array(taken)), items.class_names)
+    found = table.num_rows
+    return Listing(table if len(taken) == found else table.take(pa.array(taken)), items.class_names, found, items.ignored)
 
 
 def split_by_class(labels: np.ndarray, test_share: float, seed: int) -> np.ndarray:
@@ -101,14 +107,12 @@ def split_by_class(labels: np.ndarray, test_share: float, seed: int) -> np.ndarr
     return in_test
 
 
-def _limited(members: np.ndarray, labels: np.ndarray, limit: int | None, num_classes: int) -> np.ndarray:
+def _limited(members: np.ndarray, labels: np.ndarray, limit: int | None, num_classes: int, split: str) -> np.ndarray:
     """At most `limit` of the members, taking the classes in turn (members come shuffled)."""
     if limit is None or limit >= len(members):
         return members
     if limit < num_classes:
-        raise UserError(
-            f"a limit of {limit} images cannot hold all {num_classes} classes; raise data.train_limit or data.test_limit"
-        )
+        raise UserError(f"data.{split}_limit {limit} cannot hold all {num_classes} classes; raise it")
     by_class = np.argsort(labels, kind="stable")
     _, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
     depth = np.empty(len(labels), np.int64)
@@ -192,6 +196,11 @@ def _folder(root: Location, files: list[str], folders: list[str], labelled: bool
         number = {name: label for label, name in enumerate(classes)}
         images = [path for path in images if "/" in path]
         labels, names = [number[path.split("/", 1)[0]] for path in images], classes
+    others = sorted(set(files) - set(images))
+    ignored = ""
+    if others:
+        why = "of no extension of images, or beside the class folders"
+        ignored = f"{len(others)} file{'s' if len(others) > 1 else ''} {why}, the first: '{_text(others[0])}'"
     empty = sorted(set(range(len(names))) - set(labels))
     if empty:
         raise UserError(f"class folder '{root / names[empty[0]]}' holds no images ({', '.join(sorted(EXTENSIONS))})")
@@ -201,6 +210,7 @@ def _folder(root: Location, files: list[str], folders: list[str], labelled: bool
         pa.array([os.fsencode(path) for path in images], pa.binary()),
         pa.nulls(len(images), pa.int64()),
         tuple(_text(name) for name in names),
+        ignored,
     )
 
 
@@ -268,5 +278,8 @@ def versions_of_images(rows: pa.Table, config: DataConfig) -> list[str]:
 
 
 def _version(path: str) -> str:
-    stat = os.stat(path)
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        return "gone"
     return f"{stat.st_size} {stat.st_mtime_ns}"

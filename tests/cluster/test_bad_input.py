@@ -12,6 +12,7 @@ from PIL import Image
 from small import SMALL, settings
 
 from dmat_ray.cluster import jobs
+from dmat_ray.errors import UserError
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]
@@ -79,11 +80,17 @@ def test_images(run_job, tmp_path):
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_unreadable_images_are_left_out_and_told(tmp_path):
-    """Too many of them: see test_project."""
+def test_unreadable_images_are_left_out_and_told(tmp_path, lines):
     good = image_folder(tmp_path / "pictures", count=10)
     (good / "class0" / "broken.png").write_bytes(b"not an image")
-    jobs.project(settings(tmp_path, "--data.source", good, "--projection.steps", 1, "--data.max_rejected", 0.1), print)
+    options = ("--data.source", good, "--projection.steps", 1)
+    with pytest.raises(UserError, match=r"1 of 21 images were rejected, more than data.max_rejected = 0.01"):
+        jobs.project(settings(tmp_path, *options), lines.append)
+    assert any(line.startswith("rejected: 'class0/broken.png' cannot be read as an image: ") for line in lines)
+    assert not (tmp_path / "on_manifold_set" / "manifest.json").exists()
+    # still broken, and there is nothing else to do
+    jobs.project(settings(tmp_path, *options, "--data.max_rejected", 0.1), lines.append)
+    assert "trying again what could not be read: 1 image" in lines
     found = json.loads((tmp_path / "on_manifold_set" / "manifest.json").read_text())
     assert found["rejected"].keys() == {"class0/broken.png"}
     assert "it begins with b'not an image', which is none of JPEG, PNG" in found["rejected"]["class0/broken.png"]

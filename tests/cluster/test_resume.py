@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 from small import DMAT, finish, settings, start_job, train_workers, wait_for
 
 from dmat_ray.cluster import jobs
@@ -30,7 +31,8 @@ def same_training(output: Path, calm: Path) -> None:
 
 def test_killed_driver_of_a_training_goes_on(tmp_path, finished):
     finished.copy_set(tmp_path)
-    options = ("--preset", "demo", "dmat", "--name", "dmat", *DMAT)
+    address = ray.get_runtime_context().gcs_address
+    options = ("--preset", "demo", "dmat", "--name", "dmat", "--cluster.address", address, *DMAT)
     process = start_job("train.py", tmp_path, *options)
     # when the second is there the first is registered: of one that has only been written Ray does not know
     wait_for(lambda: len(list((tmp_path / "train").rglob("checkpoint_*/run.json"))) == 2, process)
