@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test check format clean
+.PHONY: help demo test test-core test-cluster check format clean
 
 help:
 	@echo "make demo    digits -> StyleGAN manifold -> four classifiers -> attacks -> table, report, MLflow (CPU, minutes)"
@@ -23,8 +23,15 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@$(BIN)/python jobs/pipeline.py --preset demo
 
+# Those that start clusters run one after the other, beside all others, which have a process a core.
 test: $(STAMP)
-	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-core test-cluster
+
+test-core: $(STAMP)
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --ignore tests/cluster
+
+test-cluster: $(STAMP)
+	@$(BIN)/python -m pytest tests/cluster --durations 12
 
 check: $(STAMP)
 	@$(BIN)/ruff check .

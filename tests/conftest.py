@@ -29,14 +29,6 @@ torch.set_num_threads(1)
 CLASS_NAMES = ["dark", "light", "<b>bright & white</b>"]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All that starts a cluster runs in one process, one after the other, while the other processes do the rest."""
-    for item in items:
-        if item.get_closest_marker("cluster"):
-            item.add_marker(pytest.mark.xdist_group("cluster"))
-
-
 def random_generator(resolution: int = 8, channels: int = 1, seed: int = 0) -> StyleGAN2:
     """A StyleGAN 2 with a few hundred weights whose images lie mostly inside (0, 1)."""
     torch.manual_seed(seed)
