@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dmat_ray.config import AttackConfig
 from dmat_ray.errors import UserError
 from dmat_ray.rng import Draws
+from dmat_ray.threats import ascend
 from dmat_ray.types import Batch, Threat
 
 Loss = Callable[[Tensor], Tensor]
@@ -77,7 +78,7 @@ def _search(network: nn.Module, threat: Threat, batch: Batch, loss: Loss, config
         theta = theta.detach().requires_grad_(True)
         value = loss(network(threat.render(batch, theta))).sum()
         (gradient,) = torch.autograd.grad(value, theta)
-        theta = threat.ascend(batch, theta.detach(), gradient, step_size)
+        theta = ascend(threat, batch, theta.detach(), gradient, step_size)
     with torch.no_grad():
         x = threat.render(batch, theta)
         return Attacked(x, theta, loss(network(x)))

@@ -15,7 +15,7 @@ from torch import nn
 
 from dmat_ray import threats
 from dmat_ray.attack import attack
-from dmat_ray.config import CleanRow, EvaluationConfig, LatentRow
+from dmat_ray.config import ON_MANIFOLD, CleanRow, EvaluationConfig
 from dmat_ray.data.manifold_set import ManifoldSet
 from dmat_ray.errors import UserError
 from dmat_ray.types import Batch, Generator
@@ -74,7 +74,7 @@ def rows_of(
     if not bool(torch.isfinite(clean_logits).all()):
         raise UserError(f"model '{model}' puts out values that are not finite")
     for row in config.attacks:
-        if isinstance(row, LatentRow) and batch.w_BLD is None:
+        if isinstance(row, ON_MANIFOLD) and batch.w_BLD is None:
             continue
         distance = torch.zeros(len(batch), device=batch.x_BCHW.device)
         x, logits = batch.x_BCHW, clean_logits

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dmat_ray import threats
 from dmat_ray.attack import attack, frozen, kl_to
-from dmat_ray.config import ObjectiveConfig, Term
+from dmat_ray.config import ON_MANIFOLD, ObjectiveConfig, Term
 from dmat_ray.types import Batch, Generator, Threat
 
 
@@ -72,9 +72,9 @@ def _term_metrics(name: str, loss: Tensor, logits: Tensor, y_B: Tensor) -> dict[
     return {f"{name}_loss": loss.detach(), f"{name}_accuracy": accuracy.detach()}
 
 
-def needs_generator(config: ObjectiveConfig) -> bool:
-    """True if a term renders through the generator."""
-    return config.latent.weight > 0
+def on_manifold_terms(config: ObjectiveConfig) -> list[str]:
+    """Names of the active terms that move w, and so need the generator and images that it made."""
+    return [name for name, term in config.adversarial.items() if isinstance(term, ON_MANIFOLD) and term.weight > 0]
 
 
 def build(config: ObjectiveConfig, generator: Generator | None) -> Objective:

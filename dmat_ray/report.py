@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dmat_ray import checkpoint, figures
-from dmat_ray.config import Config, EvaluationConfig, LatentRow
+from dmat_ray.config import ON_MANIFOLD, Config, EvaluationConfig
 from dmat_ray.data import manifold_set, set_reader
 from dmat_ray.data.pixels import quantise
 from dmat_ray.evaluation import rows_of
@@ -25,7 +25,7 @@ WIDTH = 110
 
 
 def _columns(config: EvaluationConfig, set_name: str) -> list[str]:
-    return [row.name for row in config.attacks if set_name == "on_manifold" or not isinstance(row, LatentRow)]
+    return [row.name for row in config.attacks if set_name == "on_manifold" or not isinstance(row, ON_MANIFOLD)]
 
 
 def terminal_table(rows: pa.Table, models: list[str], config: EvaluationConfig) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dmat_ray import checkpoint, classifiers, objectives, threats
 from dmat_ray.attack import attack
-from dmat_ray.config import Config, FogTerm, ImageTerm, LatentTerm, TrainingConfig
+from dmat_ray.config import AdversarialTerm, Config, TrainingConfig
 from dmat_ray.data.epochs import EpochSource, InMemory
 from dmat_ray.data.manifold_set import ManifoldSet, steps_per_epoch
 from dmat_ray.data.set_reader import digest, require_generator
@@ -29,8 +29,8 @@ def learning_rate(config: TrainingConfig, epoch: float) -> float:
 def check_inputs(config: Config, manifest: dict[str, Any], generator_sha256: str, world_size: int) -> None:
     """Raise UserError for a combination of settings and set that cannot be trained."""
     require_generator(manifest, generator_sha256, "the on-manifold set")
-    if config.training.images == "natural" and objectives.needs_generator(config.objective):
-        raise UserError("objective.latent needs training.images on_manifold: natural images have no exact w")
+    if config.training.images == "natural" and (terms := objectives.on_manifold_terms(config.objective)):
+        raise UserError(f"objective.{terms[0]} needs training.images on_manifold: natural images have no exact w")
     if config.training.batch_size < world_size:
         raise UserError(f"training.batch_size {config.training.batch_size} is smaller than the {world_size} workers")
     if len(manifest["class_names"]) < 2:
@@ -47,7 +47,7 @@ class _Validator:
 
     def __call__(self, network: nn.Module, context: RunContext) -> dict[str, float]:
         objective, seed = self.config.objective, self.config.training.seed
-        terms: dict[str, ImageTerm | LatentTerm | FogTerm] = {"image": objective.image}
+        terms: dict[str, AdversarialTerm] = {"image": objective.image}
         if self.config.training.images == "on_manifold":
             terms["latent"] = objective.latent
         terms |= {name: term for name, term in objective.adversarial.items() if term.weight > 0}

@@ -56,8 +56,11 @@ class Threat(Protocol):
     def render(self, batch: Batch, theta: Tensor) -> Tensor:
         """x_BCHW in [0, 1], differentiable in theta."""
 
-    def ascend(self, batch: Batch, theta: Tensor, gradient: Tensor, step_size: float) -> Tensor:
-        """theta after a step of steepest ascent in the threat's norm, back inside its ball or box."""
+    def direction(self, batch: Batch, theta: Tensor, gradient: Tensor) -> Tensor:
+        """The step of unit length in the threat's norm along which the loss rises most."""
+
+    def project(self, batch: Batch, theta: Tensor) -> Tensor:
+        """theta back inside its ball or box, and where it says so to the closest point there."""
 
     def distance(self, batch: Batch, theta: Tensor) -> Tensor:
         """How far theta has gone, per example, in the units of `eps`."""

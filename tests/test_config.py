@@ -117,7 +117,7 @@ def test_unknown_keys_are_refused(values: dict[str, Any]) -> None:
         {"objective": {"image": {"steps": 0}}},
         {"objective": {"image": {"step_size": 0}}},
         {"objective": {"image": {"restarts": 0}}},
-        {"objective": {"image": {"norm": "l1"}}},
+        {"objective": {"image": {"norm": "l0"}}},
         {"objective": {"latent": {"weight": -1}}},
         {"objective": {"label_smoothing": 1}},
         {"training": {"epochs": 0}},
@@ -205,6 +205,15 @@ def test_defaults_are_the_published_settings() -> None:
     assert config.training.lr_values == (0, 0.4, 0.04, 0.004, 0.0004, 0.0001)
     assert (config.projection.steps, config.projection.lr, config.projection.noise) == (1000, 0.1, 0.05)
     assert config.projection.l1 == 2 * 100  # of images in [-1, 1]
+
+
+def test_presets_of_divergences_and_of_joint_attacks() -> None:
+    trades, both, joint = (Config.model_validate(presets.load([name])).objective for name in ("trades", "dmat_trades", "joint"))
+    assert (trades.clean.weight, trades.image.weight, trades.image.divergence, trades.image.steps) == (1, 1, "kl", 10)
+    assert [t.divergence for t in both.adversarial.values() if t.weight > 0] == ["kl", "kl"]
+    assert (both.clean.weight, both.image.weight + both.latent.weight) == (1, 1)
+    assert {name: term.weight for name, term in joint.adversarial.items() if term.weight > 0} == {"joint": 1}
+    assert joint.clean.weight == 0
 
 
 def test_dmat_preset_is_the_published_mixture() -> None:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dmat_ray import objectives
+from dmat_ray.attack import attack
 from dmat_ray.config import ObjectiveConfig
 from dmat_ray.errors import UserError
 from dmat_ray.manifold.stylegan2 import StyleGAN2
@@ -188,11 +189,41 @@ def test_kl_without_random_start_is_refused() -> None:
         ObjectiveConfig.model_validate({"image": {"weight": 1, "divergence": "kl", "random_start": False}})
 
 
+def test_any_threats_are_terms_by_names_of_their_own(network: nn.Module, manifold: StyleGAN2, batch: Batch) -> None:
+    """The loss is the weighted sum of each term's cross entropy on its own worst images."""
+    more = {
+        "flakes": {"threat": "snow", "eps": 0.3, "weight": 0.25, "steps": 2},
+        "both": {"threat": "joint", "eps": 0.05, "latent_eps": 0.2, "weight": 0.5, "steps": 2},
+        "off": {"threat": "elastic"},
+    }
+    config = ObjectiveConfig.model_validate({"clean": OFF, "more": more})
+    assert objectives.on_manifold_terms(config) == ["both"]
+    objective = objectives.build(config, manifold)
+    assert [name for name, _, _ in objective.active] == ["flakes", "both"]
+    trained = copy.deepcopy(network).train()
+    loss, metrics = objective(network, trained, batch, seed=0, purpose="train/0")
+    plain = copy.deepcopy(network).train()
+    total = 0.0
+    for name, term, threat in objective.active:
+        x = attack(network, threat, batch, term, seed=0, purpose=f"train/0/{name}").x_BCHW
+        cost = torch.nn.functional.cross_entropy(plain(x), batch.y_B).item()
+        assert metrics[f"{name}_loss"].item() == pytest.approx(cost, rel=1e-5)
+        total += term.weight * cost
+    assert loss.item() == pytest.approx(total, rel=1e-5)
+
+
+def test_names_of_terms_that_are_taken_are_refused() -> None:
+    with pytest.raises(ValidationError, match="'image' is the name of a term that is always there"):
+        ObjectiveConfig.model_validate({"more": {"image": {"threat": "fog"}}})
+    with pytest.raises(ValidationError, match="threat"):
+        ObjectiveConfig.model_validate({"more": {"mine": {"threat": "rain"}}})
+
+
 def test_only_the_latent_term_needs_a_generator() -> None:
     at = ObjectiveConfig.model_validate({"clean": OFF, "image": {"weight": 1}})
     dmat = ObjectiveConfig.model_validate({"clean": OFF, "image": {"weight": 1}, "latent": {"weight": 1}})
-    assert not objectives.needs_generator(at)
-    assert objectives.needs_generator(dmat)
+    assert objectives.on_manifold_terms(at) == []
+    assert objectives.on_manifold_terms(dmat) == ["latent"]
     assert [name for name, _, _ in objectives.build(at, None).active] == ["image"]
     with pytest.raises(UserError, match="needs a generator"):
         objectives.build(dmat, None)

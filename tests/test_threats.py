@@ -1,22 +1,49 @@
 """Threats: they stay inside their budgets whatever the gradient, and render what their papers say."""
 
+import colorsys
 import dataclasses
+import io
+import itertools
+import math
 from typing import Any
 
 import numpy as np
 import pytest
+import scipy.fft
+import scipy.ndimage
+import scipy.optimize
 import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
 from dmat_ray import threats
-from dmat_ray.config import FogThreat, ImageThreat, LatentThreat
+from dmat_ray.config import (
+    ElasticThreat,
+    FogThreat,
+    GaborThreat,
+    GlitchThreat,
+    ImageThreat,
+    JointThreat,
+    JpegThreat,
+    KaleidoscopeThreat,
+    LatentThreat,
+    PixelThreat,
+    RecolorThreat,
+    SnowThreat,
+    StAdvThreat,
+    ThreatSettings,
+    WoodThreat,
+)
 from dmat_ray.errors import UserError
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.rng import Draws
-from dmat_ray.threats.balls import ball_norm, project_ball, random_in_ball, steepest
+from dmat_ray.threats import jpeg
+from dmat_ray.threats.balls import ball_norm, project_ball, project_l1_in_box, random_in_ball, steepest
+from dmat_ray.threats.color import luv_to_rgb, rgb_to_luv
+from dmat_ray.threats.texture import gabor_kernel, hsv_to_rgb
 from dmat_ray.threats.weather import diamond_square, num_fog_values
 from dmat_ray.types import Batch
 
@@ -26,8 +53,25 @@ SETTINGS = {
     "latent linf": LatentThreat(norm="linf", eps=0.3),
     "latent l2": LatentThreat(norm="l2", eps=2.0),
     "latent std": LatentThreat(norm="linf", eps=0.5, scale="std"),
+    "image l1": ImageThreat(norm="l1", eps=6.0),
+    "joint latent": JointThreat(eps=0.1, latent_eps=0.3, scale="std"),
     "fog": FogThreat(eps=0.5),
+    "snow": SnowThreat(eps=0.3),
+    "gabor": GaborThreat(eps=0.2),
+    "wood": WoodThreat(eps=0.1),
+    "kaleidoscope": KaleidoscopeThreat(eps=0.2, shapes=5, size=0.3),
+    "pixel": PixelThreat(norm="linf", eps=0.5),
+    "pixel l2": PixelThreat(eps=1.0),
+    "elastic": ElasticThreat(eps=2.0),
+    "stadv": StAdvThreat(eps=0.1),
+    "glitch": GlitchThreat(eps=0.2),
+    "jpeg": JpegThreat(eps=0.5),
+    "jpeg l2": JpegThreat(norm="l2", eps=3.0),
+    "jpeg l1": JpegThreat(norm="l1", eps=20.0),
+    "recolor": RecolorThreat(grid=(4, 5, 6)),
 }
+# without a random start these show their pattern, and are no identity
+PATTERNS = ("fog", "snow", "gabor", "wood", "kaleidoscope")
 SCALES = [0.0, 1e-20, 1e-3, 1.0, 1e8]
 
 
@@ -38,21 +82,51 @@ def random_images(rng: torch.Generator, count: int, channels: int, height: int, 
 
 def norm_of(theta: Tensor, norm: str) -> np.ndarray:
     flat = theta.flatten(1).double().numpy()
-    return np.abs(flat).max(axis=1) if norm == "linf" else np.linalg.norm(flat, axis=1)
+    return np.linalg.norm(flat, ord={"linf": np.inf, "l2": 2, "l1": 1}[norm], axis=1)
 
 
-def require_inside(settings: threats.ThreatSettings, threat: Any, batch: Batch, theta: Tensor) -> None:
+def flakes_of(theta: Tensor, x: Tensor) -> np.ndarray:
+    """Of snow: intensities (B, layers, rows, columns)."""
+    rows, columns = math.ceil(x.shape[2] / 4), math.ceil(x.shape[3] / 4)
+    return theta[:, : 7 * rows * columns].double().numpy().reshape(len(x), 7, rows, columns)
+
+
+def searched(name: str, theta: Tensor, x: Tensor) -> Tensor:
+    """1 for what the attack searches, 0 for what was drawn once and for all."""
+    mask = torch.ones_like(theta)
+    if name == "snow":
+        mask[:, flakes_of(theta, x)[0].size :] = 0
+    if name == "gabor":
+        mask[:, x[0, 0].numel() :] = 0
+    if name == "kaleidoscope":
+        mask[:, :, 3:] = 0
+    return mask
+
+
+def require_inside(settings: ThreatSettings, threat: Any, batch: Batch, theta: Tensor) -> None:
     """The budget, measured here and not by the threat."""
     x = threat.render(batch, theta)
     assert x.shape == batch.x_BCHW.shape
     assert x.min() >= 0
     assert x.max() <= 1
-    if isinstance(settings, FogThreat):
+    if isinstance(settings, FogThreat | SnowThreat | GaborThreat | PixelThreat):
         assert theta.min() >= 0
         assert theta.max() <= 1
-    else:
+    if isinstance(settings, SnowThreat):
+        for layer in flakes_of(theta, batch.x_BCHW).reshape(-1, *flakes_of(theta, batch.x_BCHW).shape[2:]):
+            for r, c in itertools.product(range(0, layer.shape[0], 8), range(0, layer.shape[1], 8)):
+                assert layer[r : r + 8, c : c + 8].mean() <= settings.budget * (1 + 1e-5)
+    elif isinstance(settings, JointThreat | KaleidoscopeThreat):
+        assert theta.abs().max() <= 1
+        if isinstance(settings, JointThreat):
+            move, delta = np.split(theta.numpy(), [batch.w_BLD[0].numel()], axis=1)  # type: ignore[index]
+            codes = batch.w_BLD + torch.from_numpy(move).view_as(batch.w_BLD) * 0.3 * threat.generator.w_std  # type: ignore[operator, arg-type]
+            on_manifold = threat.generator.synthesis(codes)
+            assert (x - on_manifold).abs().max() <= settings.eps + 1e-6
+            assert np.abs(delta).max() <= 1
+    elif not isinstance(settings, FogThreat | GaborThreat):
         moved = x - batch.x_BCHW if isinstance(settings, ImageThreat) else theta
-        assert norm_of(moved, settings.norm).max() <= settings.eps * (1 + 1e-5) + 1e-6
+        assert norm_of(moved, getattr(settings, "norm", "linf")).max() <= settings.eps * (1 + 1e-5) + 1e-6
     assert (threat.distance(batch, theta) <= threat.limit * (1 + 1e-5) + 1e-6).all()
 
 
@@ -64,7 +138,7 @@ def walk_inside(
         theta = threat.start(batch, draws)
         require_inside(settings, threat, batch, theta)
         for scale, step_size in steps:
-            theta = threat.ascend(batch, theta, scale * torch.randn(theta.shape, generator=rng), step_size)
+            theta = threats.ascend(threat, batch, theta, scale * torch.randn(theta.shape, generator=rng), step_size)
             require_inside(settings, threat, batch, theta)
 
 
@@ -94,7 +168,7 @@ def test_latent_threats_stay_in_budget(generator: StyleGAN2, name: str, seed: in
     walk_inside(settings, threat, batch, seed, steps, rng)
 
 
-@pytest.mark.parametrize("name", [n for n in SETTINGS if n != "fog"])
+@pytest.mark.parametrize("name", [n for n in SETTINGS if n not in PATTERNS])
 def test_no_draws_start_at_no_change(generator: StyleGAN2, make_batch: Any, name: str) -> None:
     batch = make_batch()
     threat = threats.build(SETTINGS[name], generator)
@@ -133,24 +207,31 @@ def test_starts_do_not_depend_on_the_cut_of_the_batch(generator: StyleGAN2, make
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_gradient_of_render_is_its_slope(make_generator: Any, name: str) -> None:
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gradient_of_render_is_its_slope(make_generator: Any, name: str, channels: int) -> None:
     """Directional derivatives against central differences, at points where nothing is clipped."""
-    generator = make_generator().double()
+    generator = make_generator(16, channels).double()
     for layer in generator.synth.images:
-        layer.conv.weight *= 0.5
+        layer.conv.weight *= 0.5 / channels
     rng = torch.Generator().manual_seed(1)
     w = generator.mapping(torch.randn(3, 8, generator=rng, dtype=torch.float64))
     x = generator.synthesis(w)
     assert x.min() > 0.05
     assert x.max() < 0.95
     batch = Batch(["a", "b", "c"], x, torch.zeros(3, dtype=torch.int64), w)
-    threat = threats.build(SETTINGS[name].model_copy(update={"eps": 0.04}), generator)
+    threat = threats.build(SETTINGS[name].model_copy(update={"eps": 0.04, "latent_eps": 0.04}), generator)
     theta = threat.start(batch, Draws(0, batch.id, "test")).double().requires_grad_(True)
     weights = torch.randn(x.shape, generator=rng, dtype=torch.float64)
     (gradient,) = torch.autograd.grad((threat.render(batch, theta) * weights).sum(), theta)
     assert gradient.abs().max() > 1e-3
+    mask = searched(name, theta.detach(), x)
+    assert (gradient[mask == 0] == 0).all()
     for _ in range(5):
-        direction, h = torch.randn(theta.shape, generator=rng, dtype=torch.float64), 1e-6
+        # Gabor noise and wood turn within a thousandth of their range
+        direction, h = (
+            mask * torch.randn(theta.shape, generator=rng, dtype=torch.float64),
+            1e-8 if name in ("gabor", "wood") else 1e-6,
+        )
         with torch.no_grad():
             up, down = (threat.render(batch, theta + s * h * direction) for s in (1, -1))
         measured = ((up - down) * weights).sum().item() / (2 * h)
@@ -242,9 +323,39 @@ def test_steepest_reaches_the_dual_norm(seed: int) -> None:
         np.testing.assert_allclose(ball_norm(step, norm), 1.0)
 
 
+def test_a_step_in_l1_goes_to_the_largest_coordinates() -> None:
+    gradient = torch.randn(4, 1, 8, 10, generator=torch.Generator().manual_seed(0))
+    for step, slope in zip(steepest(gradient, "l1").flatten(1), gradient.flatten(1), strict=True):
+        largest = slope.abs().argsort(descending=True)[:4]  # a twentieth of 80
+        wanted = torch.zeros(80)
+        wanted[largest] = slope[largest].sign() / 4
+        torch.testing.assert_close(step, wanted)
+
+
+@given(seed=st.integers(0, 10**6), eps=st.floats(0.01, 4), boxed=st.booleans())
+def test_projection_to_l1_is_the_closest_point(seed: int, eps: float, boxed: bool) -> None:
+    """Against a solver of quadratic programs that knows nothing of thresholds: point = plus - minus, both positive."""
+    rng = np.random.default_rng(seed)
+    point = rng.normal(0, 2, 6)
+    low, high = (-rng.uniform(0, 1, 6), rng.uniform(0, 1, 6)) if boxed else (np.full(6, -9.0), np.full(6, 9.0))
+    found = project_l1_in_box(*(torch.from_numpy(a)[None] if isinstance(a, np.ndarray) else a for a in (point, eps, low, high)))[
+        0
+    ]
+    solved = scipy.optimize.minimize(
+        lambda z: ((z[:6] - z[6:] - point) ** 2).sum(),
+        np.zeros(12),
+        jac=lambda z: np.concatenate([2 * (z[:6] - z[6:] - point), -2 * (z[:6] - z[6:] - point)]),
+        bounds=[*((0, h) for h in high), *((0, -b) for b in low)],
+        constraints={"type": "ineq", "fun": lambda z: eps - z.sum(), "jac": lambda _: -np.ones(12)},
+        method="SLSQP",
+        options={"ftol": 1e-14, "maxiter": 500},
+    ).x
+    np.testing.assert_allclose(found.numpy(), solved[:6] - solved[6:], atol=1e-5)
+
+
 def test_a_zero_gradient_is_no_step() -> None:
     zero = torch.zeros(2, 1, 4, 4)
-    for norm in ("linf", "l2"):
+    for norm in ("linf", "l2", "l1"):
         assert torch.equal(steepest(zero, norm), zero)
         assert torch.equal(project_ball(zero, norm, 0.5), zero)
 
@@ -258,3 +369,171 @@ def test_random_points_are_uniform_in_the_ball() -> None:
     # in four dimensions the share of the ball within r is r^4
     assert scipy.stats.kstest(np.linalg.norm(ball, axis=1) ** 4, "uniform").pvalue > 0.01
     assert np.abs(ball.mean(axis=0)).max() < 0.05
+    diamond = random_in_ball(draws, like, "l1").flatten(1).numpy()
+    assert scipy.stats.kstest(np.abs(diamond).sum(axis=1) ** 4, "uniform").pvalue > 0.01
+    assert np.abs(diamond.mean(axis=0)).max() < 0.05
+    # on the simplex every coordinate's share is Beta(1, dims - 1)
+    share = np.abs(diamond[:, 0]) / np.abs(diamond).sum(axis=1)
+    assert scipy.stats.kstest(share, scipy.stats.beta(1, 3).cdf).pvalue > 0.01
+
+
+def photo(channels: int, height: int = 20, width: int = 24, count: int = 2) -> Batch:
+    x = torch.rand(count, channels, height, width, generator=torch.Generator().manual_seed(channels), dtype=torch.float64)
+    return Batch([f"{i}" for i in range(count)], x, torch.zeros(count, dtype=torch.int64))
+
+
+def test_jpeg_adds_what_a_decoder_would_decode() -> None:
+    """Against scipy's DCT, and the tables in a file that Pillow writes."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG", quality=50)
+    tables = Image.open(buffer).quantization  # type: ignore[attr-defined]
+    assert tables[0] == [step for row in jpeg.LUMA for step in row]
+    assert tables[1] == [step for row in jpeg.CHROMA for step in row]
+    batch = photo(3)
+    threat = threats.build(JpegThreat(eps=0.02), None)
+    theta = threat.start(batch, Draws(0, batch.id, "test")).double()
+    assert theta.shape == (2, 3, 24, 24)
+    steps = np.array([jpeg.LUMA, jpeg.CHROMA, jpeg.CHROMA])
+    added = np.zeros((2, 3, 24, 24))
+    for r, c in itertools.product(range(0, 24, 8), range(0, 24, 8)):
+        block = theta[:, :, r : r + 8, c : c + 8].numpy() * steps
+        added[:, :, r : r + 8, c : c + 8] = scipy.fft.idctn(block, axes=(2, 3), norm="ortho") / 255
+    luma, blue, red = added[:, 0], added[:, 1], added[:, 2]
+    rgb = np.stack([luma + 1.402 * red, luma - 0.344136 * blue - 0.714136 * red, luma + 1.772 * blue], axis=1)[:, :, :20]
+    np.testing.assert_allclose(threat.render(batch, theta), np.clip(batch.x_BCHW.numpy() + rgb, 0, 1), atol=1e-5)
+
+
+def test_elastic_is_a_smoothed_flow() -> None:
+    batch = photo(1)
+    threat = threats.build(ElasticThreat(eps=3.0, std=1.5), None)
+    theta = threat.start(batch, Draws(0, batch.id, "test")).double()
+    for i in range(2):
+        flow = [scipy.ndimage.gaussian_filter(theta[i, k].numpy(), 1.5, mode="mirror", truncate=4) for k in (0, 1)]
+        places = np.meshgrid(np.arange(20), np.arange(24), indexing="ij")
+        moved = [place + step for place, step in zip(places, flow, strict=True)]
+        wanted = scipy.ndimage.map_coordinates(batch.x_BCHW[i, 0].numpy(), moved, order=1, mode="nearest")
+        np.testing.assert_allclose(threat.render(batch, theta)[i, 0], wanted, atol=1e-9)
+
+
+def test_stadv_and_glitch_move_by_half_image_sides() -> None:
+    batch = photo(3)
+    x = batch.x_BCHW[0].numpy()
+    flow = torch.zeros(2, 2, 20, 24, dtype=torch.float64)
+    flow[:, 0], flow[:, 1] = 2 * 1.25 / 19, -2 * 2.5 / 23  # rows down, columns to the left
+    wanted = scipy.ndimage.shift(x, (0, -1.25, 2.5), order=1, mode="nearest")
+    np.testing.assert_allclose(threats.build(StAdvThreat(eps=1), None).render(batch, flow)[0], wanted, atol=1e-9)
+    shift = torch.zeros(2, 3, 5, dtype=torch.float64)
+    shift[:, 1, 2] = 2 * 3.5 / 23
+    glitched = threats.build(GlitchThreat(eps=1, lines=5), None).render(batch, shift)[0]
+    wanted = x.copy()
+    wanted[1, 8:12] = scipy.ndimage.shift(x[1, 8:12], (0, -3.5), order=1, mode="mirror")  # the third of five stripes of four rows
+    np.testing.assert_allclose(glitched, wanted, atol=1e-9)
+
+
+def test_luv_has_the_published_values() -> None:
+    """Of white and the primaries of sRGB, and there and back is nothing."""
+    colours = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0]], dtype=torch.float64)[:, :, None, None]
+    wanted = [[100, 0, 0], [53.2408, 175.0151, 37.7564], [87.7347, -83.0776, 107.3985], [32.2970, -9.4054, -130.3423], [0, 0, 0]]
+    np.testing.assert_allclose(rgb_to_luv(colours)[:, :, 0, 0], wanted, atol=0.05)
+    x = photo(3).x_BCHW
+    np.testing.assert_allclose(luv_to_rgb(rgb_to_luv(x)), x, atol=1e-6)
+
+
+def test_recolor_moves_equal_colours_alike() -> None:
+    batch = photo(3)
+    x = (batch.x_BCHW * 2).round() / 2  # 27 colours
+    batch = dataclasses.replace(batch, x_BCHW=x)
+    threat = threats.build(RecolorThreat(eps=0.06), None)
+    theta = threat.start(batch, Draws(0, batch.id, "test")).double()
+    moved = threat.render(batch, theta)
+    for image, before in zip(moved.flatten(2), x.flatten(2), strict=True):
+        pairs = {tuple(b.tolist()): a for b, a in zip(before.T, image.T, strict=True)}
+        assert 5 < len(pairs) <= 27
+        for b, a in zip(before.T, image.T, strict=True):
+            torch.testing.assert_close(a, pairs[tuple(b.tolist())])
+    # raising every colour's lightness by the whole budget makes grey lighter by that much
+    theta = torch.zeros_like(theta)
+    theta[:, 0] = 0.06
+    grey = dataclasses.replace(batch, x_BCHW=torch.full_like(x, 0.5))
+    lighter = rgb_to_luv(threat.render(grey, theta)) - rgb_to_luv(grey.x_BCHW)
+    np.testing.assert_allclose(lighter[:, 0], 6.0, atol=1e-3)
+    np.testing.assert_allclose(lighter[:, 1:], 0.0, atol=0.05)
+
+
+def test_hsv_is_that_of_the_standard_library() -> None:
+    colours = torch.rand(50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    wanted = [colorsys.hsv_to_rgb(*row) for row in colours.tolist()]
+    np.testing.assert_allclose(hsv_to_rgb(*colours.unbind(dim=1)), wanted, atol=1e-12)
+
+
+def test_pixels_are_means_of_blocks() -> None:
+    batch = photo(3)
+    threat = threats.build(PixelThreat(eps=100, size=8 / 20), None)
+    theta = torch.rand(2, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    wanted = batch.x_BCHW.clone()
+    for r, c in itertools.product(range(3), range(3)):
+        block = wanted[:, :, 8 * r : 8 * r + 8, 8 * c : 8 * c + 8]
+        block.lerp_(block.mean(dim=(2, 3), keepdim=True), theta[:, :, r : r + 1, c : c + 1])
+    torch.testing.assert_close(threat.render(batch, theta), wanted)
+
+
+def test_wood_darkens_rings() -> None:
+    batch = photo(1, 16, 16)
+    wood = threats.build(WoodThreat(eps=0.1, rings=3, cells=16), None)
+    theta = wood.start(batch, Draws(0, batch.id, "test")).double()
+    for r, c in itertools.product(range(16), range(16)):
+        radius = math.hypot(r / 8 - 1, c / 8 - 1) + theta[0, 0, r, c].item()
+        dark = max(abs(math.sin(3 * math.pi * radius)), 1e-4) ** 0.125
+        assert wood.render(batch, theta)[0, 0, r, c].item() == pytest.approx(batch.x_BCHW[0, 0, r, c].item() * dark, abs=1e-9)
+
+
+def test_gabor_noise_moves_impulses_only() -> None:
+    """Its kernel is a sum of waves under a Gaussian; a tenth of the places has impulses, and only those matter."""
+    batch = photo(1, 32, 32)
+    threat = threats.build(GaborThreat(eps=0.2, density=0.1), None)
+    theta = threat.start(batch, Draws(0, batch.id, "test")).double()
+    there = theta[:, 1024:2048] < 0.1
+    assert 0.05 < there.double().mean() < 0.15
+    other = theta.clone()
+    other[:, :1024] = torch.where(there, other[:, :1024], torch.rand(2, 1024, dtype=torch.float64))
+    torch.testing.assert_close(threat.render(batch, theta), threat.render(batch, other))
+    kernel = gabor_kernel(torch.tensor([[0.15, 0.5, 0.25, 0.3]], dtype=torch.float64))[0, 0]  # two sides
+    for r, c in itertools.product(range(0, 23, 5), range(0, 23, 5)):
+        y, x = r / 22 - 0.5, c / 22 - 0.5
+        turned = [x * math.cos(math.pi * (0.3 + s / 2)) + y * math.sin(math.pi * (0.3 + s / 2)) for s in (0, 1)]
+        waves = sum(math.cos(2 * math.pi * (3 + 2.75 * 0.25) * t) for t in turned)
+        assert kernel[r, c].item() == pytest.approx(waves * math.exp(-0.5 * (x * x + y * y) / 0.251**2), abs=1e-9)
+
+
+def test_snow_is_brighter_where_flakes_are() -> None:
+    batch = photo(3, 32, 32)
+    batch = dataclasses.replace(batch, x_BCHW=torch.full_like(batch.x_BCHW, 0.2))
+    threat = threats.build(SnowThreat(eps=0.5), None)
+    theta = torch.zeros_like(threat.start(batch, Draws(0, batch.id, "test")).double())
+    bare = threat.render(batch, theta)
+    torch.testing.assert_close(bare, torch.full_like(bare, 0.75 * 0.2 + 0.25 * (1.5 * 0.2 + 0.5)))
+    flake = theta.clone().view(2, -1)
+    flake[:, 3 * 8 + 4] = 1.0  # layer 0, row 3, column 4 of the grid of 8x8
+    snowy = threat.render(batch, flake) - bare
+    row, column = (snowy[0, 0] == snowy[0, 0].max()).nonzero()[0].tolist()
+    assert snowy.min() >= 0
+    assert (snowy[0, 0] > 0).sum() < 13 * 13
+    assert abs(row - 12) <= 6
+    assert abs(column - 16) <= 6
+    assert snowy[0, 0, 12, 16] == snowy.max(), "brightest where the flake is"
+
+
+def test_shapes_cover_the_image_in_their_colours() -> None:
+    batch = photo(3, 64, 64)
+    threat = threats.build(KaleidoscopeThreat(eps=0.5, shapes=1, size=0.25, transparency=0.0), None)
+    for kind, area in ((0.1, math.pi), (0.5, 3 * math.sqrt(3) / 4), (0.9, 2.0)):  # of radius 1
+        theta = torch.zeros(2, 1, 11, dtype=torch.float64)
+        theta[:, :, 3:] = torch.tensor([1 / 3, 1.0, 1.0, 0.5, 0.5, 0.1, kind, 1.0])
+        rendered = threat.render(batch, theta)
+        green = ((rendered - rendered.new_tensor([0, 1, 0]).view(1, 3, 1, 1)).abs() < 1e-6).all(dim=1)
+        assert green[:, 30:34, 30:34].all()
+        changed = ((rendered - batch.x_BCHW).abs().amax(dim=1) > 0).double().sum(dim=(1, 2))
+        assert changed.numpy() == pytest.approx(area * 16**2, rel=0.2)
+        theta[:, :, :3] = torch.tensor([1.0, -1.0, 0.0])
+        moved = threat.render(batch, theta)[0, :, 32, 32]
+        torch.testing.assert_close(moved, moved.new_tensor([0.5, 0.5, 0.0]))

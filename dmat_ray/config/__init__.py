@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from dmat_ray.config.attacks import (
+    AdversarialTerm,
     AttackConfig,
     AttackRow,
     CleanRow,
@@ -17,13 +18,12 @@ from dmat_ray.config.attacks import (
     EvaluationConfig,
     FogRow,
     FogTerm,
-    FogThreat,
     ImageRow,
     ImageTerm,
-    ImageThreat,
+    JointRow,
+    JointTerm,
     LatentRow,
     LatentTerm,
-    LatentThreat,
     ObjectiveConfig,
     Row,
     Term,
@@ -32,6 +32,24 @@ from dmat_ray.config.base import Fraction, Section
 from dmat_ray.config.data import DataConfig
 from dmat_ray.config.generators import GanConfig, GeneratorConfig, QualityConfig, StyleGAN1Config, StyleGAN2Config, StyleGANConfig
 from dmat_ray.config.projection import EncoderConfig, ProjectionConfig
+from dmat_ray.config.threats import (
+    ON_MANIFOLD,
+    ElasticThreat,
+    FogThreat,
+    GaborThreat,
+    GlitchThreat,
+    ImageThreat,
+    JointThreat,
+    JpegThreat,
+    KaleidoscopeThreat,
+    LatentThreat,
+    PixelThreat,
+    RecolorThreat,
+    SnowThreat,
+    StAdvThreat,
+    ThreatSettings,
+    WoodThreat,
+)
 from dmat_ray.config.training import ClassifierConfig, ClusterConfig, TrackingConfig, TrainingConfig, TuneConfig
 
 
@@ -69,6 +87,8 @@ class Config(Section):
 
 
 __all__ = [
+    "ON_MANIFOLD",
+    "AdversarialTerm",
     "AttackConfig",
     "AttackRow",
     "ClassifierConfig",
@@ -77,30 +97,44 @@ __all__ = [
     "ClusterConfig",
     "Config",
     "DataConfig",
+    "ElasticThreat",
     "EncoderConfig",
     "EvaluationConfig",
     "FogRow",
     "FogTerm",
     "FogThreat",
     "Fraction",
+    "GaborThreat",
     "GanConfig",
     "GeneratorConfig",
+    "GlitchThreat",
     "ImageRow",
     "ImageTerm",
     "ImageThreat",
+    "JointRow",
+    "JointTerm",
+    "JointThreat",
+    "JpegThreat",
+    "KaleidoscopeThreat",
     "LatentRow",
     "LatentTerm",
     "LatentThreat",
     "ObjectiveConfig",
+    "PixelThreat",
     "ProjectionConfig",
     "QualityConfig",
+    "RecolorThreat",
     "Row",
     "Section",
+    "SnowThreat",
+    "StAdvThreat",
     "StyleGAN1Config",
     "StyleGAN2Config",
     "StyleGANConfig",
     "Term",
+    "ThreatSettings",
     "TrackingConfig",
     "TrainingConfig",
     "TuneConfig",
+    "WoodThreat",
 ]

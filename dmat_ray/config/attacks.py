@@ -10,37 +10,23 @@ from pydantic import Field, model_validator
 from pydantic_settings import CliSuppress
 
 from dmat_ray.config.base import Fraction, Section
-
-
-class ImageThreat(Section):
-    """Pixels moved inside a ball around x: clip(x + delta)."""
-
-    threat: CliSuppress[Literal["image"]] = "image"
-    norm: Literal["linf", "l2"] = Field("linf", description="norm of the ball")
-    eps: Fraction = Field(4 / 255, ge=0, description="radius in [0, 1] pixel units, e.g. 4/255")
-
-    @model_validator(mode="after")
-    def _in_pixel_units(self) -> "ImageThreat":
-        if self.norm == "linf" and self.eps > 1:
-            raise ValueError(f"eps is {self.eps:g}, but pixels are in [0, 1]; did you mean {self.eps:g}/255?")
-        return self
-
-
-class LatentThreat(Section):
-    """A move along the manifold: g(w + lambda)."""
-
-    threat: CliSuppress[Literal["latent"]] = "latent"
-    norm: Literal["linf", "l2"] = Field("linf", description="norm of the ball, over the whole W+ code")
-    eps: Fraction = Field(0.02, ge=0, description="radius (eta in the paper) in units of `scale`")
-    scale: Literal["raw", "std"] = Field("raw", description="unit of eps: raw W, or the standard deviation of each w")
-
-
-class FogThreat(Section):
-    """Diamond-square fog laid over the image; the attack chooses the noise of every level."""
-
-    threat: CliSuppress[Literal["fog"]] = "fog"
-    eps: Fraction = Field(128 / 255, ge=0, le=1, description="density in [0, 1] pixel units, e.g. 128/255")
-    wibble_decay: float = Field(2.0, gt=0, description="how much weaker each finer level is")
+from dmat_ray.config.threats import (
+    ON_MANIFOLD,
+    ElasticThreat,
+    FogThreat,
+    GaborThreat,
+    GlitchThreat,
+    ImageThreat,
+    JointThreat,
+    JpegThreat,
+    KaleidoscopeThreat,
+    LatentThreat,
+    PixelThreat,
+    RecolorThreat,
+    SnowThreat,
+    StAdvThreat,
+    WoodThreat,
+)
 
 
 class AttackConfig(Section):
@@ -79,6 +65,69 @@ class FogTerm(Term, FogThreat):
     """Worst case over fog."""
 
 
+class JointTerm(Term, JointThreat):
+    """Worst case over moves in W+ and in pixels together."""
+
+
+class SnowTerm(Term, SnowThreat):
+    """Worst case over snow."""
+
+
+class GaborTerm(Term, GaborThreat):
+    """Worst case over Gabor noise."""
+
+
+class WoodTerm(Term, WoodThreat):
+    """Worst case over rings of wood."""
+
+
+class GlitchTerm(Term, GlitchThreat):
+    """Worst case over shifted stripes."""
+
+
+class KaleidoscopeTerm(Term, KaleidoscopeThreat):
+    """Worst case over coloured shapes."""
+
+
+class PixelTerm(Term, PixelThreat):
+    """Worst case over blocks of one colour."""
+
+
+class ElasticTerm(Term, ElasticThreat):
+    """Worst case over smooth flows."""
+
+
+class StAdvTerm(Term, StAdvThreat):
+    """Worst case over flows."""
+
+
+class JpegTerm(Term, JpegThreat):
+    """Worst case over a ball of DCT coefficients."""
+
+
+class RecolorTerm(Term, RecolorThreat):
+    """Worst case over maps of colours."""
+
+
+AdversarialTerm = Annotated[
+    ImageTerm
+    | LatentTerm
+    | FogTerm
+    | JointTerm
+    | SnowTerm
+    | GaborTerm
+    | WoodTerm
+    | GlitchTerm
+    | KaleidoscopeTerm
+    | PixelTerm
+    | ElasticTerm
+    | StAdvTerm
+    | JpegTerm
+    | RecolorTerm,
+    Field(discriminator="threat"),
+]
+
+
 class CleanTerm(Section):
     """Cross entropy on the unattacked image."""
 
@@ -92,19 +141,25 @@ class ObjectiveConfig(Section):
     image: ImageTerm = ImageTerm()
     latent: LatentTerm = LatentTerm()
     fog: FogTerm = FogTerm()
+    more: dict[str, AdversarialTerm] = Field(
+        default_factory=dict,
+        description="more terms by names of your own, each with its `threat`, e.g. {snow: {threat: snow, weight: 0.5}}",
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the label spread over all classes")
 
     @model_validator(mode="after")
     def _check(self) -> "ObjectiveConfig":
+        if taken := self.more.keys() & {"clean", "image", "latent", "fog"}:
+            raise ValueError(f"more: '{min(taken)}' is the name of a term that is always there; choose another")
         if not any(term.weight > 0 for term in (self.clean, *self.adversarial.values())):
             names = ", ".join(["clean", *self.adversarial])
             raise ValueError(f"every term has weight 0; give at least one of {names} a weight, or name a preset such as dmat")
         return self
 
     @property
-    def adversarial(self) -> dict[str, "ImageTerm | LatentTerm | FogTerm"]:
+    def adversarial(self) -> dict[str, AdversarialTerm]:
         """The terms that attack, by name, whatever their weight."""
-        return {"image": self.image, "latent": self.latent, "fog": self.fog}
+        return {"image": self.image, "latent": self.latent, "fog": self.fog, **self.more}
 
 
 class Row(AttackConfig):
@@ -125,6 +180,50 @@ class FogRow(Row, FogThreat):
     """Fog attack."""
 
 
+class JointRow(Row, JointThreat):
+    """Attack over moves in W+ and in pixels together."""
+
+
+class SnowRow(Row, SnowThreat):
+    """Attack over snow."""
+
+
+class GaborRow(Row, GaborThreat):
+    """Attack over Gabor noise."""
+
+
+class WoodRow(Row, WoodThreat):
+    """Attack over rings of wood."""
+
+
+class GlitchRow(Row, GlitchThreat):
+    """Attack over shifted stripes."""
+
+
+class KaleidoscopeRow(Row, KaleidoscopeThreat):
+    """Attack over coloured shapes."""
+
+
+class PixelRow(Row, PixelThreat):
+    """Attack over blocks of one colour."""
+
+
+class ElasticRow(Row, ElasticThreat):
+    """Attack over smooth flows."""
+
+
+class StAdvRow(Row, StAdvThreat):
+    """Attack over flows."""
+
+
+class JpegRow(Row, JpegThreat):
+    """Attack over a ball of DCT coefficients."""
+
+
+class RecolorRow(Row, RecolorThreat):
+    """Attack over maps of colours."""
+
+
 class CleanRow(Section):
     """No attack."""
 
@@ -132,7 +231,24 @@ class CleanRow(Section):
     name: str = Field("clean", min_length=1, description="name of the column, unique in the suite")
 
 
-AttackRow = Annotated[CleanRow | ImageRow | LatentRow | FogRow, Field(discriminator="threat")]
+AttackRow = Annotated[
+    CleanRow
+    | ImageRow
+    | LatentRow
+    | FogRow
+    | JointRow
+    | SnowRow
+    | GaborRow
+    | WoodRow
+    | GlitchRow
+    | KaleidoscopeRow
+    | PixelRow
+    | ElasticRow
+    | StAdvRow
+    | JpegRow
+    | RecolorRow,
+    Field(discriminator="threat"),
+]
 
 
 class EvaluationConfig(Section):
@@ -153,6 +269,6 @@ class EvaluationConfig(Section):
             raise ValueError(f"attack names must be unique; given more than once: {', '.join(twice)}")
         if not names or not self.sets:
             raise ValueError("evaluation needs at least one attack and one test set")
-        if "natural" in self.sets and all(isinstance(row, LatentRow) for row in self.attacks):
-            raise ValueError("natural images have no w, and every attack is latent; give sets=on_manifold or another attack")
+        if "natural" in self.sets and all(isinstance(row, ON_MANIFOLD) for row in self.attacks):
+            raise ValueError("natural images have no w, and every attack moves w; give sets=on_manifold or another attack")
         return self

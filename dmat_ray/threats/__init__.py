@@ -1,21 +1,47 @@
 """Threats: what an attack may change, and how far. One table."""
 
-from dmat_ray.config import FogThreat, ImageThreat, LatentThreat
-from dmat_ray.errors import UserError
-from dmat_ray.threats.image import ImageBall
-from dmat_ray.threats.latent import LatentBall
-from dmat_ray.threats.weather import Fog
-from dmat_ray.types import Generator, Threat
+from collections.abc import Callable
+from typing import Any
 
-ThreatSettings = ImageThreat | LatentThreat | FogThreat
+from torch import Tensor
+
+from dmat_ray import config as settings
+from dmat_ray.config import ON_MANIFOLD, ThreatSettings
+from dmat_ray.errors import UserError
+from dmat_ray.threats.color import Recolor
+from dmat_ray.threats.image import ImageBall
+from dmat_ray.threats.jpeg import Jpeg
+from dmat_ray.threats.latent import Joint, LatentBall
+from dmat_ray.threats.texture import Gabor, Kaleidoscope, Pixel, Wood
+from dmat_ray.threats.warp import Elastic, Glitch, StAdv
+from dmat_ray.threats.weather import Fog, Snow
+from dmat_ray.types import Batch, Generator, Threat
+
+PIXELS: dict[type, Callable[[Any], Threat]] = {
+    settings.ImageThreat: ImageBall,
+    settings.FogThreat: Fog,
+    settings.SnowThreat: Snow,
+    settings.GaborThreat: Gabor,
+    settings.WoodThreat: Wood,
+    settings.GlitchThreat: Glitch,
+    settings.KaleidoscopeThreat: Kaleidoscope,
+    settings.PixelThreat: Pixel,
+    settings.ElasticThreat: Elastic,
+    settings.StAdvThreat: StAdv,
+    settings.JpegThreat: Jpeg,
+    settings.RecolorThreat: Recolor,
+}
 
 
 def build(config: ThreatSettings, generator: Generator | None) -> Threat:
-    """The threat that `config` describes; latent ones need the generator."""
-    if isinstance(config, ImageThreat):
-        return ImageBall(config)
-    if isinstance(config, LatentThreat):
+    """The threat that `config` describes; those that move w need the generator."""
+    if isinstance(config, ON_MANIFOLD):
         if generator is None:
             raise UserError("a latent threat needs a generator; set generator.path")
-        return LatentBall(config, generator)
-    return Fog(config)
+        return Joint(config, generator) if isinstance(config, settings.JointThreat) else LatentBall(config, generator)
+    return next(make(config) for kind, make in PIXELS.items() if isinstance(config, kind))
+
+
+def ascend(threat: Threat, batch: Batch, theta: Tensor, gradient: Tensor, step_size: float) -> Tensor:
+    """theta after a step of steepest ascent, back inside its ball or box."""
+    return threat.project(batch, theta + step_size * threat.direction(batch, theta, gradient))

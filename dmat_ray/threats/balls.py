@@ -1,9 +1,13 @@
-"""Norm balls: steepest ascent, projection, sampling, size. Batch first, everything else flattened."""
+"""Norm balls and boxes: steepest ascent, projection, sampling, size. Batch first, everything else flattened."""
 
 import torch
 from torch import Tensor
 
 from dmat_ray.rng import Draws
+from dmat_ray.types import Batch
+
+SPARSE = 0.05  # share of the coordinates that a step in L1 moves
+BISECTIONS = 50  # of a threshold: float64 is exhausted by then
 
 
 def per_example(value_B: Tensor, like: Tensor) -> Tensor:
@@ -14,22 +18,56 @@ def per_example(value_B: Tensor, like: Tensor) -> Tensor:
 def ball_norm(theta: Tensor, norm: str) -> Tensor:
     """Size of each example's theta (B)."""
     flat = theta.flatten(1)
-    return flat.abs().amax(dim=1) if norm == "linf" else flat.norm(dim=1)
+    if norm == "linf":
+        return flat.abs().amax(dim=1)
+    return flat.abs().sum(dim=1) if norm == "l1" else flat.norm(dim=1)
 
 
 def steepest(gradient: Tensor, norm: str) -> Tensor:
-    """Unit step that raises a linear loss most: the sign for L-infinity, the normalised gradient for L2."""
+    """Unit step that raises a linear loss: the sign for L-infinity, the normalised gradient for L2.
+
+    For L1 the very steepest moves one coordinate; this one spreads over the SPARSE largest (SLIDE, arXiv 1904.13000).
+    """
     if norm == "linf":
         return gradient.sign()
-    return gradient / per_example(gradient.flatten(1).norm(dim=1).clamp_min(1e-12), gradient)
+    if norm == "l2":
+        return gradient / per_example(gradient.flatten(1).norm(dim=1).clamp_min(1e-12), gradient)
+    flat = gradient.flatten(1)
+    largest = flat.abs().topk(max(1, round(SPARSE * flat.shape[1])), dim=1).indices
+    signs = flat.gather(1, largest).sign()
+    signs = signs / signs.abs().sum(dim=1, keepdim=True).clamp_min(1.0)
+    return torch.zeros_like(flat).scatter(1, largest, signs).view_as(gradient)
 
 
 def project_ball(theta: Tensor, norm: str, eps: float) -> Tensor:
     """Closest point of the ball of radius eps."""
     if norm == "linf":
         return theta.clamp(-eps, eps)
+    if norm == "l1":
+        return project_l1_in_box(theta, eps, torch.full_like(theta, -torch.inf), torch.full_like(theta, torch.inf))
     size = per_example(theta.flatten(1).norm(dim=1).clamp_min(1e-12), theta)
     return theta * (eps / size).clamp(max=1.0)
+
+
+def project_l1_in_box(theta: Tensor, eps: float, low: Tensor, high: Tensor) -> Tensor:
+    """Closest point with L1 norm up to eps and low <= point <= high, where low <= 0 <= high (as in arXiv 2103.01208).
+
+    By the conditions of Karush, Kuhn and Tucker that point is theta, its size reduced by one threshold for all coordinates,
+    then clipped; the threshold is found by bisection.
+    """
+    size = theta.abs()
+
+    def reduced(threshold_B: Tensor) -> Tensor:
+        return torch.clamp(theta.sign() * (size - per_example(threshold_B, theta)).clamp_min(0.0), low, high)
+
+    enough = size.flatten(1).amax(dim=1)
+    too_little = torch.zeros_like(enough)
+    inside = ball_norm(reduced(too_little), "l1") <= eps
+    for _ in range(BISECTIONS):
+        middle = (too_little + enough) / 2
+        fits = ball_norm(reduced(middle), "l1") <= eps
+        enough, too_little = torch.where(fits, middle, enough), torch.where(fits, too_little, middle)
+    return reduced(torch.where(inside, torch.zeros_like(enough), enough))
 
 
 def random_in_ball(draws: Draws, like: Tensor, norm: str) -> Tensor:
@@ -37,6 +75,55 @@ def random_in_ball(draws: Draws, like: Tensor, norm: str) -> Tensor:
     shape = like.shape[1:]
     if norm == "linf":
         return draws.uniform(*shape, like=like) * 2 - 1
+    dims = int(torch.tensor(shape).prod())
+    if norm == "l1":
+        # exponential sizes over their sum, with one more for what is left to the surface (arXiv math/0503650)
+        sizes = -torch.log1p(-draws.uniform(dims + 1, like=like))
+        signs = (draws.uniform(dims, like=like) < 0.5).to(like) * 2 - 1
+        return (signs * sizes[:, :-1] / sizes.sum(dim=1, keepdim=True)).view(-1, *shape)
     direction = steepest(draws.normal(*shape, like=like), "l2")
-    dims = torch.tensor(shape).prod().item()
     return direction * draws.uniform(*([1] * len(shape)), like=like).pow(1.0 / dims)
+
+
+class Ball:
+    """What threats have in common whose theta lies in a ball of `norm` and radius `eps`, whatever the image."""
+
+    default_step: float | None = None
+
+    def __init__(self, norm: str, eps: float) -> None:
+        self.norm, self.eps, self.limit = norm, eps, eps
+
+    def direction(self, batch: Batch, theta: Tensor, gradient: Tensor) -> Tensor:
+        """Steepest ascent."""
+        return steepest(gradient, self.norm)
+
+    def project(self, batch: Batch, theta: Tensor) -> Tensor:
+        """Back into the ball."""
+        return project_ball(theta, self.norm, self.eps)
+
+    def distance(self, batch: Batch, theta: Tensor) -> Tensor:
+        """Norm of theta."""
+        return ball_norm(theta, self.norm)
+
+    def within(self, draws: Draws | None, like: Tensor) -> Tensor:
+        """Uniform in the ball; zero without draws."""
+        return torch.zeros_like(like) if draws is None else random_in_ball(draws, like, self.norm) * self.eps
+
+
+class UnitBox:
+    """What threats have in common whose theta lies in [0, 1]^P."""
+
+    default_step: float | None = None
+    limit = 1.0
+
+    def direction(self, batch: Batch, theta: Tensor, gradient: Tensor) -> Tensor:
+        """The sign."""
+        return gradient.sign()
+
+    def project(self, batch: Batch, theta: Tensor) -> Tensor:
+        """Back into the box."""
+        return theta.clamp(0.0, 1.0)
+
+    def distance(self, batch: Batch, theta: Tensor) -> Tensor:
+        """Twice the largest distance from the middle: 1 or less means inside the box."""
+        return (theta * 2 - 1).abs().flatten(1).amax(dim=1)

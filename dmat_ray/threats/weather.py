@@ -1,6 +1,6 @@
-"""Fog (Kang et al., "Testing robustness against unforeseen adversaries", arXiv 1908.08016).
+"""Fog and snow (Kang et al., "Testing robustness against unforeseen adversaries", arXiv 1908.08016).
 
-theta holds every random number that diamond-square fog is made of, each in [0, 1], so that the attack chooses the
+Of fog theta holds every random number that diamond-square fog is made of, each in [0, 1], so that the attack chooses the
 shape of the fog and not its density. Two things differ from the published code: the fog is normalised per image, not
 over the batch, and the diamond step averages the four true neighbours.
 """
@@ -8,10 +8,12 @@ over the batch, and the diamond step averages the four true neighbours.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dmat_ray.config import FogThreat
+from dmat_ray.config import FogThreat, SnowThreat
 from dmat_ray.rng import Draws
+from dmat_ray.threats.balls import UnitBox
 from dmat_ray.types import Batch
 
 
@@ -43,14 +45,13 @@ def diamond_square(theta_BP: Tensor, size: int, wibble_decay: float) -> Tensor:
     return ((grid - low) / (high - low).clamp_min(1e-12))[:, None]
 
 
-class Fog:
+class Fog(UnitBox):
     """theta is (B, P) in [0, 1]; render is (x + eps fog) / (max of each channel of x + eps)."""
 
-    limit = 1.0
+    default_step: float | None = math.sqrt(0.001)
 
     def __init__(self, config: FogThreat) -> None:
         self.eps, self.wibble_decay = config.eps, config.wibble_decay
-        self.default_step: float | None = math.sqrt(0.001)
 
     @staticmethod
     def _size(x: Tensor) -> int:
@@ -72,10 +73,98 @@ class Fog:
         brightest = x.amax(dim=(2, 3), keepdim=True)
         return ((x + self.eps * fog) / (brightest + self.eps).clamp_min(1e-12)).clamp(0.0, 1.0)
 
-    def ascend(self, batch: Batch, theta: Tensor, gradient: Tensor, step_size: float) -> Tensor:
-        """Sign step, back into the box."""
-        return (theta + step_size * gradient.sign()).clamp(0.0, 1.0)
+
+LAYERS = 7  # of flakes, each with a streak of its own
+SPACING = 4  # pixels between places where a flake may lie
+REGION = 8  # places along the side of a region of the budget
+STREAK = 13  # side of a streak's kernel in pixels
+
+
+class Snow(UnitBox):
+    """theta is (B, 7 h w + 21) in [0, 1]: the flakes' intensities on a grid for each layer, and the layers' streaks.
+
+    As in the published code a layer's flakes lie on every fourth pixel, count by the fourth power of their intensity, and are
+    drawn out along the layer's line; the image is bleached, and flakes are added. The streaks (angle, length, width) are drawn
+    at random with the start and stay. Unlike there, the last step is projected as well.
+    """
+
+    default_step: float | None = math.sqrt(0.001)
+
+    def __init__(self, config: SnowThreat) -> None:
+        self.eps, self.budget = config.eps, config.budget
+
+    @staticmethod
+    def _grid(x: Tensor) -> tuple[int, int]:
+        return -(-x.shape[2] // SPACING), -(-x.shape[3] // SPACING)
+
+    def start(self, batch: Batch, draws: Draws | None) -> Tensor:
+        """Few bright flakes (exponential in the budget); without draws all of them as bright as the budget lets them be."""
+        x = batch.x_BCHW
+        height, width = self._grid(x)
+        flakes = LAYERS * height * width
+        if draws is None:
+            return torch.cat([x.new_full((len(x), flakes), self.budget), x.new_full((len(x), 3 * LAYERS), 0.5)], dim=1)
+        drawn = draws.uniform(flakes + 3 * LAYERS, like=x)
+        return self.project(batch, torch.cat([torch.exp(-drawn[:, :flakes] / self.budget), drawn[:, flakes:]], dim=1))
+
+    def project(self, batch: Batch, theta: Tensor) -> Tensor:
+        """Into [0, 1], then in each region of each layer down to the budget."""
+        height, width = self._grid(batch.x_BCHW)
+        flakes, streaks = theta.clamp(0.0, 1.0).split([LAYERS * height * width, 3 * LAYERS], dim=1)
+        grid = flakes.view(-1, LAYERS, height, width)
+        factor = (self.budget / self._means(grid).clamp_min(1e-12)).clamp(max=1.0)
+        factor = factor.repeat_interleave(REGION, 2).repeat_interleave(REGION, 3)[:, :, :height, :width]
+        return torch.cat([(grid * factor).flatten(1), streaks], dim=1)
+
+    @staticmethod
+    def _means(grid: Tensor) -> Tensor:
+        """Mean intensity of each region, (B, 7, rows, columns)."""
+        return F.avg_pool2d(grid, REGION, ceil_mode=True, count_include_pad=False)
 
     def distance(self, batch: Batch, theta: Tensor) -> Tensor:
-        """Largest coordinate: 1 or less means inside the box (0 or more by construction)."""
-        return (theta - 0.5).abs().flatten(1).amax(dim=1) + 0.5
+        """1 or less means inside the box and the budget."""
+        height, width = self._grid(batch.x_BCHW)
+        grid = theta[:, : LAYERS * height * width].view(-1, LAYERS, height, width)
+        used = self._means(grid).flatten(1).amax(dim=1) / self.budget
+        return torch.maximum(super().distance(batch, theta), used)
+
+    def render(self, batch: Batch, theta: Tensor) -> Tensor:
+        """The bleached image under snow."""
+        x = batch.x_BCHW
+        height, width = self._grid(x)
+        flakes, streaks = theta.split([LAYERS * height * width, 3 * LAYERS], dim=1)
+        grid = flakes.view(-1, LAYERS, height, width) ** 4
+        canvas = x.new_zeros(len(x), LAYERS, height * SPACING, width * SPACING)
+        for layer in range(LAYERS):
+            # four layers begin at four columns, the others at three more rows
+            top, left = (0, layer) if layer < 4 else (layer - 3, 0)
+            canvas[:, layer, top::SPACING, left::SPACING] = grid[:, layer]
+        kernels = _streaks(streaks.detach().view(-1, LAYERS, 3))
+        fallen = F.conv2d(canvas.view(1, -1, *canvas.shape[2:]), kernels, padding=STREAK // 2, groups=len(x))
+        snow = fallen.view(len(x), 1, *canvas.shape[2:])[:, :, : x.shape[2], : x.shape[3]]
+        grey = luminance(x)
+        bleached = 0.75 * x + 0.25 * torch.maximum(x, 1.5 * grey + 0.5)
+        return (bleached + self.eps * snow).clamp(0.0, 1.0)
+
+
+def luminance(x_BCHW: Tensor) -> Tensor:
+    """Rec. 709 luma of (linear) colour images, (B, 1, H, W); grey images as they are."""
+    if x_BCHW.shape[1] != 3:
+        return x_BCHW.mean(dim=1, keepdim=True)
+    weights = x_BCHW.new_tensor([0.2126, 0.7152, 0.0722]).view(1, 3, 1, 1)
+    return (x_BCHW * weights).sum(dim=1, keepdim=True)
+
+
+def _streaks(parameters_BK3: Tensor) -> Tensor:
+    """A kernel for each layer, (B, K, 13, 13): a line through the middle, about diagonal, with soft edges."""
+    along, length, broad = parameters_BK3.unbind(dim=2)
+    # half of the images have snow from the left, the others from the right; widths 1, 3, 5 as often as published
+    side = torch.where(along[:, :1] < 0.5, 1.0, -1.0)
+    angle = side * (math.pi / 4 + (along * 2 % 1 - 0.5) * math.pi / 4)
+    half_length = 4 + 4 * length
+    half_width = torch.where(broad < 0.6, 0.5, torch.where(broad < 0.9, 1.5, 2.5)).to(parameters_BK3)
+    steps = torch.arange(STREAK, device=parameters_BK3.device, dtype=parameters_BK3.dtype) - STREAK // 2
+    rows, columns = steps.view(1, 1, -1, 1), steps.view(1, 1, 1, -1)
+    cosine, sine = angle.cos()[..., None, None], angle.sin()[..., None, None]
+    on, off = (columns * cosine + rows * sine).abs(), (rows * cosine - columns * sine).abs()
+    return (half_length[..., None, None] - on + 0.5).clamp(0, 1) * (half_width[..., None, None] - off + 0.5).clamp(0, 1)

@@ -1,0 +1,158 @@
+"""Settings of threats: what an attack may change, and how far. Sources are named in the modules of `dmat_ray.threats`."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+from pydantic_settings import CliSuppress
+
+from dmat_ray.config.base import Fraction, Section
+
+
+class ImageThreat(Section):
+    """Pixels moved inside a ball around x: clip(x + delta)."""
+
+    threat: CliSuppress[Literal["image"]] = "image"
+    norm: Literal["linf", "l2", "l1"] = Field("linf", description="norm of the ball")
+    eps: Fraction = Field(4 / 255, ge=0, description="radius in [0, 1] pixel units, e.g. 4/255")
+
+    @model_validator(mode="after")
+    def _in_pixel_units(self) -> "ImageThreat":
+        if self.norm == "linf" and self.eps > 1:
+            raise ValueError(f"eps is {self.eps:g}, but pixels are in [0, 1]; did you mean {self.eps:g}/255?")
+        return self
+
+
+class LatentThreat(Section):
+    """A move along the manifold: g(w + lambda)."""
+
+    threat: CliSuppress[Literal["latent"]] = "latent"
+    norm: Literal["linf", "l2"] = Field("linf", description="norm of the ball, over the whole W+ code")
+    eps: Fraction = Field(0.02, ge=0, description="radius (eta in the paper) in units of `scale`")
+    scale: Literal["raw", "std"] = Field("raw", description="unit of eps: raw W, or the standard deviation of each w")
+
+
+class JointThreat(Section):
+    """One move along the manifold and in pixels: clip(g(w + lambda) + delta), both in L-infinity balls."""
+
+    threat: CliSuppress[Literal["joint"]] = "joint"
+    eps: Fraction = Field(4 / 255, ge=0, le=1, description="radius of delta in [0, 1] pixel units, e.g. 4/255")
+    latent_eps: Fraction = Field(0.02, ge=0, description="radius of lambda in units of `scale`")
+    scale: Literal["raw", "std"] = Field("raw", description="unit of latent_eps: raw W, or the standard deviation of each w")
+
+
+class FogThreat(Section):
+    """Diamond-square fog laid over the image; the attack chooses the noise of every level."""
+
+    threat: CliSuppress[Literal["fog"]] = "fog"
+    eps: Fraction = Field(128 / 255, ge=0, le=1, description="density in [0, 1] pixel units, e.g. 128/255")
+    wibble_decay: float = Field(2.0, gt=0, description="how much weaker each finer level is")
+
+
+class SnowThreat(Section):
+    """Flakes of seven layers, blurred along their fall; the attack chooses the flakes."""
+
+    threat: CliSuppress[Literal["snow"]] = "snow"
+    eps: Fraction = Field(0.0625, ge=0, description="brightness of the flakes")
+    budget: float = Field(0.2, gt=0, le=1, description="largest mean intensity of flakes in each region of 32x32 pixels")
+
+
+class GaborThreat(Section):
+    """Gabor noise added to the image; the attack chooses the impulses that a random kernel spreads."""
+
+    threat: CliSuppress[Literal["gabor"]] = "gabor"
+    eps: Fraction = Field(12.5 / 255, ge=0, le=1, description="strength in [0, 1] pixel units, e.g. 12.5/255")
+    density: float = Field(1 / 14, gt=0, le=1, description="share of pixels with an impulse")
+
+
+class WoodThreat(Section):
+    """Dark rings around the middle, as of wood; the attack bends them."""
+
+    threat: CliSuppress[Literal["wood"]] = "wood"
+    eps: Fraction = Field(0.05, ge=0, description="largest displacement of a ring, in half image sides")
+    rings: float = Field(4.0, gt=0, description="rings from the middle to the border")
+    cells: int = Field(32, ge=2, description="side of the grid of displacements, at most that of the image")
+
+
+class GlitchThreat(Section):
+    """Stripes of rows whose colour channels are shifted sideways."""
+
+    threat: CliSuppress[Literal["glitch"]] = "glitch"
+    eps: Fraction = Field(0.05, ge=0, le=1, description="largest shift, in half image widths")
+    lines: int = Field(56, ge=1, description="stripes, at most one a row")
+
+
+class KaleidoscopeThreat(Section):
+    """Translucent polygons and discs laid over the image; the attack chooses their colours."""
+
+    threat: CliSuppress[Literal["kaleidoscope"]] = "kaleidoscope"
+    eps: Fraction = Field(0.1, ge=0, le=1, description="largest change of a colour from the one drawn at random")
+    shapes: int = Field(40, ge=1, description="how many")
+    size: float = Field(15 / 224, gt=0, le=1, description="their diameter, as a share of the image's side")
+    transparency: float = Field(0.1, ge=0, lt=1, description="share of the image that shines through")
+
+
+class PixelThreat(Section):
+    """Blocks blended with their mean colour; the attack chooses how far each is."""
+
+    threat: CliSuppress[Literal["pixel"]] = "pixel"
+    norm: Literal["linf", "l2"] = Field("l2", description="norm over the blocks' shares")
+    eps: Fraction = Field(5.0, ge=0, description="radius; each block's share of its mean is at most 1 in any case")
+    size: float = Field(16 / 224, gt=0, le=1, description="side of a block, as a share of the image's side")
+
+
+class ElasticThreat(Section):
+    """Pixels displaced by a smooth flow."""
+
+    threat: CliSuppress[Literal["elastic"]] = "elastic"
+    eps: Fraction = Field(0.5, ge=0, description="largest displacement in pixels, before smoothing")
+    std: float = Field(3.0, gt=0, description="standard deviation of the smoothing in pixels")
+
+
+class StAdvThreat(Section):
+    """Pixels displaced each on its own."""
+
+    threat: CliSuppress[Literal["stadv"]] = "stadv"
+    eps: Fraction = Field(0.05, ge=0, le=1, description="largest displacement, in half image sides")
+
+
+class JpegThreat(Section):
+    """Quantised DCT coefficients of the image moved inside a ball."""
+
+    threat: CliSuppress[Literal["jpeg"]] = "jpeg"
+    norm: Literal["linf", "l2", "l1"] = Field("linf", description="norm of the ball, over all coefficients")
+    eps: Fraction = Field(0.125, ge=0, description="radius in quantisation steps (l1: 1024 is usual for 256x256 pixels)")
+
+
+class RecolorThreat(Section):
+    """Colours moved by a smooth map of colours onto colours, in CIE-LUV."""
+
+    threat: CliSuppress[Literal["recolor"]] = "recolor"
+    eps: Fraction = Field(0.06, ge=0, le=1, description="largest move of a colour, in shares of each axis of CIE-LUV")
+    grid: tuple[int, int, int] = Field((16, 32, 32), description="knots of the map along L, u and v")
+
+    @model_validator(mode="after")
+    def _check(self) -> "RecolorThreat":
+        if min(self.grid) < 2:
+            raise ValueError(f"grid {self.grid} needs two knots or more along each axis")
+        return self
+
+
+ThreatSettings = (
+    ImageThreat
+    | LatentThreat
+    | JointThreat
+    | FogThreat
+    | SnowThreat
+    | GaborThreat
+    | WoodThreat
+    | GlitchThreat
+    | KaleidoscopeThreat
+    | PixelThreat
+    | ElasticThreat
+    | StAdvThreat
+    | JpegThreat
+    | RecolorThreat
+)
+
+ON_MANIFOLD = (LatentThreat, JointThreat)
+"""Threats that move w: they need on-manifold images and the generator."""

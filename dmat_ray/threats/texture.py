@@ -1,0 +1,225 @@
+"""Textures laid over the image: Gabor noise (arXiv 1908.08016), and wood, kaleidoscope and pixels of its third version.
+
+What the published code draws at random beside what it searches (kernels, places, shapes) is drawn here with the start, lies in
+theta beside the rest, and gets no gradient: so that an attack is a function of the example and the seed, and stays one.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmat_ray.config import GaborThreat, KaleidoscopeThreat, PixelThreat, WoodThreat
+from dmat_ray.rng import Draws
+from dmat_ray.threats.balls import Ball, UnitBox, project_ball, steepest
+from dmat_ray.types import Batch
+
+KERNEL, SIDES = 23, 10  # pixels of a Gabor kernel, and how many waves it has at most
+
+
+class Gabor(UnitBox):
+    """theta is (B, 2 H W + 4) in [0, 1]: the impulses' sizes (0.5 is none), where they are, and the kernel.
+
+    An impulse is where its place's number lies below `density`. Unlike the published code, which adds noise where there is none
+    (its mask is inverted), only impulses are moved.
+    """
+
+    default_step: float | None = math.sqrt(0.001)
+
+    def __init__(self, config: GaborThreat) -> None:
+        self.eps, self.density = config.eps, config.density
+
+    def start(self, batch: Batch, draws: Draws | None) -> Tensor:
+        """Everything uniform; without draws impulses on a lattice, all of one size."""
+        x = batch.x_BCHW
+        height, width = x.shape[2:]
+        if draws is not None:
+            return draws.uniform(2 * height * width + 4, like=x)
+        lattice = x.new_ones(height, width)
+        lattice[::4, ::4] = 0.0
+        parts = [x.new_full((height * width,), 0.75), lattice.flatten(), x.new_full((4,), 0.5)]
+        return torch.cat(parts).expand(len(x), -1).clone()
+
+    def render(self, batch: Batch, theta: Tensor) -> Tensor:
+        """clip(x + eps noise), noise in [0, 1] and the same in all channels."""
+        x = batch.x_BCHW
+        height, width = x.shape[2:]
+        sizes, places, kernel = theta.split([height * width, height * width, 4], dim=1)
+        impulses = (sizes * 2 - 1) * (places.detach() < self.density)
+        field = F.conv2d(
+            impulses.view(1, -1, height, width), gabor_kernel(kernel.detach()), padding=KERNEL // 2, groups=len(x)
+        ).view(len(x), 1, height, width)
+        return (x + self.eps * _equalised(field)).clamp(0.0, 1.0)
+
+
+def gabor_kernel(parameters_B4: Tensor) -> Tensor:
+    """(B, 1, 23, 23): waves of one length under a Gaussian, in 1 to 10 evenly spread directions.
+
+    The four numbers in [0, 1] are those of directions, the Gaussian's width (0.1 to 0.4 of the kernel), the wave number (3 to
+    5.75) and the first direction.
+    """
+    sides, width, number, turn = (p.view(-1, 1, 1, 1) for p in parameters_B4.unbind(dim=1))
+    sides = (sides * SIDES).floor().clamp(max=SIDES - 1) + 1
+    sigma, wave = 0.1 + 0.3 * width + 1e-3, 3 + (KERNEL / 4 - 3) * number
+    places = torch.linspace(-0.5, 0.5, KERNEL, dtype=parameters_B4.dtype, device=parameters_B4.device)
+    rows, columns = places.view(1, 1, -1, 1), places.view(1, 1, 1, -1)
+    envelope = torch.exp(-0.5 * (rows**2 + columns**2) / sigma**2)
+    total = torch.zeros_like(envelope)
+    for side in range(SIDES):
+        angle = math.pi * (turn + side / sides)
+        wave_of = torch.cos(2 * math.pi * wave * (columns * angle.cos() + rows * angle.sin()))
+        total = total + torch.where(side < sides, wave_of, torch.zeros_like(wave_of))
+    return total * envelope
+
+
+def _equalised(field_B1HW: Tensor) -> Tensor:
+    """Waves of nearly one height whatever the impulses beneath them, scaled to [0, 1] in each image."""
+    field = field_B1HW - field_B1HW.mean(dim=(1, 2, 3), keepdim=True)
+    highest = field.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
+    share = field / highest
+    level = share * 1.001 / (0.001 + share.abs())
+    low, high = level.amin(dim=(1, 2, 3), keepdim=True), level.amax(dim=(1, 2, 3), keepdim=True)
+    return (level - low) / (high - low).clamp_min(1e-12)
+
+
+class Wood(Ball):
+    """theta is (B, 1, h, w): by how much the rings are displaced on a grid, between whose points it is bilinear."""
+
+    EXPONENT = 1 / 8  # rings are thin
+
+    def __init__(self, config: WoodThreat) -> None:
+        super().__init__("linf", config.eps)
+        self.rings, self.cells = config.rings, config.cells
+
+    def start(self, batch: Batch, draws: Draws | None) -> Tensor:
+        """Uniform; without draws round rings."""
+        x = batch.x_BCHW
+        return self.within(draws, x.new_empty(len(x), 1, min(self.cells, x.shape[2]), min(self.cells, x.shape[3])))
+
+    def render(self, batch: Batch, theta: Tensor) -> Tensor:
+        """x |sin(pi rings (r + theta))|^(1/8), r the distance from the middle in half image sides."""
+        x = batch.x_BCHW
+        height, width = x.shape[2:]
+        rows = (torch.arange(height, dtype=x.dtype, device=x.device) * 2 / height - 1).view(-1, 1)
+        columns = (torch.arange(width, dtype=x.dtype, device=x.device) * 2 / width - 1).view(1, -1)
+        displaced = F.interpolate(theta, (height, width), mode="bilinear") + (rows**2 + columns**2).sqrt()
+        # away from zero, where the power has no slope
+        dark = torch.sin(math.pi * self.rings * displaced).abs().clamp_min(1e-4) ** self.EXPONENT
+        return (x * dark).clamp(0.0, 1.0)
+
+
+class Kaleidoscope(Ball):
+    """theta is (B, K, 3 + 8): how far each shape's colour is from the one drawn for it; then, fixed, that colour (hue,
+    saturation, value), the shape's place, turn, kind and size, each in [0, 1]. Discs, triangles and squares, with soft edges.
+
+    Later shapes lie over earlier ones; the published code adds their colours up, and draws outlines, which this does not.
+    """
+
+    def __init__(self, config: KaleidoscopeThreat) -> None:
+        super().__init__("linf", 1.0)
+        self.eps, self.shapes = config.eps, config.shapes
+        self.size, self.transparency = config.size, config.transparency
+
+    def start(self, batch: Batch, draws: Draws | None) -> Tensor:
+        """Everything uniform; without draws all shapes are grey and lie on a diagonal."""
+        x = batch.x_BCHW
+        if draws is not None:
+            drawn = draws.uniform(self.shapes, 11, like=x)
+            return torch.cat([drawn[:, :, :3] * 2 - 1, drawn[:, :, 3:]], dim=2)
+        fixed = x.new_full((self.shapes, 8), 0.5)
+        fixed[:, 3] = fixed[:, 4] = (torch.arange(self.shapes).to(x) + 0.5) / self.shapes
+        return torch.cat([x.new_zeros(self.shapes, 3), fixed], dim=1).expand(len(x), -1, -1).clone()
+
+    def project(self, batch: Batch, theta: Tensor) -> Tensor:
+        """Colours into their box; what is fixed is left as it is."""
+        return torch.cat([theta[:, :, :3].clamp(-1.0, 1.0), theta[:, :, 3:].clamp(0.0, 1.0)], dim=2)
+
+    def direction(self, batch: Batch, theta: Tensor, gradient: Tensor) -> Tensor:
+        """The sign, of colours alone."""
+        return torch.cat([gradient[:, :, :3].sign(), torch.zeros_like(gradient[:, :, 3:])], dim=2)
+
+    def render(self, batch: Batch, theta: Tensor) -> Tensor:
+        """The image under the shapes."""
+        x = batch.x_BCHW
+        moves, fixed = theta[:, :, :3], theta[:, :, 3:].detach()
+        # of lively colours: saturation 0.7 to 1, value 0.8 to 1
+        colours = hsv_to_rgb(fixed[:, :, 0], 0.7 + 0.3 * fixed[:, :, 1], 0.8 + 0.2 * fixed[:, :, 2]) + self.eps * moves
+        if x.shape[1] != 3:
+            colours = colours.mean(dim=2, keepdim=True).expand(-1, -1, x.shape[1])
+        masks = self._masks(fixed[:, :, 3:], x) * (1 - self.transparency)
+        for shape in range(self.shapes):
+            cover = masks[:, shape : shape + 1]
+            x = x * (1 - cover) + colours[:, shape, :, None, None] * cover
+        return x.clamp(0.0, 1.0)
+
+    def _masks(self, fixed_BK5: Tensor, x: Tensor) -> Tensor:
+        """How far each shape covers each pixel, (B, K, H, W)."""
+        height, width = x.shape[2:]
+        row, column, turn, kind, size = (p[:, :, None, None] for p in fixed_BK5.unbind(dim=2))
+        radius = self.size * min(height, width) * (0.5 + 0.5 * size)
+        rows = torch.arange(height, dtype=x.dtype, device=x.device).view(1, 1, -1, 1) + 0.5 - row * height
+        columns = torch.arange(width, dtype=x.dtype, device=x.device).view(1, 1, 1, -1) + 0.5 - column * width
+        # the distance to the border, positive inside: of a regular polygon the nearest of its sides
+        distances = [radius - (rows**2 + columns**2).sqrt()]
+        for corners in (3, 4):
+            angles = [2 * math.pi * (turn + side / corners) for side in range(corners)]
+            across = torch.stack([columns * angle.cos() + rows * angle.sin() for angle in angles])
+            distances.append(radius * math.cos(math.pi / corners) - across.amax(dim=0))
+        disc, triangle, square = distances
+        inside = torch.where(kind < 1 / 3, disc, torch.where(kind < 2 / 3, triangle, square))
+        return (inside + 0.5).clamp(0.0, 1.0)
+
+
+def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
+    """Colours (..., 3) in [0, 1]."""
+    turn = hue[..., None] * 6 + hue.new_tensor([5.0, 3.0, 1.0])
+    fall = torch.minimum(turn % 6, 4 - turn % 6).clamp(0.0, 1.0)
+    return value[..., None] * (1 - saturation[..., None] * fall)
+
+
+class Pixel:
+    """theta is (B, 1, h, w) in [0, 1], a ball of `norm` around 0 cut off by it: the share of its mean in each block.
+
+    The published code takes each block's first pixel for its mean.
+    """
+
+    default_step: float | None = None
+
+    def __init__(self, config: PixelThreat) -> None:
+        self.norm, self.eps, self.size, self.limit = config.norm, config.eps, config.size, config.eps
+
+    def _side(self, x: Tensor) -> int:
+        return max(2, round(self.size * min(x.shape[2:])))
+
+    def start(self, batch: Batch, draws: Draws | None) -> Tensor:
+        """Uniform in the box, then into the ball; without draws no change."""
+        x = batch.x_BCHW
+        side = self._side(x)
+        shape = (1, -(-x.shape[2] // side), -(-x.shape[3] // side))
+        return x.new_zeros(len(x), *shape) if draws is None else self.project(batch, draws.uniform(*shape, like=x))
+
+    def render(self, batch: Batch, theta: Tensor) -> Tensor:
+        """Each block blended with its mean."""
+        x, side = batch.x_BCHW, self._side(batch.x_BCHW)
+        height, width = x.shape[2:]
+
+        def spread(blocks: Tensor) -> Tensor:
+            return blocks.repeat_interleave(side, 2).repeat_interleave(side, 3)[:, :, :height, :width]
+
+        # blocks at the border are smaller, and their means are of what they have
+        means = F.avg_pool2d(x, side, ceil_mode=True, count_include_pad=False)
+        share = spread(theta)
+        return (x * (1 - share) + spread(means) * share).clamp(0.0, 1.0)
+
+    def direction(self, batch: Batch, theta: Tensor, gradient: Tensor) -> Tensor:
+        """Steepest ascent among the blocks that are not at the border they would be moved across."""
+        return steepest(gradient * torch.where(gradient > 0, theta < 1, theta > 0), self.norm)
+
+    def project(self, batch: Batch, theta: Tensor) -> Tensor:
+        """Into the box, then into the ball, which leaves it in the box."""
+        return project_ball(theta.clamp(0.0, 1.0), self.norm, self.eps)
+
+    def distance(self, batch: Batch, theta: Tensor) -> Tensor:
+        """Norm of theta."""
+        return theta.flatten(1).abs().amax(dim=1) if self.norm == "linf" else theta.flatten(1).norm(dim=1)
