@@ -5,32 +5,32 @@ computed and neither gradients nor batch-norm statistics of the network move; no
 device.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmat_ray.config import AttackConfig
+from dmat_ray.config import AttackConfig, Row
 from dmat_ray.errors import UserError
 from dmat_ray.rng import Draws
-from dmat_ray.threats import ascend
+from dmat_ray.search import SEARCHES
+from dmat_ray.threats.balls import per_example
 from dmat_ray.types import Batch, Threat
 
 Loss = Callable[[Tensor], Tensor]
 """logits_BK -> loss_B, to be raised by the attack."""
 
 
-@dataclass(frozen=True)
-class Attacked:
-    """Result of an attack: the images, the theta that renders them, and the loss they reach."""
+class Attacked(NamedTuple):
+    """Result of an attack: the images, the theta that renders them, the loss they reach, and whether they are misclassified."""
 
     x_BCHW: Tensor
     theta: Tensor
     loss_B: Tensor
+    broken_B: Tensor
 
 
 @contextmanager
@@ -61,27 +61,66 @@ def kl_to(clean_logits_BK: Tensor) -> Loss:
     return lambda logits: F.kl_div(logits.log_softmax(dim=1), target, reduction="none", log_target=True).sum(dim=1)
 
 
-def step_size_of(config: AttackConfig, threat: Threat) -> float:
-    """The configured step, or a default: the threat's own (shrinking with sqrt(steps)), else 2.5 limit / steps."""
-    if config.step_size is not None:
-        return config.step_size
-    if threat.default_step is not None:
-        # the published sqrt(0.001 / steps) cannot cross the box; never less than crosses it 2.5 times over
-        return max(threat.default_step / math.sqrt(config.steps), 2.5 * threat.limit / config.steps)
-    return 2.5 * threat.limit / config.steps
+def dlr(y_B: Tensor) -> Loss:
+    """Difference of logits ratio (arXiv 2003.01690), which no scaling of the logits changes. Needs three classes or more."""
+
+    def loss(logits: Tensor) -> Tensor:
+        best = _best(logits, 3, "dlr")
+        own = logits.gather(1, y_B[:, None])[:, 0]
+        other = torch.where(logits.argmax(dim=1) == y_B, best[:, 1], best[:, 0])
+        return (other - own) / (best[:, 0] - best[:, 2]).clamp_min(1e-12)
+
+    return loss
+
+
+def targeted_dlr(y_B: Tensor, target_B: Tensor) -> Loss:
+    """The same towards a class (arXiv 2003.01690). Needs four classes or more."""
+
+    def loss(logits: Tensor) -> Tensor:
+        best = _best(logits, 4, "dlr with targets")
+        own, other = (logits.gather(1, label[:, None])[:, 0] for label in (y_B, target_B))
+        return (other - own) / (best[:, 0] - (best[:, 2] + best[:, 3]) / 2).clamp_min(1e-12)
+
+    return loss
+
+
+def _best(logits: Tensor, count: int, name: str) -> Tensor:
+    if logits.shape[1] < count:
+        raise UserError(f"loss {name} needs {count} classes or more, here are {logits.shape[1]}; use ce")
+    return logits.topk(count, dim=1).values
+
+
+def _losses(network: nn.Module, batch: Batch, config: AttackConfig) -> list[Loss]:
+    """What the searches of an evaluation row raise, one after the other."""
+    name, targets = (config.loss, config.targets) if isinstance(config, Row) else ("ce", 0)
+    if targets == 0:
+        return [dlr(batch.y_B) if name == "dlr" else cross_entropy(batch.y_B)]
+    with torch.no_grad():
+        logits = network(batch.x_BCHW)
+    if targets >= logits.shape[1]:
+        raise UserError(f"targets is {targets}, but {logits.shape[1]} classes leave {logits.shape[1] - 1} others")
+    likeliest = logits.scatter(1, batch.y_B[:, None], -torch.inf).topk(targets, dim=1).indices
+
+    def towards(target_B: Tensor) -> Loss:
+        return lambda out: -F.cross_entropy(out, target_B, reduction="none")
+
+    return [targeted_dlr(batch.y_B, t) if name == "dlr" else towards(t) for t in likeliest.unbind(dim=1)]
 
 
 def _search(network: nn.Module, threat: Threat, batch: Batch, loss: Loss, config: AttackConfig, draws: Draws | None) -> Attacked:
-    step_size = step_size_of(config, threat)
+    search = SEARCHES[config.method](threat, batch, config)
     theta = threat.start(batch, draws)
     for _ in range(config.steps):
         theta = theta.detach().requires_grad_(True)
-        value = loss(network(threat.render(batch, theta))).sum()
-        (gradient,) = torch.autograd.grad(value, theta)
-        theta = ascend(threat, batch, theta.detach(), gradient, step_size)
+        value_B = loss(network(threat.render(batch, theta)))
+        (gradient,) = torch.autograd.grad(value_B.sum(), theta)
+        theta = search.next(theta.detach(), value_B.detach(), gradient)
     with torch.no_grad():
+        if config.method == "apgd":
+            theta = search.last(theta, loss(network(threat.render(batch, theta))))
         x = threat.render(batch, theta)
-        return Attacked(x, theta, loss(network(x)))
+        logits = network(x)
+        return Attacked(x, theta, loss(logits), logits.argmax(dim=1) != batch.y_B)
 
 
 def _check(threat: Threat, batch: Batch, attacked: Attacked) -> None:
@@ -103,13 +142,20 @@ def attack(
     low, high = batch.x_BCHW.aminmax()
     if not (low >= 0 and high <= 1):
         raise UserError(f"images must lie in [0, 1]; these range from {low:.6g} to {high:.6g}")
-    loss = loss or cross_entropy(batch.y_B)
     best: Attacked | None = None
     with frozen(network):
+        number = 1 if loss is not None else len(_losses(network, batch, config))
         for restart in range(config.restarts):
-            draws = Draws(seed, batch.id, f"{purpose}/{restart}") if config.random_start else None
-            found = _search(network, threat, batch, loss, config, draws)
-            best = found if best is None else _worse(best, found)
+            for k in range(number):
+                standing = None if best is None or not _exits_early(config) else (~best.broken_B).nonzero()[:, 0]
+                if standing is not None and len(standing) == 0:
+                    break
+                part = batch if standing is None else batch.take(standing)
+                raised = loss if loss is not None else _losses(network, part, config)[k]
+                which = f"{purpose}/{restart}" if number == 1 else f"{purpose}/{restart}/{k}"
+                draws = Draws(seed, part.id, which) if config.random_start else None
+                found = _search(network, threat, part, raised, config, draws)
+                best = found if best is None else _worse(best, found, standing)
     assert best is not None
     if not torch.isfinite(best.loss_B).all():
         raise UserError(
@@ -119,8 +165,13 @@ def attack(
     return best
 
 
-def _worse(a: Attacked, b: Attacked) -> Attacked:
-    def pick(first: Tensor, second: Tensor) -> Tensor:
-        return torch.where((b.loss_B > a.loss_B).view(-1, *([1] * (first.dim() - 1))), second, first)
+def _exits_early(config: AttackConfig) -> bool:
+    return isinstance(config, Row) and config.early_exit
 
-    return Attacked(pick(a.x_BCHW, b.x_BCHW), pick(a.theta, b.theta), pick(a.loss_B, b.loss_B))
+
+def _worse(a: Attacked, b: Attacked, rows: Tensor | None) -> Attacked:
+    """For each example the broken one, or of two alike the one with the higher loss; `b` may be of some `rows` only."""
+    if rows is not None:
+        b = Attacked(*(old.index_copy(0, rows, new) for old, new in zip(a, b, strict=True)))
+    take_b = (b.broken_B & ~a.broken_B) | ((b.broken_B == a.broken_B) & (b.loss_B > a.loss_B))
+    return Attacked(*(torch.where(per_example(take_b, new), new, old) for old, new in zip(a, b, strict=True)))

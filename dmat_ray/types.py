@@ -25,6 +25,11 @@ class Batch:
         w = None if self.w_BLD is None else self.w_BLD.to(device)
         return Batch(self.id, self.x_BCHW.to(device), self.y_B.to(device), w)
 
+    def take(self, rows_N: Tensor) -> "Batch":
+        """Some of the examples, by their positions."""
+        w = None if self.w_BLD is None else self.w_BLD[rows_N]
+        return Batch([self.id[i] for i in rows_N.tolist()], self.x_BCHW[rows_N], self.y_B[rows_N], w)
+
     def __len__(self) -> int:
         return len(self.id)
 
@@ -68,6 +73,10 @@ class Threat(Protocol):
     @property
     def limit(self) -> float:
         """The largest `distance` that the threat allows."""
+
+    @property
+    def span(self) -> float:
+        """The largest distance of two thetas that the threat allows, along one coordinate."""
 
     @property
     def default_step(self) -> float | None:

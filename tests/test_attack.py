@@ -1,5 +1,6 @@
 """The search: equal to a peer's, optimal where the optimum is known, and without a trace in the network."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmat_ray import threats
-from dmat_ray.attack import Attacked, attack, kl_to, step_size_of
-from dmat_ray.config import AttackConfig, FogThreat, ImageThreat, LatentThreat
+from dmat_ray.attack import Attacked, attack, dlr, kl_to, targeted_dlr
+from dmat_ray.config import AttackConfig, FogThreat, ImageRow, ImageThreat, JpegThreat, LatentThreat
 from dmat_ray.errors import UserError
 from dmat_ray.manifold.stylegan2 import StyleGAN2
+from dmat_ray.rng import Draws
+from dmat_ray.search import apgd_checkpoints, step_size_of
 from dmat_ray.types import Batch
 
 THREATS = {
@@ -24,6 +27,7 @@ THREATS = {
     "image l2": ImageThreat(norm="l2", eps=1.0),
     "latent": LatentThreat(eps=0.3),
     "fog": FogThreat(eps=0.5),
+    "jpeg": JpegThreat(eps=0.5),
 }
 
 
@@ -230,3 +234,159 @@ def test_a_network_that_has_diverged_is_named(small_net: nn.Module) -> None:
         small_net.head.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
         find(small_net, images(), THREATS["image linf"])
+
+
+def plain_momentum(network: nn.Module, x: Tensor, y: Tensor, eps: float, step: float, steps: int) -> Tensor:
+    """MI-FGSM of one image, as its paper has it (the sign does not care for the scale of the gradient's norm)."""
+    moved, velocity = x.clone(), torch.zeros_like(x)
+    for _ in range(steps):
+        moved.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(network(moved), y), moved)
+        velocity = velocity + gradient / gradient.abs().sum()
+        moved = (moved.detach() + step * velocity.sign()).clamp(x - eps, x + eps).clamp(0, 1)
+    return moved
+
+
+def test_momentum_is_the_published_loop(small_net: nn.Module) -> None:
+    network, batch = small_net.eval().double(), images()
+    batch = Batch(batch.id, batch.x_BCHW.double(), batch.y_B)
+    how = {"steps": 10, "step_size": 0.02, "random_start": False}
+    found = find(network, batch, ImageThreat(eps=0.1), method="momentum", **how)
+    plain = [plain_momentum(network, batch.x_BCHW[i : i + 1], batch.y_B[i : i + 1], 0.1, 0.02, 10) for i in range(len(batch))]
+    torch.testing.assert_close(found.x_BCHW, torch.cat(plain), atol=1e-9, rtol=0)
+    assert not torch.equal(found.x_BCHW, find(network, batch, ImageThreat(eps=0.1), **how).x_BCHW)
+
+
+def plain_apgd(network: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, loss: Any) -> Tensor:
+    """Algorithm 1 of arXiv 2003.01690 for one image in an L-infinity ball, its lists and indices written out."""
+
+    def project(z: Tensor) -> Tensor:
+        return z.clamp(x - eps, x + eps).clamp(0, 1)
+
+    def value(z: Tensor) -> tuple[float, Tensor]:
+        z = z.clone().requires_grad_(True)
+        f = loss(network(z), y)
+        (gradient,) = torch.autograd.grad(f.sum(), z)
+        return f.item(), gradient
+
+    p, points = [0.0, 0.22], []
+    while p[-1] < 1:
+        points.append(math.ceil(p[-1] * steps - 1e-9))
+        p.append(p[-1] + max(p[-1] - p[-2] - 0.03, 0.06))
+    eta, iterates, values = 2 * eps, [x], [value(x)[0]]
+    halved, best_then = [], [values[0]]
+    current, previous = x, x
+    for k in range(steps):
+        if k in points:
+            start = ([0, *points])[points.index(k)]
+            rises = sum(values[i + 1] > values[i] for i in range(start, k))
+            stuck = bool(halved) and not halved[-1] and max(values) == best_then[-1]
+            halved.append(rises <= 0.75 * (k - start) or stuck)
+            best_then.append(max(values))
+            if halved[-1]:
+                eta, current = eta / 2, iterates[int(np.argmax(values))]
+        z = project(current + eta * value(current)[1].sign())
+        alpha = 0.75 if k else 1.0
+        following = project(current + alpha * (z - current) + (1 - alpha) * (current - previous))
+        previous, current = current, following
+        iterates.append(current)
+        values.append(value(current)[0])
+    return iterates[int(np.argmax(values))]
+
+
+def plain_dlr(logits: Tensor, y: Tensor) -> Tensor:
+    ranked = logits[0].sort(descending=True).values
+    other = torch.cat([logits[0, : y.item()], logits[0, int(y.item()) + 1 :]]).max()
+    return -(logits[0, y.item()] - other) / (ranked[0] - ranked[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"), [("ce", lambda out, y: F.cross_entropy(out, y)), ("dlr", plain_dlr)], ids=["ce", "dlr"]
+)
+def test_apgd_is_the_papers_algorithm(small_net: nn.Module, name: Any, loss: Any) -> None:
+    """With 100 steps its checkpoints are the published fractions exactly."""
+    network, batch = small_net.eval().double(), images(8)
+    batch = Batch(batch.id, batch.x_BCHW.double(), batch.y_B)
+    row = ImageRow(name="APGD", eps=0.1, steps=100, method="apgd", loss=name, random_start=False)
+    found = attack(network, threats.build(row, None), batch, row, seed=0, purpose="test")
+    for i in range(len(batch)):
+        x, y = batch.x_BCHW[i : i + 1], batch.y_B[i : i + 1]
+        plain = plain_apgd(network, x, y, 0.1, 100, loss)
+        torch.testing.assert_close(found.x_BCHW[i : i + 1], plain, atol=1e-7, rtol=0)
+
+
+def test_apgd_reconsiders_at_the_published_steps() -> None:
+    fractions = [0.22, 0.41, 0.57, 0.70, 0.80, 0.87, 0.93, 0.99]  # p of arXiv 2003.01690
+    assert apgd_checkpoints(100) == [round(100 * p) for p in fractions]
+    assert apgd_checkpoints(1) == []
+    for steps in range(2, 60):
+        points = [0, *apgd_checkpoints(steps), steps]
+        assert all(b > a for a, b in itertools.pairwise(points))
+
+
+@pytest.mark.parametrize("name", THREATS)
+def test_apgd_attacks_every_threat_and_never_ends_below_its_start(
+    small_net: nn.Module, generator: StyleGAN2, make_batch: Any, name: str
+) -> None:
+    batch, threat, network = make_batch(8), threats.build(THREATS[name], generator), small_net.eval()
+    found = attack(network, threat, batch, AttackConfig(steps=20, method="apgd"), seed=0, purpose="test")
+    with torch.no_grad():
+        begun = threat.start(batch, Draws(0, batch.id, "test/0"))
+        start = F.cross_entropy(network(threat.render(batch, begun)), batch.y_B, reduction="none")
+    assert (found.loss_B >= start - 1e-6).all()
+    assert (found.loss_B > start).float().mean() > 0.5
+
+
+def test_dlr_is_its_formula_and_knows_no_scale(small_net: nn.Module) -> None:
+    logits = 3 * torch.randn(20, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y, target = torch.arange(20) % 5, (torch.arange(20) + 1) % 5
+    wanted = torch.stack([plain_dlr(logits[i : i + 1], y[i : i + 1]) for i in range(20)])
+    torch.testing.assert_close(dlr(y)(logits), wanted)
+    torch.testing.assert_close(dlr(y)(1000 * logits), wanted)
+    ranked = logits.sort(dim=1, descending=True).values
+    margin = logits.gather(1, y[:, None])[:, 0] - logits.gather(1, target[:, None])[:, 0]
+    towards = -margin / (ranked[:, 0] - (ranked[:, 2] + ranked[:, 3]) / 2)
+    torch.testing.assert_close(targeted_dlr(y, target)(logits), towards)
+    for make, classes in ((dlr(y), 2), (targeted_dlr(y, target), 3)):
+        with pytest.raises(UserError, match=f"{classes + 1} classes or more, here are {classes}"):
+            make(logits[:, :classes])
+
+
+@pytest.mark.parametrize("loss", ["ce", "dlr"])
+def test_targets_are_the_likeliest_others(small_net: nn.Module, loss: Any) -> None:
+    """One search towards each, and each example keeps one that breaks it."""
+    network, batch = small_net.eval(), images(24)
+    row = ImageRow(name="T", eps=0.06, steps=5, loss=loss, random_start=False)
+    every = row.model_copy(update={"targets": 3})
+    with torch.no_grad():
+        order = network(batch.x_BCHW).scatter(1, batch.y_B[:, None], -torch.inf).argsort(dim=1, descending=True)
+    broken = torch.zeros(24, dtype=torch.bool)
+    for k in range(3):
+        make = targeted_dlr(batch.y_B, order[:, k])
+        towards = make if loss == "dlr" else lambda out, t=order[:, k]: -F.cross_entropy(out, t, reduction="none")
+        broken |= attack(network, threats.build(row, None), batch, row, seed=0, purpose="test", loss=towards).broken_B
+    found = attack(network, threats.build(row, None), batch, every, seed=0, purpose="test")
+    assert torch.equal(found.broken_B, broken)
+    assert 0 < broken.sum() < 24
+    with torch.no_grad():
+        assert torch.equal(network(found.x_BCHW).argmax(dim=1) != batch.y_B, broken)
+    with pytest.raises(UserError, match="targets is 4, but 4 classes leave 3 others"):
+        attack(network, threats.build(row, None), batch, row.model_copy(update={"targets": 4}), seed=0, purpose="test")
+
+
+def test_early_exit_breaks_as_many_with_less_work(small_net: nn.Module) -> None:
+    network, batch = small_net.eval(), images(40)
+    seen: list[int] = []
+    handle = network.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    row = ImageRow(name="R", eps=0.05, steps=4, restarts=5)
+    threat = threats.build(row, None)
+    whole = attack(network, threat, batch, row, seed=0, purpose="test")
+    work = sum(seen)
+    seen.clear()
+    early = attack(network, threat, batch, row.model_copy(update={"early_exit": True}), seed=0, purpose="test")
+    handle.remove()
+    assert torch.equal(early.broken_B, whole.broken_B)
+    assert 0 < whole.broken_B.sum() < 40
+    assert sum(seen) < 0.9 * work
+    kept = ~whole.broken_B
+    torch.testing.assert_close(early.x_BCHW[kept], whole.x_BCHW[kept])

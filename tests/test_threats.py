@@ -138,7 +138,8 @@ def walk_inside(
         theta = threat.start(batch, draws)
         require_inside(settings, threat, batch, theta)
         for scale, step_size in steps:
-            theta = threats.ascend(threat, batch, theta, scale * torch.randn(theta.shape, generator=rng), step_size)
+            gradient = scale * torch.randn(theta.shape, generator=rng)
+            theta = threat.project(batch, theta + step_size * threat.direction(batch, theta, gradient))
             require_inside(settings, threat, batch, theta)
 
 

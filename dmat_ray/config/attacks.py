@@ -38,6 +38,9 @@ class AttackConfig(Section):
     )
     random_start: bool = Field(True, description="start at a random point of the ball")
     restarts: int = Field(1, ge=1, description="independent searches; each example keeps its worst")
+    method: Literal["pgd", "momentum", "apgd"] = Field(
+        "pgd", description="pgd; momentum: along all gradients so far; apgd: steps that halve themselves (step_size is not used)"
+    )
 
 
 class Term(AttackConfig):
@@ -166,6 +169,13 @@ class Row(AttackConfig):
     """One attack of the evaluation table."""
 
     name: str = Field(min_length=1, description="name of the column, unique in the suite")
+    loss: Literal["ce", "dlr"] = Field("ce", description="what is raised: cross entropy, or the difference of logits ratio")
+    targets: int = Field(
+        0, ge=0, description="0: away from the label; n: one search towards each of the n likeliest other classes"
+    )
+    early_exit: bool = Field(
+        False, description="leave an example alone once a search has broken it; the others go on with restarts and targets"
+    )
 
 
 class ImageRow(Row, ImageThreat):

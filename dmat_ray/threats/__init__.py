@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from dmat_ray import config as settings
 from dmat_ray.config import ON_MANIFOLD, ThreatSettings
 from dmat_ray.errors import UserError
@@ -15,7 +13,7 @@ from dmat_ray.threats.latent import Joint, LatentBall
 from dmat_ray.threats.texture import Gabor, Kaleidoscope, Pixel, Wood
 from dmat_ray.threats.warp import Elastic, Glitch, StAdv
 from dmat_ray.threats.weather import Fog, Snow
-from dmat_ray.types import Batch, Generator, Threat
+from dmat_ray.types import Generator, Threat
 
 PIXELS: dict[type, Callable[[Any], Threat]] = {
     settings.ImageThreat: ImageBall,
@@ -40,8 +38,3 @@ def build(config: ThreatSettings, generator: Generator | None) -> Threat:
             raise UserError("a latent threat needs a generator; set generator.path")
         return Joint(config, generator) if isinstance(config, settings.JointThreat) else LatentBall(config, generator)
     return next(make(config) for kind, make in PIXELS.items() if isinstance(config, kind))
-
-
-def ascend(threat: Threat, batch: Batch, theta: Tensor, gradient: Tensor, step_size: float) -> Tensor:
-    """theta after a step of steepest ascent, back inside its ball or box."""
-    return threat.project(batch, theta + step_size * threat.direction(batch, theta, gradient))

@@ -91,7 +91,7 @@ class Ball:
     default_step: float | None = None
 
     def __init__(self, norm: str, eps: float) -> None:
-        self.norm, self.eps, self.limit = norm, eps, eps
+        self.norm, self.eps, self.limit, self.span = norm, eps, eps, 2 * eps
 
     def direction(self, batch: Batch, theta: Tensor, gradient: Tensor) -> Tensor:
         """Steepest ascent."""
@@ -114,7 +114,7 @@ class UnitBox:
     """What threats have in common whose theta lies in [0, 1]^P."""
 
     default_step: float | None = None
-    limit = 1.0
+    limit = span = 1.0
 
     def direction(self, batch: Batch, theta: Tensor, gradient: Tensor) -> Tensor:
         """The sign."""

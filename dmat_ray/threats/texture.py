@@ -188,6 +188,7 @@ class Pixel:
 
     def __init__(self, config: PixelThreat) -> None:
         self.norm, self.eps, self.size, self.limit = config.norm, config.eps, config.size, config.eps
+        self.span = min(config.eps, 1.0) if config.norm == "linf" else config.eps
 
     def _side(self, x: Tensor) -> int:
         return max(2, round(self.size * min(x.shape[2:])))

@@ -1,0 +1,140 @@
+"""How theta moves from one gradient to the next: projected gradient descent, with momentum, and with a step that adapts itself.
+
+Each search is told the loss and the gradient at the last theta and gives the next one. All of it is per example and stays on
+the device.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dmat_ray.config import AttackConfig
+from dmat_ray.threats.balls import per_example
+from dmat_ray.types import Batch, Threat
+
+DECAY = 1.0  # of momentum (arXiv 1710.06081)
+INERTIA, RISING = 0.75, 0.75  # alpha and rho of arXiv 2003.01690
+
+
+def step_size_of(config: AttackConfig, threat: Threat) -> float:
+    """The configured step, or a default: the threat's own (shrinking with sqrt(steps)), else 2.5 limit / steps."""
+    if config.step_size is not None:
+        return config.step_size
+    if threat.default_step is not None:
+        # the published sqrt(0.001 / steps) cannot cross the box; never less than crosses it 2.5 times over
+        return max(threat.default_step / math.sqrt(config.steps), 2.5 * threat.limit / config.steps)
+    return 2.5 * threat.limit / config.steps
+
+
+class Search(Protocol):
+    """One search from one start."""
+
+    def next(self, theta: Tensor, loss_B: Tensor, gradient: Tensor) -> Tensor:
+        """The next theta."""
+
+    def last(self, theta: Tensor, loss_B: Tensor) -> Tensor:
+        """The result, told the loss at the theta that was given last."""
+
+
+class Pgd:
+    """Steps of one length (arXiv 1706.06083); the result is where it ends, as published. FGSM is one of them."""
+
+    def __init__(self, threat: Threat, batch: Batch, config: AttackConfig) -> None:
+        self.threat, self.batch, self.step_size = threat, batch, step_size_of(config, threat)
+
+    def next(self, theta: Tensor, loss_B: Tensor, gradient: Tensor) -> Tensor:
+        """Steepest ascent, back inside the budget."""
+        return self.threat.project(self.batch, theta + self.step_size * self.threat.direction(self.batch, theta, gradient))
+
+    def last(self, theta: Tensor, loss_B: Tensor) -> Tensor:
+        """Where it ended."""
+        return theta
+
+
+class Momentum(Pgd):
+    """Along the sum of all gradients so far, each with mean absolute value 1 (MIM, arXiv 1710.06081)."""
+
+    velocity: Tensor | None = None
+
+    def next(self, theta: Tensor, loss_B: Tensor, gradient: Tensor) -> Tensor:
+        """Steepest ascent of the sum."""
+        size = gradient.flatten(1).abs().mean(dim=1).clamp_min(1e-30)
+        gradient = gradient / per_example(size, gradient)
+        self.velocity = gradient if self.velocity is None else DECAY * self.velocity + gradient
+        return super().next(theta, loss_B, self.velocity)
+
+
+class Apgd:
+    """Auto-PGD (arXiv 2003.01690): starts with steps as wide as the budget and halves them, example by example, where the loss
+    has stopped rising; then it goes on from the best theta so far, which is also its result.
+    """
+
+    def __init__(self, threat: Threat, batch: Batch, config: AttackConfig) -> None:
+        self.threat, self.batch = threat, batch
+        self.checkpoints = apgd_checkpoints(config.steps)
+        self.step = 0
+        self.since = 0  # the step of the last checkpoint
+        self.started = False
+
+    def _begin(self, theta: Tensor, loss_B: Tensor, gradient: Tensor) -> None:
+        self.size_B = torch.full_like(loss_B, self.threat.span)
+        self.before, self.loss_before_B = theta, loss_B
+        self.best, self.best_loss_B, self.best_gradient = theta, loss_B, gradient
+        self.best_at_checkpoint_B, self.halved_B = loss_B, torch.ones_like(loss_B, dtype=torch.bool)
+        self.rises_B = torch.zeros_like(loss_B)
+        self.started = True
+
+    def _note(self, theta: Tensor, loss_B: Tensor, gradient: Tensor | None) -> None:
+        """Keep what is the best so far, and count the steps that raised the loss."""
+        self.rises_B = self.rises_B + (loss_B > self.loss_before_B)
+        better = loss_B > self.best_loss_B
+        self.best = torch.where(per_example(better, theta), theta, self.best)
+        self.best_loss_B = torch.where(better, loss_B, self.best_loss_B)
+        if gradient is not None:
+            self.best_gradient = torch.where(per_example(better, theta), gradient, self.best_gradient)
+        self.loss_before_B = loss_B
+
+    def next(self, theta: Tensor, loss_B: Tensor, gradient: Tensor) -> Tensor:
+        """The next theta: a step with inertia, from the best theta where the step was halved."""
+        if not self.started:
+            self._begin(theta, loss_B, gradient)
+        else:
+            self._note(theta, loss_B, gradient)
+        if self.step in self.checkpoints:
+            stalled = self.rises_B <= RISING * (self.step - self.since)
+            unmoved = ~self.halved_B & (self.best_loss_B <= self.best_at_checkpoint_B)
+            halve = stalled | unmoved
+            self.size_B = torch.where(halve, self.size_B / 2, self.size_B)
+            again = per_example(halve, theta)
+            theta = torch.where(again, self.best, theta)
+            gradient = torch.where(again, self.best_gradient, gradient)
+            # it has only just come there: no inertia from elsewhere
+            self.halved_B, self.best_at_checkpoint_B = halve, self.best_loss_B
+            self.rises_B, self.since = torch.zeros_like(self.rises_B), self.step
+        direction = self.threat.direction(self.batch, theta, gradient)
+        target = self.threat.project(self.batch, theta + per_example(self.size_B, theta) * direction)
+        share = INERTIA if self.step else 1.0
+        moved = theta + share * (target - theta) + (1 - share) * (theta - self.before)
+        self.before, self.step = theta, self.step + 1
+        return self.threat.project(self.batch, moved)
+
+    def last(self, theta: Tensor, loss_B: Tensor) -> Tensor:
+        """The best theta seen."""
+        self._note(theta, loss_B, None)
+        return self.best
+
+
+def apgd_checkpoints(steps: int) -> list[int]:
+    """Steps after which the step's length is reconsidered: at 0.22 of all, then at intervals that shrink by 0.03 down to 0.06."""
+    points, interval, at = [], max(int(0.22 * steps), 1), 0
+    least, shrink = max(int(0.06 * steps), 1), max(int(0.03 * steps), 1)
+    while (at := at + interval) < steps:
+        points.append(at)
+        interval = max(interval - shrink, least)
+    return points
+
+
+SEARCHES: dict[str, Callable[[Threat, Batch, AttackConfig], Search]] = {"pgd": Pgd, "momentum": Momentum, "apgd": Apgd}
