@@ -136,8 +136,9 @@ def attack(
 ) -> Attacked:
     """Search the threat for each example's worst case of `loss` (default: cross entropy to the label).
 
-    Random starts derive from (seed, example id, purpose, restart). With restarts, each example keeps the result with
-    the highest loss. Raises UserError if the batch is outside [0, 1] or the network puts out values that are not finite.
+    Random starts derive from (seed, example id, purpose, restart). Of several searches each example keeps one that broke it, and
+    among those the one with the highest loss. Raises UserError if the batch is outside [0, 1] or the network puts out values
+    that are not finite.
     """
     low, high = batch.x_BCHW.aminmax()
     if not (low >= 0 and high <= 1):

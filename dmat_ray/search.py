@@ -111,7 +111,6 @@ class Apgd:
             again = per_example(halve, theta)
             theta = torch.where(again, self.best, theta)
             gradient = torch.where(again, self.best_gradient, gradient)
-            # it has only just come there: no inertia from elsewhere
             self.halved_B, self.best_at_checkpoint_B = halve, self.best_loss_B
             self.rises_B, self.since = torch.zeros_like(self.rises_B), self.step
         direction = self.threat.direction(self.batch, theta, gradient)
