@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmat_ray.config import AttackConfig, Row
-from dmat_ray.errors import UserError
+from dmat_ray.errors import NotFiniteError, UserError
 from dmat_ray.rng import Draws
 from dmat_ray.search import SEARCHES
 from dmat_ray.threats.balls import per_example
@@ -137,8 +137,8 @@ def attack(
     """Search the threat for each example's worst case of `loss` (default: cross entropy to the label).
 
     Random starts derive from (seed, example id, purpose, restart). Of several searches each example keeps one that broke it, and
-    among those the one with the highest loss. Raises UserError if the batch is outside [0, 1] or the network puts out values
-    that are not finite.
+    among those the one with the highest loss. Raises UserError if the batch is outside [0, 1],
+    NotFiniteError if the network puts out values that are not finite.
     """
     low, high = batch.x_BCHW.aminmax()
     if not (low >= 0 and high <= 1):
@@ -159,9 +159,7 @@ def attack(
                 best = found if best is None else _worse(best, found, standing)
     assert best is not None
     if not torch.isfinite(best.loss_B).all():
-        raise UserError(
-            "the attacked network puts out values that are not finite; if it is in training, lower training.lr_values"
-        )
+        raise NotFiniteError("the attacked network puts out values that are not finite")
     _check(threat, batch, best)
     return best
 

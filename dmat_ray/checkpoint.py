@@ -1,11 +1,15 @@
 """Trained classifiers as folders: `model.safetensors`, `run.json`, and while training `state.pt`.
 
-`run.json` holds the whole config, class names, image shape, the generator's sha256, epoch and metrics: resume and
-evaluation read it, nothing is typed twice. It is written last, so that a folder without it is no checkpoint.
+`run.json` holds the whole config, class names, image shape, the generator's sha256, progress, metrics, and digests of the
+files beside it: resume and evaluation read it, nothing is typed twice. It is written last, so that a folder without it is no
+checkpoint.
 """
 
 import pickle
 import platform
+import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +17,23 @@ import pyarrow
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import dmat_ray
 from dmat_ray import classifiers
 from dmat_ray.cli import validate
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
-from dmat_ray.files import read_json, write_json
+from dmat_ray.files import read_json, sha256, write_json
+from dmat_ray.types import RunContext
 
 MODEL, RUN, STATE = "model.safetensors", "run.json", "state.pt"
-VERSION = 1
-# settings that may differ between a checkpoint and the run that goes on from it
-HARMLESS = ("output", "manifold_set", "name", "methods", "evaluation", "tune", "cluster", "tracking", "gan", "encoder")
+VERSION = 2
+# settings, and sections of them, that may differ between a checkpoint and the run that goes on from it
+HARMLESS = (
+    *("output", "manifold_set", "name", "methods", "evaluation", "tune", "cluster", "tracking", "gan", "encoder"),
+    *("generator.recompute", "training.compile", "training.checkpoint_every", "training.checkpoint_minutes"),
+)
 
 
 def versions() -> dict[str, str]:
@@ -54,15 +62,80 @@ def describe_run(
     }
 
 
-def save(folder: Path, network: nn.Module, run: dict[str, Any], state: dict[str, Any] | None = None) -> None:
-    """Write a checkpoint; run.json comes last."""
+def save(folder: Path, network: nn.Module | dict[str, Tensor], run: dict[str, Any], state: dict[str, Any] | None = None) -> None:
+    """Write a checkpoint of a network, or of its state; run.json comes last."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RUN).unlink(missing_ok=True)
-    tensors = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    weights = network.state_dict() if isinstance(network, nn.Module) else network
+    tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     save_file(tensors, folder / MODEL)
     if state is not None:
         torch.save(state, folder / STATE)
-    write_json(folder / RUN, run)
+    seal(folder, RUN, run)
+
+
+def seal(folder: Path, name: str, description: dict[str, Any]) -> None:
+    """Write the JSON file `name`, which makes a folder a checkpoint, with digests of the files that are there."""
+    digests = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != name}
+    write_json(folder / name, {**description, "sha256": digests})
+
+
+def require_whole(folder: Path, name: str) -> dict[str, Any]:
+    """What `seal` described; raises UserError if a file is missing or is not what was written."""
+    if not (folder / name).is_file():
+        raise UserError(f"the checkpoint '{folder}' has no {name}")
+    description: dict[str, Any] = read_json(folder / name)
+    for file, digest in description["sha256"].items():
+        if not (folder / file).is_file():
+            raise UserError(f"the checkpoint '{folder}' has no {file}")
+        if sha256(folder / file) != digest:
+            raise UserError(f"the checkpoint '{folder}' is damaged: its {file} is not what was written")
+    return description
+
+
+def newest(context: RunContext, name: str) -> Path | None:
+    """The newest checkpoint of a run that is whole, to go on from; None for a run without any.
+
+    Says which ones are damaged; raises UserError if all of them are.
+    """
+    damaged = None
+    for folder in context.checkpoints():
+        try:
+            require_whole(folder, name)
+        except UserError as error:
+            damaged = error
+            context.say(f"warning: {error}; going back to the one before")
+            continue
+        return folder
+    if damaged is not None:
+        raise UserError(f"{damaged}, and there is none before it; remove it to train anew")
+    return None
+
+
+def hand_over(context: RunContext, metrics: dict[str, float], write: Callable[[Path], None], *, wait: bool = False) -> None:
+    """Report metrics, and on rank 0 the checkpoint that `write` puts into an empty folder, which the context then owns.
+
+    `wait` until it is where it will be kept. Raises UserError if it cannot be written.
+    """
+    if context.rank != 0:
+        context.report(metrics)
+        return
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="dmat_ray_"))
+        try:
+            write(folder)
+            context.report(metrics, folder, wait=wait)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not (isinstance(error, OSError) or "write" in str(error) or "I/O" in str(error)):
+            raise
+        kept = next(iter(context.checkpoints()), None)
+        raise UserError(
+            f"a checkpoint cannot be written ({str(error).splitlines()[0]}): is the disk full? "
+            + (f"The last good one is '{kept}'; free space and run again to go on from it" if kept else "There is none before it")
+        ) from error
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -113,12 +186,18 @@ def load_classifier(folder: Path, device: torch.device | str = "cpu") -> tuple[c
 
 def require_same_config(old: dict[str, Any], new: Config, folder: Path) -> None:
     """Raise UserError naming the first setting that differs and that would change what is trained."""
-    for name, value in _flat(new.to_json()).items():
-        if name.split(".")[0] not in HARMLESS and (before := _flat(old).get(name, "absent")) != value:
+    before_flat = _flat(old)
+    for name, value in relevant(new).items():
+        if (before := before_flat.get(name, "absent")) != value:
             raise UserError(
                 f"'{folder}' was trained with {name} = {before}, now it is {value}; go on with the old value, or train under "
                 "another --name"
             )
+
+
+def relevant(config: Config) -> dict[str, Any]:
+    """Dotted name -> value of the settings that change what is trained."""
+    return {k: v for k, v in _flat(config.to_json()).items() if k not in HARMLESS and k.split(".")[0] not in HARMLESS}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """Networks to be trained. Every one takes images in [0, 1] and normalises them inside itself."""
 
+import difflib
+
 import torch
 from torch import Tensor, nn
 
+from dmat_ray import batch_norm
 from dmat_ray.config import ClassifierConfig
 from dmat_ray.errors import UserError
 
@@ -44,23 +47,46 @@ class Classifier(nn.Module):
 
 
 def build(config: ClassifierConfig, channels: int, num_classes: int) -> Classifier:
-    """A freshly initialised classifier; raises UserError for an unknown name or a normalisation of another shape."""
+    """A freshly initialised classifier; raises UserError for an unknown name or a normalisation of another shape.
+
+    Its batch norm knows of terms, see `batch_norm`.
+    """
     for name, values in (("mean", config.mean), ("std", config.std)):
         if len(values) not in (1, channels):
             raise UserError(f"classifier.{name} has {len(values)} values, images have {channels} channel(s)")
-    if config.name == "digits_cnn":
-        return Classifier(DigitsCNN(channels, num_classes), config.mean, config.std)
+    network = _network(config.name, channels, num_classes)
+    return Classifier(batch_norm.prepare(network), config.mean, config.std)
+
+
+def _network(name: str, channels: int, num_classes: int) -> nn.Module:
+    if name == "digits_cnn":
+        return DigitsCNN(channels, num_classes)
+    if name.startswith("timm/"):
+        return _timm(name.removeprefix("timm/"), channels, num_classes)
     import torchvision  # four seconds of imports, which the small network does without
 
     known = torchvision.models.list_models(module=torchvision.models)
-    if config.name not in known:
+    if name not in known:
         raise UserError(
-            f"classifier.name '{config.name}' is not known; choose 'digits_cnn' or a torchvision model: {', '.join(known)}"
+            f"classifier.name '{name}' is not known; choose 'digits_cnn', timm/NAME, or a torchvision model: {', '.join(known)}"
         )
-    network = torchvision.models.get_model(config.name, weights=None, num_classes=num_classes)
+    network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
     if channels == 1:
         _take_grey(network)
-    return Classifier(network, config.mean, config.std)
+    return network
+
+
+def _timm(name: str, channels: int, num_classes: int) -> nn.Module:
+    try:
+        import timm
+    except ImportError:
+        raise UserError(f"classifier.name 'timm/{name}' needs the package timm: uv pip install 'dmat_ray[timm]'") from None
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=5)
+        like = f"; similar names: {', '.join(near)}" if near else ""
+        raise UserError(f"classifier.name 'timm/{name}' is not known to timm {timm.__version__}{like}")
+    network: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=channels)
+    return network
 
 
 def require_trainable(config: ClassifierConfig, channels: int, resolution: int, num_classes: int) -> None:

@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
     """Something the user gave is wrong. The message names what was found and what to do; jobs print it as one line."""
+
+
+class NotFiniteError(UserError):
+    """A loss or an output that is infinite or not a number: the network has diverged."""

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -31,17 +33,30 @@ def wrap_ddp(module: nn.Module, world_size: int) -> nn.Module:
 
 
 class LocalContext:
-    """Runs a training loop here. Checkpoints go to `folder/checkpoint`, metrics to `on_report`."""
+    """Runs a training loop here. Metrics go to `on_report`, checkpoints to `folder/checkpoint`, the one before to `.before`.
 
-    def __init__(self, folder: Path, on_report: Callable[[Mapping[str, float]], None] | None = None) -> None:
+    With `heed_sigterm` a SIGTERM makes the loop write a checkpoint, and then ends the process with exit code 143.
+    """
+
+    def __init__(
+        self, folder: Path, on_report: Callable[[Mapping[str, float]], None] | None = None, *, heed_sigterm: bool = False
+    ) -> None:
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         if self.world_size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         self._checkpoint = folder / "checkpoint"
         self._on_report = on_report
+        self._told_to_stop, self._stopping = False, False
+        if heed_sigterm:
+            signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def _on_sigterm(self, number: int, frame: object) -> None:
+        self._told_to_stop = True
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """See RunContext."""
@@ -51,17 +66,38 @@ class LocalContext:
         """See RunContext."""
         average_over_workers_(tensors, self.world_size)
 
-    def report(self, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
-        """Keep the checkpoint in place of the one before, then call `on_report` on rank 0."""
+    @property
+    def _before(self) -> Path:
+        return self._checkpoint.with_name(f"{self._checkpoint.name}.before")
+
+    def report(self, metrics: Mapping[str, float], checkpoint: Path | None = None, *, wait: bool = False) -> None:
+        """Keep the checkpoint, then call `on_report` on rank 0."""
         if checkpoint is not None:
-            fresh = self._checkpoint.with_name("checkpoint.partial")
+            fresh = self._checkpoint.with_name(f"{self._checkpoint.name}.partial")
             shutil.rmtree(fresh, ignore_errors=True)
             shutil.copytree(checkpoint, fresh)
-            shutil.rmtree(self._checkpoint, ignore_errors=True)
+            shutil.rmtree(checkpoint)
+            if self._checkpoint.is_dir():
+                shutil.rmtree(self._before, ignore_errors=True)
+                self._checkpoint.rename(self._before)
             fresh.rename(self._checkpoint)
-        if self._on_report is not None and self.rank == 0:
+        if self._on_report is not None and self.rank == 0 and metrics:
             self._on_report(metrics)
+        if self._stopping:
+            raise SystemExit(128 + signal.SIGTERM)
 
-    def latest_checkpoint(self) -> Path | None:
+    def checkpoints(self) -> Sequence[Path]:
         """See RunContext."""
-        return self._checkpoint if self._checkpoint.is_dir() else None
+        return [folder for folder in (self._checkpoint, self._before) if folder.is_dir()]
+
+    def preempted(self) -> bool:
+        """True once any of the processes was sent SIGTERM; the report that follows is the last."""
+        told = torch.tensor(float(self._told_to_stop), device=self.device)
+        self.average_([told])
+        self._stopping = bool(told > 0)
+        return self._stopping
+
+    def say(self, text: str) -> None:
+        """To standard error."""
+        if self.rank == 0:
+            print(text, file=sys.stderr, flush=True)

@@ -6,65 +6,129 @@ standard = {clean: 1}, AT = {image: 1}, OM-AT = {latent: 1}, DMAT = {image: 1/2,
 TRADES = {clean: 1, image: beta with divergence kl} (arXiv 1901.08573).
 """
 
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmat_ray import threats
+from dmat_ray import batch_norm, threats
 from dmat_ray.attack import attack, frozen, kl_to
+from dmat_ray.attack_view import AttackView
 from dmat_ray.config import ON_MANIFOLD, ObjectiveConfig, Term
+from dmat_ray.errors import NotFiniteError
+from dmat_ray.rng import derive
 from dmat_ray.types import Batch, Generator, Threat
+
+CLEAN = "clean"
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A configured training loss. Build it with `build`."""
+    """A configured training loss. Build it with `build`.
+
+    A step is three calls: `drawn` names its terms, `worst` attacks, `loss` is what the optimiser minimises.
+    """
 
     config: ObjectiveConfig
     active: tuple[tuple[str, Term, Threat], ...]
 
-    def __call__(
-        self, network: nn.Module, trained: nn.Module, batch: Batch, *, seed: int, purpose: str
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to minimise, and each term's share and accuracy, detached.
+    @property
+    def weights(self) -> dict[str, float]:
+        """The active terms' weights, in the order in which batch norm meets them."""
+        clean = {CLEAN: self.config.clean.weight} if self.config.clean.weight > 0 else {}
+        return clean | {name: term.weight for name, term, _ in self.active}
 
-        `network` is attacked; `trained` is the same network as the optimiser sees it (under DDP, the wrapper, so
-        that gradients are averaged). Each term is its own train-mode forward, as published: batch norm sees
-        image-space and latent-space examples apart.
+    @property
+    def passes(self) -> list[str]:
+        """Whose images go through the network in training: the terms', and the clean ones that a divergence needs."""
+        names = list(self.weights)
+        needs_clean = CLEAN not in names and any(term.divergence == "kl" for _, term, _ in self.active)
+        return [CLEAN, *names] if needs_clean else names
+
+    def drawn(self, seed: int, purpose: str) -> dict[str, float]:
+        """The terms of a step and their weights: all, or with terms=sample one, which then weighs as much as all."""
+        weights = self.weights
+        if self.config.terms == "sum" or len(weights) == 1:
+            return weights
+        total = sum(weights.values())
+        rng = np.random.default_rng(derive(seed, "term", purpose))
+        name = str(rng.choice(list(weights), p=[w / total for w in weights.values()]))
+        return {name: total}
+
+    def worst(
+        self, network: nn.Module, batch: Batch, drawn: Mapping[str, float], *, seed: int, purpose: str
+    ) -> dict[str, Tensor]:
+        """What goes through the network in training: each pass's images x_BCHW.
+
+        `network` is attacked in eval mode, and must not have moved since the step began: all attacks come before the first
+        forward in training mode. It may be an `AttackView`, which then follows each term's own batch-norm statistics.
+        Raises NotFiniteError, with the term's name, if the network puts out values that are not finite.
         """
-        # every attack comes before the first train-mode forward, which moves the batch-norm statistics that attacks see
-        worst = [self._worst(network, batch, term, threat, seed, f"{purpose}/{name}") for name, term, threat in self.active]
+        images: dict[str, Tensor] = {}
+        for name, term, threat in self.active:
+            if name not in drawn:
+                continue
+            if self.config.batch_norm == "per_term" and isinstance(network, AttackView):
+                batch_norm.show(network.source, [self.passes.index(name)])
+                network.refresh()
+            loss = None
+            if term.divergence == "kl":
+                images[CLEAN] = batch.x_BCHW
+                with frozen(network), torch.no_grad():
+                    loss = kl_to(network(batch.x_BCHW))
+            try:
+                images[name] = attack(network, threat, batch, term, seed=seed, purpose=f"{purpose}/{name}", loss=loss).x_BCHW
+            except NotFiniteError as error:
+                raise NotFiniteError(f"term {name}: {error}") from None
+        if CLEAN in drawn:
+            images[CLEAN] = batch.x_BCHW
+        return {name: images[name] for name in self.passes if name in images}
+
+    def loss(
+        self,
+        network: nn.Module,
+        forward: Callable[[Tensor], Tensor],
+        images: dict[str, Tensor],
+        y_B: Tensor,
+        drawn: Mapping[str, float],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to minimise over `network`'s weights, and each term's share and accuracy, detached.
+
+        `forward` is how the network is called in training (under DDP through its wrapper, so that gradients are averaged).
+        """
+        logits = self._logits(network, forward, images)
         smoothing = self.config.label_smoothing
-        total = batch.x_BCHW.new_zeros(())
+        total = y_B.new_zeros((), dtype=torch.float32)
         metrics: dict[str, Tensor] = {}
-        clean_logits: Tensor | None = None
-        if self.config.clean.weight > 0:
-            clean_logits = trained(batch.x_BCHW)
-            loss = F.cross_entropy(clean_logits, batch.y_B, label_smoothing=smoothing)
-            total = total + self.config.clean.weight * loss
-            metrics |= _term_metrics("clean", loss, clean_logits, batch.y_B)
-        for (name, term, _), x_BCHW in zip(self.active, worst, strict=True):
-            logits = trained(x_BCHW)
-            if term.divergence == "ce":
-                loss = F.cross_entropy(logits, batch.y_B, label_smoothing=smoothing)
-            else:
+        divergences = {name: term.divergence for name, term, _ in self.active}
+        for name, weight in drawn.items():
+            if divergences.get(name) == "kl":
                 # both sides carry gradient in the TRADES loss
-                reference = trained(batch.x_BCHW) if clean_logits is None else clean_logits
-                loss = F.kl_div(logits.log_softmax(dim=1), reference.softmax(dim=1), reduction="batchmean")
-            total = total + term.weight * loss
-            metrics |= _term_metrics(name, loss, logits, batch.y_B)
+                log_p, q = logits[name].log_softmax(dim=1), logits[CLEAN].softmax(dim=1)
+                loss = F.kl_div(log_p, q, reduction="batchmean")
+            else:
+                loss = F.cross_entropy(logits[name], y_B, label_smoothing=smoothing)
+            total = total + weight * loss
+            metrics |= _term_metrics(name, loss, logits[name], y_B)
         metrics["loss"] = total.detach()
         return total, metrics
 
-    def _worst(self, network: nn.Module, batch: Batch, term: Term, threat: Threat, seed: int, purpose: str) -> Tensor:
-        """The images that a term's attack ends with."""
-        loss = None
-        if term.divergence == "kl":
-            with frozen(network), torch.no_grad():
-                loss = kl_to(network(batch.x_BCHW))
-        return attack(network, threat, batch, term, seed=seed, purpose=purpose, loss=loss).x_BCHW
+    def _logits(self, network: nn.Module, forward: Callable[[Tensor], Tensor], images: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each pass's logits, with batch norm as configured."""
+        how, names = self.config.batch_norm, list(images)
+        frozen_or_not = batch_norm.frozen_statistics(network) if how == "frozen" else nullcontext()
+        with frozen_or_not:
+            if how in ("joint", "frozen") or batch_norm.can_share_a_batch(network):
+                # one pass for all: larger batches are faster, and each term may still have its own statistics
+                terms = [self.passes.index(name) for name in names] if how in ("separate", "per_term") else []
+                with batch_norm.terms_in_batch(network, terms):
+                    out = forward(torch.cat([images[name] for name in names]))
+                return dict(zip(names, out.chunk(len(names)), strict=True))
+            return {name: forward(images[name]) for name in names}
 
 
 def _term_metrics(name: str, loss: Tensor, logits: Tensor, y_B: Tensor) -> dict[str, Tensor]:

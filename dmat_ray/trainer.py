@@ -1,29 +1,26 @@
 """The training loop, once, for laptop and cluster: it knows its `RunContext` and no more about where it runs."""
 
-import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dmat_ray import checkpoint, classifiers, objectives, threats
-from dmat_ray.attack import attack
-from dmat_ray.config import AdversarialTerm, Config, TrainingConfig
-from dmat_ray.data.epochs import EpochSource, InMemory
+from dmat_ray import checkpoint, classifiers, objectives
+from dmat_ray.config import Config
+from dmat_ray.data.epochs import NOTHING, Done, EpochSource, InMemory
 from dmat_ray.data.manifold_set import ManifoldSet, steps_per_epoch
 from dmat_ray.data.set_reader import digest, require_generator
-from dmat_ray.errors import UserError
+from dmat_ray.errors import NotFiniteError, UserError
+from dmat_ray.pace import Pace
 from dmat_ray.rng import derive
-from dmat_ray.types import Batch, Generator, RunContext
-
-
-def learning_rate(config: TrainingConfig, epoch: float) -> float:
-    """Piecewise linear through the knots; constant before the first and after the last. `epoch` counts fractions."""
-    return float(np.interp(epoch, config.lr_epochs, config.lr_values))
+from dmat_ray.schedules import learning_rate
+from dmat_ray.training_step import TrainingStep
+from dmat_ray.types import Generator, RunContext
+from dmat_ray.validation import Validator
 
 
 def check_inputs(config: Config, manifest: dict[str, Any], generator_sha256: str, world_size: int) -> None:
@@ -35,44 +32,189 @@ def check_inputs(config: Config, manifest: dict[str, Any], generator_sha256: str
         raise UserError(f"training.batch_size {config.training.batch_size} is smaller than the {world_size} workers")
     if len(manifest["class_names"]) < 2:
         raise UserError("the on-manifold set has one class only")
+    if config.training.images == "natural" and config.training.best_metric == "val_latent" and config.training.keep == "best":
+        raise UserError("training.best_metric val_latent needs training.images on_manifold: natural images have no exact w")
 
 
-@dataclass(frozen=True)
-class _Validator:
-    """Accuracy on held-out training examples: clean, under each space's attack, and standing under all of them."""
+@dataclass
+class _Sums:
+    """Losses and accuracies of an epoch so far, on the device, and the first step where one was not finite."""
 
-    config: Config
-    data: ManifoldSet
-    generator: Generator
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    bad: dict[str, Tensor] = field(default_factory=dict)
 
-    def __call__(self, network: nn.Module, context: RunContext) -> dict[str, float]:
-        objective, seed = self.config.objective, self.config.training.seed
-        terms: dict[str, AdversarialTerm] = {"image": objective.image}
-        if self.config.training.images == "on_manifold":
-            terms["latent"] = objective.latent
-        terms |= {name: term for name, term in objective.adversarial.items() if term.weight > 0}
-        mine = np.arange(len(self.data))[context.rank :: context.world_size]
-        names = ["clean", *terms, "robust"]
-        right = torch.zeros(len(names) + 1, device=context.device)
-        network.eval()  # as it will be used, and so that its batch-norm statistics stay those of the training
-        for start in range(0, len(mine), 100):
-            batch = self.data.batch(mine[start : start + 100], self.config.training.images).to(context.device)
-            with torch.no_grad():
-                rows = [_correct(network, batch.x_BCHW, batch)]
-            for name, term in terms.items():
-                found = attack(network, threats.build(term, self.generator), batch, term, seed=seed, purpose=f"validation/{name}")
-                with torch.no_grad():
-                    rows.append(_correct(network, found.x_BCHW, batch))
-            rows.append(torch.stack(rows).all(dim=0))
-            counts = torch.stack([row.sum() for row in rows])
-            right += torch.cat([counts, counts.new_tensor([len(batch)])])
-        context.average_([right])
-        return {f"val_{name}": float(right[i] / right[-1]) for i, name in enumerate(names)}
+    def add(self, metrics: Mapping[str, Tensor], step: int) -> None:
+        """A step's. Nothing waits for the device."""
+        for name, value in metrics.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+            if name.endswith("loss"):
+                now = torch.where(torch.isfinite(value), -1, step)
+                self.bad[name] = torch.where(self.bad[name] < 0, now, self.bad[name]) if name in self.bad else now
+
+    def means(self, context: RunContext) -> dict[str, float]:
+        """Each metric's mean over its steps and all workers."""
+        names = sorted(self.sums)
+        values = torch.stack([self.sums[name] / self.counts[name] for name in names])
+        context.average_([values])
+        return {f"train_{name}": value for name, value in zip(names, values.tolist(), strict=True)}
+
+    def first_bad(self) -> tuple[int, str] | None:
+        """The first step with a loss that is not finite, counted from 0, and the term; None if there is none."""
+        found = [(int(step), name) for name, step in self.bad.items() if int(step) >= 0]
+        # the whole loss is named only if no term alone is to blame
+        return min(found, key=lambda f: (f[0], f[1] == "loss")) if found else None
 
 
-def _correct(network: nn.Module, x: Tensor, batch: Batch) -> Tensor:
-    correct: Tensor = network(x).argmax(dim=1) == batch.y_B
-    return correct
+@dataclass
+class _Progress:
+    """Where a training is: whole epochs, what is done of the next, and the best so far."""
+
+    epoch: int = 0
+    done: Done = NOTHING
+    sums: _Sums = field(default_factory=_Sums)
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, Any] | None = None  # metrics, and the state of the network that had them
+    finished: bool = False
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; the history and the best metrics are in its run.json."""
+        best = None if self.best is None else self.best["network"]
+        return {"done": self.done.state(), "sums": self.sums.sums, "counts": self.sums.counts, "best": best}
+
+    @classmethod
+    def of(cls, run: dict[str, Any], state: dict[str, Any], device: torch.device) -> "_Progress":
+        """What a checkpoint tells."""
+        sums = _Sums({k: v.to(device) for k, v in state["sums"].items()}, state["counts"])
+        best = None if state["best"] is None else {"metrics": run["best"], "network": state["best"]}
+        return cls(run["epoch"], Done(**state["done"]), sums, run["history"], best, run["finished"])
+
+
+class _Run:
+    """A training under way: what `train` goes through, and what its checkpoints hold."""
+
+    def __init__(
+        self, config: Config, source: EpochSource, generator: Generator, generator_sha256: str, context: RunContext
+    ) -> None:
+        self.config, self.settings, self.source, self.context = config, config.training, source, context
+        manifest, set_sha256 = source.manifest, digest(source.manifest)
+        check_inputs(config, manifest, generator_sha256, context.world_size)
+        torch.manual_seed(derive(self.settings.seed, "weights") % 2**31)
+        channels, resolution, _ = manifest["shapes"]["on_manifold"]
+        class_names = tuple(manifest["class_names"])
+        network = classifiers.build(config.classifier, channels, len(class_names)).to(context.device)
+        self.step = TrainingStep(config, network, generator, context)
+        self.about = checkpoint.describe_run(config, class_names, channels, resolution, generator_sha256, set_sha256)
+        self.steps = steps_per_epoch(source.size, self.settings.batch_size)
+        held_out = source.held_out
+        self.validate = None if held_out is None else Validator(config, held_out, generator)
+        self.pace = Pace(context, self.settings.checkpoint_minutes)
+        self.progress = _Progress()
+        if (found := checkpoint.newest(context, checkpoint.RUN)) is not None:
+            self._resume(found)
+
+    def _resume(self, folder: Path) -> None:
+        run = checkpoint.read_run(folder)
+        checkpoint.require_same_config(run["config"], self.config, folder)
+        if run["set_sha256"] != self.about["set_sha256"]:
+            raise UserError(f"'{folder}' was trained on another on-manifold set; train under another --name")
+        state = checkpoint.load_state(folder)
+        self.step.load(state["step"])
+        self.progress = _Progress.of(run, state["progress"], self.context.device)
+
+    def epoch(self) -> None:
+        """The rest of an epoch, its validation, and what is reported of it."""
+        progress, settings, context = self.progress, self.settings, self.context
+        epoch, first, began = progress.epoch, progress.done, time.monotonic()
+        self.step.network.train()
+        # steps of an epoch that was begun by another number of workers cannot be dealt again as they were
+        workers = context.world_size if first.steps == 0 or first.world_size == context.world_size else 0
+        batches = self.source.batches(epoch, context.rank, context.world_size, first)
+        for step, batch in enumerate(batches, start=first.steps):
+            rate = learning_rate(settings, epoch + step / self.steps)
+            try:
+                losses = self.step(batch.to(context.device), epoch, step, rate)
+            except NotFiniteError as error:
+                self._require_finite()
+                raise NotFiniteError(self._diverged(step, str(error))) from None
+            progress.sums.add(losses, step)
+            if self.pace.looks():
+                due, leaving = self.pace.wants_checkpoint()
+                if due:
+                    self._require_finite()
+                    progress.done = Done(step + 1, workers, self._seen())
+                    self._save({}, wait=leaving)
+        seconds = time.monotonic() - began
+        self._require_finite()
+        metrics = {**progress.sums.means(context), "epoch": epoch + 1.0, "lr": learning_rate(settings, epoch + 1)}
+        if self.validate is not None:
+            metrics |= self.validate(self.step.result, context)
+        metrics["examples_per_second"] = self.source.size * (1 - first.steps / self.steps) / seconds
+        progress.epoch, progress.done, progress.sums = epoch + 1, NOTHING, _Sums()
+        progress.history.append(metrics)
+        self._note_best(metrics)
+        progress.finished = progress.epoch == settings.epochs or self._has_stalled()
+        if progress.finished or progress.epoch % settings.checkpoint_every == 0:
+            self._save(metrics, wait=progress.finished)
+        else:
+            context.report(metrics)
+
+    def _seen(self) -> Tensor | None:
+        seen = self.source.seen()
+        if seen is None:
+            return None
+        seen = seen.to(self.context.device)
+        self.context.average_([seen])
+        return (seen > 0).cpu()
+
+    def _note_best(self, metrics: dict[str, float]) -> None:
+        name, best = self.settings.best_metric, self.progress.best
+        if self.validate is None or (best is not None and metrics[name] <= best["metrics"][name]):
+            return
+        network = self.step.result.state_dict() if self.settings.keep == "best" else {}
+        self.progress.best = {"metrics": metrics, "network": {key: value.detach().clone() for key, value in network.items()}}
+
+    def _has_stalled(self) -> bool:
+        best, patience = self.progress.best, self.settings.patience
+        return patience is not None and best is not None and self.progress.epoch - best["metrics"]["epoch"] >= patience
+
+    def _require_finite(self) -> None:
+        if (bad := self.progress.sums.first_bad()) is not None:
+            step, name = bad
+            term = name.removesuffix("_loss") if name != "loss" else "all"
+            raise NotFiniteError(self._diverged(step, f"term {term}: the loss is not finite"))
+
+    def _diverged(self, step: int, what: str) -> str:
+        kept = next(iter(self.context.checkpoints()), None)
+        return (
+            f"training diverged in epoch {self.progress.epoch + 1}, step {step + 1} of {self.steps}, {what}; lower "
+            f"{'training.lr_values' if self.settings.schedule == 'piecewise' else 'training.lr'}, or set training.clip_norm. "
+            + (f"The last good checkpoint is '{kept}'" if kept else "There is no checkpoint before it")
+        )
+
+    def _save(self, metrics: dict[str, float], *, wait: bool) -> None:
+        progress = self.progress
+        best = None if progress.best is None else progress.best["metrics"]
+        kept = best if best is not None and self.settings.keep == "best" else next(iter(progress.history[-1:]), {})
+        run = {
+            **self.about,
+            "epoch": progress.epoch,
+            "step": progress.done.steps,
+            "finished": progress.finished,
+            "metrics": kept,
+            "best": best,
+            "history": progress.history,
+        }
+
+        def write(folder: Path) -> None:
+            network: nn.Module | dict[str, Tensor] = self.step.result
+            if progress.finished and progress.best is not None and self.settings.keep == "best":
+                network = progress.best["network"]
+            checkpoint.save(folder, network, run, {"step": self.step.state(), "progress": progress.state()})
+
+        checkpoint.hand_over(self.context, metrics, write, wait=wait)
+        self.pace.saved()
 
 
 def train(
@@ -80,81 +222,13 @@ def train(
 ) -> dict[str, float]:
     """Train a classifier on the training split `data`, in memory or streamed, and return the last epoch's metrics.
 
-    After every epoch metrics go to `context.report`, with a checkpoint every `checkpoint_every` epochs and at the end.
-    Goes on from `context.latest_checkpoint()`; raises UserError if that was trained with other settings.
+    After every epoch metrics go to `context.report`, with a checkpoint every `checkpoint_every` epochs and at the end; within
+    an epoch one comes every `checkpoint_minutes`, and when `context` says that its machine will go. Goes on from the newest
+    checkpoint that is whole, with the batch that would have come next. Raises UserError if that was trained with other settings,
+    and NotFiniteError, which names step and term, if training diverges.
     """
-    settings, device = config.training, context.device
-    source: EpochSource = InMemory(data, settings) if isinstance(data, ManifoldSet) else data
-    manifest, set_sha256 = source.manifest, digest(source.manifest)
-    check_inputs(config, manifest, generator_sha256, context.world_size)
-    torch.manual_seed(derive(settings.seed, "weights") % 2**31)
-    channels, resolution, _ = manifest["shapes"]["on_manifold"]
-    class_names = tuple(manifest["class_names"])
-    network = classifiers.build(config.classifier, channels, len(class_names)).to(device)
-    optimizer = torch.optim.SGD(
-        network.parameters(), lr=settings.lr_values[0], momentum=settings.momentum, weight_decay=settings.weight_decay
-    )
-    run = checkpoint.describe_run(config, class_names, channels, resolution, generator_sha256, set_sha256)
-    first_epoch: int = 0
-    history: list[dict[str, float]] = []
-    if (found := context.latest_checkpoint()) is not None:
-        old = checkpoint.read_run(found)
-        checkpoint.require_same_config(old["config"], config, found)
-        if old["set_sha256"] != set_sha256:
-            raise UserError(f"'{found}' was trained on another on-manifold set; train under another --name")
-        checkpoint.load_weights(found, network)
-        state = checkpoint.load_state(found)
-        optimizer.load_state_dict(state["optimizer"])
-        first_epoch, history = state["epoch"], old["history"]
-    objective = objectives.build(config.objective, generator)
-    trained = context.wrap(network)
-    held_out = source.held_out
-    validate = None if held_out is None else _Validator(config, held_out, generator)
-    steps = steps_per_epoch(source.size, settings.batch_size)
-
-    for epoch in range(first_epoch, settings.epochs):
-        began = time.monotonic()
-        network.train()
-        sums: dict[str, Tensor] = {}
-        for step, cpu_batch in enumerate(source.batches(epoch, context.rank, context.world_size)):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(settings, epoch + step / steps)
-            batch = cpu_batch.to(device)
-            loss, terms = objective(network, trained, batch, seed=settings.seed, purpose=f"train/{epoch}")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            for name, value in terms.items():
-                sums[name] = sums[name] + value if name in sums else value
-        metrics = _reduced(sums, steps, context)
-        if not np.isfinite(metrics["train_loss"]):
-            raise UserError(f"the loss is {metrics['train_loss']} in epoch {epoch + 1}; lower training.lr_values")
-        metrics["epoch"], metrics["lr"] = epoch + 1.0, learning_rate(settings, epoch + 1)
-        # every worker has its own batch-norm statistics; what is validated and saved has their mean
-        context.average_([b for b in network.buffers() if b.is_floating_point()])
-        if validate is not None:
-            metrics |= validate(network, context)
-        metrics["examples_per_second"] = source.size / (time.monotonic() - began)
-        history.append(metrics)
-        last = epoch + 1 == settings.epochs
-        if last or (epoch + 1) % settings.checkpoint_every == 0:
-            _report_checkpoint(context, network, {**run, "epoch": epoch + 1, "metrics": metrics, "history": history}, optimizer)
-        else:
-            context.report(metrics)
-    return history[-1]
-
-
-def _reduced(sums: dict[str, Tensor], steps: int, context: RunContext) -> dict[str, float]:
-    names = sorted(sums)
-    values = torch.stack([sums[name] for name in names]) / steps
-    context.average_([values])
-    return {f"train_{name}": value for name, value in zip(names, values.tolist(), strict=True)}
-
-
-def _report_checkpoint(context: RunContext, network: nn.Module, run: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    if context.rank != 0:
-        context.report(run["metrics"])
-        return
-    with tempfile.TemporaryDirectory(prefix="dmat_ray_") as folder:
-        checkpoint.save(Path(folder), network, run, {"optimizer": optimizer.state_dict(), "epoch": run["epoch"]})
-        context.report(run["metrics"], Path(folder))
+    source: EpochSource = InMemory(data, config.training) if isinstance(data, ManifoldSet) else data
+    run = _Run(config, source, generator, generator_sha256, context)
+    while not run.progress.finished:
+        run.epoch()
+    return run.progress.history[-1]

@@ -96,8 +96,17 @@ class RunContext(Protocol):
     def average_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its mean over all workers, in place."""
 
-    def report(self, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
-        """Hand over metrics, already the same on all workers, and on rank 0 a finished checkpoint folder."""
+    def report(self, metrics: Mapping[str, float], checkpoint: Path | None = None, *, wait: bool = False) -> None:
+        """Hand over metrics, already the same on all workers, and on rank 0 a finished checkpoint folder, which is taken.
 
-    def latest_checkpoint(self) -> Path | None:
-        """The checkpoint to go on from, if there is one."""
+        With `wait` it returns when the checkpoint is where it will be kept. All workers must call it.
+        """
+
+    def checkpoints(self) -> Sequence[Path]:
+        """The checkpoints that are kept, newest first: the first is the one to go on from, unless it is damaged."""
+
+    def preempted(self) -> bool:
+        """True if this machine will soon be taken away. All workers must ask, and all get the same answer."""
+
+    def say(self, text: str) -> None:
+        """A line for the user, from rank 0."""

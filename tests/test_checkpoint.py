@@ -122,7 +122,7 @@ def _edit(folder: Path, **values: object) -> None:
     [
         (_no_run, r"there is no trained model at .* \(no run\.json\)"),
         (_damaged_run, r"run\.json' is damaged"),
-        (_other_version, "format version 7, this program reads 1"),
+        (_other_version, "format version 7, this program reads 2"),
         (_unknown_setting, r"training\.nonsense: there is no such setting"),
         (_other_classes, r"do not fit the network: size mismatch for network\.\d+\.weight"),
         (_other_architecture, "are of another architecture: it lacks"),

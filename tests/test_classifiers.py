@@ -26,7 +26,7 @@ def test_normalisation_is_inside_the_classifier() -> None:
 
 
 def test_a_network_that_cannot_be_built() -> None:
-    with pytest.raises(UserError, match=r"classifier\.name 'resnet19' is not known; choose 'digits_cnn' .*resnet18"):
+    with pytest.raises(UserError, match=r"classifier\.name 'resnet19' is not known; choose 'digits_cnn', timm.*resnet18"):
         classifiers.build(ClassifierConfig(name="resnet19"), 3, 5)
     with pytest.raises(UserError, match=r"classifier\.mean has 2 values, images have 3 channel"):
         classifiers.build(ClassifierConfig(name="digits_cnn", mean=(0.1, 0.2)), 3, 5)

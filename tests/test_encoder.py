@@ -263,7 +263,7 @@ def test_a_checkpoint_of_another_training_is_refused(generator: StyleGAN2, train
     with pytest.raises(UserError, match="trained for another generator"):
         train_encoder(config, generator, "cd" * 32, LocalContext(tmp_path))
     (tmp_path / "checkpoint" / "encoder_progress.json").unlink()
-    with pytest.raises(UserError, match=r"no checkpoint of an encoder training \(no encoder_progress\.json\)"):
+    with pytest.raises(UserError, match=r"has no encoder_progress\.json, and there is none before it"):
         train_encoder(config, generator, SHA, LocalContext(tmp_path))
 
 

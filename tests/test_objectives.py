@@ -70,6 +70,13 @@ def configured(manifold: StyleGAN2, **terms: Any) -> objectives.Objective:
     return objectives.build(ObjectiveConfig.model_validate({"clean": OFF, **terms}), manifold)
 
 
+def step(objective: objectives.Objective, network: nn.Module, batch: Batch, purpose: str = "test") -> tuple[Tensor, Any]:
+    """Attacks on `network` and the loss over it, as the trainer makes them."""
+    drawn = objective.drawn(0, purpose)
+    images = objective.worst(network, batch, drawn, seed=0, purpose=purpose)
+    return objective.loss(network, network, images, batch.y_B, drawn)
+
+
 def require_equal(
     network: nn.Module, objective: objectives.Objective, batch: Batch, plain: Callable[[nn.Module], Tensor]
 ) -> None:
@@ -77,7 +84,7 @@ def require_equal(
     other = copy.deepcopy(network)
     expected = plain(other)
     expected.backward()
-    loss, metrics = objective(network, network, batch, seed=0, purpose="test")
+    loss, metrics = step(objective, network, batch)
     loss.backward()
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     assert metrics["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
@@ -127,7 +134,7 @@ def test_adversarial_examples_are_made_before_batch_norm_moves(network: nn.Modul
     """The attacks see the statistics from before the step: dmat's latent examples are those of om_at alone."""
     before = copy.deepcopy(network)
     objective = configured(manifold, image={"weight": 0.5, **IMAGE}, latent={"weight": 0.5, **LATENT})
-    _, metrics = objective(network, network, batch, seed=0, purpose="test")
+    _, metrics = step(objective, network, batch)
     before.train()
     x = worst_latent(before, batch, manifold)
     assert metrics["latent_loss"].item() == pytest.approx(F.cross_entropy(before(x), batch.y_B).item(), rel=1e-5)
@@ -157,7 +164,7 @@ def test_trades_is_clean_loss_and_kl(network: nn.Module, manifold: StyleGAN2, ba
 def test_metrics_are_each_terms_loss_and_accuracy(network: nn.Module, manifold: StyleGAN2, batch: Batch) -> None:
     objective = configured(manifold, clean={"weight": 0.25}, latent={"weight": 0.75, **LATENT})
     reference = copy.deepcopy(network)
-    loss, metrics = objective(network, network, batch, seed=0, purpose="test")
+    loss, metrics = step(objective, network, batch)
     assert set(metrics) == {"loss", "clean_loss", "clean_accuracy", "latent_loss", "latent_accuracy"}
     assert not any(value.requires_grad for value in metrics.values())
     assert loss.item() == pytest.approx((0.25 * metrics["clean_loss"] + 0.75 * metrics["latent_loss"]).item())
@@ -171,10 +178,7 @@ def test_a_random_start_differs_by_purpose_and_repeats(
 ) -> None:
     term = {"weight": 1, "eps": 0.1, "steps": 1, "step_size": 0.01, "divergence": divergence}
     objective = configured(manifold, image=term)
-    losses = [
-        objective(copy.deepcopy(network), copy.deepcopy(network), batch, seed=0, purpose=purpose)[0].item()
-        for purpose in ("train/0", "train/0", "train/1")
-    ]
+    losses = [step(objective, copy.deepcopy(network), batch, purpose)[0].item() for purpose in ("train/0", "train/0", "train/1")]
     assert losses[0] == losses[1]
     assert losses[0] != losses[2]
 
@@ -200,8 +204,7 @@ def test_any_threats_are_terms_by_names_of_their_own(network: nn.Module, manifol
     assert objectives.on_manifold_terms(config) == ["both"]
     objective = objectives.build(config, manifold)
     assert [name for name, _, _ in objective.active] == ["flakes", "both"]
-    trained = copy.deepcopy(network).train()
-    loss, metrics = objective(network, trained, batch, seed=0, purpose="train/0")
+    loss, metrics = step(objective, copy.deepcopy(network).train(), batch, "train/0")
     plain = copy.deepcopy(network).train()
     total = 0.0
     for name, term, threat in objective.active:

@@ -22,9 +22,9 @@ class RecordingContext(LocalContext):
         self.first_weights = {key: value.clone() for key, value in module.state_dict().items()}
         return super().wrap(module)
 
-    def report(self, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
+    def report(self, metrics: Mapping[str, float], checkpoint: Path | None = None, *, wait: bool = False) -> None:
         self.reports.append(dict(metrics))
-        super().report(metrics, checkpoint)
+        super().report(metrics, checkpoint, wait=wait)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import ray.train
 import ray.train.torch
+from ray.train import CheckpointUploadMode
 from torch import Tensor, nn
 
 from dmat_ray.cluster.events import send
@@ -21,7 +22,7 @@ class RayContext:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
-        self._name, self._mailbox = name, mailbox
+        self._name, self._mailbox, self._noticed = name, mailbox, False
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """See RunContext."""
@@ -31,14 +32,32 @@ class RayContext:
         """See RunContext."""
         average_over_workers_(tensors, self.world_size)
 
-    def report(self, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
-        """See RunContext."""
+    def report(self, metrics: Mapping[str, float], checkpoint: Path | None = None, *, wait: bool = False) -> None:
+        """See RunContext. Without `wait` the checkpoint is copied to the storage while training goes on."""
         kept = None if checkpoint is None else ray.train.Checkpoint.from_directory(str(checkpoint))
-        ray.train.report(dict(metrics), checkpoint=kept)
-        if self.rank == 0:
+        mode = CheckpointUploadMode.SYNC if wait else CheckpointUploadMode.ASYNC
+        ray.train.report(dict(metrics), checkpoint=kept, checkpoint_upload_mode=mode, delete_local_checkpoint_after_upload=True)
+        if self.rank == 0 and metrics:
             send(self._mailbox, {"run": self._name, "metrics": dict(metrics)})
 
-    def latest_checkpoint(self) -> Path | None:
+    def checkpoints(self) -> Sequence[Path]:
         """See RunContext."""
-        checkpoint = ray.train.get_checkpoint()
-        return None if checkpoint is None else Path(checkpoint.to_directory())
+        latest = ray.train.get_checkpoint()
+        if latest is None:
+            return []
+        folder = Path(latest.path)
+        # Ray keeps the one before, too, and names them in their order
+        before = [p for p in folder.parent.glob("checkpoint_*") if p.is_dir() and p.name < folder.name]
+        return [folder, *sorted(before, reverse=True)]
+
+    def preempted(self) -> bool:
+        """See RunContext: true once for each notice; Ray Train starts anew from the latest checkpoint when it comes to that."""
+        info = ray.train.get_preemption_info()
+        news = info is not None and not self._noticed
+        self._noticed = info is not None
+        return news
+
+    def say(self, text: str) -> None:
+        """To the driver."""
+        if self.rank == 0:
+            send(self._mailbox, {"run": self._name, "text": text})

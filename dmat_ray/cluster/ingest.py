@@ -15,11 +15,12 @@ import ray.data
 import ray.train
 import ray.train.collective
 import torch
+from torch import Tensor
 
 from dmat_ray.cluster.shard_tasks import read_examples
 from dmat_ray.config import TrainingConfig
 from dmat_ray.data import manifold_set, set_format, set_reader
-from dmat_ray.data.epochs import held_out_positions
+from dmat_ray.data.epochs import NOTHING, Done, held_out_positions
 from dmat_ray.data.manifold_set import ManifoldSet
 from dmat_ray.data.pixels import to_unit
 from dmat_ray.rng import derive
@@ -40,6 +41,7 @@ class Streamed:
         ids = np.sort(np.array(table.filter(usable)["id"].to_pylist(), dtype=object))
         train, held_out = held_out_positions(len(ids), config)
         self._ids, self._held_out_ids = ids[train], ids[held_out].tolist()
+        self._seen_N = np.zeros(len(self._ids), bool)
         self._held_out = manifold_set.open_set(place, "train", only=self._held_out_ids) if self._held_out_ids else None
 
     @property
@@ -57,20 +59,28 @@ class Streamed:
         """See EpochSource."""
         return self._held_out
 
-    def batches(self, epoch: int, rank: int, world_size: int) -> Iterator[Batch]:
+    def seen(self) -> Tensor:
         """See EpochSource."""
+        return torch.from_numpy(self._seen_N.astype(np.float32))
+
+    def batches(self, epoch: int, rank: int, world_size: int, done: Done = NOTHING) -> Iterator[Batch]:
+        """See EpochSource: after another number of workers the rest of the epoch is shuffled and dealt anew."""
         # as in memory: batches as equal as can be, each topped up so that all workers have equal parts of it
-        parts = np.array_split(np.arange(self.size), manifold_set.steps_per_epoch(self.size, self._config.batch_size))
+        steps = manifold_set.steps_per_epoch(self.size, self._config.batch_size)
+        again = done.steps == 0 or done.world_size == world_size  # the same order is dealt again, and its beginning is left out
+        left = np.ones(self.size, bool) if again or done.seen_N is None else done.seen_N.numpy() == 0
+        parts = np.array_split(np.arange(left.sum()), steps if again else steps - done.steps)
         sizes = [math.ceil(len(part) / world_size) for part in parts]
-        short = sum(sizes) * world_size - self.size
-        splits = self._splits(epoch, world_size, short) if rank == 0 else None
+        short = sum(sizes) * world_size - int(left.sum())
+        splits = self._splits(epoch, world_size, short, left) if rank == 0 else None
         mine = ray.train.collective.broadcast_from_rank_zero(splits)[rank]
         tables = mine.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
-        return self._cut(tables, sizes)
+        self._seen_N = np.zeros(self.size, bool) if rank else ~left
+        return self._cut(tables, sizes, done.steps if again else 0)
 
-    def _splits(self, epoch: int, world_size: int, short: int) -> list[Any]:
+    def _splits(self, epoch: int, world_size: int, short: int, left: np.ndarray) -> list[Any]:
         seed = self._config.seed
-        twice = np.random.default_rng([seed, epoch, 2]).permutation(self._ids)[:short].tolist()
+        twice = np.random.default_rng([seed, epoch, 2]).permutation(self._ids[left])[:short].tolist()
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True  # what reaches the shuffle first must not depend on who was fastest
         context.enable_progress_bars = False
@@ -85,14 +95,14 @@ class Streamed:
                 "place": self._place,
                 "images": self._config.images,
                 "manifest": {key: self._manifest[key] for key in ("shapes", "data")},
-                "without": self._held_out_ids,
+                "without": [*self._held_out_ids, *self._ids[~left].tolist()],
                 "twice": twice,
             },
         )
         shuffled = examples.random_shuffle(seed=derive(seed, "epoch", epoch) % 2**31)
         return list(shuffled.streaming_split(world_size, equal=True))
 
-    def _cut(self, tables: Iterator[pa.Table], sizes: list[int]) -> Iterator[Batch]:
+    def _cut(self, tables: Iterator[pa.Table], sizes: list[int], skip: int) -> Iterator[Batch]:
         waiting: list[pa.Table] = []
         have = 0
         todo = iter(sizes)
@@ -102,11 +112,17 @@ class Streamed:
             have += table.num_rows
             while size and have >= size:
                 joined = pa.concat_tables(waiting)
-                yield self._batch(joined.slice(0, size))
+                self._note(joined["id"].slice(0, size))
+                if skip == 0:
+                    yield self._batch(joined.slice(0, size))
+                skip = max(0, skip - 1)
                 waiting, have = [joined.slice(size)], have - size
                 size = next(todo, 0)
         if size:
             raise RuntimeError(f"an epoch of {sum(sizes)} examples a worker ended with {have} left for a batch of {size}")
+
+    def _note(self, ids: pa.ChunkedArray) -> None:
+        self._seen_N[pc.index_in(ids, value_set=pa.array(self._ids, pa.string())).to_numpy()] = True
 
     def _batch(self, table: pa.Table) -> Batch:
         pixels = set_format.from_lists(table["pixels"], self._manifest["shapes"]["on_manifold"])

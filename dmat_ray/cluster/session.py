@@ -82,6 +82,12 @@ def set_folder(config: Config) -> Location:
     return at(config.manifold_set) if config.manifold_set else at(config.output) / "on_manifold_set"
 
 
+def worker_count(config: ClusterConfig) -> int | tuple[int, int]:
+    """Workers of a training as Ray Train takes it: a number, or the least and the most."""
+    least = config.train_workers_min
+    return config.train_workers if least in (None, config.train_workers) else (least, config.train_workers)
+
+
 def worker_resources(config: ClusterConfig) -> dict[str, float]:
     """What Ray sets aside for one worker or actor."""
     gpus = {"GPU": config.gpus_per_worker} if config.gpus_per_worker > 0 else {}

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,22 @@ from dmat_ray.files import text_digest
 from dmat_ray.manifold import generators
 from dmat_ray.trainer import check_inputs, train
 
+ELASTIC_S = 60.0  # between looks for machines that have come
+
 
 class _NamedContext(RayContext):
-    """Takes up the group's latest checkpoint only if it belongs to this run."""
+    """Goes on from the group's checkpoints only if they belong to this run."""
 
-    def latest_checkpoint(self) -> Path | None:
-        found = super().latest_checkpoint()
-        return found if found is not None and _run_name(found) == self._name else None
+    def checkpoints(self) -> Sequence[Path]:
+        return [folder for folder in super().checkpoints() if _run_name(folder) in (self._name, None)]
 
 
-def _run_name(folder: Path) -> str:
-    return str(checkpoint.read_run(folder)["config"]["name"])
+def _run_name(folder: Path) -> str | None:
+    """Whose a checkpoint is; None for one that is damaged."""
+    try:
+        return str(checkpoint.read_run(folder)["config"]["name"])
+    except UserError:
+        return None
 
 
 def worker(settings: dict[str, Any]) -> None:
@@ -47,12 +52,11 @@ def worker(settings: dict[str, Any]) -> None:
 
 def _train(settings: dict[str, Any]) -> None:
     configs = [Config.model_validate(c) for c in settings["configs"]]
-    latest = ray.train.get_checkpoint()
-    if latest is not None:
-        with latest.as_directory() as folder:
-            current = _run_name(Path(folder))
+    names = [c.name for c in configs]
+    current = next(filter(None, map(_run_name, RayContext("", settings["mailbox"]).checkpoints())), None)
+    if current is not None:
         # the runs before it are finished: they come in order
-        configs = configs[[c.name for c in configs].index(current) :]
+        configs = configs[names.index(current) :]
     torch.set_num_threads(configs[0].cluster.threads_per_worker)
     loader = configs[0].training.loader
     data = manifold_set.open_set(settings["set"], "train") if loader == "memory" else None
@@ -78,7 +82,7 @@ def is_trained(config: Config) -> bool:
         checkpoint.require_same_config(run["config"], config, folder)
         same_generator = run["generator_sha256"] == generators.fingerprint(config.generator.path)
         same_set = run.get("set_sha256") == _set_digest(config)
-        return bool(run["epoch"] == config.training.epochs and same_generator and same_set)
+        return bool(run["finished"] and same_generator and same_set)
     return False
 
 
@@ -145,6 +149,9 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: str | N
         runs = {c.name: stack.enter_context(tracking.tracked(c, c.name, "train", parent)) for c in todo}
 
         def handle(event: dict[str, Any]) -> None:
+            if "text" in event:
+                say(event["text"])
+                return
             metrics, name = event["metrics"], event["run"]
             runs[name].metrics(metrics, step=int(metrics["epoch"]))
             say(_describe(name, metrics, epochs[name]))
@@ -159,7 +166,8 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: str | N
                 "mailbox": mailbox,
             },
             scaling_config=ray.train.ScalingConfig(
-                num_workers=first.cluster.train_workers,
+                num_workers=session.worker_count(first.cluster),
+                elastic_resize_monitor_interval_s=ELASTIC_S,
                 use_gpu=first.cluster.gpus_per_worker > 0,
                 resources_per_worker=session.worker_resources(first.cluster),
             ),
@@ -181,16 +189,15 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: str | N
 
 def _key(config: Config) -> str:
     """Changes with whatever changes the trained weights."""
-    relevant = {k: v for k, v in config.to_json().items() if k not in checkpoint.HARMLESS}
-    text = json.dumps([relevant, config.name, config.cluster.train_workers, _set_digest(config)], sort_keys=True)
+    text = json.dumps([checkpoint.relevant(config), config.name, _set_digest(config)], sort_keys=True)
     return text_digest(text)[:8]
 
 
 def _final_checkpoint(folder: Path, config: Config) -> Path:
     for found in sorted(folder.glob("checkpoint_*"), reverse=True):
-        if (found / checkpoint.RUN).is_file():
-            run = checkpoint.read_run(found)
-            if run["config"]["name"] == config.name and run["epoch"] == config.training.epochs:
+        with contextlib.suppress(UserError):
+            run = checkpoint.require_whole(found, checkpoint.RUN)
+            if run["config"]["name"] == config.name and run["finished"]:
                 return found
     raise RuntimeError(f"Ray Train finished, but '{folder}' holds no final checkpoint of {config.name}")
 
@@ -200,7 +207,7 @@ def _publish(source: Path, folder: Path) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for name in (checkpoint.MODEL, checkpoint.RUN):
-        shutil.copy2(source / name, partial / name)
+    shutil.copy2(source / checkpoint.MODEL, partial / checkpoint.MODEL)
+    checkpoint.seal(partial, checkpoint.RUN, checkpoint.read_run(source))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

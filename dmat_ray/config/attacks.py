@@ -149,6 +149,17 @@ class ObjectiveConfig(Section):
         description="more terms by names of your own, each with its `threat`, e.g. {snow: {threat: snow, weight: 0.5}}",
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the label spread over all classes")
+    terms: Literal["sum", "sample"] = Field(
+        "sum",
+        description="sum: every step has all terms; sample: one of them, drawn by weight, times the sum of weights, which is the "
+        "same loss in the mean at the cost of one term",
+    )
+    batch_norm: Literal["separate", "joint", "per_term", "frozen"] = Field(
+        "separate",
+        description="statistics in training: each term's own (as published); joint: of all terms' images together; per_term: "
+        "each term's own and kept apart, so that each attack meets its term's (the model has clean's, or the mean of all); "
+        "frozen: those it starts with",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "ObjectiveConfig":

@@ -18,6 +18,9 @@ class GeneratorConfig(Section):
         "reference",
         description="'reference' arithmetic as in the papers, 'fast' float32 with folded constants, or 'bf16' on top of that",
     )
+    recompute: bool = Field(
+        False, description="compute activations anew for gradients instead of keeping them: less memory, a third more time"
+    )
 
 
 class StyleGANConfig(Section):

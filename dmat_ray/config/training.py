@@ -11,13 +11,20 @@ from dmat_ray.config.base import Section
 class ClassifierConfig(Section):
     """The network to be trained."""
 
-    name: str = Field("resnet50", description="'digits_cnn' (small, for 32x32) or a torchvision model, e.g. resnet18")
+    name: str = Field(
+        "resnet50",
+        description="'digits_cnn' (small, for 32x32), a torchvision model, e.g. resnet18, or timm/NAME (extra 'timm')",
+    )
     mean: tuple[float, ...] = Field((0.5,), description="input normalisation: mean of each channel, or one for all")
     std: tuple[float, ...] = Field((0.5,), description="input normalisation: deviation of each channel, or one for all")
 
 
+Precision = Literal["float32", "bf16"]
+Validated = Literal["val_robust", "val_clean", "val_image", "val_latent"]
+
+
 class TrainingConfig(Section):
-    """SGD on the objective, its learning rate piecewise linear in epochs, stepped every iteration."""
+    """SGD on the objective, with a learning rate that changes every step."""
 
     images: Literal["on_manifold", "natural"] = Field("on_manifold", description="what x is: g(w), or the natural image")
     loader: Literal["memory", "stream"] = Field(
@@ -27,11 +34,46 @@ class TrainingConfig(Section):
     )
     epochs: int = Field(20, ge=1, description="passes over the training split")
     batch_size: int = Field(64, ge=1, description="examples a step, over all workers")
-    lr_epochs: tuple[float, ...] = Field((0, 1, 6, 12, 15, 20), description="knots of the schedule, in epochs")
-    lr_values: tuple[float, ...] = Field((0, 0.4, 0.04, 0.004, 0.0004, 0.0001), description="learning rate at each knot")
+    schedule: Literal["piecewise", "cosine", "one_cycle"] = Field(
+        "piecewise",
+        description="learning rate: linear between knots (lr_epochs, lr_values); half a cosine from lr to 0 after a linear "
+        "warm-up; or torch's one-cycle policy with its largest rate at lr",
+    )
+    lr_epochs: tuple[float, ...] = Field((0, 1, 6, 12, 15, 20), description="piecewise: knots of the schedule, in epochs")
+    lr_values: tuple[float, ...] = Field(
+        (0, 0.4, 0.04, 0.004, 0.0004, 0.0001), description="piecewise: learning rate at each knot"
+    )
+    lr: float = Field(0.1, gt=0, description="cosine, one_cycle: the largest learning rate")
+    lr_warmup: float = Field(0.0, ge=0, description="cosine: epochs in which the rate grows from 0 to lr")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum")
     weight_decay: float = Field(1e-4, ge=0, description="L2 penalty on the weights")
+    accumulate: int = Field(
+        1, ge=1, description="parts that a worker cuts its share of a step's batch into, one after the other, to save memory"
+    )
+    clip_norm: float | None = Field(None, gt=0, description="largest norm of the gradient; null = as it is")
+    ema_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the averaged weights that a step keeps (0.999); what is validated and saved; 0 = none",
+    )
+    awp_gamma: float = Field(
+        0.0, ge=0, description="adversarial weight perturbation: its norm as a share of each weight's (0.005 to 0.01); 0 = none"
+    )
+    awp_warmup: int = Field(0, ge=0, description="epochs before weights are perturbed")
+    precision: Precision = Field("float32", description="of the update; bf16 is torch's autocast, weights stay float32")
+    attack_precision: Precision | None = Field(None, description="of the network under attack; null = that of the update")
+    channels_last: bool = Field(True, description="lay the classifier's activations out channels last, which is faster")
+    compile: bool = Field(False, description="torch.compile the classifier, attacked and trained: minutes at first, pays on GPUs")
+    keep: Literal["last", "best"] = Field(
+        "last", description="the trained model: that of the last epoch, or of the one that was best in best_metric"
+    )
+    best_metric: Validated = Field("val_robust", description="what is best, among those measured on held-out examples")
+    patience: int | None = Field(None, ge=1, description="stop after so many epochs without a better best_metric; null = never")
     checkpoint_every: int = Field(1, ge=1, description="epochs between checkpoints; the last epoch is always kept")
+    checkpoint_minutes: float | None = Field(
+        None, gt=0, description="checkpoint within an epoch, too, when the last is so long ago; null = only between epochs"
+    )
     val_examples: int = Field(
         0, ge=0, description="training examples held out to measure clean and robust accuracy after every epoch"
     )
@@ -47,6 +89,11 @@ class TrainingConfig(Section):
             raise ValueError(f"lr_epochs {self.lr_epochs} must grow from knot to knot")
         if any(value < 0 for value in self.lr_values):
             raise ValueError(f"lr_values {self.lr_values} must not be negative")
+        if self.schedule == "cosine" and self.lr_warmup >= self.epochs:
+            raise ValueError(f"lr_warmup {self.lr_warmup:g} leaves nothing of {self.epochs} epochs")
+        if self.val_examples == 0 and (self.keep == "best" or self.patience is not None):
+            what = "keep best" if self.keep == "best" else "patience"
+            raise ValueError(f"{what} needs val_examples: training examples held out to measure {self.best_metric}")
         return self
 
 
@@ -57,9 +104,7 @@ class TuneConfig(Section):
     num_samples: int = Field(1, ge=1, description="draws from the space (grid entries are run once a draw)")
     max_concurrent: int = Field(1, ge=1, description="trials at a time")
     epochs: int = Field(2, ge=1, description="epochs of each trial")
-    metric: Literal["val_robust", "val_clean", "val_image", "val_latent"] = Field(
-        "val_robust", description="what to maximise, on training.val_examples held-out images"
-    )
+    metric: Validated = Field("val_robust", description="what to maximise, on training.val_examples held-out images")
 
 
 class ClusterConfig(Section):
@@ -71,7 +116,10 @@ class ClusterConfig(Section):
     num_cpus: int | None = Field(
         None, ge=1, description="logical CPUs of a local Ray; null = the machine's, at least 6 and what the workers need"
     )
-    train_workers: int = Field(2, ge=1, description="DDP workers")
+    train_workers: int = Field(2, ge=1, description="DDP workers, at most")
+    train_workers_min: int | None = Field(
+        None, ge=1, description="DDP workers to go on with while there are no machines for more; null = train_workers"
+    )
     projection_actors: int = Field(2, ge=1, description="projection actors, at most")
     projection_actors_min: int = Field(1, ge=1, description="projection actors that are kept while there is work for fewer")
     evaluation_actors: int = Field(2, ge=1, description="evaluation actors")
@@ -86,6 +134,8 @@ class ClusterConfig(Section):
             raise ValueError(
                 f"projection_actors_min {self.projection_actors_min} is more than projection_actors {self.projection_actors}"
             )
+        if self.train_workers_min is not None and self.train_workers_min > self.train_workers:
+            raise ValueError(f"train_workers_min {self.train_workers_min} is more than train_workers {self.train_workers}")
         return self
 
 

@@ -5,11 +5,28 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from torch import Tensor
 
 from dmat_ray.config import TrainingConfig
 from dmat_ray.data.manifold_set import ManifoldSet, epoch_batches
 from dmat_ray.errors import UserError
 from dmat_ray.types import Batch
+
+
+@dataclass(frozen=True)
+class Done:
+    """What has been trained of an epoch: `steps`, by how many workers, and where that does not say it all, which examples."""
+
+    steps: int = 0
+    world_size: int = 1
+    seen_N: Tensor | None = None
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; `Done(**state)` is equal."""
+        return {"steps": self.steps, "world_size": self.world_size, "seen_N": self.seen_N}
+
+
+NOTHING = Done()
 
 
 class EpochSource(Protocol):
@@ -27,8 +44,11 @@ class EpochSource(Protocol):
     def held_out(self) -> ManifoldSet | None:
         """The validation examples, in memory; None if there are none."""
 
-    def batches(self, epoch: int, rank: int, world_size: int) -> Iterator[Batch]:
-        """This worker's part of every global batch of an epoch; all workers have as many, of equal sizes."""
+    def batches(self, epoch: int, rank: int, world_size: int, done: Done = NOTHING) -> Iterator[Batch]:
+        """This worker's part of every global batch of an epoch that is left; all workers have as many, of equal sizes."""
+
+    def seen(self) -> Tensor | None:
+        """This worker's examples of the epoch so far, 1 or 0 for each in the order of ids; None if `Done.steps` says it all."""
 
 
 def held_out_positions(size: int, config: TrainingConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -65,7 +85,7 @@ class InMemory:
         positions = held_out_positions(len(self.data), self.config)[1]
         return self.data.take(positions) if len(positions) else None
 
-    def batches(self, epoch: int, rank: int, world_size: int) -> Iterator[Batch]:
+    def batches(self, epoch: int, rank: int, world_size: int, done: Done = NOTHING) -> Iterator[Batch]:
         """See EpochSource: the global order depends on (seed, epoch) alone."""
         return epoch_batches(
             self.data,
@@ -76,4 +96,9 @@ class InMemory:
             seed=self.config.seed,
             rank=rank,
             world_size=world_size,
+            first_step=done.steps,
         )
+
+    def seen(self) -> None:
+        """See EpochSource: any number of workers goes through the same batches in the same order."""
+        return None

@@ -125,8 +125,9 @@ def epoch_batches(
     seed: int,
     rank: int = 0,
     world_size: int = 1,
+    first_step: int = 0,
 ) -> Iterator[Batch]:
-    """This worker's part of every global batch of an epoch over the examples at `index`.
+    """This worker's part of every global batch, from `first_step` on, of an epoch over the examples at `index`.
 
     The global order depends on (seed, epoch) alone and is the same for any number of workers; worker r takes
     examples r, r + world_size, ... of each global batch. The batches of an epoch are as equal as can be: a short last
@@ -134,7 +135,7 @@ def epoch_batches(
     by the workers is topped up from the epoch's beginning, so that all workers have equal parts.
     """
     order = index[np.random.default_rng([seed, epoch]).permutation(len(index))]
-    for part in np.array_split(order, steps_per_epoch(len(order), batch_size)):
+    for part in np.array_split(order, steps_per_epoch(len(order), batch_size))[first_step:]:
         short = -len(part) % world_size
         part = np.concatenate([part, order[:short]])
         yield data.batch(part[rank::world_size], images)

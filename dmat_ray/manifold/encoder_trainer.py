@@ -5,7 +5,6 @@ by noise on the w of every layer: projected natural images lie some w_std off W.
 """
 
 import math
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 from dmat_ray import checkpoint
 from dmat_ray.config import EncoderConfig
 from dmat_ray.errors import UserError
-from dmat_ray.files import read_json, write_json
+from dmat_ray.files import read_json
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.encoder import Encoder, as_stored, untrained
 from dmat_ray.manifold.gan import StepDraws
@@ -117,7 +116,7 @@ def train_encoder(config: EncoderConfig, generator: LatentGenerator, generator_s
     """Train an encoder for a frozen generator on `context.device`, which is where the generator must be.
 
     Each worker works on its part of every batch; gradients are averaged. Every `report_kimg` errors and a checkpoint go
-    to `context.report`. Goes on from `context.latest_checkpoint()`, on one CPU worker with the very numbers of an
+    to `context.report`. Goes on from the newest checkpoint, on one CPU worker with the very numbers of an
     uninterrupted run. The samples of a step depend on (seed, step) alone. The weights that are returned are rounded as they are
     stored. Raises UserError if training diverges.
     """
@@ -125,7 +124,7 @@ def train_encoder(config: EncoderConfig, generator: LatentGenerator, generator_s
     training = _Training(config, generator, context)
     about = {"config": config.model_dump(mode="json"), "generator_sha256": generator_sha256}
     first = 0
-    if (found := context.latest_checkpoint()) is not None:
+    if (found := checkpoint.newest(context, PROGRESS)) is not None:
         first, state = _read_checkpoint(found, about)
         training.load(state)
     per_kimg = 1000 / config.batch_size
@@ -138,19 +137,17 @@ def train_encoder(config: EncoderConfig, generator: LatentGenerator, generator_s
             continue
         speed = (i - first) * config.batch_size / (time.monotonic() - began)
         metrics = {"kimg": i / per_kimg, **training.report(), "images_per_second": speed}
-        _report_checkpoint(context, metrics, {**about, "step": i}, training.state())
+        _report_checkpoint(context, metrics, {**about, "step": i, "of": training.steps}, training.state())
     training.encoder.load_state_dict(as_stored(training.encoder))
     return training.encoder.eval().requires_grad_(False)
 
 
 def _report_checkpoint(context: RunContext, metrics: dict[str, float], progress: dict[str, Any], state: dict[str, Any]) -> None:
-    if context.rank != 0:
-        context.report(metrics)
-        return
-    with tempfile.TemporaryDirectory(prefix="dmat_ray_") as folder:
-        torch.save(state, Path(folder) / checkpoint.STATE)
-        write_json(Path(folder) / PROGRESS, progress)
-        context.report(metrics, Path(folder))
+    def write(folder: Path) -> None:
+        torch.save(state, folder / checkpoint.STATE)
+        checkpoint.seal(folder, PROGRESS, progress)
+
+    checkpoint.hand_over(context, metrics, write, wait=progress["step"] == progress["of"])
 
 
 def _read_checkpoint(folder: Path, about: dict[str, Any]) -> tuple[int, dict[str, Any]]:

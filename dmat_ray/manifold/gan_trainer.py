@@ -7,7 +7,6 @@ snapshot is judged (see `quality`); the result is the best one, so that a collap
 
 import copy
 import math
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from dmat_ray import checkpoint
 from dmat_ray.arithmetic import tf32
 from dmat_ray.config import GanConfig
 from dmat_ray.errors import UserError
-from dmat_ray.files import read_json, write_json
+from dmat_ray.files import read_json
 from dmat_ray.manifold import gan
 from dmat_ray.manifold.augment import adapted, augment
 from dmat_ray.manifold.discriminator import Discriminator
@@ -203,14 +202,14 @@ def train_generator(
     `labels` (N) are used if the architecture has classes, and by the judge of samples. Each worker works on its part of
     every batch; gradients are averaged over workers before each optimiser step. Losses go to `context.report` every
     `report_kimg`; every `snapshot_kimg` a checkpoint does, with the samples' quality, and `on_snapshot` is called on
-    rank 0. Goes on from `context.latest_checkpoint()`, on one CPU worker with the very numbers of an uninterrupted run.
+    rank 0. Goes on from the newest checkpoint, on one CPU worker with the very numbers of an uninterrupted run.
     A training that diverges ends with the best snapshot so far, or with a UserError if there is none.
     """
     check_images(config, images, labels)
     check_workers(config, context.world_size)
     training = _Training(config, context)
     first, best, best_quality, history = 0, None, None, []
-    if (found := context.latest_checkpoint()) is not None:
+    if (found := checkpoint.newest(context, PROGRESS)) is not None:
         progress, state = read_progress(found, config)
         training.load(state)
         first, best, best_quality, history = progress["step"], state["best"], progress["best"], progress["history"]
@@ -248,6 +247,7 @@ def train_generator(
         progress = {
             "config": config.model_dump(mode="json"),
             "step": training.steps if diverged else i,
+            "of": training.steps,
             "diverged": diverged,
             "best": best_quality,
             "history": history,
@@ -259,13 +259,11 @@ def train_generator(
 
 
 def _report_checkpoint(context: RunContext, metrics: dict[str, float], progress: dict[str, Any], state: dict[str, Any]) -> None:
-    if context.rank != 0:
-        context.report(metrics)
-        return
-    with tempfile.TemporaryDirectory(prefix="dmat_ray_") as folder:
-        torch.save(state, Path(folder) / checkpoint.STATE)
-        write_json(Path(folder) / PROGRESS, progress)
-        context.report(metrics, Path(folder))
+    def write(folder: Path) -> None:
+        torch.save(state, folder / checkpoint.STATE)
+        checkpoint.seal(folder, PROGRESS, progress)
+
+    checkpoint.hand_over(context, metrics, write, wait=progress["step"] == progress["of"])
 
 
 def _restored(config: GanConfig, state: Any, device: torch.device) -> StyleGAN2:

@@ -4,6 +4,7 @@
 a program (`decoder.pt`, `decoder.pt2`, see `exported`).
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from dmat_ray import weights
 from dmat_ray.cli import describe
@@ -162,7 +164,18 @@ def load_generator(path: str, device: torch.device | str = "cpu", precision: str
 
 def load_configured(config: GeneratorConfig, device: torch.device | str = "cpu") -> LatentGenerator:
     """The generator that the settings name."""
-    return load_generator(config.path, device, config.precision)
+    generator = load_generator(config.path, device, config.precision)
+    if config.recompute:
+        recompute(generator)
+    return generator
+
+
+def recompute(generator: LatentGenerator) -> None:
+    """From now on only the input of each layer is kept for a gradient, and its activations are computed anew (in place)."""
+    synth = generator.synth
+    layers = getattr(synth, "layers", None) or getattr(synth, "convs", None) or [synth]
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def require_images(generator: LatentGenerator, path: str, channels: int, resolution: int) -> None:

@@ -1,0 +1,101 @@
+"""The classifier as attacks see it: frozen, its batch norm folded into the convolutions, in the precision of the attack.
+
+An attack asks for gradients to the input alone, in eval mode, some ten or twenty times a step. There batch norm is a
+constant factor and offset a channel, which a convolution's weights take up; what is left is a network with fewer passes over
+memory. The copy follows the trained network by `refresh`, once a step.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dmat_ray import batch_norm
+
+BATCH_NORM = (nn.BatchNorm2d, batch_norm.TermBatchNorm2d)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.modules.batchnorm._BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _foldable(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[tuple[fx.Node, fx.Node]]:
+    """Convolutions whose output goes to one batch norm and nowhere else, and those batch norms."""
+    calls: dict[Any, int] = {}
+    for node in graph.nodes:
+        calls[node.target] = calls.get(node.target, 0) + 1
+    pairs = []
+    for node in graph.nodes:
+        if node.op != "call_module" or type(modules[node.target]) not in BATCH_NORM or modules[node.target].running_mean is None:
+            continue
+        conv = node.args[0]
+        alone = isinstance(conv, fx.Node) and len(conv.users) == 1 and calls[conv.target] == calls[node.target] == 1
+        if alone and conv.op == "call_module" and type(modules[conv.target]) is nn.Conv2d:
+            pairs.append((conv, node))
+    return pairs
+
+
+class AttackView(nn.Module):
+    """A copy of `network` for attacks; x_BCHW float32 in [0, 1] -> logits_BK float32.
+
+    A network whose forward cannot be traced (one that decides by the values of its input) is copied as it is.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype = torch.float32, channels_last: bool = True) -> None:
+        super().__init__()
+        self._source = (network,)  # in a tuple, so that it is no submodule
+        self._dtype = dtype
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
+        view = copy.deepcopy(network).eval()
+        self._folded: list[tuple[str, str]] = []
+        try:
+            graph = _Tracer().trace(view)
+        except Exception:  # whatever a foreign network does with a stand-in for its input
+            pass
+        else:
+            view = self._fold(fx.GraphModule(view, graph))
+        self.view = view.to(dtype, memory_format=self._layout).requires_grad_(False)  # type: ignore[call-overload]
+        inside = {f"{conv}.{part}" for conv, _ in self._folded for part in ("weight", "bias")}
+        theirs = dict(self.view.named_parameters()) | dict(self.view.named_buffers())
+        live = dict(network.named_parameters()) | dict(network.named_buffers())
+        self._copied = [(theirs[name], live[name]) for name in theirs if name not in inside]
+        modules, seen = dict(network.named_modules()), dict(self.view.named_modules())
+        self._pairs: list[tuple[Any, Any, Any]] = [(seen[conv], modules[conv], modules[bn]) for conv, bn in self._folded]
+        self.refresh()
+
+    def _fold(self, view: fx.GraphModule) -> fx.GraphModule:
+        modules = dict(view.named_modules())
+        for conv, bn in _foldable(view.graph, modules):
+            layer = modules[str(conv.target)]
+            assert isinstance(layer, nn.Conv2d)
+            if layer.bias is None:
+                layer.bias = nn.Parameter(torch.zeros(layer.out_channels, device=layer.weight.device))
+            bn.replace_all_uses_with(conv)
+            view.graph.erase_node(bn)
+            self._folded.append((str(conv.target), str(bn.target)))
+        view.delete_all_unused_submodules()
+        view.recompile()
+        return view
+
+    @property
+    def source(self) -> nn.Module:
+        """The network that is copied."""
+        return self._source[0]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the network's weights and running statistics as they are now."""
+        for mine, theirs in self._copied:
+            mine.copy_(theirs)
+        for view, conv, bn in self._pairs:
+            scale = torch.rsqrt(bn.running_var + bn.eps)
+            scale = scale if bn.weight is None else scale * bn.weight
+            shift = -bn.running_mean if conv.bias is None else conv.bias - bn.running_mean
+            view.weight.copy_(conv.weight * scale[:, None, None, None])
+            view.bias.copy_(shift * scale if bn.bias is None else torch.addcmul(bn.bias, shift, scale))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        logits: Tensor = self.view(x_BCHW.to(self._dtype, memory_format=self._layout))
+        return logits.float() if self._dtype == torch.bfloat16 else logits
