@@ -107,20 +107,25 @@ def _losses(network: nn.Module, batch: Batch, config: AttackConfig) -> list[Loss
     return [targeted_dlr(batch.y_B, t) if name == "dlr" else towards(t) for t in likeliest.unbind(dim=1)]
 
 
-def _search(network: nn.Module, threat: Threat, batch: Batch, loss: Loss, config: AttackConfig, draws: Draws | None) -> Attacked:
+def _search(
+    network: nn.Module, threat: Threat, batch: Batch, loss: Loss, config: AttackConfig, draws: Draws | None, measure: bool
+) -> Attacked:
     search = SEARCHES[config.method](threat, batch, config)
     theta = threat.start(batch, draws)
     for _ in range(config.steps):
         theta = theta.detach().requires_grad_(True)
-        value_B = loss(network(threat.render(batch, theta)))
+        logits = network(threat.render(batch, theta))
+        value_B = loss(logits)
         (gradient,) = torch.autograd.grad(value_B.sum(), theta)
         theta = search.next(theta.detach(), value_B.detach(), gradient)
     with torch.no_grad():
         if config.method == "apgd":
             theta = search.last(theta, loss(network(threat.render(batch, theta))))
         x = threat.render(batch, theta)
-        logits = network(x)
-        return Attacked(x, theta, loss(logits), logits.argmax(dim=1) != batch.y_B)
+        if measure:
+            logits = network(x)
+            value_B = loss(logits)
+        return Attacked(x, theta, value_B.detach(), logits.detach().argmax(dim=1) != batch.y_B)
 
 
 def _check(threat: Threat, batch: Batch, attacked: Attacked) -> None:
@@ -132,13 +137,22 @@ def _check(threat: Threat, batch: Batch, attacked: Attacked) -> None:
 
 
 def attack(
-    network: nn.Module, threat: Threat, batch: Batch, config: AttackConfig, *, seed: int, purpose: str, loss: Loss | None = None
+    network: nn.Module,
+    threat: Threat,
+    batch: Batch,
+    config: AttackConfig,
+    *,
+    seed: int,
+    purpose: str,
+    loss: Loss | None = None,
+    measure: bool = True,
 ) -> Attacked:
     """Search the threat for each example's worst case of `loss` (default: cross entropy to the label).
 
     Random starts derive from (seed, example id, purpose, restart). Of several searches each example keeps one that broke it, and
     among those the one with the highest loss. Raises UserError if the batch is outside [0, 1],
-    NotFiniteError if the network puts out values that are not finite.
+    NotFiniteError if the network puts out values that are not finite. Without `measure`, which training does without, the
+    images that it ends with do not go through the network again: `loss_B` and `broken_B` are those of one step before.
     """
     low, high = batch.x_BCHW.aminmax()
     if not (low >= 0 and high <= 1):
@@ -155,7 +169,7 @@ def attack(
                 raised = loss if loss is not None else _losses(network, part, config)[k]
                 which = f"{purpose}/{restart}" if number == 1 else f"{purpose}/{restart}/{k}"
                 draws = Draws(seed, part.id, which) if config.random_start else None
-                found = _search(network, threat, part, raised, config, draws)
+                found = _search(network, threat, part, raised, config, draws, measure or config.restarts > 1)
                 best = found if best is None else _worse(best, found, standing)
     assert best is not None
     if not torch.isfinite(best.loss_B).all():

@@ -81,9 +81,10 @@ class Objective:
                 with frozen(network), torch.no_grad():
                     loss = kl_to(network(batch.x_BCHW))
             try:
-                images[name] = attack(network, threat, batch, term, seed=seed, purpose=f"{purpose}/{name}", loss=loss).x_BCHW
+                found = attack(network, threat, batch, term, seed=seed, purpose=f"{purpose}/{name}", loss=loss, measure=False)
             except NotFiniteError as error:
                 raise NotFiniteError(f"term {name}: {error}") from None
+            images[name] = found.x_BCHW
         if CLEAN in drawn:
             images[CLEAN] = batch.x_BCHW
         return {name: images[name] for name in self.passes if name in images}
