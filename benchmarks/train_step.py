@@ -1,0 +1,578 @@
+"""What does a step of dual manifold adversarial training cost beside the published one, and is it the same step?
+
+    python benchmarks/train_step.py [--network resnet50] [--kinds stylegan1 stylegan2] [--resolutions 64 256] [--batch 16 256:4]
+        [--sides published ...] [--stylegan1-code DIR] [--device cuda] [--compile] [--rounds 5] [--threads 1] [--json FILE]
+    python benchmarks/train_step.py ray [--steps 200] [--batch 16] [--repeats 2] [--device cuda] [--json FILE]
+
+A step: PGD-5 on the pixels (radius 4/255, steps of 1/255), PGD-5 on w (radius 0.02, steps of 0.005), half of the loss from each,
+SGD with momentum 0.9. Generators have the published widths, all weights are random, and w is known. Sides, of which each in the
+middle adds one change to the one above it:
+
+- published: the published logic, written plainly here: the generator in the papers' arithmetic (for times, with
+  --stylegan1-code, the code of genforce/higan or genforce/interfacegan from a clone), the network attacked in eval mode with
+  frozen parameters, two forward passes in training mode, float32, contiguous.
+- + fast generator: `accelerate` in float32.
+- + attack view: attacks go to `AttackView`, batch norm folded, refreshed once a step.
+- + one batch: `TrainingStep` without channels_last: both terms go through the network together; with all else that it does.
+- ours float32: `TrainingStep` as it comes (channels_last).
+- ours bf16: precision bf16, and the generator in bfloat16; "ours bf16 contiguous" is without channels_last.
+- with --compile, both of ours with training.compile.
+
+All have the same random starts. Before times are taken each side is held against `published`, from the same weights, in three
+ways: the signs of the first gradients of both attacks; the gradient to the weights from the images that the published attacks
+found; and a whole first step: the loss, the weights afterwards (largest difference, relative to the largest of a tensor, without
+those that start at zero), and the cosine of the weights' move. Sign steps through random networks are chaotic: after five of them
+rounding has become another attack, as the row "published, w off by 1e-6" shows, which whole steps are to be held against.
+
+Shares are those of the parts run by themselves: the generator (six synthesis passes, five gradients to w), the classifier under
+attack (ten passes and gradients to its input), its update (passes and gradients to its weights), and what is left of the
+step. FLOPs are those of matrix products and convolutions, of the side itself and of the published step (the work that was asked
+for), against the fastest product or convolution that this machine was seen to do in the same run and precision (on CUDA with
+torch's defaults: float32 convolutions use TF32).
+
+`ray` trains the small network of the demo, with the shipped generator, on digits projected in one step: in this process with
+`LocalContext`, and with one worker on Ray Train, in turns, the other one first each time. A time is that from the end of one step
+to the end of the next, with all that comes in between; medians and means over an epoch without its first steps. The process's own
+processor time, which the load of other processes disturbs less, has in it what Ray does in the worker, but not what its other
+processes take from it.
+
+Ratios are medians over rounds, with quartiles; how they are taken and why the script starts itself again is said in
+benchmarks/generator.py. "A/A" runs the first side twice and shows the noise.
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import json
+import platform
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from attack import CLASSES, quartiles, settled
+from generator import ALLOCATOR, alternate, build, flops_of, machine_limit, published_stylegan1, restart_with, stopwatch
+from torch import Tensor, nn
+
+from dmat_ray import cli
+from dmat_ray.attack import frozen
+from dmat_ray.attack_view import AttackView
+from dmat_ray.cluster.session import prepare_environment
+from dmat_ray.config import Config
+from dmat_ray.errors import UserError
+from dmat_ray.local import LocalContext
+from dmat_ray.manifold import fast
+from dmat_ray.manifold.stylegan1 import StyleGAN1
+from dmat_ray.manifold.stylegan2 import StyleGAN2
+from dmat_ray.rng import Draws
+from dmat_ray.training_step import TrainingStep
+from dmat_ray.types import Batch, Generator
+
+EPS, STEP, ETA, LATENT_STEP, STEPS = 4 / 255, 1 / 255, 0.02, 0.005, 5
+FIRST_RATE, RATE = 0.01, 1e-4  # of the step that is compared, and of those that are timed
+GOALS = {"ours float32": 0.68, "ours bf16": 0.38}  # of the published step's time
+RAY_GOAL = 1.05
+SKIPPED = 20  # first steps of an epoch
+Synthesis = Callable[[Tensor], Tensor]
+
+
+def settings(**training: Any) -> Config:
+    """The step's settings."""
+    terms = {
+        "image": {"weight": 0.5, "eps": EPS, "step_size": STEP, "steps": STEPS},
+        "latent": {"weight": 0.5, "eps": ETA, "step_size": LATENT_STEP, "steps": STEPS},
+    }
+    return Config.model_validate({"objective": {"clean": {"weight": 0}, **terms}, "training": {"momentum": 0.9, **training}})
+
+
+def input_gradient(network: nn.Module, x: Tensor, y_B: Tensor, of: Tensor) -> Tensor:
+    """Of the cross entropy of images that were made of a tensor."""
+    (gradient,) = torch.autograd.grad(F.cross_entropy(network(x), y_B, reduction="sum"), of)
+    return gradient
+
+
+class Published:
+    """The published step. `view` takes the network's place in attacks."""
+
+    def __init__(self, network: nn.Module, synthesis: Synthesis, batch: Batch, view: bool = False) -> None:
+        self.network, self.synthesis, self.batch = network, synthesis, batch
+        self.view = AttackView(network, torch.float32, channels_last=False) if view else None
+        self.optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
+        x, w = batch.x_BCHW, self._w
+        # those of `TrainingStep`, made once: drawing them is no part of what is timed
+        self.delta = (Draws(0, batch.id, "train/0/image/0").uniform(*x.shape[1:], like=x) * 2 - 1) * EPS
+        self.start = (Draws(0, batch.id, "train/0/latent/0").uniform(*w.shape[1:], like=w) * 2 - 1) * ETA
+
+    @property
+    def _w(self) -> Tensor:
+        assert self.batch.w_BLD is not None
+        return self.batch.w_BLD
+
+    @contextlib.contextmanager
+    def attacked(self) -> Iterator[nn.Module]:
+        """What attacks go to."""
+        if self.view is not None:
+            self.view.refresh()
+            yield self.view
+        else:
+            with frozen(self.network):
+                yield self.network
+
+    def image_attack(self, network: nn.Module) -> Tensor:
+        x, delta = self.batch.x_BCHW, (self.batch.x_BCHW + self.delta).clamp(0, 1) - self.batch.x_BCHW
+        for _ in range(STEPS):
+            delta = delta.requires_grad_()
+            gradient = input_gradient(network, x + delta, self.batch.y_B, delta)
+            delta = (delta.detach() + STEP * gradient.sign()).clamp(-EPS, EPS)
+            delta = (x + delta).clamp(0, 1) - x
+        return (x + delta).clamp(0, 1)
+
+    def latent_attack(self, network: nn.Module) -> Tensor:
+        w, move = self._w, self.start
+        for _ in range(STEPS):
+            move = move.detach().requires_grad_()
+            gradient = input_gradient(network, self.synthesis(w + move), self.batch.y_B, move)
+            move = (move.detach() + LATENT_STEP * gradient.sign()).clamp(-ETA, ETA)
+        with torch.no_grad():
+            return self.synthesis(w + move)
+
+    def backward(self, x_image: Tensor, x_latent: Tensor) -> Tensor:
+        """Both terms' gradients, into the parameters; returns the loss."""
+        self.optimizer.zero_grad()
+        losses = [F.cross_entropy(self.network(x), self.batch.y_B) for x in (x_image, x_latent)]
+        loss = 0.5 * losses[0] + 0.5 * losses[1]
+        loss.backward()
+        return loss.detach()
+
+    def __call__(self, rate: float = RATE) -> Tensor:
+        with self.attacked() as network:
+            images = self.image_attack(network), self.latent_attack(network)
+        loss = self.backward(*images)
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.step()
+        return loss
+
+    def update(self, x_image: Tensor, x_latent: Tensor) -> None:
+        """The gradient to the weights, from these images."""
+        self.backward(x_image, x_latent)
+
+
+class Ours:
+    """`TrainingStep` on one batch."""
+
+    def __init__(self, network: nn.Module, generator: Generator, batch: Batch, device: torch.device, **training: Any) -> None:
+        context = LocalContext(Path(tempfile.gettempdir()))  # which writes nothing
+        context.device = device
+        self.step = TrainingStep(settings(**training), network, generator, context)
+        self.network, self.synthesis, self.batch = network, generator.synthesis, batch
+
+    @contextlib.contextmanager
+    def attacked(self) -> Iterator[nn.Module]:
+        """What attacks go to."""
+        self.step.view.refresh()
+        yield self.step.view
+
+    def __call__(self, rate: float = RATE) -> Tensor:
+        return self.step(self.batch, 0, 0, rate)["loss"]
+
+    def update(self, x_image: Tensor, x_latent: Tensor) -> None:
+        """The gradient to the weights, from these images."""
+        images = {"image": x_image, "latent": x_latent}
+        self.step._backward([self.batch], [images], self.step.objective.weights)
+
+
+Side = Published | Ours
+
+
+def parts_of(side: Side) -> dict[str, Callable[[], Any]]:
+    """What a step is made of, each by itself."""
+    w, x, y = side.batch.w_BLD, side.batch.x_BCHW, side.batch.y_B
+    assert w is not None
+
+    def generator() -> None:
+        for _ in range(STEPS):
+            move = torch.zeros_like(w).requires_grad_()
+            torch.autograd.grad(side.synthesis(w + move).sum(), move)
+        with torch.no_grad():
+            side.synthesis(w)
+
+    def attacks() -> None:
+        with side.attacked() as network:
+            for _ in range(2 * STEPS):
+                images = x.detach().requires_grad_()
+                input_gradient(network, images, y, images)
+
+    return {"step": side, "generator": generator, "attacks": attacks, "update": lambda: side.update(x, x)}
+
+
+def in_range(generator: StyleGAN1 | StyleGAN2) -> StyleGAN1 | StyleGAN2:
+    """The generator with images that lie mostly inside (0, 1), where pixels have a gradient."""
+    with torch.no_grad():
+        synth: Any = generator.synth
+        for weight in [synth.image_weight] if isinstance(generator, StyleGAN1) else [layer.conv.weight for layer in synth.images]:
+            weight *= 0.3
+    return generator.eval().requires_grad_(False)
+
+
+class Case:
+    """Generator, network and batch that all sides have."""
+
+    def __init__(self, kind: str, resolution: int, count: int, arguments: argparse.Namespace) -> None:
+        self.arguments, self.device = arguments, torch.device(arguments.device)
+        generator = in_range(build(kind, resolution, arguments.channel_base))
+        generator.measure_w(samples=1000)
+        self.generator = generator.to(self.device)
+        self.quick = {dtype: fast.accelerate(generator, dtype) for dtype in (torch.float32, torch.bfloat16)}
+        draws = torch.Generator().manual_seed(1)
+        z = torch.randn(count, generator.z_dim, generator=draws).to(self.device)
+        w = generator.mapping(z).contiguous()
+        y = torch.randint(CLASSES, (count,), generator=draws).to(self.device)
+        self.batch = Batch([f"example-{i}" for i in range(count)], generator.synthesis(w), y, w)
+        self.network = settled(arguments.network, self.batch.x_BCHW).train()
+        self.published_code: Synthesis | None = None
+        if isinstance(generator, StyleGAN1) and arguments.stylegan1_code:
+            code = published_stylegan1(arguments.stylegan1_code, generator.config).to(self.device).eval().requires_grad_(False)
+            self.published_code = lambda w: ((code(w) + 1) * 0.5).clamp(0, 1)
+
+    def _published(self, generator: Generator, view: bool = False) -> Published:
+        return Published(copy.deepcopy(self.network), generator.synthesis, self.batch, view)
+
+    def _ours(self, dtype: torch.dtype, **training: Any) -> Ours:
+        precision = "bf16" if dtype == torch.bfloat16 else "float32"
+        network = copy.deepcopy(self.network)
+        return Ours(network, self.quick[dtype], self.batch, self.device, precision=precision, **training)
+
+    def sides(self) -> dict[str, Side]:
+        """What is compared, the first being the measure of the others."""
+        single, half = torch.float32, torch.bfloat16
+        makers: dict[str, Callable[[], Side]] = {
+            "published": lambda: self._published(self.generator),
+            "+ fast generator": lambda: self._published(self.quick[single]),
+            "+ attack view": lambda: self._published(self.quick[single], view=True),
+            "+ one batch": lambda: self._ours(single, channels_last=False),
+            "ours float32": lambda: self._ours(single),
+            "ours bf16 contiguous": lambda: self._ours(half, channels_last=False),
+            "ours bf16": lambda: self._ours(half),
+        }
+        if self.arguments.compile:
+            makers["ours float32 compiled"] = lambda: self._ours(single, compile=True)
+            makers["ours bf16 compiled"] = lambda: self._ours(half, compile=True)
+        chosen = self.arguments.sides
+        return {name: make() for name, make in makers.items() if name == "published" or not chosen or name in chosen}
+
+    def control(self) -> Published:
+        """The published step on codes that are off by what rounding might be."""
+        w = self.batch.w_BLD
+        assert w is not None
+        noise = torch.randn(w.shape, generator=torch.Generator().manual_seed(3)).to(w)
+        batch = dataclasses.replace(self.batch, w_BLD=w * (1 + 1e-6 * noise))
+        return Published(copy.deepcopy(self.network), self.generator.synthesis, batch)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a side does from where all sides start."""
+
+    signs: tuple[Tensor, Tensor]
+    gradient: Tensor
+    loss: float
+    weights: dict[str, Tensor]
+    move: Tensor
+
+
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([t.detach().contiguous().flatten().double() for t in tensors])
+
+
+def see(side: Side, start: Published, images: tuple[Tensor, Tensor]) -> Seen:
+    """First gradients, the update from given images, and a whole step; `start` says where attacks begin."""
+    x, w, y = side.batch.x_BCHW, side.batch.w_BLD, side.batch.y_B
+    assert w is not None
+    delta, shift = ((x + start.delta).clamp(0, 1) - x).requires_grad_(), start.start.clone().requires_grad_()
+    with side.attacked() as network:
+        signs = (
+            input_gradient(network, x + delta, y, delta).sign(),
+            input_gradient(network, side.synthesis(w + shift), y, shift).sign(),
+        )
+    parameters, statistics = dict(side.network.named_parameters()), copy.deepcopy(dict(side.network.named_buffers()))
+    side.update(*images)
+    gradient = flat(p.grad for p in parameters.values() if p.grad is not None)
+    with torch.no_grad():
+        for name, buffer in side.network.named_buffers():
+            buffer.copy_(statistics[name])
+    before = flat(parameters.values())
+    loss = float(side(FIRST_RATE))
+    weights = {name: p.detach().clone(memory_format=torch.contiguous_format) for name, p in parameters.items()}
+    return Seen(signs, gradient, loss, weights, flat(parameters.values()) - before)
+
+
+def agreement(case: Case, sides: dict[str, Side]) -> dict[str, dict[str, float]]:
+    """Every side beside the first, printed; and each one's move beside that of ours in float32."""
+    first = sides["published"]
+    assert isinstance(first, Published)
+    with first.attacked() as network:
+        images = first.image_attack(network), first.latent_attack(network)
+    found = {name: see(side, first, images) for name, side in (sides | {"published, w off by 1e-6": case.control()}).items()}
+    truth, single = found["published"], found.get("ours float32")
+    compared = [k for k, p in case.network.named_parameters() if p.abs().max() > 0]
+    print(f"{'':25}  signs of the first gradient  gradient, same images   whole step")
+    print(
+        f"{'to published':25} {'image':>14} {'latent':>14} {'off by':>10} {'cosine':>9} {'loss':>10} {'weights':>8} {'cosine':>8}"
+    )
+    rows = {}
+    for name, own in found.items():
+        signs = [float((a == b).float().mean()) for a, b in zip(own.signs, truth.signs, strict=True)]
+        row = {
+            "image_signs": signs[0],
+            "latent_signs": signs[1],
+            "gradient": float((own.gradient - truth.gradient).norm() / truth.gradient.norm()),
+            "gradient_cosine": float(F.cosine_similarity(own.gradient, truth.gradient, dim=0)),
+            "loss": abs(own.loss - truth.loss) / abs(truth.loss),
+            "weights": max(
+                float((own.weights[k] - w).abs().max() / w.abs().max()) for k, w in truth.weights.items() if k in compared
+            ),
+            "cosine": float(F.cosine_similarity(own.move, truth.move, dim=0)),
+        }
+        if single is not None:
+            row["cosine_to_float32"] = float(F.cosine_similarity(own.move, single.move, dim=0))
+            row["gradient_cosine_to_float32"] = float(F.cosine_similarity(own.gradient, single.gradient, dim=0))
+        print(
+            f"{name:25} {signs[0]:14.3%} {signs[1]:14.3%} {row['gradient']:10.1e} {row['gradient_cosine']:9.6f} "
+            f"{row['loss']:10.1e} {row['weights']:8.1e} {row['cosine']:8.5f}"
+        )
+        rows[name] = row
+    if "ours bf16" in rows and single is not None:
+        row = rows["ours bf16"]
+        print(
+            f"ours bf16 to ours float32: cosine of the gradient from the same images {row['gradient_cosine_to_float32']:.6f}, "
+            f"of a whole step's move {row['cosine_to_float32']:.6f}"
+        )
+    print(f"loss of the published step: {truth.loss:.6f}")
+    return rows
+
+
+def compare(kind: str, resolution: int, count: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for every side, printed."""
+    case = Case(kind, resolution, count, arguments)
+    print(f"\nDMAT step of {arguments.network} and {kind}, {resolution}x{resolution}, batch {count}")
+    sides = case.sides()
+    agreed = agreement(case, sides)
+    if case.published_code is not None:
+        assert isinstance(sides["published"], Published)
+        sides["published"].synthesis = case.published_code
+    clock = stopwatch(case.device)
+    seconds = alternate({**sides, "published again (A/A)": sides["published"]}, arguments.rounds, clock)
+    print(f"\n{'side':24} {'ms a step':>10}   to published (quartiles)  to the side above")
+    rows, above = [], "published"
+    for name, times in seconds.items():
+        above = "published" if name not in sides else above
+        low, middle, high = quartiles(times / seconds["published"])
+        step = quartiles(times / seconds[above])[1]
+        milliseconds = float(np.median(times)) * 1000
+        print(f"{name:24} {milliseconds:10.1f}   {middle:.3f} ({low:.3f} to {high:.3f})    {step:.3f}", flush=True)
+        row = {"kind": kind, "resolution": resolution, "batch": count, "network": arguments.network, "rounds": arguments.rounds}
+        row |= {"side": name, "ms": milliseconds, "ratio": middle, "ratio_quartiles": [low, high], "ratio_to_above": step}
+        rows.append(row | ({"agreement": agreed[name]} if name in agreed else {}))
+        above = name
+    for name, goal in GOALS.items():
+        for row in [row for row in rows if row["side"] == name]:
+            print(f"goal: {name} at most {goal} of published: {row['ratio']:.3f}, {reached(row['ratio'], goal)}")
+    shares = shares_of({name: side for name, side in sides.items() if name.startswith(("published", "ours"))}, case, clock)
+    return [row | shares.get(row["side"], {}) for row in rows]
+
+
+def reached(value: float, goal: float) -> str:
+    return "reached" if value <= goal else "missed"
+
+
+def shares_of(sides: dict[str, Side], case: Case, clock: Callable[[], float]) -> dict[str, dict[str, Any]]:
+    """Where each side's time goes, and how near it comes to what the machine can do, printed."""
+    limits = {
+        name: machine_limit(case.device, dtype, clock) for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16))
+    }
+    runs = {(name, part): run for name, side in sides.items() for part, run in parts_of(side).items()}
+    operations = {key: flops_of(run) for key, run in runs.items() if "compiled" not in key[0]}
+    seconds = alternate(runs, case.arguments.rounds, clock)  # type: ignore[arg-type, type-var]
+    print(
+        f"\nfastest product or convolution: float32 {limits['float32'] / 1e12:.3f} TFLOP/s, bf16 {limits['bf16'] / 1e12:.3f}; "
+        f"published step: {operations['published', 'step'] / 1e9:.1f} GFLOP"
+    )
+    print(
+        f"{'side':24} {'ms a step':>10} {'generator':>10} {'attacks':>9} {'update':>8} {'rest':>7} {'GFLOP':>9}"
+        "   TFLOP/s (of limit)   of the published work"
+    )
+    found = {}
+    for name in sides:
+        step = seconds[name, "step"]
+        share = {part: float(np.median(seconds[name, part] / step)) for part in ("generator", "attacks", "update")}
+        share["rest"] = 1 - sum(share.values())
+        limit, median = limits["bf16" if "bf16" in name else "float32"], float(np.median(step))
+        own, asked = operations.get((name, "step")), operations["published", "step"]
+        counts = {part: operations.get((name, part)) for part in ("step", "generator", "attacks", "update")}
+        found[name] = {"shares": share, "flops": counts, "limit": limit, "asked_flops": asked}
+        gflop, rate = (f"{own / 1e9:.1f}", f"{own / median / 1e12:.3f} ({own / median / limit:.0%})") if own else ("", "")
+        print(
+            f"{name:24} {median * 1000:10.1f} {share['generator']:10.1%} {share['attacks']:9.1%} {share['update']:8.1%} "
+            f"{share['rest']:7.1%} {gflop:>9}   {rate:20} {asked / median / 1e12:.3f} ({asked / median / limit:.0%})",
+            flush=True,
+        )
+    return found
+
+
+def compare_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """All kinds and sizes."""
+    sizes = dict(entry.split(":") for entry in arguments.batch if ":" in entry)
+    common = next((entry for entry in arguments.batch if ":" not in entry), "16")
+    return [
+        row
+        for kind in arguments.kinds
+        for resolution in arguments.resolutions
+        for row in compare(kind, resolution, int(sizes.get(str(resolution), common)), arguments)
+    ]
+
+
+@contextlib.contextmanager
+def recorded(file: Path) -> Iterator[None]:
+    """Inside, every step of a training notes when it ended, by the wall clock and the process's; afterwards that is in `file`."""
+    plain, moments = TrainingStep.__call__, list[tuple[float, float]]()
+
+    def noted(self: TrainingStep, *args: Any) -> dict[str, Tensor]:
+        metrics = plain(self, *args)
+        if self.context.device.type == "cuda":
+            torch.cuda.synchronize()
+        moments.append((time.perf_counter(), time.process_time()))
+        return metrics
+
+    TrainingStep.__call__ = noted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        TrainingStep.__call__ = plain  # type: ignore[method-assign]
+        np.savetxt(file, moments, fmt="%.9f")
+
+
+def train_here(config: Config, file: Path) -> None:
+    """A training in this process."""
+    from dmat_ray.data import manifold_set
+    from dmat_ray.manifold import generators
+    from dmat_ray.trainer import train
+
+    context = LocalContext(file.with_suffix(""))
+    context.device = torch.device("cuda" if config.cluster.gpus_per_worker else "cpu")
+    data = manifold_set.open_set(Path(config.output) / "on_manifold_set", "train")
+    generator = generators.load_configured(config.generator, context.device)
+    with recorded(file):
+        train(config, data, generator, generators.fingerprint(config.generator.path), context)
+
+
+def train_on_ray(config: Config, file: Path) -> None:
+    """The same on Ray Train, as the job does it."""
+    from dmat_ray.cluster import jobs
+    from dmat_ray.cluster import train as stage
+
+    plain = stage.worker
+
+    def worker(settings: dict[str, Any]) -> None:
+        with recorded(file):
+            plain(settings)
+
+    stage.worker = worker
+    try:
+        jobs.train([config], lambda line: None)
+    finally:
+        stage.worker = plain
+
+
+def compare_with_ray(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for every training, printed."""
+    from dmat_ray.cluster import jobs
+
+    count, size = arguments.steps, next((entry for entry in arguments.batch if ":" not in entry), "16")
+    if count <= SKIPPED:
+        raise UserError(f"--steps {count}: the first {SKIPPED} are not counted")
+    options = [
+        *("--data.train_limit", count * int(size), "--data.test_limit", 20, "--generator.precision", "fast"),
+        *("--projection.steps", 1, "--projection.lpips", 0, "--projection.start", "mean", "--projection.poor_l1", 1),
+        *("--projection.shard_size", 400, "--cluster.projection_actors", 1, "--cluster.train_workers", 1),
+        *("--training.epochs", 1, "--training.batch_size", size, "--training.val_examples", 0),
+        *("--cluster.gpus_per_worker", 1 if arguments.device == "cuda" else 0),
+    ]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as root:
+
+        def config_of(name: str) -> Config:
+            return cli.parse("", ["--preset", "demo", "dmat", "--output", root, "--name", name, *map(str, options)])[0]
+
+        jobs.project(config_of("set"), lambda line: None)
+        print(f"\nDMAT steps of digits_cnn and mnist32, 32x32, batch {size}: {count} steps, the first {SKIPPED} not counted")
+        for repeat in range(arguments.repeats):
+            turns = [("local", train_here), ("ray", train_on_ray)]
+            for name, train in turns if repeat % 2 == 0 else turns[::-1]:
+                file = Path(root) / f"{name}{repeat}.moments"
+                train(config_of(f"{name}{repeat}"), file)
+                times, own = np.diff(np.loadtxt(file), axis=0)[SKIPPED - 1 :].T
+                row = {"side": name, "repeat": repeat, "steps": len(times), "median": float(np.median(times))}
+                row |= {"mean": float(times.mean()), "processor": float(np.median(own)), "quartiles": quartiles(times)}
+                rows.append(row)
+                print(
+                    f"{name:6} {row['median'] * 1000:7.2f} ms a step (median), {row['mean'] * 1000:7.2f} (mean); "
+                    f"{row['processor'] * 1000:7.2f} of the processor (median)",
+                    flush=True,
+                )
+    for statistic in ("median", "mean", "processor"):
+        here, there = (np.array([row[statistic] for row in rows if row["side"] == name]) for name in ("local", "ray"))
+        ratio = float(np.median(there / here))
+        print(f"ray to local, by {statistic}: {ratio:.3f} ({', '.join(f'{r:.3f}' for r in there / here)})")
+        if statistic == "median":
+            print(f"goal: at most {RAY_GOAL}: {reached(ratio, RAY_GOAL)}")
+    return rows
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["step", "ray"], default="step")
+    parser.add_argument("--network", default="resnet50", help="torchvision's name")
+    parser.add_argument("--kinds", nargs="+", choices=["stylegan1", "stylegan2"], default=["stylegan1"])
+    parser.add_argument("--resolutions", nargs="+", type=int, default=[64], help="image sizes in pixels")
+    parser.add_argument("--batch", nargs="+", default=["16", "256:4"], help="images a step; RESOLUTION:IMAGES for one size")
+    parser.add_argument("--channel-base", type=int, help="feature channels at resolution r are this / r; default as published")
+    parser.add_argument("--sides", nargs="+", help="only these, and published; default all")
+    parser.add_argument("--stylegan1-code", type=Path, help="clone of genforce/higan or genforce/interfacegan")
+    parser.add_argument("--compile", action="store_true", help="time ours with training.compile too")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
+    parser.add_argument("--steps", type=int, default=200, help="ray: steps of a training")
+    parser.add_argument("--repeats", type=int, default=2, help="ray: trainings of each side")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of one operation")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--json", type=Path, help="write the rows and the machine here")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.device == "cpu":
+        restart_with({**ALLOCATOR, "OMP_NUM_THREADS": str(arguments.threads)})
+    if arguments.what == "ray":
+        prepare_environment()
+    torch.set_num_threads(arguments.threads)
+    random.seed(0)
+    rows = {"step": compare_all, "ray": compare_with_ray}[arguments.what](arguments)
+    if arguments.json:
+        device = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
+        machine = {"device": device, "threads": arguments.threads, "torch": torch.__version__}
+        arguments.json.write_text(json.dumps({"command": sys.argv, **machine, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
