@@ -38,8 +38,9 @@ def _foldable(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[tuple[fx.N
 
 
 class AttackView(nn.Module):
-    """A copy of `network` for attacks; x_BCHW float32 in [0, 1] -> logits_BK float32.
+    """A copy of `network` for attacks; x_BCHW in [0, 1] -> logits_BK, computed in `dtype`, of bfloat16 as float32.
 
+    `folded` names the convolutions and the batch norms that went into them.
     A network whose forward cannot be traced (one that decides by the values of its input) is copied as it is.
     """
 
@@ -49,7 +50,7 @@ class AttackView(nn.Module):
         self._dtype = dtype
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         view = copy.deepcopy(network).eval()
-        self._folded: list[tuple[str, str]] = []
+        self.folded: list[tuple[str, str]] = []
         try:
             graph = _Tracer().trace(view)
         except Exception:  # whatever a foreign network does with a stand-in for its input
@@ -57,12 +58,12 @@ class AttackView(nn.Module):
         else:
             view = self._fold(fx.GraphModule(view, graph))
         self.view = view.to(dtype, memory_format=self._layout).requires_grad_(False)  # type: ignore[call-overload]
-        inside = {f"{conv}.{part}" for conv, _ in self._folded for part in ("weight", "bias")}
+        inside = {f"{conv}.{part}" for conv, _ in self.folded for part in ("weight", "bias")}
         theirs = dict(self.view.named_parameters()) | dict(self.view.named_buffers())
         live = dict(network.named_parameters()) | dict(network.named_buffers())
         self._copied = [(theirs[name], live[name]) for name in theirs if name not in inside]
         modules, seen = dict(network.named_modules()), dict(self.view.named_modules())
-        self._pairs: list[tuple[Any, Any, Any]] = [(seen[conv], modules[conv], modules[bn]) for conv, bn in self._folded]
+        self._pairs: list[tuple[Any, Any, Any]] = [(seen[conv], modules[conv], modules[bn]) for conv, bn in self.folded]
         self.refresh()
 
     def _fold(self, view: fx.GraphModule) -> fx.GraphModule:
@@ -74,7 +75,7 @@ class AttackView(nn.Module):
                 layer.bias = nn.Parameter(torch.zeros(layer.out_channels, device=layer.weight.device))
             bn.replace_all_uses_with(conv)
             view.graph.erase_node(bn)
-            self._folded.append((str(conv.target), str(bn.target)))
+            self.folded.append((str(conv.target), str(bn.target)))
         view.delete_all_unused_submodules()
         view.recompile()
         return view

@@ -22,6 +22,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from dmat_ray import object_store
+from dmat_ray.config import Config
 from dmat_ray.errors import UserError
 
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
@@ -302,3 +303,8 @@ def at(place: "str | Path | Location") -> Location:
     if not rest.split("/", 1)[0]:
         raise UserError(f"'{text}' names no bucket")
     return Location(scheme, str(PurePosixPath(rest)))
+
+
+def set_folder(config: Config) -> Location:
+    """Where the on-manifold set lies: where the settings say, or in the output folder."""
+    return at(config.manifold_set) if config.manifold_set else at(config.output) / "on_manifold_set"

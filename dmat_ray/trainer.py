@@ -232,3 +232,13 @@ def train(
     while not run.progress.finished:
         run.epoch()
     return run.progress.history[-1]
+
+
+def describe(name: str, metrics: Mapping[str, float], epochs: int) -> str:
+    """One line about an epoch."""
+    terms = [key.removeprefix("train_").removesuffix("_accuracy") for key in metrics if key.endswith("_accuracy")]
+    accuracies = ", ".join(f"{term} {metrics[f'train_{term}_accuracy']:.0%}" for term in terms)
+    line = f"{name}: epoch {metrics['epoch']:.0f}/{epochs}, loss {metrics['train_loss']:.3f}, training accuracy {accuracies}"
+    if "val_robust" in metrics:
+        line += f"; held out: clean {metrics['val_clean']:.0%}, under all attacks {metrics['val_robust']:.0%}"
+    return line

@@ -23,11 +23,11 @@ def _moving_average(decay: float) -> Any:
     @torch.no_grad()
     def update(averaged: list[Tensor], trained: list[Tensor], steps: Tensor | int) -> None:
         kept = min(decay, (1 + int(steps)) / (10 + int(steps)))
-        floats = [(a, t) for a, t in zip(averaged, trained, strict=True) if a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in floats], [t for _, t in floats], 1 - kept)
-        for a, t in zip(averaged, trained, strict=True):
-            if not a.is_floating_point():
-                a.copy_(t)
+        # AveragedModel calls once for each dtype
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(averaged, trained, 1 - kept)
+        else:
+            torch._foreach_copy_(averaged, trained)
 
     return update
 
@@ -42,7 +42,8 @@ class TrainingStep:
         self.network = network.to(memory_format=self._layout)  # type: ignore[call-overload]
         if config.objective.batch_norm == "per_term":
             batch_norm.keep_apart(network, len(self.objective.passes))
-        attacked = torch.bfloat16 if (settings.attack_precision or settings.precision) == "bf16" else torch.float32
+        lowered = (settings.attack_precision or settings.precision) == "bf16"
+        attacked = torch.bfloat16 if lowered else next(network.parameters()).dtype
         self.view = AttackView(network, attacked, settings.channels_last)
         if settings.compile:
             self.view.view.compile()

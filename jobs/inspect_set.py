@@ -12,12 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 from dmat_ray import cli
-from dmat_ray.cluster.session import set_folder
 from dmat_ray.config import Config
 from dmat_ray.data.set_format import MANIFEST, SHARDS
 from dmat_ray.data.set_writer import SETTINGS
 from dmat_ray.errors import UserError
-from dmat_ray.storage import at
+from dmat_ray.storage import at, set_folder
 
 
 def _count(text: str) -> int:

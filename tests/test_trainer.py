@@ -7,18 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dmat_ray import checkpoint, classifiers, trainer
-from dmat_ray.config import ClassifierConfig, Config, TrainingConfig
+from dmat_ray.config import ClassifierConfig, Config
 from dmat_ray.data.epochs import held_out_positions
 from dmat_ray.data.manifold_set import ManifoldSet, epoch_batches, open_set
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators
 from dmat_ray.manifold.stylegan2 import StyleGAN2
-from dmat_ray.schedules import learning_rate
 
 MakeConfig = Callable[..., Config]
 NATURAL = {"images": "natural"}
@@ -216,20 +213,6 @@ def test_divergence_is_explained(train: Train, make_config: MakeConfig, tmp_path
     config = make_config(training={"lr_values": [1e20, 1e20], "val_examples": 0}, objective=objective)
     with pytest.raises(UserError, match=r"lower training\.lr_values"):
         train(config, tmp_path)
-
-
-@given(values=st.lists(st.floats(0, 1), min_size=2, max_size=6), seed=st.integers(0, 100), epoch=st.floats(-1, 30))
-def test_learning_rate_is_numpys_interpolation(values: list[float], seed: int, epoch: float) -> None:
-    knots = np.cumsum(np.random.default_rng(seed).uniform(0.1, 5, len(values)))
-    config = TrainingConfig(lr_epochs=tuple(knots), lr_values=tuple(values))
-    assert learning_rate(config, epoch) == pytest.approx(np.interp(epoch, knots, values))
-
-
-def test_learning_rate_on_the_published_knots() -> None:
-    """[0,1,6,12,15,20] -> [0,.4,.04,.004,.0004,.0001], worked out by hand between them."""
-    points = {0: 0, 0.5: 0.2, 1: 0.4, 3.5: 0.22, 6: 0.04, 9: 0.022, 12: 0.004, 13.5: 0.0022, 15: 4e-4, 17.5: 2.5e-4, 20: 1e-4}
-    found = {epoch: learning_rate(TrainingConfig(), epoch) for epoch in points}
-    assert found == pytest.approx(points)
 
 
 def test_standard_training_is_plain_sgd(train: Train, make_config: MakeConfig, tmp_path: Path, data: ManifoldSet) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dmat_ray.cluster import tracking
-from dmat_ray.cluster.session import connected, set_folder
+from dmat_ray.cluster.session import connected
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
+from dmat_ray.storage import set_folder
 
 
 class Speaker:
@@ -79,13 +80,14 @@ def project(config: Config, say: Callable[[str], None], parent: str | None = Non
 
 def train(configs: list[Config], say: Callable[[str], None], parent: str | None = None) -> list[Path]:
     """Training, tracked. Returns the folders of the models."""
+    from dmat_ray import models
     from dmat_ray.cluster import train as stage
 
-    todo = stage.untrained(configs, say)
+    todo = models.untrained(configs, say)
     if todo:
         with connected(configs[0].cluster):
             stage.train_models(todo, say, parent)
-    return [stage.model_folder(c) for c in configs]
+    return [models.model_folder(c) for c in configs]
 
 
 def evaluate(config: Config, models: dict[str, Path], say: Callable[[str], None], parent: str | None = None) -> Any:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from dmat_ray.config import ClusterConfig, Config
 from dmat_ray.errors import UserError
-from dmat_ray.storage import Location, at
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +26,7 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # the C++ side writes advice for Ray's developers to the driver's terminal
     "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a checkpoint within an epoch comes without metrics
     "PYTHONWARNINGS": "ignore",
     "OMP_NUM_THREADS": "1",
 }
@@ -75,11 +75,6 @@ def cluster_address(config: ClusterConfig) -> str | None:
 def is_own(config: ClusterConfig) -> bool:
     """True if the job starts a Ray of its own on this machine."""
     return cluster_address(config) is None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
-
-
-def set_folder(config: Config) -> Location:
-    """Where the on-manifold set lies: where the settings say, or in the output folder."""
-    return at(config.manifold_set) if config.manifold_set else at(config.output) / "on_manifold_set"
 
 
 def worker_count(config: ClusterConfig) -> int | tuple[int, int]:

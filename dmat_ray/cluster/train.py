@@ -11,19 +11,19 @@ import ray.train
 import ray.train.torch
 import torch
 
-from dmat_ray import checkpoint, classifiers
+from dmat_ray import checkpoint
 from dmat_ray.cluster import session, tracking
 from dmat_ray.cluster.context import RayContext
 from dmat_ray.cluster.events import listen, no_retry_of_user_errors
 from dmat_ray.cluster.ingest import Streamed
-from dmat_ray.cluster.session import set_folder
 from dmat_ray.config import Config
-from dmat_ray.data import manifold_set, set_reader
-from dmat_ray.data.epochs import held_out_positions
+from dmat_ray.data import manifold_set
 from dmat_ray.errors import UserError
 from dmat_ray.files import text_digest
 from dmat_ray.manifold import generators
-from dmat_ray.trainer import check_inputs, train
+from dmat_ray.models import model_folder, publish, set_digest
+from dmat_ray.storage import set_folder
+from dmat_ray.trainer import describe, train
 
 ELASTIC_S = 60.0  # between looks for machines that have come
 
@@ -67,73 +67,6 @@ def _train(settings: dict[str, Any]) -> None:
         train(config, source, generator, generators.fingerprint(config.generator.path), context)
 
 
-def model_folder(config: Config) -> Path:
-    """Where a trained model ends up."""
-    return Path(config.output).resolve() / "models" / config.name
-
-
-def is_trained(config: Config) -> bool:
-    """True if the model is there, finished, with these settings and this set."""
-    folder = model_folder(config)
-    if not (folder / checkpoint.RUN).is_file():
-        return False
-    run = checkpoint.read_run(folder)
-    with contextlib.suppress(UserError):
-        checkpoint.require_same_config(run["config"], config, folder)
-        same_generator = run["generator_sha256"] == generators.fingerprint(config.generator.path)
-        same_set = run.get("set_sha256") == _set_digest(config)
-        return bool(run["finished"] and same_generator and same_set)
-    return False
-
-
-def _set_digest(config: Config) -> str:
-    """What `ManifoldSet.sha256` of the output folder's set is."""
-    return set_reader.digest(set_reader.read_manifest(set_folder(config)))
-
-
-def _describe(name: str, metrics: dict[str, float], epochs: int) -> str:
-    losses = [
-        f"{part} {metrics[f'train_{part}_accuracy']:.0%}"
-        for part in ("clean", "image", "latent", "fog")
-        if f"train_{part}_accuracy" in metrics
-    ]
-    line = f"{name}: epoch {metrics['epoch']:.0f}/{epochs}, loss {metrics['train_loss']:.3f}, training accuracy " + ", ".join(
-        losses
-    )
-    if "val_robust" in metrics:
-        line += f"; held out: clean {metrics['val_clean']:.0%}, under all attacks {metrics['val_robust']:.0%}"
-    return line
-
-
-def untrained(configs: list[Config], say: Callable[[str], None]) -> list[Config]:
-    """Those whose model is not there yet, checked against the set. Needs no Ray.
-
-    Raises UserError for settings that do not fit the set, or names that clash.
-    """
-    names = [c.name for c in configs]
-    if len(set(names)) < len(names) or "" in names:
-        raise UserError(f"every model needs a name of its own; given: {', '.join(map(repr, names))}")
-    todo = []
-    for config in configs:
-        if is_trained(config):
-            say(f"{config.name}: is trained already and unchanged, nothing to do")
-        else:
-            todo.append(config)
-    if todo:
-        manifest = set_reader.read_manifest(set_folder(todo[0]))
-        channels, resolution, _ = manifest["shapes"]["on_manifold"]
-        usable = manifest["usable"].get("train", 0)
-        if usable == 0:
-            raise UserError(f"the set '{set_folder(todo[0])}' has no usable image in its train split")
-        for config in todo:
-            check_inputs(config, manifest, generators.fingerprint(config.generator.path), config.cluster.train_workers)
-            classifiers.require_trainable(config.classifier, channels, resolution, len(manifest["class_names"]))
-            held_out_positions(usable, config.training)
-        if len({c.training.loader for c in todo}) > 1:
-            raise UserError("training.loader must be the same for all methods that are trained together")
-    return todo
-
-
 def train_models(todo: list[Config], say: Callable[[str], None], parent: str | None = None) -> None:
     """Train models that `untrained` returned. Ray must be connected.
 
@@ -154,7 +87,7 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: str | N
                 return
             metrics, name = event["metrics"], event["run"]
             runs[name].metrics(metrics, step=int(metrics["epoch"]))
-            say(_describe(name, metrics, epochs[name]))
+            say(describe(name, metrics, epochs[name]))
 
         mailbox = stack.enter_context(listen(handle))
         say(f"starting {first.cluster.train_workers} workers to train {', '.join(epochs)}")
@@ -182,14 +115,14 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: str | N
         for config in todo:
             final = _final_checkpoint(storage / key, config)
             folder = model_folder(config)
-            _publish(final, folder)
+            publish(final, folder)
             runs[config.name].artifact(folder, "checkpoint")
     shutil.rmtree(storage / key, ignore_errors=True)
 
 
 def _key(config: Config) -> str:
     """Changes with whatever changes the trained weights."""
-    text = json.dumps([checkpoint.relevant(config), config.name, _set_digest(config)], sort_keys=True)
+    text = json.dumps([checkpoint.relevant(config), config.name, set_digest(config)], sort_keys=True)
     return text_digest(text)[:8]
 
 
@@ -200,14 +133,3 @@ def _final_checkpoint(folder: Path, config: Config) -> Path:
             if run["config"]["name"] == config.name and run["finished"]:
                 return found
     raise RuntimeError(f"Ray Train finished, but '{folder}' holds no final checkpoint of {config.name}")
-
-
-def _publish(source: Path, folder: Path) -> None:
-    """The model without its optimiser state, in place of an older one, whole or not at all."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    shutil.copy2(source / checkpoint.MODEL, partial / checkpoint.MODEL)
-    checkpoint.seal(partial, checkpoint.RUN, checkpoint.read_run(source))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)

@@ -14,10 +14,11 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from dmat_ray import cli, presets
 from dmat_ray.cluster import session, tracking
 from dmat_ray.cluster.events import listen, send
-from dmat_ray.cluster.session import set_folder
-from dmat_ray.cluster.train import untrained, worker
+from dmat_ray.cluster.train import worker
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
+from dmat_ray.models import untrained
+from dmat_ray.storage import set_folder
 
 
 def load_space(path: str) -> ModuleType:
@@ -65,7 +66,7 @@ def _trial(sample: dict[str, Any], *, base: dict[str, Any], overrides: Callable[
         worker,
         train_loop_config={"configs": [config.to_json()], "set": set_path, "mailbox": mailbox},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.cluster.train_workers,
+            num_workers=session.worker_count(config.cluster),
             use_gpu=config.cluster.gpus_per_worker > 0,
             resources_per_worker=session.worker_resources(config.cluster),
         ),
@@ -74,7 +75,7 @@ def _trial(sample: dict[str, Any], *, base: dict[str, Any], overrides: Callable[
             storage_path=str(Path(config.output) / "tune" / "trials"),
             callbacks=[TuneReportCallback()],
             failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
     ).fit()
 
@@ -127,6 +128,9 @@ def search(config: Config, say: Callable[[str], None]) -> list[dict[str, Any]]:
                     child.tag(f"sample.{key}", str(value))
                 children[name] = child
                 say(f"{name} starts: " + ", ".join(f"{k} = {v}" for k, v in event["sample"].items()))
+                return
+            if "text" in event:
+                say(f"{name}: {event['text']}")
                 return
             metrics = event["metrics"]
             children[name].metrics(metrics, step=int(metrics["epoch"]))

@@ -1,0 +1,79 @@
+"""The trained models of an output folder, and which of them are still to be trained."""
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from dmat_ray import checkpoint, classifiers
+from dmat_ray.config import Config
+from dmat_ray.data import set_reader
+from dmat_ray.data.epochs import held_out_positions
+from dmat_ray.errors import UserError
+from dmat_ray.manifold import generators
+from dmat_ray.storage import set_folder
+from dmat_ray.trainer import check_inputs
+
+
+def model_folder(config: Config) -> Path:
+    """Where a trained model ends up."""
+    return Path(config.output).resolve() / "models" / config.name
+
+
+def is_trained(config: Config) -> bool:
+    """True if the model is there, finished, with these settings and this set."""
+    folder = model_folder(config)
+    if not (folder / checkpoint.RUN).is_file():
+        return False
+    run = checkpoint.read_run(folder)
+    with contextlib.suppress(UserError):
+        checkpoint.require_same_config(run["config"], config, folder)
+        same_generator = run["generator_sha256"] == generators.fingerprint(config.generator.path)
+        same_set = run.get("set_sha256") == set_digest(config)
+        return bool(run["finished"] and same_generator and same_set)
+    return False
+
+
+def set_digest(config: Config) -> str:
+    """What `ManifoldSet.sha256` of the output folder's set is."""
+    return set_reader.digest(set_reader.read_manifest(set_folder(config)))
+
+
+def untrained(configs: list[Config], say: Callable[[str], None], workers: int | None = None) -> list[Config]:
+    """Those whose model is not there yet, checked against the set, for so many `workers` (null: as configured).
+
+    Raises UserError for settings that do not fit the set, or names that clash.
+    """
+    names = [c.name for c in configs]
+    if len(set(names)) < len(names) or "" in names:
+        raise UserError(f"every model needs a name of its own; given: {', '.join(map(repr, names))}")
+    todo = []
+    for config in configs:
+        if is_trained(config):
+            say(f"{config.name}: is trained already and unchanged, nothing to do")
+        else:
+            todo.append(config)
+    if todo:
+        manifest = set_reader.read_manifest(set_folder(todo[0]))
+        channels, resolution, _ = manifest["shapes"]["on_manifold"]
+        usable = manifest["usable"].get("train", 0)
+        if usable == 0:
+            raise UserError(f"the set '{set_folder(todo[0])}' has no usable image in its train split")
+        for config in todo:
+            check_inputs(config, manifest, generators.fingerprint(config.generator.path), workers or config.cluster.train_workers)
+            classifiers.require_trainable(config.classifier, channels, resolution, len(manifest["class_names"]))
+            held_out_positions(usable, config.training)
+        if len({c.training.loader for c in todo}) > 1:
+            raise UserError("training.loader must be the same for all methods that are trained together")
+    return todo
+
+
+def publish(source: Path, folder: Path) -> None:
+    """The model without its optimiser state, in place of an older one, whole or not at all."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    shutil.copy2(source / checkpoint.MODEL, partial / checkpoint.MODEL)
+    checkpoint.seal(partial, checkpoint.RUN, checkpoint.read_run(source))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)

@@ -1,0 +1,124 @@
+"""The copy that attacks see is the network: its outputs and its gradients to the image."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dmat_ray import classifiers
+from dmat_ray.attack_view import AttackView
+from dmat_ray.config import ClassifierConfig
+
+
+def trained_a_little(network: nn.Module, channels: int, size: int) -> nn.Module:
+    """In float64 and eval mode, with batch-norm statistics and weights that are not those it starts with."""
+    network.double().train()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        network(torch.rand(4, channels, size, size, generator=generator, dtype=torch.float64))
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.weight.uniform_(0.5, 1.5, generator=generator)
+                module.bias.uniform_(-0.3, 0.3, generator=generator)
+    return network.eval()
+
+
+def require_same(view: nn.Module, network: nn.Module, x: Tensor) -> None:
+    """Outputs, and gradients of a sum of them that weighs each differently."""
+    found, expected = [], []
+    for results, f in ((found, view), (expected, network)):
+        start = x.clone().requires_grad_(True)
+        out = f(start)
+        weights = torch.arange(out.numel(), dtype=out.dtype).view_as(out).sin()
+        results += [out, *torch.autograd.grad((out * weights).sum(), start)]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+NETWORKS = [("digits_cnn", 4), ("resnet18", 20), ("densenet121", 59), ("mobilenet_v3_small", 34), ("vgg11_bn", 8), ("vgg11", 0)]
+
+
+@pytest.mark.parametrize(("name", "folded"), NETWORKS)
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_view_is_the_network(name: str, folded: int, channels_last: bool) -> None:
+    torch.manual_seed(1)
+    network = trained_a_little(classifiers.build(ClassifierConfig(name=name), 3, 5), 3, 40)
+    view = AttackView(network, torch.float64, channels_last)
+    assert len(view.folded) == folded
+    x = torch.rand(3, 3, 40, 40, dtype=torch.float64)
+    require_same(view, network, x)
+    with torch.no_grad():
+        for tensor in [*network.parameters(), *(b for b in network.buffers() if b.is_floating_point())]:
+            tensor.mul_(1.1)
+    with pytest.raises(AssertionError, match="not close"):
+        require_same(view, network, x)
+    view.refresh()
+    require_same(view, network, x)
+
+
+@pytest.mark.parametrize("name", ["timm/resnet18", "timm/convnext_atto", "timm/resnetv2_18", "timm/efficientnet_lite0"])
+def test_timm_models_have_views(name: str) -> None:
+    torch.manual_seed(1)
+    network = trained_a_little(classifiers.build(ClassifierConfig(name=name), 1, 5), 1, 32)
+    require_same(AttackView(network, torch.float64), network, torch.rand(2, 1, 32, 32, dtype=torch.float64))
+
+
+class Deciding(nn.Module):
+    """Cannot be traced: what it does depends on the values of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x)).relu().mean(dim=(2, 3))
+        return self.head(x if x.sum() > 0 else -x)
+
+
+class Twice(nn.Module):
+    """A convolution with two batch norms, a batch norm with two uses, and an output that goes two ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.one, self.two = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.split, self.after = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.bare = nn.Conv2d(4, 4, 1, bias=False)
+        self.last = nn.BatchNorm2d(4, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(self.shared(x)).relu() + self.two(self.shared(x * 2)).tanh()
+        y = self.split(x)
+        x = self.after(y) + y.sin() + self.after(x)
+        return self.last(self.bare(x)).mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize(("make", "folded"), [(Deciding, 0), (Twice, 1)])
+def test_what_cannot_be_folded_stays(make: type[nn.Module], folded: int) -> None:
+    torch.manual_seed(2)
+    network = make().double()
+    network(torch.rand(5, 1, 8, 8, dtype=torch.float64))
+    view = AttackView(network.eval(), torch.float64)
+    assert len(view.folded) == folded
+    require_same(view, network, torch.rand(3, 1, 8, 8, dtype=torch.float64))
+
+
+def test_bf16_is_near_and_float32_comes_out() -> None:
+    torch.manual_seed(1)
+    network = classifiers.build(ClassifierConfig(name="digits_cnn"), 1, 5).eval()
+    x = torch.rand(8, 1, 32, 32)
+    with torch.no_grad():
+        found, expected = AttackView(network, torch.bfloat16)(x), network(x)
+    assert found.dtype == torch.float32
+    error = (found - expected).abs().max() / expected.abs().max()
+    assert 0 < error < 0.03
+
+
+def test_attacks_on_the_view_leave_the_network_alone() -> None:
+    network = classifiers.build(ClassifierConfig(name="digits_cnn"), 1, 5).train()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    view = AttackView(network)
+    view(torch.rand(4, 1, 32, 32)).sum()
+    assert not any(p.requires_grad for p in view.parameters())
+    assert all(p.requires_grad for p in network.parameters())
+    assert network.training
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+    assert len(list(network.modules())) == len(list(classifiers.build(ClassifierConfig(name="digits_cnn"), 1, 5).modules()))
