@@ -120,20 +120,20 @@ def hand_over(context: RunContext, metrics: dict[str, float], write: Callable[[P
     if context.rank != 0:
         context.report(metrics)
         return
+    folder = Path(tempfile.mkdtemp(prefix="dmat_ray_"))
     try:
-        folder = Path(tempfile.mkdtemp(prefix="dmat_ray_"))
         try:
             write(folder)
-            context.report(metrics, folder, wait=wait)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if not (isinstance(error, OSError) or "write" in str(error) or "I/O" in str(error)):
+        except (SafetensorError, RuntimeError) as error:  # what safetensors and torch make of the system's errors
+            raise OSError(str(error).splitlines()[0]) from error
+        context.report(metrics, folder, wait=wait)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if not isinstance(error, OSError):
             raise
         kept = next(iter(context.checkpoints()), None)
         raise UserError(
-            f"a checkpoint cannot be written ({str(error).splitlines()[0]}): is the disk full? "
+            f"a checkpoint cannot be written ({error}): is the disk full? "
             + (f"The last good one is '{kept}'; free space and run again to go on from it" if kept else "There is none before it")
         ) from error
 

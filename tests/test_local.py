@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torchrun import run_two_workers
+from two_workers import one_step
 
 from dmat_ray import checkpoint, objectives
 from dmat_ray.attack_view import AttackView
@@ -97,6 +98,15 @@ def test_two_workers_average_their_gradients(
                     two.copy_(mean)
     for key, value in workers[0].state_dict().items():
         np.testing.assert_allclose(value, ranks[0]["weights"][key], atol=1e-4, rtol=1e-3, err_msg=key)
+
+
+def test_a_step_of_two_workers_is_that_of_one_on_the_joined_batch(
+    ranks: list[dict[str, Any]], config: Config, set_folder: Path, tmp_path: Path
+) -> None:
+    """Where batch norm is frozen; elsewhere each worker normalises by its own part."""
+    expected = one_step(config, open_set(set_folder, "train"), LocalContext(tmp_path))
+    for rank in ranks:
+        torch.testing.assert_close(rank["step_weights"], expected, atol=1e-9, rtol=1e-7)
 
 
 def test_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:

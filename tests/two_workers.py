@@ -5,13 +5,17 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from dmat_ray import classifiers
 from dmat_ray.config import Config
-from dmat_ray.data.manifold_set import open_set
+from dmat_ray.data.manifold_set import ManifoldSet, open_set
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators
 from dmat_ray.trainer import train
+from dmat_ray.training_step import TrainingStep
+from dmat_ray.types import Batch
 
 
 class RecordingContext(LocalContext):
@@ -27,6 +31,19 @@ class RecordingContext(LocalContext):
         super().report(metrics, checkpoint, wait=wait)
 
 
+def one_step(config: Config, data: ManifoldSet, context: LocalContext) -> dict[str, torch.Tensor]:
+    """Weights after one step in float64 with frozen statistics, each worker with its part of a batch of eight."""
+    generator = generators.load_generator(config.generator.path).double()
+    torch.manual_seed(7)
+    network = classifiers.build(config.classifier, 1, 3).double().train()
+    frozen = config.model_copy(update={"objective": config.objective.model_copy(update={"batch_norm": "frozen"})})
+    step = TrainingStep(frozen, network, generator, context)
+    batch = data.batch(np.arange(8)[context.rank :: context.world_size], "on_manifold")
+    assert batch.w_BLD is not None
+    step(Batch(batch.id, batch.x_BCHW.double(), batch.y_B, batch.w_BLD.double()), 0, 0, 0.1)
+    return network.state_dict()
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder, set_folder = Path(sys.argv[1]), Path(sys.argv[2])
@@ -34,6 +51,7 @@ def main() -> None:
     generator = generators.load_generator(config.generator.path)
     context = RecordingContext(folder)
     train(config, open_set(set_folder, "train"), generator, generators.fingerprint(config.generator.path), context)
+    step_weights = one_step(config, open_set(set_folder, "train"), LocalContext(folder))
     rank = float(context.rank)
     averaged = [torch.tensor([rank, 2 * rank]), torch.tensor([[2 + rank]]), torch.tensor(rank, dtype=torch.float64)]
     context.average_(averaged)
@@ -42,6 +60,7 @@ def main() -> None:
         "weights": context.network.state_dict(),
         "reports": context.reports,
         "averaged": averaged,
+        "step_weights": step_weights,
         "world_size": context.world_size,
     }
     torch.save(found, folder / f"rank{context.rank}.pt")
