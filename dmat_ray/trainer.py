@@ -122,6 +122,11 @@ class _Run:
         state = checkpoint.load_state(folder)
         self.step.load(state["step"])
         self.progress = _Progress.of(run, state["progress"], self.context.device)
+        if not self.progress.finished:
+            workers = f"{self.context.world_size} worker{'s' if self.context.world_size > 1 else ''}"
+            done = self.progress.done.steps
+            within = f", after step {done} of {self.steps}" if done else ""
+            self.context.say(f"{self.config.name}: going on with epoch {self.progress.epoch + 1}{within}, with {workers}")
 
     def epoch(self) -> None:
         """The rest of an epoch, its validation, and what is reported of it."""
@@ -145,6 +150,9 @@ class _Run:
                     self._require_finite()
                     progress.done = Done(step + 1, workers, self._seen())
                     self._save({}, wait=leaving)
+                    if leaving:
+                        at = f"epoch {epoch + 1}, step {step + 1} of {self.steps}"
+                        context.say(f"{self.config.name}: a machine will be taken away; checkpoint written after {at}")
         seconds = time.monotonic() - began
         self._require_finite()
         metrics = {**progress.sums.means(context), "epoch": epoch + 1.0, "lr": learning_rate(settings, epoch + 1)}

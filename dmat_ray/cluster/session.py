@@ -60,6 +60,9 @@ def prepare_environment(config: Config | None = None) -> None:
                     f"{name} '{place}' is relative, but a submitted job runs in a temporary copy of its working directory; "
                     f"give --{name} an absolute path that all nodes share"
                 )
+    if config is not None and worker_count(config.cluster) != config.cluster.train_workers:
+        # after a machine is lost Ray Train may count on it for so long, before it starts with those that are left
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
     own = config is None or cluster_address(config.cluster) is None
     local = LOCAL_ENVIRONMENT if own and not os.environ.get("RAY_ADDRESS") else {}
     for key, value in {**ENVIRONMENT, **local}.items():

@@ -25,8 +25,6 @@ from dmat_ray.models import model_folder, publish, set_digest
 from dmat_ray.storage import set_folder
 from dmat_ray.trainer import describe, train
 
-ELASTIC_S = 60.0  # between looks for machines that have come
-
 
 class _NamedContext(RayContext):
     """Goes on from the group's checkpoints only if they belong to this run."""
@@ -90,7 +88,8 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: str | N
             say(describe(name, metrics, epochs[name]))
 
         mailbox = stack.enter_context(listen(handle))
-        say(f"starting {first.cluster.train_workers} workers to train {', '.join(epochs)}")
+        count = session.worker_count(first.cluster)
+        say(f"starting {count if isinstance(count, int) else ' to '.join(map(str, count))} workers to train {', '.join(epochs)}")
         trainer = ray.train.torch.TorchTrainer(
             worker,
             train_loop_config={
@@ -99,8 +98,8 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: str | N
                 "mailbox": mailbox,
             },
             scaling_config=ray.train.ScalingConfig(
-                num_workers=session.worker_count(first.cluster),
-                elastic_resize_monitor_interval_s=ELASTIC_S,
+                num_workers=count,
+                elastic_resize_monitor_interval_s=first.cluster.resize_seconds,
                 use_gpu=first.cluster.gpus_per_worker > 0,
                 resources_per_worker=session.worker_resources(first.cluster),
             ),

@@ -67,6 +67,7 @@ def _trial(sample: dict[str, Any], *, base: dict[str, Any], overrides: Callable[
         train_loop_config={"configs": [config.to_json()], "set": set_path, "mailbox": mailbox},
         scaling_config=ray.train.ScalingConfig(
             num_workers=session.worker_count(config.cluster),
+            elastic_resize_monitor_interval_s=config.cluster.resize_seconds,
             use_gpu=config.cluster.gpus_per_worker > 0,
             resources_per_worker=session.worker_resources(config.cluster),
         ),

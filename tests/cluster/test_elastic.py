@@ -1,0 +1,81 @@
+"""Trainings on machines that come and go: a node is added, another is announced to go and goes, within epochs."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.cluster_utils import Cluster
+from small import SMALL, processes_below, wait_for
+
+pytestmark = pytest.mark.cluster
+ROOT = Path(__file__).parents[2]
+# statistics that do not depend on how a batch is dealt to workers, and steps of about a second
+OPTIONS = [
+    *("--preset", "demo", "dmat", "--name", "dmat", "--objective.batch_norm", "frozen", "--objective.latent.steps", "60"),
+    *("--training.epochs", "6", "--training.val_examples", "0"),
+    *("--training.checkpoint_minutes", "0.05"),
+]
+ELASTIC = [
+    *("--cluster.train_workers", "2", "--cluster.train_workers_min", "1", "--cluster.threads_per_worker", "2"),
+    *("--cluster.resize_seconds", "2"),
+]
+
+
+@pytest.fixture
+def machines() -> Iterator[Cluster]:
+    """A head that computes nothing, and one machine."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster.add_node(num_cpus=2)
+    yield cluster
+    cluster.shutdown()
+
+
+def start(output: Path, *options: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--output", str(output), *SMALL, *OPTIONS, *options]
+    given = {"ENABLE_PREEMPTION_WATCHER": "1", "PREEMPTION_POLL_INTERVAL_S": "0.5", "WORKER_GROUP_START_TIMEOUT_S": "45"}
+    environment = {**os.environ, **{f"RAY_TRAIN_{name}": value for name, value in given.items()}}
+    with (output / "log").open("w") as log:
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def history(folder: Path) -> list[dict[str, float]]:
+    run = json.loads((folder / "run.json").read_text())
+    return [{k: v for k, v in epoch.items() if k != "examples_per_second"} for epoch in run["history"]]
+
+
+def test_a_machine_comes_and_another_is_taken_away(machines, tmp_path, finished):
+    finished.copy_set(tmp_path)
+    (tmp_path / "calm").mkdir()
+    alone = [sys.executable, str(ROOT / "jobs" / "train_local.py"), "--output", str(tmp_path / "calm"), *SMALL, *OPTIONS]
+    subprocess.run([*alone, "--manifold_set", str(tmp_path / "on_manifold_set")], check=True, capture_output=True, timeout=300)
+
+    process = start(tmp_path, *ELASTIC, "--cluster.address", machines.address)
+
+    def said() -> str:
+        return (tmp_path / "log").read_text()
+
+    def workers(node: Any) -> list[Any]:
+        return processes_below(node.all_processes["raylet"][0].process.pid, "RayTrainWorker")
+
+    (first,) = machines.worker_nodes
+    wait_for(lambda: "epoch 1/6" in said(), process)
+    second = machines.add_node(num_cpus=2)
+    wait_for(lambda: "with 2 workers" in said(), process)
+    assert workers(first)
+    assert workers(second)
+    drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", machines.address, "--node-id", first.node_id]
+    reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "300"]
+    subprocess.run([*drain, *reason], check=True, capture_output=True, timeout=60)
+    wait_for(lambda: "a machine will be taken away; checkpoint written after" in said(), process)
+    machines.remove_node(first)
+    wait_for(lambda: "with 1 worker\n" in said(), process)
+    assert process.wait(timeout=300) == 0, said()
+    found = history(tmp_path / "models" / "dmat")
+    assert [epoch["epoch"] for epoch in found] == [1, 2, 3, 4, 5, 6]
+    for epoch, expected in zip(found, history(tmp_path / "calm" / "models" / "dmat"), strict=True):
+        assert epoch == pytest.approx(expected, rel=1e-3), "no example is left out, none comes twice"
