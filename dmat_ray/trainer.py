@@ -53,6 +53,12 @@ class _Sums:
                 now = torch.where(torch.isfinite(value), -1, step)
                 self.bad[name] = torch.where(self.bad[name] < 0, now, self.bad[name]) if name in self.bad else now
 
+    def agree(self, context: RunContext) -> None:
+        """Give every worker the mean over workers, which is what a checkpoint holds; later means are as without it."""
+        # copies: a first step's value may be shared with what the step keeps
+        self.sums = {name: value.clone() for name, value in self.sums.items()}
+        context.average_([self.sums[name] for name in sorted(self.sums)])
+
     def means(self, context: RunContext) -> dict[str, float]:
         """Each metric's mean over its steps and all workers."""
         names = sorted(self.sums)
@@ -149,6 +155,7 @@ class _Run:
                 if due:
                     self._require_finite()
                     progress.done = Done(step + 1, workers, self._seen())
+                    progress.sums.agree(context)
                     self._save({}, wait=leaving)
                     if leaving:
                         at = f"epoch {epoch + 1}, step {step + 1} of {self.steps}"
