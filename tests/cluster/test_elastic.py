@@ -78,4 +78,7 @@ def test_a_machine_comes_and_another_is_taken_away(machines, tmp_path, finished)
     found = history(tmp_path / "models" / "dmat")
     assert [epoch["epoch"] for epoch in found] == [1, 2, 3, 4, 5, 6]
     for epoch, expected in zip(found, history(tmp_path / "calm" / "models" / "dmat"), strict=True):
-        assert epoch == pytest.approx(expected, rel=1e-3), "no example is left out, none comes twice"
+        losses = {k: v for k, v in epoch.items() if not k.endswith("accuracy")}
+        assert losses == pytest.approx({k: expected[k] for k in losses}, rel=5e-4), "no example is left out, none comes twice"
+        # rounding decides for examples whose two likeliest classes are equally likely
+        assert epoch == pytest.approx(expected, rel=5e-4, abs=0.06)

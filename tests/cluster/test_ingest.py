@@ -14,12 +14,13 @@ import pytest
 import ray.cloudpickle
 import ray.train
 import ray.train.torch
+import torch
 from scipy.stats import spearmanr
 
 from dmat_ray.cluster import ingest
 from dmat_ray.cluster.ingest import Streamed
 from dmat_ray.config import TrainingConfig
-from dmat_ray.data.epochs import InMemory, held_out_positions
+from dmat_ray.data.epochs import Done, InMemory, held_out_positions
 from dmat_ray.data.manifold_set import open_set
 
 pytestmark = pytest.mark.cluster
@@ -36,6 +37,14 @@ def collect(config: dict[str, Any]) -> None:
     streamed = Streamed(config["place"], TRAINING)
     for epoch in (0, 1, 0):
         found["batches"].append([list(b.id) for b in streamed.batches(epoch, rank, 2)])
+    whole, begun = [list(b.id) for b in streamed.batches(4, rank, 2)], iter(streamed.batches(4, rank, 2))
+    found["first"] = [list(next(begun).id) for _ in range(2)]
+    found["seen"] = streamed.seen().tolist()
+    found["whole"], found["rest"] = whole, [list(b.id) for b in streamed.batches(4, rank, 2, Done(2, 2))]
+    found["seen at the end"] = streamed.seen().tolist()
+    # another number of workers has had every third example, in two steps
+    had = torch.arange(streamed.size) % 3 == 0
+    found["taken up"] = [list(b.id) for b in streamed.batches(4, rank, 2, Done(2, 3, had))]
     natural = Streamed(config["place"], NATURAL)
     found["natural"] = {id: x.sum().item() for b in natural.batches(0, rank, 2) for id, x in zip(b.id, b.x_BCHW, strict=True)}
     one = next(iter(streamed.batches(3, rank, 2)))
@@ -85,6 +94,36 @@ def test_every_example_comes_once_and_none_that_is_held_out(workers, place):
         assert set(given) == {memory.data.id[i] for i in train}
         assert given.total() == sum(sizes[0]) * 2, "as many twice as fill the workers' parts"
         assert max(given.values()) <= 2
+
+
+def ids_of(place: Path) -> list[str]:
+    data = open_set(place, "train")
+    return [data.id[i] for i in held_out_positions(len(data), TRAINING)[0]]
+
+
+def test_the_rest_of_an_epoch_is_what_would_have_come(workers):
+    for worker in workers:
+        assert worker["rest"] == worker["whole"][2:]
+        assert worker["first"] == worker["whole"][:2]
+
+
+def test_what_was_seen_is_known_by_id(workers, place):
+    ids = ids_of(place)
+    for worker in workers:
+        seen = {id for id, had in zip(ids, worker["seen"], strict=True) if had}
+        assert seen == set(chain(*worker["first"]))
+        assert {id for id, had in zip(ids, worker["seen at the end"], strict=True) if had} == set(chain(*worker["whole"]))
+
+
+def test_other_workers_take_up_exactly_what_is_left(workers, place):
+    ids = ids_of(place)
+    left = [id for i, id in enumerate(ids) if i % 3]
+    parts = [worker["taken up"] for worker in workers]
+    assert [len(part) for part in parts] == [len(workers[0]["whole"]) - 2] * 2
+    assert list(map(len, parts[0])) == list(map(len, parts[1]))
+    given = Counter(chain(*parts[0], *parts[1]))
+    assert set(given) == set(left)
+    assert given.total() - len(left) <= len(parts[0]), "one more a step, where two workers cannot share"
 
 
 def test_the_order_repeats_by_epoch_and_changes_with_it(workers):
