@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dmat_ray import batch_norm
+from dmat_ray.stem import Stem, fits
 
 BATCH_NORM = (nn.BatchNorm2d, batch_norm.TermBatchNorm2d)
 
@@ -58,12 +59,13 @@ class AttackView(nn.Module):
         else:
             view = self._fold(fx.GraphModule(view, graph))
         self.view = view.to(dtype, memory_format=self._layout).requires_grad_(False)  # type: ignore[call-overload]
-        inside = {f"{conv}.{part}" for conv, _ in self.folded for part in ("weight", "bias")}
+        inside = {f"{conv}.{part}" for conv, _ in self.folded for part in ("weight", "bias", "kernel")}
         theirs = dict(self.view.named_parameters()) | dict(self.view.named_buffers())
         live = dict(network.named_parameters()) | dict(network.named_buffers())
         self._copied = [(theirs[name], live[name]) for name in theirs if name not in inside]
         modules, seen = dict(network.named_modules()), dict(self.view.named_modules())
         self._pairs: list[tuple[Any, Any, Any]] = [(seen[conv], modules[conv], modules[bn]) for conv, bn in self.folded]
+        self._stems = [module for module in self.view.modules() if isinstance(module, Stem)]
         self.refresh()
 
     def _fold(self, view: fx.GraphModule) -> fx.GraphModule:
@@ -73,6 +75,9 @@ class AttackView(nn.Module):
             assert isinstance(layer, nn.Conv2d)
             if layer.bias is None:
                 layer.bias = nn.Parameter(torch.zeros(layer.out_channels, device=layer.weight.device))
+            # how it does on GPUs has not been measured
+            if fits(layer) and layer.weight.device.type == "cpu":
+                view.set_submodule(str(conv.target), Stem(layer))
             bn.replace_all_uses_with(conv)
             view.graph.erase_node(bn)
             self.folded.append((str(conv.target), str(bn.target)))
@@ -96,6 +101,8 @@ class AttackView(nn.Module):
             shift = -bn.running_mean if conv.bias is None else conv.bias - bn.running_mean
             view.weight.copy_(conv.weight * scale[:, None, None, None])
             view.bias.copy_(shift * scale if bn.bias is None else torch.addcmul(bn.bias, shift, scale))
+        for stem in self._stems:
+            stem.refresh()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         logits: Tensor = self.view(x_BCHW.to(self._dtype, memory_format=self._layout))
