@@ -67,7 +67,8 @@ def main() -> None:
         rows: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
         for seed in range(arguments.seeds):
             for side, changes in SIDES.items():
-                training = {"seed": seed, "epochs": arguments.epochs, "val_examples": 0}
+                knots = [k * arguments.epochs / 10 for k in (0, 1, 7, 10)]  # the demo's
+                training = {"seed": seed, "epochs": arguments.epochs, "val_examples": 0, "lr_epochs": knots}
                 layers = [presets.load(["demo", method]), {"training": training}, changes]
                 values: dict[str, object] = {}
                 for layer in layers:
@@ -88,8 +89,11 @@ def main() -> None:
                 values_of = [row[name] for row in rows[side]]
                 spread = statistics.stdev(values_of) if len(values_of) > 1 else float("nan")
                 cells.append(f"{side} {statistics.mean(values_of):.1f} ({spread:.1f})")
-            differences = [b[name] - a[name] for a, b in zip(rows["float32"], rows["bf16"], strict=True)]
-            print(f"{name:<12} {', '.join(cells)}; bf16 - float32: {', '.join(f'{d:+.1f}' for d in differences)}")
+            lines = []
+            for side in list(SIDES)[1:]:
+                differences = [b[name] - a[name] for a, b in zip(rows["float32"], rows[side], strict=True)]
+                lines.append(f"{side} - float32: {', '.join(f'{d:+.1f}' for d in differences)}")
+            print(f"{name:<12} {', '.join(cells)}; {'; '.join(lines)}")
     if arguments.json:
         arguments.json.write_text(json.dumps(record, indent=1))
 

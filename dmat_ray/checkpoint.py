@@ -5,11 +5,12 @@ files beside it: resume and evaluation read it, nothing is typed twice. It is wr
 checkpoint.
 """
 
+import errno
 import pickle
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,8 @@ def require_whole(folder: Path, name: str) -> dict[str, Any]:
     if not (folder / name).is_file():
         raise UserError(f"the checkpoint '{folder}' has no {name}")
     description: dict[str, Any] = read_json(folder / name)
+    if "sha256" not in description:
+        raise UserError(f"the checkpoint '{folder}' is of an older version, whose trainings this one cannot go on with")
     for file, digest in description["sha256"].items():
         if not (folder / file).is_file():
             raise UserError(f"the checkpoint '{folder}' has no {file}")
@@ -122,20 +125,29 @@ def hand_over(context: RunContext, metrics: dict[str, float], write: Callable[[P
         return
     folder = Path(tempfile.mkdtemp(prefix="dmat_ray_"))
     try:
-        try:
-            write(folder)
-        except (SafetensorError, RuntimeError) as error:  # what safetensors and torch make of the system's errors
-            raise OSError(str(error).splitlines()[0]) from error
+        write(folder)
         context.report(metrics, folder, wait=wait)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
-        if not isinstance(error, OSError):
-            raise
-        kept = next(iter(context.checkpoints()), None)
-        raise UserError(
-            f"a checkpoint cannot be written ({error}): is the disk full? "
-            + (f"The last good one is '{kept}'; free space and run again to go on from it" if kept else "There is none before it")
-        ) from error
+        if not is_full(error):
+            raise  # what may pass, such as a fault of a GPU, is for whoever starts the training anew
+        raise UserError(no_space(error, context.checkpoints())) from error
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that there is no space for a file, in the system's words or in safetensors' or torch's."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    torchs = isinstance(error, RuntimeError) and ("inline_container" in str(error) or "PytorchStreamWriter" in str(error))
+    return torchs or isinstance(error, SafetensorError)
+
+
+def no_space(error: BaseException, kept: Sequence[Path]) -> str:
+    """What the user is told when a checkpoint cannot be written."""
+    said = f"a checkpoint cannot be written ({str(error).splitlines()[0]}): is the disk full?"
+    if not kept:
+        return f"{said} There is none before it"
+    return f"{said} The last good one is '{kept[0]}'; free space and run again to go on from it"
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -72,14 +72,13 @@ class Objective:
         for name, term, threat in self.active:
             if name not in drawn:
                 continue
-            if self.config.batch_norm == "per_term" and isinstance(network, AttackView):
-                batch_norm.show(network.source, [self.passes.index(name)])
-                network.refresh()
             loss = None
             if term.divergence == "kl":
+                self._meet(network, CLEAN)
                 images[CLEAN] = batch.x_BCHW
                 with frozen(network), torch.no_grad():
                     loss = kl_to(network(batch.x_BCHW))
+            self._meet(network, name)
             try:
                 found = attack(network, threat, batch, term, seed=seed, purpose=f"{purpose}/{name}", loss=loss, measure=False)
             except NotFiniteError as error:
@@ -88,6 +87,12 @@ class Objective:
         if CLEAN in drawn:
             images[CLEAN] = batch.x_BCHW
         return {name: images[name] for name in self.passes if name in images}
+
+    def _meet(self, network: nn.Module, name: str) -> None:
+        """Let attacks see the running statistics of one pass, if they are kept apart."""
+        if self.config.batch_norm == "per_term" and isinstance(network, AttackView):
+            batch_norm.show(network.source, [self.passes.index(name)])
+            network.refresh()
 
     def loss(
         self,

@@ -1,9 +1,9 @@
 """The first convolution of an image network, with a faster gradient to the image.
 
-ResNets begin with seven by seven taps and stride two. The gradient to three channels of pixels is then a transposed convolution with
-three output channels, for which CPUs' libraries have no good kernel: it was 7 % of an attack on ResNet-50. The same sums are
-one plain convolution with stride one: each of the stride x stride phases of the pixels takes its own share of the taps, and the phases
-are channels that `pixel_shuffle` puts in place.
+ResNets begin with seven by seven taps and stride two. The gradient to three channels of pixels is then a transposed
+convolution with three output channels, for which CPUs' libraries have no good kernel: it was 7 % of an attack on ResNet-50.
+The same sums are one plain convolution with stride one: each of the stride x stride phases of the pixels takes its own share
+of the taps, and the phases are channels that `pixel_shuffle` puts in place.
 """
 
 from typing import Any

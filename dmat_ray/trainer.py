@@ -32,7 +32,7 @@ def check_inputs(config: Config, manifest: dict[str, Any], generator_sha256: str
         raise UserError(f"training.batch_size {config.training.batch_size} is smaller than the {world_size} workers")
     if len(manifest["class_names"]) < 2:
         raise UserError("the on-manifold set has one class only")
-    if config.training.images == "natural" and config.training.best_metric == "val_latent" and config.training.keep == "best":
+    if config.training.images == "natural" and config.training.val_examples and config.training.best_metric == "val_latent":
         raise UserError("training.best_metric val_latent needs training.images on_manifold: natural images have no exact w")
 
 
@@ -66,11 +66,11 @@ class _Sums:
         context.average_([values])
         return {f"train_{name}": value for name, value in zip(names, values.tolist(), strict=True)}
 
-    def first_bad(self) -> tuple[int, str] | None:
-        """The first step with a loss that is not finite, counted from 0, and the term; None if there is none."""
+    def first_bad(self) -> tuple[int | None, str]:
+        """The first step with a loss that is not finite, counted from 0, and the term; None and "" if there is none."""
         found = [(int(step), name) for name, step in self.bad.items() if int(step) >= 0]
         # the whole loss is named only if no term alone is to blame
-        return min(found, key=lambda f: (f[0], f[1] == "loss")) if found else None
+        return min(found, key=lambda f: (f[0], f[1] == "loss")) if found else (None, "")
 
 
 @dataclass
@@ -119,6 +119,11 @@ class _Run:
         self.progress = _Progress()
         if (found := checkpoint.newest(context, checkpoint.RUN)) is not None:
             self._resume(found)
+        mine = self.progress.epoch + self.progress.done.steps / self.steps
+        together = torch.tensor(mine, dtype=torch.float64, device=context.device)
+        context.average_([together])
+        if abs(float(together) - mine) > 1e-9:
+            raise UserError("workers found different checkpoints to go on from: output must be a folder that all of them share")
 
     def _resume(self, folder: Path) -> None:
         run = checkpoint.read_run(folder)
@@ -147,13 +152,12 @@ class _Run:
             try:
                 losses = self.step(batch.to(context.device), epoch, step, rate)
             except NotFiniteError as error:
-                self._require_finite()
-                raise NotFiniteError(self._diverged(step, str(error))) from None
+                raise NotFiniteError(self._diverged(*progress.sums.first_bad(), step, str(error))) from None
             progress.sums.add(losses, step)
             if self.pace.looks():
                 due, leaving = self.pace.wants_checkpoint()
                 if due:
-                    self._require_finite()
+                    self._require_finite(step)
                     progress.done = Done(step + 1, workers, self._seen())
                     progress.sums.agree(context)
                     self._save({}, wait=leaving)
@@ -161,10 +165,13 @@ class _Run:
                         at = f"epoch {epoch + 1}, step {step + 1} of {self.steps}"
                         context.say(f"{self.config.name}: a machine will be taken away; checkpoint written after {at}")
         seconds = time.monotonic() - began
-        self._require_finite()
+        self._require_finite(self.steps - 1)
         metrics = {**progress.sums.means(context), "epoch": epoch + 1.0, "lr": learning_rate(settings, epoch + 1)}
         if self.validate is not None:
-            metrics |= self.validate(self.step.result, context)
+            try:
+                metrics |= self.validate(self.step.result, context)
+            except NotFiniteError as error:
+                raise NotFiniteError(self._diverged(None, "", self.steps - 1, f"validation: {error}")) from None
         metrics["examples_per_second"] = self.source.size * (1 - first.steps / self.steps) / seconds
         progress.epoch, progress.done, progress.sums = epoch + 1, NOTHING, _Sums()
         progress.history.append(metrics)
@@ -194,13 +201,21 @@ class _Run:
         best, patience = self.progress.best, self.settings.patience
         return patience is not None and best is not None and self.progress.epoch - best["metrics"]["epoch"] >= patience
 
-    def _require_finite(self) -> None:
-        if (bad := self.progress.sums.first_bad()) is not None:
-            step, name = bad
-            term = name.removesuffix("_loss") if name != "loss" else "all"
-            raise NotFiniteError(self._diverged(step, f"term {term}: the loss is not finite"))
+    def _require_finite(self, step: int) -> None:
+        """Raise NotFiniteError on all workers if on any a loss so far, or a weight after `step`, is not finite."""
+        bad, name = self.progress.sums.first_bad()
+        tensors = [t for t in self.step.network.state_dict().values() if t.is_floating_point()]
+        finite = torch.stack([torch.isfinite(t).all() for t in tensors]).all()
+        told = (~finite).float() if bad is None else torch.ones((), device=self.context.device)
+        self.context.average_([told])
+        if told > 0:
+            raise NotFiniteError(
+                self._diverged(bad, name, step, "the weights that come of it are not finite, or a worker's loss")
+            )
 
-    def _diverged(self, step: int, what: str) -> str:
+    def _diverged(self, bad: int | None, name: str, step: int, what: str) -> str:
+        if bad is not None:
+            step, what = bad, f"term {'all' if name == 'loss' else name.removesuffix('_loss')}: the loss is not finite"
         kept = next(iter(self.context.checkpoints()), None)
         return (
             f"training diverged in epoch {self.progress.epoch + 1}, step {step + 1} of {self.steps}, {what}; lower "
@@ -224,7 +239,7 @@ class _Run:
 
         def write(folder: Path) -> None:
             network: nn.Module | dict[str, Tensor] = self.step.result
-            if progress.finished and progress.best is not None and self.settings.keep == "best":
+            if progress.best is not None and self.settings.keep == "best":
                 network = progress.best["network"]
             checkpoint.save(folder, network, run, {"step": self.step.state(), "progress": progress.state()})
 

@@ -17,21 +17,6 @@ from dmat_ray.rng import derive
 from dmat_ray.types import Batch, Generator, RunContext
 
 
-def _moving_average(decay: float) -> Any:
-    """averaged <- decay * averaged + (1 - decay) * trained, over fewer steps while there have been few."""
-
-    @torch.no_grad()
-    def update(averaged: list[Tensor], trained: list[Tensor], steps: Tensor | int) -> None:
-        kept = min(decay, (1 + int(steps)) / (10 + int(steps)))
-        # AveragedModel calls once for each dtype
-        if averaged[0].is_floating_point():
-            torch._foreach_lerp_(averaged, trained, 1 - kept)
-        else:
-            torch._foreach_copy_(averaged, trained)
-
-    return update
-
-
 class TrainingStep:
     """The network, its optimiser, its average and its copy for attacks. Call it with a batch, and it has made a step."""
 
@@ -54,7 +39,8 @@ class TrainingStep:
         )
         self.average: AveragedModel | None = None
         if settings.ema_decay:
-            self.average = AveragedModel(network, multi_avg_fn=_moving_average(settings.ema_decay), use_buffers=True)
+            self.average = AveragedModel(network, multi_avg_fn=self._follow, use_buffers=True)
+        self._averages = 0  # as AveragedModel counts, but without asking the device
 
     @property
     def result(self) -> nn.Module:
@@ -84,10 +70,21 @@ class TrainingStep:
         self._show_deployed()
         if self.average is not None:
             self.average.update_parameters(self.network)
+            self._averages += 1
         return metrics
 
+    @torch.no_grad()
+    def _follow(self, averaged: Any, trained: Any, _: Any) -> None:
+        """averaged <- d averaged + (1 - d) trained, over fewer steps while there have been few; called for each dtype."""
+        kept = min(self.settings.ema_decay, (1 + self._averages) / (10 + self._averages))
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(averaged, trained, 1 - kept)
+        else:
+            torch._foreach_copy_(averaged, trained)
+
     def _parts(self, batch: Batch) -> Iterator[Batch]:
-        count = min(self.settings.accumulate, len(batch))
+        # a part of one example has no batch statistics
+        count = max(1, min(self.settings.accumulate, len(batch) // 2))
         if count == 1:
             yield batch
             return
@@ -163,5 +160,6 @@ class TrainingStep:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+            self._averages = int(self.average.n_averaged)
         for mine, stored in zip(batch_norm.apart(self.network), state["apart"], strict=True):
             mine.copy_(stored)

@@ -139,7 +139,8 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before_and_says_so(
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     context = Context(tmp_path / "parts")
     assert timeless(train(config, context)) == timeless(whole)
-    assert len(context.said) == 1
+    assert len(context.said) == 2
+    assert "going on with epoch" in context.said[1]
     assert file in context.said[0]
     assert context.said[0].endswith("going back to the one before")
 
@@ -284,6 +285,7 @@ def test_sigterm_writes_a_checkpoint_and_a_rerun_goes_on_from_it(
     assert 1 <= run["epoch"] < 40
     again = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert again.stderr is not None
+    assert f"going on with epoch {run['epoch'] + 1}" in again.stderr.readline()
     assert f"epoch {run['epoch'] + 1}/40" in again.stderr.readline()
     again.terminate()
     again.communicate(timeout=100)

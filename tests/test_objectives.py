@@ -218,6 +218,8 @@ def test_any_threats_are_terms_by_names_of_their_own(network: nn.Module, manifol
 def test_names_of_terms_that_are_taken_are_refused() -> None:
     with pytest.raises(ValidationError, match="'image' is the name of a term that is always there"):
         ObjectiveConfig.model_validate({"more": {"image": {"threat": "fog"}}})
+    with pytest.raises(ValidationError, match="'robust' cannot be the name of a term"):
+        ObjectiveConfig.model_validate({"more": {"robust": {"threat": "fog"}}})
     with pytest.raises(ValidationError, match="threat"):
         ObjectiveConfig.model_validate({"more": {"mine": {"threat": "rain"}}})
 

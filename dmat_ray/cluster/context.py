@@ -1,5 +1,6 @@
 """RunContext inside a Ray Train worker."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import ray.train.torch
 from ray.train import CheckpointUploadMode
 from torch import Tensor, nn
 
+from dmat_ray.checkpoint import is_full, no_space
 from dmat_ray.cluster.events import send
+from dmat_ray.errors import UserError
 from dmat_ray.local import average_over_workers_, wrap_ddp
 
 
@@ -23,6 +26,7 @@ class RayContext:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         self._name, self._mailbox, self._noticed = name, mailbox, False
+        self._storage = Path(context.get_storage().experiment_fs_path)
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """See RunContext."""
@@ -36,19 +40,34 @@ class RayContext:
         """See RunContext. Without `wait` the checkpoint is copied to the storage while training goes on."""
         kept = None if checkpoint is None else ray.train.Checkpoint.from_directory(str(checkpoint))
         mode = CheckpointUploadMode.SYNC if wait else CheckpointUploadMode.ASYNC
-        ray.train.report(dict(metrics), checkpoint=kept, checkpoint_upload_mode=mode, delete_local_checkpoint_after_upload=True)
+        ray.train.report(
+            dict(metrics),
+            checkpoint=kept,
+            checkpoint_upload_mode=mode,
+            delete_local_checkpoint_after_upload=True,
+            checkpoint_upload_fn=self._upload,
+        )
         if self.rank == 0 and metrics:
             send(self._mailbox, {"run": self._name, "metrics": dict(metrics)})
 
+    def _upload(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        """Copy to the storage; a checkpoint appears there whole or not at all. In a thread of its own, if training goes on."""
+        folder, partial = self._storage / name, self._storage / f".{name}.partial"
+        try:
+            shutil.copytree(checkpoint.path, partial)
+            partial.rename(folder)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if not is_full(error):
+                raise
+            text = no_space(error, self.checkpoints())
+            ray.get(ray.get_actor(self._mailbox).put_user_error.remote(text))
+            raise UserError(text) from error
+        return ray.train.Checkpoint(str(folder), checkpoint.filesystem)
+
     def checkpoints(self) -> Sequence[Path]:
-        """See RunContext."""
-        latest = ray.train.get_checkpoint()
-        if latest is None:
-            return []
-        folder = Path(latest.path)
-        # Ray keeps the one before, too, and names them in their order
-        before = [p for p in folder.parent.glob("checkpoint_*") if p.is_dir() and p.name < folder.name]
-        return [folder, *sorted(before, reverse=True)]
+        """See RunContext. The storage is asked, for Ray tells only the worker that wrote one; it names them in order."""
+        return sorted(self._storage.glob("checkpoint_*"), reverse=True)
 
     def preempted(self) -> bool:
         """See RunContext: true once for each notice; Ray Train starts anew from the latest checkpoint when it comes to that."""

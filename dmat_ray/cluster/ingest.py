@@ -80,7 +80,8 @@ class Streamed:
 
     def _splits(self, epoch: int, world_size: int, short: int, left: np.ndarray) -> list[Any]:
         seed = self._config.seed
-        twice = np.random.default_rng([seed, epoch, 2]).permutation(self._ids[left])[:short].tolist()
+        order = np.random.default_rng([seed, epoch, 2]).permutation(self._ids[left])
+        twice = np.resize(order, short).tolist()
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True  # what reaches the shuffle first must not depend on who was fastest
         context.enable_progress_bars = False

@@ -43,8 +43,8 @@ LOCAL_ENVIRONMENT = {
 }
 
 
-def prepare_environment(config: Config | None = None) -> None:
-    """Set what is not set. Call it before ray is imported.
+def prepare_environment(config: Config | None = None, cluster: ClusterConfig | None = None) -> None:
+    """Set what is not set, for the cluster of `config`, or for `cluster`. Call it before ray is imported.
 
     Raises UserError for an output that is no folder, or would be lost: a submitted job runs in a copy of its working directory.
     """
@@ -63,7 +63,8 @@ def prepare_environment(config: Config | None = None) -> None:
     if config is not None and worker_count(config.cluster) != config.cluster.train_workers:
         # after a machine is lost Ray Train may count on it for so long, before it starts with those that are left
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
-    own = config is None or cluster_address(config.cluster) is None
+    cluster = cluster if config is None else config.cluster
+    own = cluster is None or cluster_address(cluster) is None
     local = LOCAL_ENVIRONMENT if own and not os.environ.get("RAY_ADDRESS") else {}
     for key, value in {**ENVIRONMENT, **local}.items():
         os.environ.setdefault(key, value)
@@ -195,7 +196,7 @@ def _native_stderr_held() -> Iterator[None]:
 @contextmanager
 def connected(config: ClusterConfig) -> Iterator[None]:
     """Inside, Ray is connected: to `config.address`, to the submitted job's cluster, or to a Ray of its own."""
-    prepare_environment()
+    prepare_environment(cluster=config)
     import ray
     import ray.data
 

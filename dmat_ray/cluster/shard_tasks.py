@@ -4,6 +4,7 @@ Between them a shard is one row, and its table travels as bytes, which are not c
 """
 
 import json
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -88,8 +89,9 @@ def _read_shard(
     table = set_reader.read_shard(folder, name, ["id", "split", "status", "label", *wanted])
     keep = pc.and_(pc.equal(table["split"], "train"), pc.equal(table["status"], "ok"))
     table = table.filter(pc.and_(keep, pc.invert(pc.is_in(table["id"], value_set=pa.array(without, pa.string())))))
-    again = table.filter(pc.is_in(table["id"], value_set=pa.array(twice, pa.string())))
-    table = pa.concat_tables([table, again])
+    more = Counter(twice)
+    again = [i for i, id in enumerate(table["id"].to_pylist()) for _ in range(more[id])]
+    table = pa.concat_tables([table, table.take(pa.array(again, pa.int64()))])
     shape = manifest["shapes"]["on_manifold"]
     if images == "on_manifold":
         pixels = set_format.from_netpbm(table["on_manifold"], shape)

@@ -30,7 +30,13 @@ class _NamedContext(RayContext):
     """Goes on from the group's checkpoints only if they belong to this run."""
 
     def checkpoints(self) -> Sequence[Path]:
-        return [folder for folder in super().checkpoints() if _run_name(folder) in (self._name, None)]
+        found = super().checkpoints()
+        names = [_run_name(folder) for folder in found]
+        if self._name not in names:
+            # damaged ones may be of this run only if none is known to be another's
+            return [] if any(names) else found
+        last = len(names) - names[::-1].index(self._name)
+        return [folder for folder, name in zip(found[:last], names[:last], strict=True) if name in (self._name, None)]
 
 
 def _run_name(folder: Path) -> str | None:

@@ -40,8 +40,13 @@ def trial_config(base: dict[str, Any], overrides: dict[str, Any], name: str, epo
     """The base settings with a sample's values (by dotted name); raises UserError for keys and values that do not fit."""
     old = base["training"]
     # the whole schedule in the trial's few epochs: a trial must not be judged in the middle of its highest rates
-    knots = [k * epochs / old["epochs"] for k in old["lr_epochs"]]
-    layered = presets.merge(base, {"name": name, "training": {"lr_epochs": knots}})
+    share = epochs / old["epochs"]
+    shorter = {
+        "lr_epochs": [k * share for k in old["lr_epochs"]],
+        "lr_warmup": old["lr_warmup"] * share,
+        "awp_warmup": int(old["awp_warmup"] * share),
+    }
+    layered = presets.merge(base, {"name": name, "training": shorter})
     for key, value in {**overrides, "training.epochs": epochs}.items():
         nested: Any = value
         for part in reversed(key.split(".")):
@@ -114,6 +119,8 @@ def search(config: Config, say: Callable[[str], None]) -> list[dict[str, Any]]:
     untrained([probe], say)
     if not probe.training.val_examples and config.tune.metric.startswith("val_"):
         raise UserError(f"tune.metric {config.tune.metric} needs training.val_examples, which is 0")
+    if config.tune.metric == "val_latent" and probe.training.images == "natural":
+        raise UserError("tune.metric val_latent needs training.images on_manifold: natural images have no exact w")
     with tracking.tracked(config, Path(config.tune.space).stem, "tune") as parent:
         children: dict[str, tracking.Run] = {}
 

@@ -165,6 +165,8 @@ class ObjectiveConfig(Section):
     def _check(self) -> "ObjectiveConfig":
         if taken := self.more.keys() & {"clean", "image", "latent", "fog"}:
             raise ValueError(f"more: '{min(taken)}' is the name of a term that is always there; choose another")
+        if taken := self.more.keys() & {"", "robust"}:
+            raise ValueError(f"more: '{min(taken)}' cannot be the name of a term; choose another")
         if not any(term.weight > 0 for term in (self.clean, *self.adversarial.values())):
             names = ", ".join(["clean", *self.adversarial])
             raise ValueError(f"every term has weight 0; give at least one of {names} a weight, or name a preset such as dmat")

@@ -12,6 +12,8 @@ import pytest
 from ray.cluster_utils import Cluster
 from small import SMALL, processes_below, wait_for
 
+from dmat_ray.cluster.session import LOCAL_ENVIRONMENT
+
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]
 # statistics that do not depend on how a batch is dealt to workers, and steps of about a second
@@ -27,8 +29,10 @@ ELASTIC = [
 
 
 @pytest.fixture
-def machines() -> Iterator[Cluster]:
-    """A head that computes nothing, and one machine."""
+def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head that computes nothing, and one machine; nothing is set that only a Ray of this machine alone has."""
+    for name in LOCAL_ENVIRONMENT.keys() - {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "GLOO_SOCKET_IFNAME"}:
+        monkeypatch.delenv(name, raising=False)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     cluster.add_node(num_cpus=2)
     yield cluster
@@ -37,7 +41,7 @@ def machines() -> Iterator[Cluster]:
 
 def start(output: Path, *options: str) -> "subprocess.Popen[str]":
     command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--output", str(output), *SMALL, *OPTIONS, *options]
-    given = {"ENABLE_PREEMPTION_WATCHER": "1", "PREEMPTION_POLL_INTERVAL_S": "0.5", "WORKER_GROUP_START_TIMEOUT_S": "45"}
+    given = {"PREEMPTION_POLL_INTERVAL_S": "0.5", "WORKER_GROUP_START_TIMEOUT_S": "45"}
     environment = {**os.environ, **{f"RAY_TRAIN_{name}": value for name, value in given.items()}}
     with (output / "log").open("w") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment)
