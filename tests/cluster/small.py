@@ -46,7 +46,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def wait_until_answers(url: str, process: "subprocess.Popen[bytes]", log: Path, seconds: float = 120) -> None:
+def wait_until_answers(url: str, process: "subprocess.Popen[bytes]", log: Path, seconds: float = 240) -> None:
     """Poll `url` until something answers; fails with the log if the process ends or time is up first."""
     end = time.monotonic() + seconds
     while True:
