@@ -29,10 +29,7 @@ The last columns say what the attacks did: the network's mean loss on their imag
 import argparse
 import copy
 import importlib
-import json
 import logging
-import platform
-import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +38,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from generator import ALLOCATOR, alternate, restart_with, stopwatch
+from generator import alternate, prepared, record, stopwatch
 from torch import Tensor, nn
 
 from dmat_ray import classifiers
@@ -266,20 +263,14 @@ def main() -> None:
     arguments = parse()
     if arguments.peers and not arguments.peers.is_dir():
         raise UserError(f"--peers '{arguments.peers}' is no folder")
-    if arguments.device == "cpu":
-        restart_with({**ALLOCATOR, "OMP_NUM_THREADS": str(arguments.threads)})
+    prepared(arguments)
     if arguments.peers:
         sys.path.append(str(arguments.peers.resolve()))
-    torch.set_num_threads(arguments.threads)
-    random.seed(0)
     rows = []
     for name in arguments.networks:
         for size in arguments.sizes:
             rows += compare(name, size, arguments)
-    if arguments.json:
-        device = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
-        machine = {"device": device, "threads": arguments.threads, "torch": torch.__version__}
-        arguments.json.write_text(json.dumps({"command": sys.argv, **machine, "rows": rows}, indent=1) + "\n")
+    record(arguments, rows)
 
 
 if __name__ == "__main__":

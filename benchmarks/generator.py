@@ -55,6 +55,22 @@ def restart_with(environment: dict[str, str]) -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **environment})
 
 
+def prepared(arguments: argparse.Namespace) -> None:
+    """The allocator, the threads and the order of rounds that all times are taken with."""
+    if arguments.device == "cpu":
+        restart_with({**ALLOCATOR, "OMP_NUM_THREADS": str(arguments.threads)})
+    torch.set_num_threads(arguments.threads)
+    random.seed(0)
+
+
+def record(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Write rows, command and machine where --json says."""
+    if arguments.json:
+        device = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
+        machine = {"device": device, "threads": arguments.threads, "torch": torch.__version__}
+        arguments.json.write_text(json.dumps({"command": sys.argv, **machine, "rows": rows}, indent=1) + "\n")
+
+
 def build(kind: str, resolution: int, base: int | None) -> StyleGAN1 | StyleGAN2:
     """An untrained generator of the published widths: as NVlabs' configurations have them, StyleGAN 2 halves below 512."""
     torch.manual_seed(0)
@@ -263,10 +279,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    if arguments.device == "cpu":
-        restart_with({**ALLOCATOR, "OMP_NUM_THREADS": str(arguments.threads)})
-    torch.set_num_threads(arguments.threads)
-    random.seed(0)
+    prepared(arguments)
     sizes = dict(entry.split(":") for entry in arguments.batch if ":" in entry)
     common = next((entry for entry in arguments.batch if ":" not in entry), "16")
     rows = []
@@ -275,10 +288,7 @@ def main() -> None:
             part = compare(kind, resolution, int(sizes.get(str(resolution), common)), arguments)
             show(part)
             rows += part
-    if arguments.json:
-        device = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
-        machine = {"device": device, "threads": arguments.threads, "torch": torch.__version__}
-        arguments.json.write_text(json.dumps({"command": sys.argv, **machine, "rows": rows}, indent=1) + "\n")
+    record(arguments, rows)
 
 
 if __name__ == "__main__":

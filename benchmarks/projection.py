@@ -28,8 +28,6 @@ the script starts itself again is said in benchmarks/generator.py. "A/A" runs th
 import argparse
 import contextlib
 import io
-import json
-import platform
 import random
 import sys
 import warnings
@@ -40,7 +38,7 @@ from typing import Any
 import lpips
 import numpy as np
 import torch
-from generator import ALLOCATOR, alternate, build, flops_of, restart_with, stopwatch
+from generator import alternate, build, flops_of, prepared, record, stopwatch
 from torch import Tensor
 
 from dmat_ray import presets
@@ -326,15 +324,9 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    if arguments.device == "cpu":
-        restart_with({**ALLOCATOR, "OMP_NUM_THREADS": str(arguments.threads)})
-    torch.set_num_threads(arguments.threads)
-    random.seed(0)
+    prepared(arguments)
     rows = {"step": compare_steps, "images": compare_images, "recover": recover}[arguments.what](arguments)
-    if arguments.json:
-        device = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
-        machine = {"device": device, "threads": arguments.threads, "torch": torch.__version__}
-        arguments.json.write_text(json.dumps({"command": sys.argv, **machine, "rows": rows}, indent=1) + "\n")
+    record(arguments, rows)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
     python benchmarks/train_step.py [--network resnet50] [--kinds stylegan1 stylegan2] [--resolutions 64 256] [--batch 16 256:4]
         [--sides published ...] [--stylegan1-code DIR] [--device cuda] [--compile] [--rounds 5] [--threads 1] [--json FILE]
-    python benchmarks/train_step.py ray [--steps 200] [--batch 16] [--repeats 2] [--device cuda] [--json FILE]
 
 A step: PGD-5 on the pixels (radius 4/255, steps of 1/255), PGD-5 on w (radius 0.02, steps of 0.005), half of the loss from each,
 SGD with momentum 0.9. Generators have the published widths, all weights are random, and w is known. Sides, of which each in the
@@ -30,12 +29,6 @@ step. FLOPs are those of matrix products and convolutions, of the side itself an
 for), against the fastest product or convolution that this machine was seen to do in the same run and precision (on CUDA with
 torch's defaults: float32 convolutions use TF32).
 
-`ray` trains the small network of the demo, with the shipped generator, on digits projected in one step: in this process with
-`LocalContext`, and with one worker on Ray Train, in turns, the other one first each time. A time is that from the end of one step
-to the end of the next, with all that comes in between; medians and means over an epoch without its first steps. The process's own
-processor time, which the load of other processes disturbs less, has in it what Ray does in the worker, but not what its other
-processes take from it.
-
 Ratios are medians over rounds, with quartiles; how they are taken and why the script starts itself again is said in
 benchmarks/generator.py. "A/A" runs the first side twice and shows the noise.
 """
@@ -44,12 +37,8 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import json
-import platform
-import random
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,13 +48,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from attack import CLASSES, quartiles, settled
-from generator import ALLOCATOR, alternate, build, flops_of, machine_limit, published_stylegan1, restart_with, stopwatch
+from generator import alternate, build, flops_of, machine_limit, prepared, published_stylegan1, record, stopwatch
 from torch import Tensor, nn
 
-from dmat_ray import cli
 from dmat_ray.attack import frozen
 from dmat_ray.attack_view import AttackView
-from dmat_ray.cluster.session import prepare_environment
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
@@ -79,8 +66,6 @@ from dmat_ray.types import Batch, Generator
 EPS, STEP, ETA, LATENT_STEP, STEPS = 4 / 255, 1 / 255, 0.02, 0.005, 5
 FIRST_RATE, RATE = 0.01, 1e-4  # of the step that is compared, and of those that are timed
 GOALS = {"ours float32": 0.68, "ours bf16": 0.38}  # of the published step's time
-RAY_GOAL = 1.05
-SKIPPED = 20  # first steps of an epoch
 Synthesis = Callable[[Tensor], Tensor]
 
 
@@ -439,106 +424,8 @@ def compare_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-@contextlib.contextmanager
-def recorded(file: Path) -> Iterator[None]:
-    """Inside, every step of a training notes when it ended, by the wall clock and the process's; afterwards that is in `file`."""
-    plain, moments = TrainingStep.__call__, list[tuple[float, float]]()
-
-    def noted(self: TrainingStep, *args: Any) -> dict[str, Tensor]:
-        metrics = plain(self, *args)
-        if self.context.device.type == "cuda":
-            torch.cuda.synchronize()
-        moments.append((time.perf_counter(), time.process_time()))
-        return metrics
-
-    TrainingStep.__call__ = noted  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        TrainingStep.__call__ = plain  # type: ignore[method-assign]
-        np.savetxt(file, moments, fmt="%.9f")
-
-
-def train_here(config: Config, file: Path) -> None:
-    """A training in this process."""
-    from dmat_ray.data import manifold_set
-    from dmat_ray.manifold import generators
-    from dmat_ray.trainer import train
-
-    context = LocalContext(file.with_suffix(""))
-    context.device = torch.device("cuda" if config.cluster.gpus_per_worker else "cpu")
-    data = manifold_set.open_set(Path(config.output) / "on_manifold_set", "train")
-    generator = generators.load_configured(config.generator, context.device)
-    with recorded(file):
-        train(config, data, generator, generators.fingerprint(config.generator.path), context)
-
-
-def train_on_ray(config: Config, file: Path) -> None:
-    """The same on Ray Train, as the job does it."""
-    from dmat_ray.cluster import jobs
-    from dmat_ray.cluster import train as stage
-
-    plain = stage.worker
-
-    def worker(settings: dict[str, Any]) -> None:
-        with recorded(file):
-            plain(settings)
-
-    stage.worker = worker
-    try:
-        jobs.train([config], lambda line: None)
-    finally:
-        stage.worker = plain
-
-
-def compare_with_ray(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for every training, printed."""
-    from dmat_ray.cluster import jobs
-
-    count, size = arguments.steps, next((entry for entry in arguments.batch if ":" not in entry), "16")
-    if count <= SKIPPED:
-        raise UserError(f"--steps {count}: the first {SKIPPED} are not counted")
-    options = [
-        *("--data.train_limit", count * int(size), "--data.test_limit", 20, "--generator.precision", "fast"),
-        *("--projection.steps", 1, "--projection.lpips", 0, "--projection.start", "mean", "--projection.poor_l1", 1),
-        *("--projection.shard_size", 400, "--cluster.projection_actors", 1, "--cluster.train_workers", 1),
-        *("--training.epochs", 1, "--training.batch_size", size, "--training.val_examples", 0),
-        *("--cluster.gpus_per_worker", 1 if arguments.device == "cuda" else 0),
-    ]
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as root:
-
-        def config_of(name: str) -> Config:
-            return cli.parse("", ["--preset", "demo", "dmat", "--output", root, "--name", name, *map(str, options)])[0]
-
-        jobs.project(config_of("set"), lambda line: None)
-        print(f"\nDMAT steps of digits_cnn and mnist32, 32x32, batch {size}: {count} steps, the first {SKIPPED} not counted")
-        for repeat in range(arguments.repeats):
-            turns = [("local", train_here), ("ray", train_on_ray)]
-            for name, train in turns if repeat % 2 == 0 else turns[::-1]:
-                file = Path(root) / f"{name}{repeat}.moments"
-                train(config_of(f"{name}{repeat}"), file)
-                times, own = np.diff(np.loadtxt(file), axis=0)[SKIPPED - 1 :].T
-                row = {"side": name, "repeat": repeat, "steps": len(times), "median": float(np.median(times))}
-                row |= {"mean": float(times.mean()), "processor": float(np.median(own)), "quartiles": quartiles(times)}
-                rows.append(row)
-                print(
-                    f"{name:6} {row['median'] * 1000:7.2f} ms a step (median), {row['mean'] * 1000:7.2f} (mean); "
-                    f"{row['processor'] * 1000:7.2f} of the processor (median)",
-                    flush=True,
-                )
-    for statistic in ("median", "mean", "processor"):
-        here, there = (np.array([row[statistic] for row in rows if row["side"] == name]) for name in ("local", "ray"))
-        ratio = float(np.median(there / here))
-        print(f"ray to local, by {statistic}: {ratio:.3f} ({', '.join(f'{r:.3f}' for r in there / here)})")
-        if statistic == "median":
-            print(f"goal: at most {RAY_GOAL}: {reached(ratio, RAY_GOAL)}")
-    return rows
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["step", "ray"], default="step")
     parser.add_argument("--network", default="resnet50", help="torchvision's name")
     parser.add_argument("--kinds", nargs="+", choices=["stylegan1", "stylegan2"], default=["stylegan1"])
     parser.add_argument("--resolutions", nargs="+", type=int, default=[64], help="image sizes in pixels")
@@ -548,8 +435,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stylegan1-code", type=Path, help="clone of genforce/higan or genforce/interfacegan")
     parser.add_argument("--compile", action="store_true", help="time ours with training.compile too")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
-    parser.add_argument("--steps", type=int, default=200, help="ray: steps of a training")
-    parser.add_argument("--repeats", type=int, default=2, help="ray: trainings of each side")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of one operation")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", type=Path, help="write the rows and the machine here")
@@ -558,17 +443,9 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    if arguments.device == "cpu":
-        restart_with({**ALLOCATOR, "OMP_NUM_THREADS": str(arguments.threads)})
-    if arguments.what == "ray":
-        prepare_environment()
-    torch.set_num_threads(arguments.threads)
-    random.seed(0)
-    rows = {"step": compare_all, "ray": compare_with_ray}[arguments.what](arguments)
-    if arguments.json:
-        device = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
-        machine = {"device": device, "threads": arguments.threads, "torch": torch.__version__}
-        arguments.json.write_text(json.dumps({"command": sys.argv, **machine, "rows": rows}, indent=1) + "\n")
+    prepared(arguments)
+    rows = compare_all(arguments)
+    record(arguments, rows)
 
 
 if __name__ == "__main__":

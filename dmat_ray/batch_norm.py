@@ -31,7 +31,6 @@ class TermBatchNorm2d(nn.BatchNorm2d):
         if len(self.terms) == 1:
             return self._normalised(input, self.terms[0])
         parts = zip(input.chunk(len(self.terms)), self.terms, strict=True)
-        # torch.cat would lay its result out as the first part
         return torch.cat([self._normalised(part, term) for part, term in parts])
 
     def _normalised(self, x: Tensor, term: int) -> Tensor:

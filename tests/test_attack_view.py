@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gradients import require_same
 from torch import Tensor, nn
 
 from dmat_ray import classifiers
@@ -21,17 +22,6 @@ def trained_a_little(network: nn.Module, channels: int, size: int) -> nn.Module:
                 module.weight.uniform_(0.5, 1.5, generator=generator)
                 module.bias.uniform_(-0.3, 0.3, generator=generator)
     return network.eval()
-
-
-def require_same(view: nn.Module, network: nn.Module, x: Tensor) -> None:
-    """Outputs, and gradients of a sum of them that weighs each differently."""
-    found, expected = [], []
-    for results, f in ((found, view), (expected, network)):
-        start = x.clone().requires_grad_(True)
-        out = f(start)
-        weights = torch.arange(out.numel(), dtype=out.dtype).view_as(out).sin()
-        results += [out, *torch.autograd.grad((out * weights).sum(), start)]
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 NETWORKS = [("digits_cnn", 4), ("resnet18", 20), ("densenet121", 59), ("mobilenet_v3_small", 34), ("vgg11_bn", 8), ("vgg11", 0)]

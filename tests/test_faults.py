@@ -185,6 +185,19 @@ def test_divergence_names_step_term_and_the_last_good_checkpoint(
     assert all(bool(value.isfinite().all()) for value in weights(tmp_path).values())
 
 
+@pytest.mark.parametrize("val_examples", [0, 6])
+def test_weights_that_diverge_in_an_epochs_last_step_are_not_saved(
+    train: Train, make_config: MakeConfig, tmp_path: Path, val_examples: int
+) -> None:
+    """The losses of the epoch are all finite: what the last of them makes of the weights is not."""
+    rates = {"lr_epochs": [0, 1.6, 1.6667, 2], "lr_values": [1e-5, 1e-5, 1e38, 1e38], "weight_decay": 1e3}
+    training = {**TRAINING, "epochs": 2, "val_examples": val_examples, **rates}
+    with pytest.raises(NotFiniteError, match="in epoch 2, step 3 of 3, the weights that come of it are not finite"):
+        train(make_config(training=training, objective=CLEAN), Context(tmp_path))
+    assert checkpoint.read_run(tmp_path / "checkpoint")["epoch"] == 1
+    assert all(bool(value.isfinite().all()) for value in weights(tmp_path).values())
+
+
 def scripted(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
     """Robust accuracies that validation finds, one an epoch."""
     found = iter(values)

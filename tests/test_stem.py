@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gradients import require_same
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -20,13 +21,7 @@ def test_gradient_to_the_image_is_torchs(taps: int, stride: int, padding: int, c
     conv = nn.Conv2d(channels, 5, taps, stride=stride, padding=min(padding, taps - 1)).double().requires_grad_(False)
     stem = Stem(conv)
     x = torch.rand(2, channels, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found, expected = [], []
-    for results, f in ((found, stem), (expected, conv)):
-        start = x.clone().requires_grad_(True)
-        y = f(start)
-        weights = torch.arange(y.numel(), dtype=y.dtype).view_as(y).cos()
-        results += [y, *torch.autograd.grad((y * weights).sum(), start)]
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    require_same(stem, conv, x)
 
 
 def test_refresh_takes_over_new_weights() -> None:

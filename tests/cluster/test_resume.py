@@ -31,7 +31,7 @@ def same_training(output: Path, calm: Path) -> None:
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def test_killed_driver_of_a_training_goes_on(tmp_path, finished):
+def test_killed_driver_of_a_training_goes_on_from_a_checkpoint_that_is_whole(tmp_path, finished):
     finished.copy_set(tmp_path)
     address = ray.get_runtime_context().gcs_address
     options = ("--preset", "demo", "dmat", "--name", "dmat", "--cluster.address", address, *DMAT)
@@ -41,7 +41,11 @@ def test_killed_driver_of_a_training_goes_on(tmp_path, finished):
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "models").exists()
+    newest = max((tmp_path / "train").rglob("checkpoint_*/state.pt"))
+    newest.write_bytes(newest.read_bytes()[:1000])
     resumed = finish(start_job("train.py", tmp_path, *options))
+    assert f"'{newest.parent}' is damaged: its state.pt is not what was written; going back to the one before" in resumed
+    assert "going on with epoch 2, with 2 workers" in resumed
     assert "epoch 1/3" not in resumed
     assert "epoch 3/3" in resumed
     same_training(tmp_path, finished.output)
