@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CHROMIUM_STAMP := $(VENV)/.chromium
 
 .PHONY: help demo test test-core test-cluster check format clean
 
@@ -23,8 +24,17 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@$(BIN)/python jobs/pipeline.py --preset demo
 
+# What tests/test_page_in_browser.py opens the page in; the test is skipped without one.
+$(CHROMIUM_STAMP): | $(STAMP)
+	@for name in "$$CHROMIUM" chromium chromium-browser google-chrome; do command -v "$$name" >/dev/null 2>&1 && exit 0; done; \
+	command -v apt-get >/dev/null && test "$$(id -u)" = 0 || exit 0; \
+	echo "installing Debian's chromium, in which a test opens the report"; \
+	(apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium) >/dev/null 2>&1 \
+		|| echo "chromium cannot be installed, and its test is skipped; later: apt-get install chromium"
+	@touch $(CHROMIUM_STAMP)
+
 # Those that start clusters run one after the other, beside all others, which have a process a core.
-test: $(STAMP)
+test: $(STAMP) $(CHROMIUM_STAMP)
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-core test-cluster
 
 test-core: $(STAMP)

@@ -12,14 +12,14 @@ import argparse
 import json
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from dmat_ray import checkpoint, presets, threats
+from dmat_ray import checkpoint, presets, suites, threats
 from dmat_ray.attack import attack
-from dmat_ray.config import Config
-from dmat_ray.config.attacks import CleanRow
+from dmat_ray.config import AttackRow, CleanRow, Config
 from dmat_ray.data import manifold_set
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators
@@ -33,14 +33,14 @@ SIDES = {
 }
 
 
-def accuracies(folder: Path, config: Config, data: manifold_set.ManifoldSet) -> dict[str, float]:
+def accuracies(folder: Path, config: Config, suite: Sequence[AttackRow], data: manifold_set.ManifoldSet) -> dict[str, float]:
     """Each attack's accuracy in percent, and the share that stands under all of them."""
     network, _ = checkpoint.load_classifier(folder)
     generator = generators.load_generator(config.generator.path)
     batch = data.batch(torch.arange(len(data)).numpy(), "on_manifold")
     standing = torch.ones(len(batch), dtype=torch.bool)
     found = {}
-    for row in config.evaluation.attacks:
+    for row in suite:
         if isinstance(row, CleanRow):
             with torch.no_grad():
                 right = network(batch.x_BCHW).argmax(dim=1) == batch.y_B
@@ -74,12 +74,13 @@ def main() -> None:
                 for layer in layers:
                     values = presets.merge(values, layer)
                 config = Config.model_validate(values)
+                suite = suites.resolved(config.evaluation).attacks
                 generator = generators.load_configured(config.generator)
                 sha = generators.fingerprint(config.generator.path)
                 with tempfile.TemporaryDirectory() as folder:
                     context = LocalContext(Path(folder))
                     train(config, data, generator, sha, context)
-                    rows[side].append(accuracies(context.checkpoints()[0], config, test))
+                    rows[side].append(accuracies(context.checkpoints()[0], config, suite, test))
                 print(method, seed, side, {name: round(value, 1) for name, value in rows[side][-1].items()}, flush=True)
         record[method] = rows
         print(f"\n{method}, {arguments.seeds} seeds, {len(test)} test images: mean (deviation of one seed)")

@@ -1,8 +1,8 @@
-"""How theta is searched: projected steepest ascent on a loss of net(render(batch, theta)), one loop for every threat.
+"""How theta is searched for a high loss of net(render(batch, theta)): one loop for every threat and every search.
 
-FGSM is one step of it. The network runs in eval mode with its parameters frozen, so that only dloss/dtheta is
-computed and neither gradients nor batch-norm statistics of the network move; nothing in the loop waits for the
-device.
+FGSM is one step of projected steepest ascent. The network runs in eval mode with its parameters frozen, so that only
+dloss/dtheta is computed and neither gradients nor batch-norm statistics of the network move; nothing in the loop waits
+for the device.
 """
 
 from collections.abc import Callable, Iterator
@@ -90,8 +90,11 @@ def _best(logits: Tensor, count: int, name: str) -> Tensor:
     return logits.topk(count, dim=1).values
 
 
-def _losses(network: nn.Module, batch: Batch, config: AttackConfig) -> list[Loss]:
-    """What the searches of an evaluation row raise, one after the other."""
+def losses_of(network: nn.Module, batch: Batch, config: AttackConfig) -> list[Loss]:
+    """What the searches of an evaluation row raise, one after the other; of any other attack the cross entropy.
+
+    Raises UserError for more targets than there are other classes, or a loss that needs more classes.
+    """
     name, targets = (config.loss, config.targets) if isinstance(config, Row) else ("ce", 0)
     if targets == 0:
         return [dlr(batch.y_B) if name == "dlr" else cross_entropy(batch.y_B)]
@@ -110,17 +113,19 @@ def _losses(network: nn.Module, batch: Batch, config: AttackConfig) -> list[Loss
 def _search(
     network: nn.Module, threat: Threat, batch: Batch, loss: Loss, config: AttackConfig, draws: Draws | None, measure: bool
 ) -> Attacked:
-    search = SEARCHES[config.method](threat, batch, config)
-    theta = threat.start(batch, draws)
+    search = SEARCHES[config.method](threat, batch, config, draws)
+    theta = search.start()
+    gradient = theta.new_empty(0)
     for _ in range(config.steps):
-        theta = theta.detach().requires_grad_(True)
-        logits = network(threat.render(batch, theta))
-        value_B = loss(logits)
-        (gradient,) = torch.autograd.grad(value_B.sum(), theta)
+        with torch.set_grad_enabled(search.needs_gradient):
+            theta = theta.detach().requires_grad_(search.needs_gradient)
+            logits = network(threat.render(batch, theta))
+            value_B = loss(logits)
+            if search.needs_gradient:
+                (gradient,) = torch.autograd.grad(value_B.sum(), theta)
         theta = search.next(theta.detach(), value_B.detach(), gradient)
     with torch.no_grad():
-        if config.method == "apgd":
-            theta = search.last(theta, loss(network(threat.render(batch, theta))))
+        theta = search.last(theta, lambda last: loss(network(threat.render(batch, last))))
         x = threat.render(batch, theta)
         if measure:
             logits = network(x)
@@ -159,14 +164,14 @@ def attack(
         raise UserError(f"images must lie in [0, 1]; these range from {low:.6g} to {high:.6g}")
     best: Attacked | None = None
     with frozen(network):
-        number = 1 if loss is not None else len(_losses(network, batch, config))
+        number = 1 if loss is not None else len(losses_of(network, batch, config))
         for restart in range(config.restarts):
             for k in range(number):
                 standing = None if best is None or not _exits_early(config) else (~best.broken_B).nonzero()[:, 0]
                 if standing is not None and len(standing) == 0:
                     break
                 part = batch if standing is None else batch.take(standing)
-                raised = loss if loss is not None else _losses(network, part, config)[k]
+                raised = loss if loss is not None else losses_of(network, part, config)[k]
                 which = f"{purpose}/{restart}" if number == 1 else f"{purpose}/{restart}/{k}"
                 draws = Draws(seed, part.id, which) if config.random_start else None
                 found = _search(network, threat, part, raised, config, draws, measure or config.restarts > 1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dmat_ray import batch_norm
+from dmat_ray.errors import UserError
 from dmat_ray.stem import Stem, fits
 
 BATCH_NORM = (nn.BatchNorm2d, batch_norm.TermBatchNorm2d)
@@ -38,6 +39,15 @@ def _foldable(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[tuple[fx.N
     return pairs
 
 
+def view_of(network: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """What attacks see of a network: an `AttackView`, or of a TorchScript program, which has no layers to fold, itself."""
+    if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
+        if dtype != torch.float32:
+            raise UserError("a TorchScript program computes in the precision it was made for; attack it in float32")
+        return network
+    return AttackView(network, dtype)
+
+
 class AttackView(nn.Module):
     """A copy of `network` for attacks; x_BCHW in [0, 1] -> logits_BK, computed in `dtype`, of bfloat16 as float32.
 
@@ -57,7 +67,9 @@ class AttackView(nn.Module):
         except Exception:  # whatever a foreign network does with a stand-in for its input
             pass
         else:
-            view = self._fold(fx.GraphModule(view, graph))
+            # a tensor that forward makes was made once, while tracing: random numbers would be the same ever after
+            if not any(node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graph.nodes):
+                view = self._fold(fx.GraphModule(view, graph))
         self.view = view.to(dtype, memory_format=self._layout).requires_grad_(False)  # type: ignore[call-overload]
         inside = {f"{conv}.{part}" for conv, _ in self.folded for part in ("weight", "bias", "kernel")}
         theirs = dict(self.view.named_parameters()) | dict(self.view.named_buffers())

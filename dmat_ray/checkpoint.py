@@ -1,4 +1,4 @@
-"""Trained classifiers as folders: `model.safetensors`, `run.json`, and while training `state.pt`.
+"""Classifiers as folders: `model.safetensors`, `run.json`, while training `state.pt`, and of imported programs the program.
 
 `run.json` holds the whole config, class names, image shape, the generator's sha256, progress, metrics, and digests of the
 files beside it: resume and evaluation read it, nothing is typed twice. It is written last, so that a folder without it is no
@@ -6,6 +6,7 @@ checkpoint.
 """
 
 import errno
+import json
 import pickle
 import platform
 import shutil
@@ -25,10 +26,12 @@ from dmat_ray import classifiers
 from dmat_ray.cli import validate
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
-from dmat_ray.files import read_json, sha256, write_json
+from dmat_ray.files import read_json, sha256, text_digest, write_json
 from dmat_ray.types import RunContext
 
 MODEL, RUN, STATE = "model.safetensors", "run.json", "state.pt"
+PROGRAMS = {"torchscript": "program.pt", "torch_export": "program.pt2"}  # files of imported programs, by kind
+DIGEST = "program_sha256"  # a tensor in MODEL of 32 bytes, which ties a program to it
 VERSION = 2
 # settings, and sections of them, that may differ between a checkpoint and the run that goes on from it
 HARMLESS = (
@@ -48,9 +51,14 @@ def versions() -> dict[str, str]:
 
 
 def describe_run(
-    config: Config, class_names: tuple[str, ...], channels: int, resolution: int, generator_sha256: str, set_sha256: str
+    config: Config,
+    class_names: tuple[str, ...],
+    channels: int,
+    resolution: int,
+    generator_sha256: str | None,
+    set_sha256: str | None,
 ) -> dict[str, Any]:
-    """The part of run.json that does not change while training."""
+    """The part of run.json that does not change while training; of an imported model no generator or set is known."""
     return {
         "version": VERSION,
         "config": config.to_json(),
@@ -161,6 +169,14 @@ def read_run(folder: Path) -> dict[str, Any]:
     return run
 
 
+def digest(folder: Path) -> str:
+    """Names a model by its files and by how it is built from them."""
+    run = read_run(folder)
+    weights = sha256(folder / MODEL)  # of a program it holds the digest of its file
+    built = {key: run[key] for key in ("channels", "resolution", "class_names")}
+    return text_digest(json.dumps([weights, built, run["config"]["classifier"]], sort_keys=True))
+
+
 def load_weights(folder: Path, network: nn.Module) -> None:
     """Fill `network`; raises UserError if the weights are another architecture's or damaged."""
     try:
@@ -188,12 +204,40 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def load_classifier(folder: Path, device: torch.device | str = "cpu") -> tuple[classifiers.Classifier, dict[str, Any]]:
-    """A trained classifier in eval mode, and its run.json."""
+    """A classifier, trained here or imported, in eval mode, and its run.json."""
     run = read_run(folder)
     config = validate(run["config"])
-    network = classifiers.build(config.classifier, run["channels"], len(run["class_names"]))
-    load_weights(folder, network)
+    if "program" in run:
+        network = _load_program(folder, run["program"], config, torch.device(device))
+    else:
+        network = classifiers.build(config.classifier, run["channels"], len(run["class_names"]))
+        load_weights(folder, network)
     return network.to(device).eval(), run
+
+
+def save_program(folder: Path, content: bytes, kind: str, network: classifiers.Classifier, run: dict[str, Any]) -> None:
+    """Write an imported program, already looked through: its file, the normalisation around it, run.json last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PROGRAMS[kind]).write_bytes(content)
+    digest = torch.tensor(list(bytes.fromhex(sha256(folder / PROGRAMS[kind]))), dtype=torch.uint8)
+    save(folder, {"mean": network.mean, "std": network.std, DIGEST: digest}, {**run, "program": kind})
+
+
+def _load_program(folder: Path, kind: Any, config: Config, device: torch.device) -> classifiers.Classifier:
+    from dmat_ray.manifold.formats.programs import load_program
+
+    if kind not in PROGRAMS:
+        raise UserError(f"'{folder / RUN}' names a program of kind '{kind}'; this version knows {', '.join(PROGRAMS)}")
+    path = folder / PROGRAMS[kind]
+    try:
+        tensors = load_file(folder / MODEL)
+        digest = bytes(tensors[DIGEST].tolist()).hex()
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"the checkpoint '{folder}' has no whole {MODEL} ({type(error).__name__}); import it again") from None
+    if not path.is_file() or sha256(path) != digest:
+        raise UserError(f"'{path}' is not the program that was imported; import it again with jobs/import_model.py")
+    program = classifiers.Program(load_program(path, kind, device))
+    return classifiers.Classifier(program, config.classifier.mean, config.classifier.std)
 
 
 def require_same_config(old: dict[str, Any], new: Config, folder: Path) -> None:

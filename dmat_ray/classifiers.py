@@ -9,6 +9,8 @@ from dmat_ray import batch_norm
 from dmat_ray.config import ClassifierConfig
 from dmat_ray.errors import UserError
 
+PROGRAM = "program"  # classifier.name of what came as a program
+
 
 class DigitsCNN(nn.Sequential):
     """Four convolutions with batch norm and a linear head, for 32x32 images; about 100,000 weights."""
@@ -46,14 +48,36 @@ class Classifier(nn.Module):
         return logits
 
 
+class Program(nn.Module):
+    """A network of others that came as a program (see `model_import`), as the network of a Classifier: frozen, in eval mode."""
+
+    def __init__(self, program: nn.Module) -> None:
+        super().__init__()
+        self.program = program
+        self.training = False
+
+    def train(self, mode: bool = True) -> "Program":
+        """Nothing: a program has the one mode that it was exported in."""
+        return self
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        logits: Tensor = self.program(x_BCHW)
+        return logits
+
+
+def require_normalisation(config: ClassifierConfig, channels: int) -> None:
+    """Raise UserError for a normalisation of another number of channels."""
+    for name, values in (("mean", config.mean), ("std", config.std)):
+        if len(values) not in (1, channels):
+            raise UserError(f"classifier.{name} has {len(values)} values, images have {channels} channel(s)")
+
+
 def build(config: ClassifierConfig, channels: int, num_classes: int) -> Classifier:
     """A freshly initialised classifier; raises UserError for an unknown name or a normalisation of another shape.
 
     Its batch norm knows of terms, see `batch_norm`.
     """
-    for name, values in (("mean", config.mean), ("std", config.std)):
-        if len(values) not in (1, channels):
-            raise UserError(f"classifier.{name} has {len(values)} values, images have {channels} channel(s)")
+    require_normalisation(config, channels)
     network = _network(config.name, channels, num_classes)
     return Classifier(batch_norm.prepare(network), config.mean, config.std)
 
@@ -61,6 +85,8 @@ def build(config: ClassifierConfig, channels: int, num_classes: int) -> Classifi
 def _network(name: str, channels: int, num_classes: int) -> nn.Module:
     if name == "digits_cnn":
         return DigitsCNN(channels, num_classes)
+    if name == PROGRAM:
+        raise UserError(f"classifier.name '{PROGRAM}' stands for a program that was imported; it is not built or trained here")
     if name.startswith("timm/"):
         return _timm(name.removeprefix("timm/"), channels, num_classes)
     import torchvision  # four seconds of imports, which the small network does without

@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from dmat_ray import presets
-from dmat_ray.config import Config
+from dmat_ray import presets, suites
+from dmat_ray.config import Config, EvaluationConfig, PerceptualThreat
 from dmat_ray.errors import UserError
 
 EPILOG = """\
@@ -114,7 +114,8 @@ def parse(
             return source(parsed_args=namespace), init_settings
 
     try:
-        return with_absolute_paths(Config.model_validate(Layered(**layers).model_dump())), namespace
+        config = with_absolute_paths(Config.model_validate(Layered(**layers).model_dump()))
+        return config.model_copy(update={"evaluation": _with_absolute_weights(suites.resolved(config.evaluation))}), namespace
     except ValidationError as error:
         raise UserError(describe(error)) from None
 
@@ -136,6 +137,19 @@ def with_absolute_paths(config: Config) -> Config:
     judged_by = {name: absolute(getattr(config.gan.quality, name)) for name in ("network", "weights")}
     gan = config.gan.model_copy(update={"quality": config.gan.quality.model_copy(update=judged_by)})
     return config.model_copy(update={"data": data, "generator": generator, "projection": projection, "gan": gan})
+
+
+def _with_absolute_weights(config: EvaluationConfig) -> EvaluationConfig:
+    """The same with the files of weights that its rows name made absolute."""
+
+    def absolute(value: str) -> str:
+        return value if value in ("pretrained", "random") else str(Path(value).resolve())
+
+    rows = [
+        row.model_copy(update={"weights": absolute(row.weights)}) if isinstance(row, PerceptualThreat) else row
+        for row in config.attacks
+    ]
+    return config.model_copy(update={"attacks": tuple(rows), "lpips_weights": absolute(config.lpips_weights)})
 
 
 def user_error_behind(error: BaseException) -> UserError | None:

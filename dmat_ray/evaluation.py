@@ -1,28 +1,38 @@
 """Evaluation: attacks on trained models, one row per (model, test set, attack, example).
 
-Everything else (tables, intervals, worst cases) derives from rows. A row's numbers depend on the example, the model
-and the seed, never on how examples were shared out among actors.
+Everything else (tables, intervals, worst cases, curves) derives from rows. The work is cut into units, each an attack on some
+examples for one model; a row's numbers depend on the settings, the model and the example, never on who did which unit.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dmat_ray import threats
-from dmat_ray.attack import attack
-from dmat_ray.config import ON_MANIFOLD, CleanRow, EvaluationConfig
+from dmat_ray import autoattack, corruptions, threats
+from dmat_ray.arithmetic import tf32
+from dmat_ray.attack import attack, losses_of
+from dmat_ray.attack_view import view_of
+from dmat_ray.config import AttackRow, AutoAttackRow, CleanRow, CorruptionRow, EvaluationConfig, Row
 from dmat_ray.data.manifold_set import ManifoldSet
 from dmat_ray.errors import UserError
+from dmat_ray.rng import Draws
+from dmat_ray.search import SEARCHES
 from dmat_ray.types import Batch, Generator
+from dmat_ray.units import Unit, applies, chosen, rounds, rows_to_run, still_standing, units
+
+if TYPE_CHECKING:
+    from dmat_ray.manifold.perceptual import Perceptual
 
 SCHEMA = pa.schema(
     [
         ("model", pa.string()),
+        ("source", pa.string()),  # the model that was attacked: another than `model` where images are transferred
         ("set", pa.string()),
         ("attack", pa.string()),
         ("id", pa.string()),
@@ -35,93 +45,141 @@ SCHEMA = pa.schema(
         ("distance", pa.float32()),
         ("linf", pa.float32()),
         ("l2", pa.float32()),
+        ("lpips", pa.float32()),  # null without evaluation.lpips
         ("seed", pa.int64()),
+        ("seconds", pa.float32()),  # the time of the batch, shared out over its examples
     ]
 )
-SORT = [("model", "ascending"), ("set", "ascending"), ("attack", "ascending"), ("id", "ascending")]
+SORT = [(name, "ascending") for name in ("model", "source", "set", "attack", "id")]
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """A unit of work: examples `start` to `stop` of one test set, for one model."""
+class Seen:
+    """What an attack made of a batch: its images, what the model says of them, and how far they are from the clean ones."""
 
-    model: str
-    set: str
-    start: int
-    stop: int
-
-
-def chunks(models: list[str], config: EvaluationConfig, size: int) -> list[Chunk]:
-    """All units of an evaluation of `size` test examples; they depend on the settings, not on the cluster."""
-    starts = range(0, size, config.batch_size)
-    return [
-        Chunk(model, name, start, min(start + config.batch_size, size))
-        for model in models
-        for name in config.sets
-        for start in starts
-    ]
+    x_BCHW: Tensor
+    logits_BK: Tensor
+    distance_B: Tensor
 
 
-def rows_of(
-    network: nn.Module, generator: Generator, batch: Batch, config: EvaluationConfig, model: str, set_name: str
-) -> Iterator[tuple[pa.Table, torch.Tensor]]:
-    """For each attack of the suite that applies to this test set: its rows, and the attacked images.
+class Evaluator:
+    """Attacks models on the examples of a set. `load` gives a model by name; each is loaded once."""
 
-    Latent attacks need w and are left out on natural images. Raises UserError if the network's output is not finite.
-    """
-    with torch.no_grad():
-        clean_logits = network(batch.x_BCHW)
-    if not bool(torch.isfinite(clean_logits).all()):
-        raise UserError(f"model '{model}' puts out values that are not finite")
-    for row in config.attacks:
-        if isinstance(row, ON_MANIFOLD) and batch.w_BLD is None:
-            continue
-        distance = torch.zeros(len(batch), device=batch.x_BCHW.device)
-        x, logits = batch.x_BCHW, clean_logits
-        if not isinstance(row, CleanRow):
-            threat = threats.build(row, generator)
-            found = attack(network, threat, batch, row, seed=config.seed, purpose=f"evaluation/{set_name}/{row.name}")
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        data: ManifoldSet,
+        generator: Generator,
+        load: Callable[[str], nn.Module],
+        models: Sequence[str],
+        device: torch.device,
+    ) -> None:
+        self.config, self.data, self.generator, self.models, self.device = config, data, generator, tuple(models), device
+        self.rows = rows_to_run(config)
+        self._load = load
+        self._networks: dict[str, nn.Module] = {}
+        self._view: tuple[str, nn.Module] | None = None
+        self._perceptual = None if config.lpips == "none" else _perceptual(config).to(device)
+
+    def network(self, model: str) -> nn.Module:
+        """A model, in eval mode. One is kept at a time, or all where images are transferred."""
+        if model not in self._networks:
+            if not self.config.transfer:
+                self._networks.clear()
+            self._networks[model] = self._load(model).to(self.device).eval()
+        return self._networks[model]
+
+    def _seen_by_attacks(self, model: str) -> nn.Module:
+        if self._view is None or self._view[0] != model:
+            dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+            self._view = model, view_of(self.network(model), dtype)
+        return self._view[1]
+
+    def batch(self, positions: Sequence[int], set_name: str) -> Batch:
+        """Examples by position, on the device."""
+        return self.data.batch(np.array(positions), set_name).to(self.device)
+
+    def attacked(self, model: str, set_name: str, row: AttackRow, batch: Batch) -> Seen:
+        """The images of an attack on a model. Raises UserError if what it puts out is not finite."""
+        network = self.network(model)
+        distance, x = torch.zeros(len(batch), device=self.device), batch.x_BCHW
+        base = row.name.split(" @ ")[0]  # a curve starts all its searches at the same places of their balls
+        if isinstance(row, CorruptionRow):
+            draws = Draws(self.config.seed, batch.id, f"evaluation/{row.kind}")
+            x = corruptions.corrupt(x, row.kind, row.severity, draws)
+        elif isinstance(row, AutoAttackRow):
+            x, distance = autoattack.run(network, batch, row, self.config.seed)
+        elif not isinstance(row, CleanRow):
+            threat = threats.build(row, self.generator)
+            found = attack(
+                self._seen_by_attacks(model), threat, batch, row, seed=self.config.seed, purpose=f"evaluation/{set_name}/{base}"
+            )
             x, distance = found.x_BCHW, threat.distance(batch, found.theta)
+        return Seen(x, self.logits(model, x), distance)
+
+    def logits(self, model: str, x_BCHW: Tensor) -> Tensor:
+        """What a model says of images, in float32. Raises UserError for what is no logit a class, or not finite."""
+        network, count = self.network(model), len(self.data.class_names)
+        with torch.no_grad():
+            logits: Tensor = network(x_BCHW).float()
+        if logits.shape != (len(x_BCHW), count):
+            raise UserError(f"model '{model}' puts out {list(logits.shape)} for {len(x_BCHW)} images of {count} classes")
+        if not bool(torch.isfinite(logits).all()):
+            raise UserError(f"model '{model}' puts out values that are not finite")
+        return logits
+
+    def table(self, unit: Unit) -> pa.Table:
+        """The rows of a unit; of a row in `transfer` also what all other models say of its images."""
+        with tf32(False):
+            return self._rows(unit)
+
+    def _rows(self, unit: Unit) -> pa.Table:
+        began, row = time.monotonic(), self.rows[unit.attack]
+        batch = self.batch(unit.positions, unit.set)
+        seen = self.attacked(unit.model, unit.set, row, batch)
+        lpips = None
+        if self._perceptual is not None:
             with torch.no_grad():
-                logits = network(x)
-        yield _table(model, set_name, row.name, batch, clean_logits, logits, x, distance, config.seed), x
+                lpips = self._perceptual.distance(seen.x_BCHW, self._perceptual.features(batch.x_BCHW))
+        shared = {"source": unit.model, "set": unit.set, "attack": unit.attack, "seed": self.config.seed}
+        shared["seconds"] = (time.monotonic() - began) / len(batch)
+        tables = []
+        for judge in self.models if unit.attack in self.config.transfer else (unit.model,):
+            logits = seen.logits_BK if judge == unit.model else self.logits(judge, seen.x_BCHW)
+            clean = self.logits(judge, batch.x_BCHW).argmax(dim=1)
+            tables.append(_table(batch, {"model": judge, **shared}, clean, logits, seen, lpips))
+        return pa.concat_tables(tables)
 
 
 def _table(
-    model: str,
-    set_name: str,
-    attack_name: str,
-    batch: Batch,
-    clean_logits: torch.Tensor,
-    logits: torch.Tensor,
-    x: torch.Tensor,
-    distance: torch.Tensor,
-    seed: int,
+    batch: Batch, shared: dict[str, Any], clean_B: Tensor, logits_BK: Tensor, seen: Seen, lpips_B: Tensor | None
 ) -> pa.Table:
-    n = len(batch)
-    prediction = logits.argmax(dim=1)
-    loss = nn.functional.cross_entropy(logits, batch.y_B, reduction="none")
-    own = logits.gather(1, batch.y_B[:, None]).squeeze(1)
-    others = logits.scatter(1, batch.y_B[:, None], -torch.inf).amax(dim=1)
-    moved = (x - batch.x_BCHW).flatten(1)
+    prediction = logits_BK.argmax(dim=1)
+    own = logits_BK.gather(1, batch.y_B[:, None]).squeeze(1)
+    others = logits_BK.scatter(1, batch.y_B[:, None], -torch.inf).amax(dim=1)
+    moved = (seen.x_BCHW - batch.x_BCHW).flatten(1)
     columns: dict[str, Any] = {
-        "model": [model] * n,
-        "set": [set_name] * n,
-        "attack": [attack_name] * n,
+        **{name: [value] * len(batch) for name, value in shared.items()},
         "id": list(batch.id),
         "label": batch.y_B,
-        "clean_prediction": clean_logits.argmax(dim=1),
+        "clean_prediction": clean_B,
         "prediction": prediction,
         "correct": prediction == batch.y_B,
-        "loss": loss,
+        "loss": nn.functional.cross_entropy(logits_BK, batch.y_B, reduction="none"),
         "margin": own - others,
-        "distance": distance,
+        "distance": seen.distance_B,
         "linf": moved.abs().amax(dim=1),
         "l2": moved.norm(dim=1),
-        "seed": [seed] * n,
+        "lpips": [None] * len(batch) if lpips_B is None else lpips_B,
     }
-    arrays = {k: v.cpu().numpy() if isinstance(v, torch.Tensor) else v for k, v in columns.items()}
-    return pa.table(arrays, schema=SCHEMA)
+    arrays = {k: v.detach().cpu().numpy() if isinstance(v, Tensor) else v for k, v in columns.items()}
+    return pa.table({name: arrays[name] for name in SCHEMA.names}, schema=SCHEMA)
+
+
+def _perceptual(config: EvaluationConfig) -> "Perceptual":
+    from dmat_ray.manifold.perceptual import Perceptual  # lpips takes seconds to import, which most evaluations do without
+
+    return Perceptual(config.lpips, config.lpips_weights, setting="evaluation.lpips_weights")
 
 
 def require_fit(run: dict[str, Any], data: ManifoldSet, model: str) -> None:
@@ -137,10 +195,44 @@ def require_fit(run: dict[str, Any], data: ManifoldSet, model: str) -> None:
         )
 
 
-def evaluate_chunk(
-    network: nn.Module, generator: Generator, data: ManifoldSet, chunk: Chunk, config: EvaluationConfig, device: torch.device
-) -> pa.Table:
-    """All rows of one chunk."""
-    batch = data.batch(np.arange(chunk.start, chunk.stop), chunk.set).to(device)
-    tables = [table for table, _ in rows_of(network, generator, batch, config, chunk.model, chunk.set)]
-    return pa.concat_tables(tables)
+def require_suite(config: EvaluationConfig, data: ManifoldSet) -> None:
+    """Raise UserError for a row that these classes or images do not allow, or whose weights are not there."""
+    one, size = data.batch(np.array([0]), "natural"), " x ".join(map(str, data.natural.shape[1:]))
+    count = len(data.class_names)
+    for row in config.attacks:
+        try:
+            _try(row, one, count, config.seed)
+        except (UserError, RuntimeError) as error:
+            raise UserError(f"attack '{row.name}' on {size} images of {count} classes: {str(error).splitlines()[0]}") from None
+    if config.lpips != "none":
+        _perceptual(config).features(one.x_BCHW)
+
+
+def _try(row: AttackRow, one: Batch, num_classes: int, seed: int) -> None:
+    """The parts of an attack that may not fit, as far as they need neither a model nor the generator."""
+    draws = Draws(seed, one.id, "evaluation/try")
+    if isinstance(row, AutoAttackRow):
+        autoattack.require_fit(row, num_classes)
+    elif isinstance(row, CorruptionRow):
+        corruptions.corrupt(one.x_BCHW, row.kind, row.severity, draws)
+    elif isinstance(row, Row):
+        logits = one.x_BCHW.new_zeros(1, num_classes)
+        for loss in losses_of(lambda x: logits, one, row):  # type: ignore[arg-type]  # a network that says nothing
+            loss(logits)
+        if applies(row, "natural"):
+            threat = threats.build(row, None)
+            search = SEARCHES[row.method](threat, one, row, draws if row.random_start else None)
+            threat.render(one, search.start())
+        elif row.method == "square":
+            raise UserError("method square needs threat image")
+
+
+def evaluate_here(evaluator: Evaluator, positions: np.ndarray | None = None) -> pa.Table:
+    """All rows of a suite, in this process, one unit after the other."""
+    config, data = evaluator.config, evaluator.data
+    where = chosen(data, config) if positions is None else positions
+    rows = SCHEMA.empty_table()
+    for names in rounds(config):
+        work = units(evaluator.models, names, config, still_standing(rows, config, data, where))
+        rows = pa.concat_tables([rows, *(evaluator.table(unit) for unit in work)])
+    return rows.sort_by(SORT)

@@ -1,15 +1,21 @@
-"""Numbers from evaluation rows."""
+"""Numbers from evaluation rows: accuracies with intervals, worst cases, means, curves over eps, transfer, confusion."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+
+from dmat_ray.config import CleanRow, EvaluationConfig
+from dmat_ray.units import applies, curve_name, group_of, rows_to_run
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A share of correct answers with its 95 % Wilson interval; all in [0, 1]."""
+    """A share with its 95 % interval; all in [0, 1]. Of means and UAR `count` is that of examples, the interval a bound."""
 
     value: float
     low: float
@@ -27,19 +33,139 @@ def wilson(correct: int, count: int, z: float = 1.959964) -> Accuracy:
     return Accuracy(p, max(0.0, centre - half), min(1.0, centre + half), count)
 
 
-def accuracies(rows: pa.Table) -> dict[tuple[str, str, str], Accuracy]:
-    """(model, set, attack) -> accuracy."""
-    grouped = rows.group_by(["model", "set", "attack"]).aggregate([("correct", "sum"), ("correct", "count")])
-    return {
-        (r["model"], r["set"], r["attack"]): wilson(int(r["correct_sum"]), int(r["correct_count"])) for r in grouped.to_pylist()
-    }
+class Results:
+    """Rows of an evaluation, example by example, and the columns that its settings make of them."""
+
+    def __init__(self, rows: pa.Table, config: EvaluationConfig) -> None:
+        self.rows, self.config, self.suite = rows, config, rows_to_run(config)
+        self.clean = next(name for name, row in self.suite.items() if isinstance(row, CleanRow))
+        self.groups: dict[str, list[str]] = {}
+        for name, row in self.suite.items():
+            if group := group_of(row):
+                self.groups.setdefault(group, []).append(name)
+
+    @cached_property
+    def models(self) -> list[str]:
+        """All models that there are rows of."""
+        return sorted(pc.unique(self.rows["model"]).to_pylist())
+
+    @cached_property
+    def _own(self) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]:
+        """(model, set, attack) -> ids, sorted, and whether each was right, of attacks on the model itself."""
+        return _split(self.rows.filter(pc.equal(self.rows["model"], self.rows["source"])))
+
+    def ids(self, model: str, set_name: str) -> np.ndarray:
+        """The examples of a test set."""
+        return self._own[model, set_name, self.clean][0]
+
+    def correct(self, model: str, set_name: str, name: str) -> np.ndarray:
+        """For each example whether it is right under an attack, or under all of a group and on the clean image, (N) bool."""
+        if name not in self.groups:
+            return self._own[model, set_name, name][1]
+        ids, standing = self._own[model, set_name, self.clean]
+        for part in self.groups[name]:
+            met, right = self.met(model, set_name, part)
+            standing = standing & ~np.isin(ids, met[~right])
+        return standing
+
+    def met(self, model: str, set_name: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of the examples that a row of a group met, which may be none, and whether each was right."""
+        return self._own.get((model, set_name, name), (np.array([], dtype=object), np.array([], dtype=bool)))
+
+    def columns(self, set_name: str) -> list[str]:
+        """What the table of a test set shows: rows, each group in place of its rows, and summaries."""
+        shown: list[str] = []
+        for row in self.config.attacks:
+            name = group_of(row) or row.name
+            if applies(row, set_name) and name not in shown:
+                shown.append(name)
+        return [*shown, *(s.name for s in self.config.summaries if any(self._parts(s.of, set_name)))]
+
+    def _parts(self, of: Iterable[str], set_name: str) -> list[str]:
+        """Those of some rows and groups that a test set has."""
+        return [name for name in of if applies(self.suite[self.groups[name][0] if name in self.groups else name], set_name)]
+
+    def accuracy(self, model: str, set_name: str, column: str) -> Accuracy:
+        """The number in a cell of the table."""
+        summary = next((s for s in self.config.summaries if s.name == column), None)
+        if summary is None:
+            right = self.correct(model, set_name, column)
+            return wilson(int(right.sum()), len(right))
+        parts = self._parts(summary.of, set_name)
+        if summary.how == "worst":
+            standing = self.standing(model, set_name, parts)
+            return wilson(int(standing.sum()), len(standing))
+        found = [self.accuracy(model, set_name, part) for part in parts]
+        divisor = float(len(parts))
+        if summary.how == "uar":  # arXiv 1908.08016: 1 is as robust as training against each attack makes
+            trained = dict(zip(summary.of, summary.trained, strict=True))
+            divisor = sum(trained[part] for part in parts)
+        middle, low, high = (sum(getattr(a, end) for a in found) / divisor for end in ("value", "low", "high"))
+        return Accuracy(middle, low, high, found[0].count)
+
+    def standing(self, model: str, set_name: str, names: Iterable[str]) -> np.ndarray:
+        """Which examples are right on the clean image and under every one of some rows and groups, (N) bool."""
+        standing = self.correct(model, set_name, self.clean)
+        for name in names:
+            standing = standing & self.correct(model, set_name, name)
+        return standing
+
+    def accuracies(self) -> dict[tuple[str, str, str], Accuracy]:
+        """(model, set, column) -> accuracy, of all cells."""
+        return {
+            (model, set_name, column): self.accuracy(model, set_name, column)
+            for model in self.models
+            for set_name in self.config.sets
+            for column in self.columns(set_name)
+        }
+
+    def curves(self, set_name: str) -> dict[str, list[float]]:
+        """Rows with a curve, and their eps in order."""
+        rows = [row for row in self.config.attacks if getattr(row, "curve", ()) and applies(row, set_name)]
+        return {row.name: sorted({row.eps, *row.curve}) for row in rows}  # type: ignore[union-attr]
+
+    def at_eps(self, model: str, set_name: str, name: str, eps: float) -> Accuracy:
+        """Accuracy under a row at an eps of its curve."""
+        own = self.suite[name].eps == eps  # type: ignore[union-attr]
+        return self.accuracy(model, set_name, name if own else curve_name(name, eps))
+
+    def transferred(self, source: str, model: str, set_name: str, name: str) -> np.ndarray:
+        """For each example whether `model` is right on the image that an attack on `source` made, (N) bool."""
+        wanted = (("source", source), ("model", model), ("set", set_name), ("attack", name))
+        rows = _where(self.rows, wanted).sort_by("id")
+        right: np.ndarray = rows["correct"].to_numpy(zero_copy_only=False)
+        return right
+
+    def transfer(self, set_name: str, attack: str) -> dict[tuple[str, str], Accuracy]:
+        """(attacked model, judging model) -> accuracy on the images of that attack."""
+        pairs = [(source, model) for source in self.models for model in self.models]
+        right = {pair: self.transferred(*pair, set_name, attack) for pair in pairs}
+        return {pair: wilson(int(found.sum()), len(found)) for pair, found in right.items()}
+
+    def confusion(self, model: str, set_name: str, attack: str, classes: int) -> np.ndarray:
+        """How often each label (rows) was taken for each class (columns) under an attack, (K, K) int."""
+        rows = _where(self.rows, (("model", model), ("source", model), ("set", set_name), ("attack", attack)))
+        counts = np.zeros((classes, classes), int)
+        np.add.at(counts, (rows["label"].to_numpy(), rows["prediction"].to_numpy()), 1)
+        return counts
 
 
-def worst_case(rows: pa.Table, model: str, set_name: str, attacks: list[str]) -> Accuracy:
-    """Share of examples that stand under every one of `attacks`."""
-    standing: dict[str, bool] = {}
-    columns = [rows[name].to_pylist() for name in ("model", "set", "attack", "id", "correct")]
-    for m, s, a, i, correct in zip(*columns, strict=True):
-        if m == model and s == set_name and a in attacks:
-            standing[i] = standing.get(i, True) and correct
-    return wilson(int(np.sum(list(standing.values()))), len(standing))
+def _where(rows: pa.Table, wanted: Iterable[tuple[str, str]]) -> pa.Table:
+    """The rows with these values."""
+    for name, value in wanted:
+        rows = rows.filter(pc.equal(rows[name], value))
+    return rows
+
+
+def _split(rows: pa.Table) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]:
+    """Ids and correctness of each (model, set, attack), both in the order of ids."""
+    keys = [rows[name].dictionary_encode().combine_chunks() for name in ("model", "set", "attack")]
+    ids, right = rows["id"].to_numpy(zero_copy_only=False), rows["correct"].to_numpy(zero_copy_only=False)
+    codes = np.stack([key.indices.to_numpy() for key in keys])
+    found = {}
+    for code in np.unique(codes, axis=1).T if rows.num_rows else ():
+        at = np.flatnonzero((codes == code[:, None]).all(axis=0))
+        at = at[np.argsort(ids[at])]
+        model, set_name, attack = (key.dictionary[int(c)].as_py() for key, c in zip(keys, code, strict=True))
+        found[model, set_name, attack] = ids[at], right[at].astype(bool)
+    return found

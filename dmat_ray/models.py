@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dmat_ray import checkpoint, classifiers
@@ -18,6 +18,20 @@ from dmat_ray.trainer import check_inputs
 def model_folder(config: Config) -> Path:
     """Where a trained model ends up."""
     return Path(config.output).resolve() / "models" / config.name
+
+
+def named_folders(config: Config, given: Sequence[str]) -> dict[str, Path]:
+    """Name -> folder of models given by their names under the output folder, or by folders.
+
+    Raises UserError for one that is no model, or for two of one name.
+    """
+    root = Path(config.output).resolve() / "models"
+    found = {Path(name).name: (root / name if (root / name).is_dir() else Path(name)).resolve() for name in given}
+    if len(found) < len(given):
+        raise UserError(f"two of the models have the same name: {', '.join(given)}")
+    for folder in found.values():
+        checkpoint.read_run(folder)
+    return found
 
 
 def is_trained(config: Config) -> bool:

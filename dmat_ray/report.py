@@ -1,44 +1,38 @@
-"""What people look at: the table in the terminal, and one self-contained HTML page with curves and a gallery."""
+"""What people look at: the table in the terminal, and one self-contained HTML page, with the same numbers as Markdown and CSV."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from dmat_ray import checkpoint, figures
-from dmat_ray.config import ON_MANIFOLD, Config, EvaluationConfig
+from dmat_ray import charts, checkpoint, figures, gallery, report_text, report_values
+from dmat_ray.checks import Finding
+from dmat_ray.config import Config
 from dmat_ray.data import manifold_set, set_reader
-from dmat_ray.data.pixels import quantise
-from dmat_ray.evaluation import rows_of
+from dmat_ray.evaluation import Evaluator
 from dmat_ray.manifold import generators
-from dmat_ray.metrics import Accuracy, accuracies
+from dmat_ray.metrics import Results
+from dmat_ray.report_values import interval, per_cent
 from dmat_ray.storage import at
+from dmat_ray.units import chosen
 
-SET_NAMES = {"on_manifold": "on-manifold test images g(w)", "natural": "natural test images x"}
-GALLERY_SIZE = 10
 WIDTH = 110
+MOST_WARNINGS = 12  # that are shown at once
 
 
-def _columns(config: EvaluationConfig, set_name: str) -> list[str]:
-    return [row.name for row in config.attacks if set_name == "on_manifold" or not isinstance(row, ON_MANIFOLD)]
-
-
-def terminal_table(rows: pa.Table, models: list[str], config: EvaluationConfig) -> str:
-    """Accuracy in per cent, methods x attacks, a block for each test set; many attacks take several tables."""
-    found = accuracies(rows)
+def terminal_table(results: Results, models: list[str]) -> str:
+    """Accuracy in per cent, methods x columns, a block for each test set; many columns take several tables."""
     # markup would swallow a name such as "at [fast]"
     console = Console(width=WIDTH, force_terminal=False, color_system=None, record=True, markup=False, file=io.StringIO())
     room = WIDTH - max(len(name) for name in ("method", *models)) - 4
-    for set_name in config.sets:
-        columns = _columns(config, set_name)
-        console.print(f"accuracy (%) on {found[models[0], set_name, columns[0]].count} {SET_NAMES[set_name]}")
+    for found in report_values.tables(results, models):
+        console.print(f"{found.title[0].lower()}{found.title[1:]}")
         parts: list[list[str]] = [[]]
-        for column in columns:
+        for column in found.columns:
             if parts[-1] and sum(max(len(c), 5) + 3 for c in [*parts[-1], column]) > room:
                 parts.append([])
             parts[-1].append(column)
@@ -48,106 +42,99 @@ def terminal_table(rows: pa.Table, models: list[str], config: EvaluationConfig) 
             for column in part:
                 table.add_column(column, justify="right")
             for model in models:
-                table.add_row(model, *(f"{100 * found[model, set_name, c].value:.1f}" for c in part))
+                table.add_row(model, *(per_cent(found.cells[model, c]) for c in part))
             console.print(table)
     return console.export_text().rstrip()
 
 
-def write(config: Config, set_folder: set_reader.Place, models: dict[str, Path], rows: pa.Table, path: Path) -> Path:
-    """Write the page for these rows; `models` maps names to folders, in the order of the table."""
+def terminal_checks(findings: Sequence[Finding]) -> str:
+    """A line for each warning, and one that says how many checks passed."""
+    lines = [f"warning: {f.model}: {f.check}: {f.text}" for f in findings if f.level == "warning"]
+    good, every = report_text.passed(findings)
+    return "\n".join([*lines, f"{good} of {every} checks passed" if every else "no checks were made"])
+
+
+def write(
+    config: Config,
+    set_folder: set_reader.Place,
+    models: dict[str, Path],
+    results: Results,
+    checked: tuple[list[dict[str, Any]], list[Finding]],
+    path: Path,
+) -> Path:
+    """Write the page of these results, and its siblings with the same stem, `.md` and `.csv`; the page comes last.
+
+    `models` maps names to folders, in the order of the table; `checked` is what the checks measured, and what they found.
+    """
+    import yaml
+
+    measurements, findings = checked
+    names = list(models)
     runs = {name: checkpoint.read_run(folder) for name, folder in models.items()}
-    manifest = set_reader.read_manifest(set_folder)
+    data = manifold_set.open_set(set_folder, "test")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    evaluator = Evaluator(
+        config.evaluation.model_copy(update={"lpips": "none"}),
+        data,
+        generators.load_configured(config.generator, device),
+        lambda name: checkpoint.load_classifier(models[name], device)[0],
+        names,
+        device,
+    )
+    positions = gallery.one_of_each_class(data.label, chosen(data, config.evaluation))
+    settings = str(yaml.safe_dump(config.to_json(), sort_keys=False, allow_unicode=True))
+    tables, facts = report_values.tables(results, names), _facts(config, data.manifest, runs)
+    good, every = report_text.passed(findings)
+    title = config.tracking.experiment
+    at(path.with_suffix(".csv")).write_bytes(report_text.comma_separated(results, names).encode())
+    text = report_text.markdown(title, results, names, findings, facts, settings)
+    at(path.with_suffix(".md")).write_bytes(text.encode())
     figures.write_page(
         at(path),
         "report.html",
-        title=config.tracking.experiment,
-        tables=_tables(rows, list(models), config.evaluation),
-        curves=_curves({name: run["history"] for name, run in runs.items()}),
-        gallery=_gallery(config, set_folder, models),
-        manifest=manifest,
-        config=_yaml(config),
-        versions=manifest["versions"],
+        title=title,
+        models=names,
+        swatches=[charts.swatch(look) for look in range(len(names))],
+        tables=tables,
+        per_cent=per_cent,
+        interval=interval,
+        columns=report_values.columns_described(results),
+        warnings=[f for f in findings if f.level == "warning"],
+        most_warnings=MOST_WARNINGS,
+        findings=findings,
+        good=good,
+        every=every,
+        trade_offs=[(table, report_values.trade_offs(results, table)) for table in tables],
+        curves=report_values.curves(results, names),
+        transfers=report_values.transfers(results, names),
+        confusions=[(table, report_values.confusions(results, table, data.class_names)) for table in tables],
+        class_names=data.class_names,
+        courses=report_values.courses(measurements, names),
+        measurements=measurements,
+        gallery=gallery.blocks(evaluator, positions.tolist(), names),
+        histories=report_values.histories(runs),
+        manifest=data.manifest,
+        facts=facts,
+        config=settings,
+        siblings=[path.with_suffix(suffix).name for suffix in (".md", ".csv")],
     )
     return path
 
 
-def _tables(rows: pa.Table, models: list[str], config: EvaluationConfig) -> list[dict[str, Any]]:
-    found = accuracies(rows)
-    tables = []
-    for set_name in config.sets:
-        columns = _columns(config, set_name)
-        best = {c: max(found[m, set_name, c].value for m in models) for c in columns}
-        body = [{"method": m, "cells": [_cell(found[m, set_name, c], best[c]) for c in columns]} for m in models]
-        count = found[models[0], set_name, columns[0]].count
-        tables.append({"title": SET_NAMES[set_name], "count": count, "columns": columns, "rows": body})
-    return tables
+def _facts(config: Config, manifest: dict[str, Any], runs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """What the numbers came from."""
 
+    def listed(versions: dict[str, str]) -> str:
+        return ", ".join(f"{name} {version}" for name, version in versions.items())
 
-def _cell(accuracy: Accuracy, best: float) -> dict[str, Any]:
-    interval = f"95 % interval {100 * accuracy.low:.1f} to {100 * accuracy.high:.1f}"
-    return {"text": f"{100 * accuracy.value:.1f}", "hover": interval, "best": accuracy.value == best}
-
-
-def _yaml(config: Config) -> str:
-    import yaml
-
-    return str(yaml.safe_dump(config.to_json(), sort_keys=False))
-
-
-def _curves(histories: dict[str, list[dict[str, float]]]) -> list[dict[str, str]]:
-    """One SVG each for the loss and the held-out accuracies over epochs."""
-    wanted = [
-        ("train_loss", "training loss (each method its own)"),
-        ("val_clean", "held-out accuracy, clean"),
-        ("val_image", "held-out accuracy, image attack"),
-        ("val_latent", "held-out accuracy, latent attack"),
+    return [
+        ("Seed of the evaluation", str(config.evaluation.seed)),
+        ("Precision of attacks", config.evaluation.precision),
+        ("This page was made by", listed(checkpoint.versions())),
+        ("The set was made by", listed(manifest["versions"])),
+        *(
+            (f"Model {name}", listed(run["versions"]) if run.get("versions") else "versions unknown")
+            for name, run in runs.items()
+        ),
+        ("Generator sha256", manifest["generator_sha256"]),
     ]
-    drawn = []
-    for metric, title in wanted:
-        if not any(metric in h for history in histories.values() for h in history):
-            continue
-        with figures.axes(4.2, 2.8, title, "epoch") as (axes, svg):
-            for name, history in histories.items():
-                points = [(h["epoch"], h[metric]) for h in history if metric in h]
-                axes.plot(*zip(*points, strict=True), label=name, linewidth=1.6)
-            if metric.startswith("val_"):
-                axes.set_ylim(0, 1.02)
-            axes.legend(fontsize=8, frameon=False)
-        drawn.append({"title": title, "svg": svg[0]})
-    return drawn
-
-
-def _gallery(config: Config, set_folder: set_reader.Place, models: dict[str, Path]) -> list[dict[str, Any]]:
-    """For each model: natural and on-manifold images and every attack of the suite, with the predicted labels."""
-    data = manifold_set.open_set(set_folder, "test")
-    index = _one_of_each_class(data.label)
-    generator = generators.load_configured(config.generator)
-    names = data.class_names
-    blocks = []
-    for model, folder in models.items():
-        network, _ = checkpoint.load_classifier(folder)
-        lines = []
-        natural = data.batch(index, "natural")
-        with torch.no_grad():
-            guess = network(natural.x_BCHW).argmax(dim=1)
-        lines.append(_line("natural x", natural.x_BCHW, guess.numpy(), data.label[index], names))
-        batch = data.batch(index, "on_manifold")
-        for table, x in rows_of(network, generator, batch, config.evaluation, model, "on_manifold"):
-            attack = table["attack"][0].as_py()
-            title = "on-manifold g(w)" if attack == "clean" else attack
-            lines.append(_line(title, x, table["prediction"].to_numpy(), data.label[index], names))
-        blocks.append({"model": model, "lines": lines})
-    return blocks
-
-
-def _one_of_each_class(labels: np.ndarray) -> np.ndarray:
-    """Positions of the first example of up to GALLERY_SIZE classes."""
-    return np.array([int(np.flatnonzero(labels == c)[0]) for c in np.unique(labels)[:GALLERY_SIZE]])
-
-
-def _line(title: str, x: torch.Tensor, guess: np.ndarray, label: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
-    images = [
-        {"src": figures.png(quantise(image)), "label": names[int(g)], "right": bool(g == y)}
-        for image, g, y in zip(x, guess, label, strict=True)
-    ]
-    return {"title": title, "images": images}

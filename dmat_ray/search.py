@@ -1,7 +1,8 @@
-"""How theta moves from one gradient to the next: projected gradient descent, with momentum, and with a step that adapts itself.
+"""How theta moves from one gradient to the next: projected gradient descent, with momentum, with a step that adapts itself, and
+through the outside of the budget.
 
 Each search is told the loss and the gradient at the last theta and gives the next one. All of it is per example and stays on
-the device.
+the device. Searches that need no gradient are in `black_box.py`.
 """
 
 import math
@@ -11,12 +12,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dmat_ray import black_box
 from dmat_ray.config import AttackConfig
+from dmat_ray.errors import UserError
+from dmat_ray.rng import Draws
 from dmat_ray.threats.balls import per_example
-from dmat_ray.types import Batch, Threat
+from dmat_ray.types import Batch, Measured, Threat
 
 DECAY = 1.0  # of momentum (arXiv 1710.06081)
 INERTIA, RISING = 0.75, 0.75  # alpha and rho of arXiv 2003.01690
+WEIGHT = 10.0  # lambda of arXiv 2006.12655, at the end
 
 
 def step_size_of(config: AttackConfig, threat: Threat) -> float:
@@ -30,26 +35,37 @@ def step_size_of(config: AttackConfig, threat: Threat) -> float:
 
 
 class Search(Protocol):
-    """One search from one start."""
+    """One search from one start. It is made of a threat, a batch, settings, and with random_start the draws to start from."""
+
+    needs_gradient: bool
+
+    def start(self) -> Tensor:
+        """The first theta."""
 
     def next(self, theta: Tensor, loss_B: Tensor, gradient: Tensor) -> Tensor:
-        """The next theta."""
+        """The next theta. A search that does not need the gradient gets an empty one."""
 
-    def last(self, theta: Tensor, loss_B: Tensor) -> Tensor:
-        """The result, told the loss at the theta that was given last."""
+    def last(self, theta: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """The result, given the theta that came last; `loss` puts a theta through the network if asked."""
 
 
 class Pgd:
     """Steps of one length (arXiv 1706.06083); the result is where it ends, as published. FGSM is one of them."""
 
-    def __init__(self, threat: Threat, batch: Batch, config: AttackConfig) -> None:
-        self.threat, self.batch, self.step_size = threat, batch, step_size_of(config, threat)
+    needs_gradient = True
+
+    def __init__(self, threat: Threat, batch: Batch, config: AttackConfig, draws: Draws | None) -> None:
+        self.threat, self.batch, self.draws, self.step_size = threat, batch, draws, step_size_of(config, threat)
+
+    def start(self) -> Tensor:
+        """The threat's."""
+        return self.threat.start(self.batch, self.draws)
 
     def next(self, theta: Tensor, loss_B: Tensor, gradient: Tensor) -> Tensor:
         """Steepest ascent, back inside the budget."""
         return self.threat.project(self.batch, theta + self.step_size * self.threat.direction(self.batch, theta, gradient))
 
-    def last(self, theta: Tensor, loss_B: Tensor) -> Tensor:
+    def last(self, theta: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
         """Where it ended."""
         return theta
 
@@ -67,13 +83,13 @@ class Momentum(Pgd):
         return super().next(theta, loss_B, self.velocity)
 
 
-class Apgd:
+class Apgd(Pgd):
     """Auto-PGD (arXiv 2003.01690): starts with steps as wide as the budget and halves them, example by example, where the loss
     has stopped rising; then it goes on from the best theta so far, which is also its result.
     """
 
-    def __init__(self, threat: Threat, batch: Batch, config: AttackConfig) -> None:
-        self.threat, self.batch = threat, batch
+    def __init__(self, threat: Threat, batch: Batch, config: AttackConfig, draws: Draws | None) -> None:
+        super().__init__(threat, batch, config, draws)
         self.checkpoints = apgd_checkpoints(config.steps)
         self.step = 0
         self.since = 0  # the step of the last checkpoint
@@ -120,9 +136,9 @@ class Apgd:
         self.before, self.step = theta, self.step + 1
         return self.threat.project(self.batch, moved)
 
-    def last(self, theta: Tensor, loss_B: Tensor) -> Tensor:
+    def last(self, theta: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
         """The best theta seen."""
-        self._note(theta, loss_B, None)
+        self._note(theta, loss(theta), None)
         return self.best
 
 
@@ -136,4 +152,45 @@ def apgd_checkpoints(steps: int) -> list[int]:
     return points
 
 
-SEARCHES: dict[str, Callable[[Threat, Batch, AttackConfig], Search]] = {"pgd": Pgd, "momentum": Momentum, "apgd": Apgd}
+class Lagrange(Pgd):
+    """A Lagrangian relaxation of the budget (Fast-LPA of arXiv 2006.12655): raises loss - weight * max(0, distance - limit), the
+    weight growing tenfold from WEIGHT / 10 on while the steps shrink tenfold, and goes back inside the budget at the end.
+
+    Each step is as long, in the threat's distance, as its share of `step_size` (by default the whole limit) says. This is made
+    for distances whose balls have no simple shape; in L-infinity, where one coordinate is the distance, pgd is stronger.
+    """
+
+    def __init__(self, threat: Threat, batch: Batch, config: AttackConfig, draws: Draws | None) -> None:
+        super().__init__(threat, batch, config, draws)
+        if not isinstance(threat, Measured):
+            raise UserError("method lagrange needs a threat whose steps have a length: perceptual, or one with a ball and no box")
+        self.measured, self.step, self.steps = threat, 0, config.steps
+        self.step_size = threat.limit if config.step_size is None else config.step_size
+
+    def next(self, theta: Tensor, loss_B: Tensor, gradient: Tensor) -> Tensor:
+        """A step along the Lagrangian's gradient, which may lead out of the budget."""
+        done = self.step / self.steps
+        self.step += 1
+        with torch.enable_grad():
+            here = theta.detach().requires_grad_(True)
+            over = (self.threat.distance(self.batch, here) - self.threat.limit).clamp_min(0.0)
+            (outwards,) = torch.autograd.grad(over.sum(), here)
+        uphill = gradient - WEIGHT * 0.1 ** (1 - done) * outwards
+        uphill = uphill / per_example(uphill.flatten(1).norm(dim=1).clamp_min(1e-30), uphill)
+        length = self.measured.length(self.batch, theta, uphill)
+        step: Tensor = uphill * per_example(self.step_size * 0.1**done / (length + 1e-4), uphill)
+        return theta + step
+
+    def last(self, theta: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """Back inside the budget."""
+        return self.threat.project(self.batch, theta)
+
+
+SEARCHES: dict[str, Callable[[Threat, Batch, AttackConfig, Draws | None], Search]] = {
+    "pgd": Pgd,
+    "momentum": Momentum,
+    "apgd": Apgd,
+    "lagrange": Lagrange,
+    "square": black_box.Square,
+    "random": black_box.Random,
+}

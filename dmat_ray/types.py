@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -81,6 +81,16 @@ class Threat(Protocol):
     @property
     def default_step(self) -> float | None:
         """Step size the threat's source prescribes per sqrt-step, or None for 2.5 limit / steps."""
+
+
+@runtime_checkable
+class Measured(Threat, Protocol):
+    """A threat whose steps have a length, for searches that leave the budget and come back: its `distance` must grow from 0 at no
+    change and be differentiable in theta.
+    """
+
+    def length(self, batch: Batch, theta: Tensor, move: Tensor) -> Tensor:
+        """How far, per example and in the units of `distance`, a step `move` leads away from theta."""
 
 
 class RunContext(Protocol):

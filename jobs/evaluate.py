@@ -19,16 +19,16 @@ def main() -> None:
     prepare_environment(config)
     from dmat_ray import report
     from dmat_ray.cluster import jobs
+    from dmat_ray.models import named_folders
 
     root = Path(config.output).resolve() / "models"
     given = arguments.models or sorted(p.name for p in root.glob("[!.]*") if p.is_dir())
     if not given:
         raise UserError(f"there are no models under '{root}'; train one with jobs/train.py, or name folders with --models")
-    models = {Path(name).name: (root / name if (root / name).is_dir() else Path(name)).resolve() for name in given}
-    if len(models) < len(given):
-        raise UserError(f"two of the models have the same name: {', '.join(given)}")
-    rows = jobs.evaluate(config, models, jobs.Speaker().stage("evaluate"))
-    print(report.terminal_table(rows, list(models), config.evaluation))
+    models = named_folders(config, given)
+    results, findings = jobs.evaluate(config, models, jobs.Speaker().stage("evaluate"))
+    print(report.terminal_table(results, list(models)))
+    print(report.terminal_checks(findings))
     print(f"report: {Path(config.output).resolve() / 'report.html'}")
 
 

@@ -8,13 +8,11 @@ recognised by content. Nothing in a checkpoint is executed; of a program, only a
 """
 
 import argparse
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from dmat_ray import cli
 from dmat_ray.errors import UserError
+from dmat_ray.files import replace_folder
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -65,21 +63,6 @@ def import_program(path: Path, card: Path | None, folder: Path) -> None:
     (folder / "samples.png").write_bytes(sample_grid(decoder))
     shape = f"{decoder.resolution}x{decoder.resolution} images with {decoder.channels} channel(s)"
     print(f"{path.name}: {generators.read_card(str(folder))['kind']}; {shape}, W+ of {decoder.num_ws}x{decoder.w_dim}")
-
-
-def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a fresh folder, then put that in the place of `folder`: no file of an older generator stays."""
-    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
-    try:
-        write(partial)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        for left in (partial, old):
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def main() -> None:

@@ -26,11 +26,12 @@ def main() -> None:
         jobs.project(config, speaker.stage("project"), run.id)
         folders = jobs.train(list(methods.values()), speaker.stage("train"), run.id)
         models = dict(zip(methods, folders, strict=True))
-        rows = jobs.evaluate(config, models, speaker.stage("evaluate"), run.id)
+        results, findings = jobs.evaluate(config, models, speaker.stage("evaluate"), run.id)
         page = Path(config.output).resolve() / "report.html"
         run.artifact(page)
         say("done")
-    print(report.terminal_table(rows, list(models), config.evaluation))
+    print(report.terminal_table(results, list(models)))
+    print(report.terminal_checks(findings))
     print(f"\nreport: {page}")
     print(f"MLflow: {jobs.ui_command(config)}")
 

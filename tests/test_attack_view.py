@@ -112,3 +112,16 @@ def test_attacks_on_the_view_leave_the_network_alone() -> None:
     assert network.training
     torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
     assert len(list(network.modules())) == len(list(classifiers.build(ClassifierConfig(name="digits_cnn"), 1, 5).modules()))
+
+
+def test_a_network_that_draws_numbers_goes_on_drawing_them() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x).mean(dim=(2, 3)) + torch.randn(3)
+
+    view, x = AttackView(Noisy().eval()), torch.rand(2, 1, 8, 8)
+    assert not torch.equal(view(x), view(x))

@@ -1,5 +1,6 @@
 """Evaluation rows: the same for any split of the work, and true to the images they stand for."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from dmat_ray import classifiers, evaluation
+from dmat_ray import classifiers, evaluation, units
 from dmat_ray.config import ClassifierConfig, EvaluationConfig
 from dmat_ray.data.manifold_set import ManifoldSet, open_set
 from dmat_ray.errors import UserError
-from dmat_ray.evaluation import Chunk
+from dmat_ray.evaluation import Evaluator
 from dmat_ray.manifold.stylegan2 import StyleGAN2
+from dmat_ray.units import Unit
 
 CPU = torch.device("cpu")
 SUITE = EvaluationConfig.model_validate(
@@ -30,6 +32,10 @@ SUITE = EvaluationConfig.model_validate(
         ],
     }
 )
+GROUP = [
+    {"threat": "image", "name": "weak", "eps": 0.02, "steps": 1, "group": "both"},
+    {"threat": "image", "name": "strong", "eps": 0.1, "steps": 5, "group": "both"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +56,24 @@ def network(data: ManifoldSet) -> nn.Module:
     return network
 
 
+Make = Callable[..., Evaluator]
+
+
 @pytest.fixture(scope="module")
-def rows(network: nn.Module, generator: StyleGAN2, data: ManifoldSet) -> pa.Table:
-    """The whole suite on both test sets, a chunk of all examples each."""
-    whole = [Chunk("tiny", name, 0, len(data)) for name in ("on_manifold", "natural")]
-    return pa.concat_tables([evaluation.evaluate_chunk(network, generator, data, c, SUITE, CPU) for c in whole])
+def make(network: nn.Module, generator: StyleGAN2, data: ManifoldSet) -> Make:
+    """make(**changes of the suite's settings): an evaluator of the network, called tiny."""
+
+    def made(**changes: Any) -> Evaluator:
+        suite = EvaluationConfig.model_validate({**SUITE.model_dump(), **changes})
+        return Evaluator(suite, data, generator, lambda name: network, ["tiny"], CPU)
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def rows(make: Make) -> pa.Table:
+    """The whole suite on both test sets, all examples in one batch."""
+    return evaluation.evaluate_here(make(batch_size=100))
 
 
 def select(rows: pa.Table, set_name: str, attack: str) -> dict[str, np.ndarray]:
@@ -62,15 +81,15 @@ def select(rows: pa.Table, set_name: str, attack: str) -> dict[str, np.ndarray]:
     return {name: rows.filter(keep)[name].to_numpy() for name in rows.column_names}
 
 
-def test_rows_do_not_depend_on_the_split_of_the_work(
-    network: nn.Module, generator: StyleGAN2, data: ManifoldSet, rows: pa.Table
-) -> None:
-    parts = evaluation.chunks(["tiny"], SUITE, len(data))
-    assert [(c.start, c.stop) for c in parts if c.set == "natural"] == [(0, 5), (5, 10), (10, 12)]
-    tables = [evaluation.evaluate_chunk(network, generator, data, c, SUITE, CPU) for c in reversed(parts)]
-    split = pa.concat_tables(tables).sort_by(evaluation.SORT)
+def test_rows_do_not_depend_on_the_split_of_the_work(make: Make, rows: pa.Table) -> None:
+    evaluator = make()
+    parts = units.units(["tiny"], [*evaluator.rows], SUITE, lambda *_: np.arange(12))
+    assert [u.positions for u in parts if (u.set, u.attack) == ("natural", "PGD")] == [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9), (10, 11)]
+    split = pa.concat_tables([evaluator.table(unit) for unit in reversed(parts)]).sort_by(evaluation.SORT)
     whole = rows.sort_by(evaluation.SORT)
     for name in rows.column_names:
+        if name == "seconds":
+            continue
         if pa.types.is_floating(rows.schema.field(name).type):
             np.testing.assert_allclose(split[name].to_numpy(), whole[name].to_numpy(), atol=1e-4)
         else:
@@ -128,9 +147,12 @@ def test_attacks_raise_the_loss(rows: pa.Table) -> None:
             assert (select(rows, set_name, name)["loss"] > clean).mean() > 0.9
 
 
-def test_images_come_with_their_rows(network: nn.Module, generator: StyleGAN2, data: ManifoldSet) -> None:
-    batch = data.batch(np.arange(4), "on_manifold")
-    for table, x in evaluation.rows_of(network, generator, batch, SUITE, "tiny", "on_manifold"):
+def test_images_come_with_their_rows(network: nn.Module, make: Make) -> None:
+    evaluator = make()
+    batch = evaluator.batch(range(4), "on_manifold")
+    for row in evaluator.rows.values():
+        table = evaluator.table(Unit("tiny", "on_manifold", row.name, (0, 1, 2, 3)))
+        x = evaluator.attacked("tiny", "on_manifold", row, batch).x_BCHW
         with torch.no_grad():
             assert network(x).argmax(dim=1).tolist() == table["prediction"].to_pylist()
         moved = (x - batch.x_BCHW).flatten(1).numpy()
@@ -138,9 +160,8 @@ def test_images_come_with_their_rows(network: nn.Module, generator: StyleGAN2, d
         np.testing.assert_allclose(table["linf"].to_numpy(), np.abs(moved).max(axis=1), rtol=1e-5, atol=1e-7)
 
 
-def test_the_seed_moves_random_starts(network: nn.Module, generator: StyleGAN2, data: ManifoldSet, rows: pa.Table) -> None:
-    chunk, other = Chunk("tiny", "natural", 0, len(data)), SUITE.model_copy(update={"seed": 1})
-    found = evaluation.evaluate_chunk(network, generator, data, chunk, other, CPU)
+def test_the_seed_moves_random_starts(make: Make, rows: pa.Table) -> None:
+    found = evaluation.evaluate_here(make(seed=1, sets=["natural"]))
     assert select(found, "natural", "clean")["loss"].tolist() == select(rows, "natural", "clean")["loss"].tolist()
     assert select(found, "natural", "PGD")["loss"].tolist() != select(rows, "natural", "PGD")["loss"].tolist()
     assert set(found["seed"].to_pylist()) == {1}
@@ -152,7 +173,127 @@ def test_a_model_that_puts_out_no_numbers_is_named(generator: StyleGAN2, data: M
     with torch.no_grad():
         broken.network[-1].bias.fill_(value)
     with pytest.raises(UserError, match="model 'broken' puts out values that are not finite"):
-        evaluation.evaluate_chunk(broken, generator, data, Chunk("broken", "natural", 0, 3), SUITE, CPU)
+        evaluation.evaluate_here(Evaluator(SUITE, data, generator, lambda name: broken, ["broken"], CPU))
+
+
+def test_a_model_of_other_outputs_is_named(generator: StyleGAN2, data: ManifoldSet) -> None:
+    other = classifiers.build(ClassifierConfig(name="digits_cnn"), channels=1, num_classes=5)
+    with pytest.raises(UserError, match=r"model 'other' puts out \[5, 5\] for 5 images of 3 classes"):
+        evaluation.evaluate_here(Evaluator(SUITE, data, generator, lambda name: other, ["other"], CPU))
+
+
+def test_a_row_of_a_group_meets_what_stands(make: Make, data: ManifoldSet) -> None:
+    suite = {"sets": ["natural"], "attacks": [{"threat": "clean", "name": "as it is"}, *GROUP]}
+    assert units.rounds(EvaluationConfig.model_validate(suite)) == [["as it is"], ["weak"], ["strong"]]
+    found = evaluation.evaluate_here(make(**suite))
+    right = {
+        name: dict(zip(part["id"], part["correct"], strict=True))
+        for name in ("as it is", "weak", "strong")
+        for part in [select(found, "natural", name)]
+    }
+    standing = [id for id in data.id if right["as it is"][id]]
+    assert 0 < len(standing) < len(data)
+    assert sorted(right["weak"]) == standing
+    assert sorted(right["strong"]) == [id for id in standing if right["weak"][id]]
+    alone = evaluation.evaluate_here(make(sets=["natural"], attacks=[{**row, "group": ""} for row in GROUP]))
+    assert "clean" in alone["attack"].to_pylist(), "what all is compared with is missing"
+    for name in ("weak", "strong"):
+        part = select(alone, "natural", name)
+        expected = {id: ok for id, ok in zip(part["id"], part["correct"], strict=True) if id in right[name]}
+        assert right[name] == expected
+
+
+def test_a_curve_is_the_attack_at_other_radii(make: Make) -> None:
+    plain = {"threat": "image", "name": "PGD", "eps": 0.1, "steps": 3, "step_size": 0.04}
+    found = evaluation.evaluate_here(make(sets=["natural"], attacks=[{**plain, "curve": [0, 0.05, 0.2]}]))
+    for eps in (0.05, 0.2):
+        largest = select(found, "natural", f"PGD @ {eps:g}")["linf"].max()
+        assert largest == pytest.approx(eps, rel=0.3)
+        other = evaluation.evaluate_here(make(sets=["natural"], attacks=[{**plain, "eps": eps, "step_size": 0.04 * eps / 0.1}]))
+        np.testing.assert_allclose(
+            select(found, "natural", f"PGD @ {eps:g}")["loss"], select(other, "natural", "PGD")["loss"], rtol=1e-4
+        )
+    assert (select(found, "natural", "PGD @ 0")["linf"] == 0).all()
+
+
+def test_images_that_fool_one_model_are_shown_to_the_others(network: nn.Module, generator: StyleGAN2, data: ManifoldSet) -> None:
+    torch.manual_seed(1)
+    networks = {"tiny": network, "other": classifiers.build(ClassifierConfig(name="digits_cnn"), channels=1, num_classes=3)}
+    suite = SUITE.model_copy(update={"transfer": ("PGD",), "sets": ("natural",)})
+    evaluator = Evaluator(suite, data, generator, networks.__getitem__, list(networks), CPU)
+    found = evaluation.evaluate_here(evaluator)
+    crossed = found.filter(pa.compute.not_equal(found["model"], found["source"]))
+    assert set(crossed["attack"].to_pylist()) == {"PGD"}
+    assert crossed.num_rows == 2 * len(data)
+    batch = evaluator.batch(range(len(data)), "natural")
+    for source, judge in (("tiny", "other"), ("other", "tiny")):
+        x = evaluator.attacked(source, "natural", evaluator.rows["PGD"], batch).x_BCHW
+        with torch.no_grad():
+            expected = networks[judge](x).argmax(dim=1).tolist()
+        mine = crossed.filter(pa.compute.equal(crossed["source"], source)).sort_by("id")
+        assert sum(a == b for a, b in zip(mine["prediction"].to_pylist(), expected, strict=True)) >= len(data) - 1
+
+
+def test_a_limit_takes_the_same_examples_every_time(make: Make, data: ManifoldSet) -> None:
+    few, more = (units.chosen(data, SUITE.model_copy(update={"limit": n})) for n in (4, 7))
+    assert (len(few), len(more)) == (4, 7)
+    assert set(few) < set(more)
+    assert set(units.chosen(data, SUITE.model_copy(update={"limit": 4, "seed": 1}))) != set(few)
+    found = evaluation.evaluate_here(make(limit=4, sets=["natural"]))
+    assert sorted(select(found, "natural", "PGD")["id"]) == sorted(data.id[i] for i in few)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"threat": "image", "targets": 3}, "targets is 3, but 3 classes leave 2 others"),
+        ({"threat": "latent", "loss": "dlr", "targets": 2}, "dlr with targets needs 4 classes or more"),
+        ({"threat": "snow", "method": "square"}, "square"),
+        ({"threat": "joint", "method": "square"}, "square"),
+        ({"threat": "fog", "method": "lagrange"}, "lagrange"),
+        ({"threat": "image", "method": "random", "random_start": False}, "random"),
+        ({"threat": "corruption", "kind": "fog", "severity": 1}, "16"),
+        ({"threat": "perceptual", "weights": "/nowhere.pth"}, "/nowhere.pth"),
+    ],
+)
+def test_a_row_that_cannot_run_is_named_before_anything_runs(data: ManifoldSet, row: dict[str, Any], words: str) -> None:
+    config = EvaluationConfig.model_validate({"attacks": [{"threat": "clean"}, {"name": "mine", **row}]})
+    with pytest.raises(UserError, match=f"attack 'mine' on 1 x 8 x 8 images of 3 classes: .*{words}"):
+        evaluation.require_suite(config, data)
+
+
+def test_a_units_key_changes_with_the_weights_it_needs(tmp_path: Path) -> None:
+    weights = tmp_path / "alex.pth"
+    config = SUITE.model_copy(update={"lpips": "alex", "lpips_weights": str(weights)})
+    facts, keys = {"set": "a", "models": {"tiny": "b"}}, []
+    for content in (b"1", b"2"):
+        weights.write_bytes(content)
+        keys.append(units.key_of(Unit("tiny", "natural", "PGD", (0, 1)), config, facts))
+    assert keys[0] != keys[1]
+
+
+def test_a_units_key_changes_with_what_its_rows_depend_on() -> None:
+    facts = {"set": "a", "models": {"tiny": "b", "other": "c"}, "generator_precision": "fast"}
+    unit = Unit("tiny", "natural", "PGD", (0, 1))
+    key = units.key_of(unit, SUITE, facts)
+    harder = [row.model_copy(update={"steps": 9}) if row.name == "PGD" else row for row in SUITE.attacks]
+    same = [
+        SUITE.model_copy(update={"batch_size": 50, "check_examples": 3}),
+        SUITE.model_copy(update={"attacks": SUITE.attacks[:2]}),
+    ]
+    assert {units.key_of(unit, config, facts) for config in same} == {key}
+    assert units.key_of(unit, SUITE, {**facts, "models": {"tiny": "b", "other": "d"}}) == key
+    changed = [
+        units.key_of(Unit("tiny", "natural", "PGD", (0, 2)), SUITE, facts),
+        units.key_of(unit, SUITE.model_copy(update={"attacks": tuple(harder)}), facts),
+        units.key_of(unit, SUITE.model_copy(update={"seed": 1}), facts),
+        units.key_of(unit, SUITE.model_copy(update={"precision": "bf16"}), facts),
+        units.key_of(unit, SUITE.model_copy(update={"lpips": "alex"}), facts),
+        units.key_of(unit, SUITE.model_copy(update={"transfer": ("PGD",)}), facts),
+        *(units.key_of(unit, SUITE, {**facts, name: "z"}) for name in ("set", "generator_precision")),
+        units.key_of(unit, SUITE, {**facts, "models": {"tiny": "z", "other": "c"}}),
+    ]
+    assert len({key, *changed}) == 1 + len(changed)
 
 
 def test_a_suite_that_leaves_natural_images_without_an_attack_is_refused() -> None:

@@ -816,7 +816,7 @@ def test_an_export_of_before_2_8_is_refused(load: Any, tmp_path: Path) -> None:
         archive.writestr("version", "8.2")
         archive.writestr("serialized_exported_program.json", "{}")
         archive.writestr("serialized_state_dict.pt", saved(Evil(tmp_path / "marker")))
-    with pytest.raises(UserError, match=r"export the decoder again, with torch 2\.13"):
+    with pytest.raises(UserError, match=r"export it again, with torch 2\.13"):
         load(tmp_path / "old.pt2")
     assert not (tmp_path / "marker").exists()
 

@@ -2,28 +2,48 @@
 
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from dmat_ray.metrics import accuracies, wilson, worst_case
+from dmat_ray.config import EvaluationConfig
+from dmat_ray.metrics import Results, wilson
 
-ROWS = st.lists(
-    st.fixed_dictionaries(
-        {
-            "model": st.sampled_from(["at", "dmat"]),
-            "set": st.sampled_from(["natural", "on_manifold"]),
-            "attack": st.sampled_from(["clean", "PGD", "fog"]),
-            "id": st.sampled_from([f"image-{i}" for i in range(6)]),
-            "correct": st.booleans(),
-        }
-    ),
-    min_size=1,
-    max_size=80,
-    unique_by=lambda row: (row["model"], row["set"], row["attack"], row["id"]),
-)
+IDS = [f"image-{i}" for i in range(6)]
+SUITE = {
+    "sets": ["natural"],
+    "attacks": [
+        {"threat": "clean", "name": "clean"},
+        {"threat": "image", "name": "PGD", "eps": 0.1, "curve": [0.05, 0.2]},
+        {"threat": "image", "name": "CE", "eps": 0.1, "group": "both"},
+        {"threat": "image", "name": "DLR", "eps": 0.1, "group": "both"},
+        {"threat": "fog", "name": "fog"},
+    ],
+    "summaries": [
+        {"name": "worst", "how": "worst", "of": ["PGD", "both", "fog"]},
+        {"name": "mean", "how": "mean", "of": ["PGD", "fog"]},
+        {"name": "UAR", "how": "uar", "of": ["PGD", "fog"], "trained": [0.5, 0.25]},
+    ],
+}
+NAMES = ["clean", "PGD", "PGD @ 0.05", "PGD @ 0.2", "CE", "DLR", "fog"]
+
+
+def table(answers: dict[str, dict[str, bool]], model: str = "at", source: str | None = None) -> pa.Table:
+    """attack -> id -> right, as rows."""
+    rows = [
+        {"model": model, "source": source or model, "set": "natural", "attack": name, "id": id, "correct": right, "label": 0}
+        | {"prediction": 0 if right else 1}
+        for name, found in answers.items()
+        for id, right in found.items()
+    ]
+    return pa.Table.from_pylist(rows)
+
+
+ANSWERS = st.fixed_dictionaries({name: st.fixed_dictionaries({id: st.booleans() for id in IDS}) for name in NAMES})
 
 
 @given(data=st.data(), count=st.integers(1, 5000))
@@ -48,27 +68,59 @@ def test_no_examples_have_no_accuracy() -> None:
         wilson(0, 0)
 
 
-@given(rows=ROWS)
-def test_accuracies_are_shares(rows: list[dict[str, Any]]) -> None:
-    found = accuracies(pa.Table.from_pylist(rows))
-    expected: dict[tuple[str, str, str], list[bool]] = {}
-    for row in rows:
-        expected.setdefault((row["model"], row["set"], row["attack"]), []).append(row["correct"])
-    assert {key: (a.value, a.count) for key, a in found.items()} == {
-        key: (sum(answers) / len(answers), len(answers)) for key, answers in expected.items()
-    }
+@given(answers=ANSWERS)
+def test_columns_are_what_counting_gives(answers: dict[str, dict[str, bool]]) -> None:
+    # a row of the group meets what is right on the clean image and under the one before
+    answers["CE"] = {id: right for id, right in answers["CE"].items() if answers["clean"][id]}
+    answers["DLR"] = {id: right for id, right in answers["DLR"].items() if answers["CE"].get(id)}
+    results = Results(table({name: found for name, found in answers.items() if found}), EvaluationConfig.model_validate(SUITE))
+    assert results.columns("natural") == ["clean", "PGD", "both", "fog", "worst", "mean", "UAR"]
+    share = {name: sum(answers[name].values()) / 6 for name in ("clean", "PGD", "fog", "PGD @ 0.05", "PGD @ 0.2")}
+    both = sum(answers["DLR"].values())
+    worst = sum(answers["DLR"].get(id, False) and answers["PGD"][id] and answers["fog"][id] for id in IDS)
+    expected = {name: share[name] for name in ("clean", "PGD", "fog")} | {"both": both / 6, "worst": worst / 6}
+    expected |= {"mean": (share["PGD"] + share["fog"]) / 2, "UAR": (share["PGD"] + share["fog"]) / 0.75}
+    found = {column: accuracy for (_, _, column), accuracy in results.accuracies().items()}
+    assert {name: accuracy.value for name, accuracy in found.items()} == pytest.approx(expected)
+    assert {accuracy.count for accuracy in found.values()} == {6}
+    assert results.curves("natural") == {"PGD": [0.05, 0.1, 0.2]}
+    at = [results.at_eps("at", "natural", "PGD", eps).value for eps in (0.05, 0.1, 0.2)]
+    assert at == pytest.approx([share["PGD @ 0.05"], share["PGD"], share["PGD @ 0.2"]])
 
 
-@given(rows=ROWS, attacks=st.lists(st.sampled_from(["clean", "PGD", "fog"]), min_size=1, unique=True))
-def test_worst_case_is_what_stands_under_every_attack(rows: list[dict[str, Any]], attacks: list[str]) -> None:
-    model, set_name = rows[0]["model"], rows[0]["set"]
-    mine = [r for r in rows if (r["model"], r["set"]) == (model, set_name) and r["attack"] in attacks]
-    ids = {r["id"] for r in mine}
-    standing = [i for i in ids if all(r["correct"] for r in mine if r["id"] == i)]
-    table = pa.Table.from_pylist(rows)
-    if not ids:
-        with pytest.raises(ValueError, match="no examples"):
-            worst_case(table, model, set_name, attacks)
-        return
-    found = worst_case(table, model, set_name, attacks)
-    assert (found.value, found.count) == (len(standing) / len(ids), len(ids))
+def test_transfer_is_told_apart_from_the_models_own() -> None:
+    right = {"clean": dict.fromkeys(IDS, True)}
+    own = table({**right, "PGD": {id: i < 1 for i, id in enumerate(IDS)}})
+    other = table({**right, "PGD": {id: i < 4 for i, id in enumerate(IDS)}}, "dmat")
+    suite = EvaluationConfig.model_validate(
+        {"sets": ["natural"], "attacks": [{"threat": "clean"}, {"threat": "image", "name": "PGD"}], "transfer": ["PGD"]}
+    )
+    crossed = [
+        table({"PGD": {id: i < 5 for i, id in enumerate(IDS)}}, "at", "dmat"),
+        table({"PGD": {id: i < 2 for i, id in enumerate(IDS)}}, "dmat", "at"),
+    ]
+    results = Results(pa.concat_tables([own, other, *crossed]), suite)
+    counts = {pair: round(6 * accuracy.value) for pair, accuracy in results.transfer("natural", "PGD").items()}
+    assert counts == {("at", "at"): 1, ("dmat", "dmat"): 4, ("dmat", "at"): 5, ("at", "dmat"): 2}
+    assert results.accuracy("at", "natural", "PGD").value == pytest.approx(1 / 6)
+
+
+def test_confusion_counts_labels_and_predictions() -> None:
+    results = Results(table({"clean": {id: i < 4 for i, id in enumerate(IDS)}}), EvaluationConfig(sets=("natural",)))
+    assert np.array_equal(results.confusion("at", "natural", "clean", 3), [[4, 2, 0], [0, 0, 0], [0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"summaries": [{"name": "worst", "of": ["PGD", "rain"]}]}, ["worst", "'rain'", "PGD", "both"]),
+        ({"summaries": [{"name": "PGD", "of": ["fog"]}]}, ["unique", "PGD"]),
+        ({"summaries": [{"name": "UAR", "how": "uar", "of": ["fog"]}]}, ["trained", "1 row"]),
+        ({"transfer": ["both"]}, ["transfer", "'both'"]),
+        ({"attacks": [{"threat": "image", "name": "a", "group": "g", "curve": [0.1]}]}, ["group", "curve"]),
+    ],
+)
+def test_what_does_not_fit_is_named(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValidationError) as error:
+        EvaluationConfig.model_validate({**SUITE, **changes})
+    assert all(word in str(error.value) for word in words)

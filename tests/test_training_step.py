@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmat_ray import batch_norm, classifiers
-from dmat_ray.attack import attack
+from dmat_ray.attack import attack, kl_to
 from dmat_ray.attack_view import AttackView
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
@@ -142,6 +142,24 @@ def test_per_term_statistics_are_met_by_each_attack(make_step: Any, batch: Batch
     attacked = attack(view, threat, batch, term, seed=0, purpose="train/0/latent").x_BCHW
     found = step.objective.worst(step.view, batch, step.objective.weights, seed=0, purpose="train/0")
     torch.testing.assert_close(found["latent"], attacked)
+
+
+def test_a_divergence_is_from_what_the_clean_terms_statistics_give(make_step: Any, batch: Batch) -> None:
+    terms = {"clean": {"weight": 1}, "image": {"eps": 0.3, "weight": 1, "divergence": "kl"}, "latent": OFF}
+    step = make_step(objective={**terms, "batch_norm": "per_term"})
+    for i in range(4):
+        step(batch, 0, i, 0.05)
+    (_, term, threat), views = step.objective.active[0], []
+    for name in ("clean", "image"):
+        alone = copy.deepcopy(step.network)
+        batch_norm.show(alone, [step.objective.passes.index(name)])
+        views.append(AttackView(alone, channels_last=False))
+    with torch.no_grad():
+        clean, other = (view(batch.x_BCHW) for view in views)
+    assert (clean - other).abs().max() > 1e-2
+    attacked = attack(views[1], threat, batch, term, seed=0, purpose="train/0/image", loss=kl_to(clean)).x_BCHW
+    found = step.objective.worst(step.view, batch, step.objective.weights, seed=0, purpose="train/0")
+    torch.testing.assert_close(found["image"], attacked)
 
 
 def test_frozen_statistics_stay(make_step: Any, batch: Batch) -> None:

@@ -1,8 +1,11 @@
-"""Evaluation on a Ray Data actor pool: chunks of test examples out, rows back."""
+"""Evaluation on Ray Data actor pools: units of work out, their rows into files, and the whole from those files.
 
-import json
+A unit's file is named by all that its rows depend on, and appears whole or not at all. That is the whole of resume: what is there
+is not done again, whatever was killed, and an attack that is added to a suite is the only one that runs.
+"""
+
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,48 +15,65 @@ import pyarrow.parquet as pq
 import ray.data
 import torch
 
-from dmat_ray import checkpoint, evaluation
+from dmat_ray import checkpoint, checks, evaluation, probes, units
+from dmat_ray.checks import Finding
 from dmat_ray.cluster.session import device_of_actor
 from dmat_ray.config import Config
 from dmat_ray.data import manifold_set, set_reader
-from dmat_ray.files import read_json, sha256, write_json
+from dmat_ray.errors import UserError
+from dmat_ray.evaluation import Evaluator
+from dmat_ray.files import read_json, write_json
 from dmat_ray.manifold import generators
-from dmat_ray.storage import Location
+from dmat_ray.metrics import Results
+from dmat_ray.storage import Location, at
+from dmat_ray.units import Unit
 
-ROWS, DONE = "rows.parquet", "evaluation.json"
+ROWS, DONE, CHECKS, UNITS = "rows.parquet", "evaluation.json", "checks.json", "units"
+SAY_EVERY_S = 5.0
 
 
-class ChunkEvaluator:
-    """An actor: attacks one model on one chunk of a test set. Models and the set are read once, from their folders."""
+class UnitEvaluator:
+    """An actor: attacks one model on some examples. Models and the set are read once, from their folders."""
 
-    def __init__(self, config: dict[str, Any], set_path: str, models: dict[str, str]) -> None:
-        self.config, self.models = Config.model_validate(config), models
-        self.device = device_of_actor()
-        torch.set_num_threads(self.config.cluster.threads_per_worker)
-        self.data = manifold_set.open_set(set_path, "test")
-        self.generator = generators.load_configured(self.config.generator, self.device)
-        self.loaded: dict[str, torch.nn.Module] = {}
+    def __init__(self, config: dict[str, Any], set_path: str, models: dict[str, str], folder: str) -> None:
+        settings = Config.model_validate(config)
+        torch.set_num_threads(settings.cluster.threads_per_worker)
+        self.folder, device = Path(folder), device_of_actor()
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        tables = []
-        for text in batch["chunk"]:
-            chunk = evaluation.Chunk(**json.loads(text))
-            if chunk.model not in self.loaded:
-                self.loaded[chunk.model], _ = checkpoint.load_classifier(Path(self.models[chunk.model]), self.device)
-            network = self.loaded[chunk.model]
-            tables.append(
-                evaluation.evaluate_chunk(network, self.generator, self.data, chunk, self.config.evaluation, self.device)
-            )
-        return pa.concat_tables(tables)
+        def load(name: str) -> torch.nn.Module:
+            return checkpoint.load_classifier(Path(models[name]), device)[0]
+
+        data = manifold_set.open_set(set_path, "test")
+        generator = generators.load_configured(settings.generator, device)
+        self.evaluator = Evaluator(settings.evaluation, data, generator, load, list(models), device)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        seconds = []
+        for name, text in zip(batch["name"], batch["unit"], strict=True):
+            began = time.monotonic()
+            unit = Unit.from_json(text)
+            if unit.checks:
+                at(self.folder / name).write_json(probes.probe(self.evaluator, unit))
+            else:
+                at(self.folder / name).write_bytes(_as_parquet(self.evaluator.table(unit)))
+            seconds.append(time.monotonic() - began)
+        return {"name": batch["name"], "seconds": np.array(seconds)}
+
+
+def _as_parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue())
 
 
 def fingerprint(config: Config, set_path: Location, models: dict[str, Path]) -> dict[str, Any]:
     """What the rows depend on."""
     return {
+        "version": units.VERSION,
         "evaluation": config.evaluation.model_dump(mode="json"),
         "generator_precision": config.generator.precision,
         "set": set_reader.digest(set_reader.read_manifest(set_path)),
-        "models": {name: sha256(path / checkpoint.MODEL) for name, path in models.items()},
+        "models": {name: checkpoint.digest(path) for name, path in models.items()},
     }
 
 
@@ -68,46 +88,121 @@ def read_rows(folder: Path) -> pa.Table:
     return pq.read_table(folder / ROWS)
 
 
+def read_checks(folder: Path) -> tuple[list[dict[str, Any]], list[Finding]]:
+    """Measurements and findings of a finished evaluation."""
+    content = read_json(folder / CHECKS)
+    return content["measurements"], [Finding(**finding) for finding in content["findings"]]
+
+
 def check(config: Config, set_path: Location, models: dict[str, Path]) -> None:
     """Raise UserError for a set, generator or model that is missing or does not fit the others. Needs no Ray."""
     data = manifold_set.open_set(set_path, "test")
     sha = generators.fingerprint(config.generator.path)
     set_reader.require_generator(data.manifest, sha, f"the set '{set_path}'")
+    evaluation.require_suite(config.evaluation, data)
     for name, path in models.items():
         _, run = checkpoint.load_classifier(path)
         evaluation.require_fit(run, data, name)
 
 
-def evaluate(config: Config, set_path: Location, models: dict[str, Path], folder: Path, say: Callable[[str], None]) -> pa.Table:
-    """Rows of every model, test set and attack, after `check`; also written to `folder`. Ray must be connected."""
-    size = set_reader.read_manifest(set_path)["usable"]["test"]
-    folder.mkdir(parents=True, exist_ok=True)
+class _Work:
+    """The units of an evaluation and their files."""
+
+    def __init__(self, config: Config, set_path: Location, models: dict[str, Path], folder: Path) -> None:
+        self.config, self.set_path, self.models, self.folder = config, set_path, models, folder / UNITS
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.data = manifold_set.open_set(set_path, "test")
+        self.positions = units.chosen(self.data, config.evaluation)
+        self.facts = {k: v for k, v in fingerprint(config, set_path, models).items() if k != "evaluation"}
+
+    def name(self, unit: Unit) -> str:
+        """A unit's file."""
+        return f"{units.key_of(unit, self.config.evaluation, self.facts)}.{'json' if unit.checks else 'parquet'}"
+
+    def table(self, unit: Unit) -> pa.Table | None:
+        """A unit's rows, if they are there and whole."""
+        try:
+            return pq.read_table(self.folder / self.name(unit)).cast(evaluation.SCHEMA)
+        except (FileNotFoundError, pa.ArrowException, OSError):
+            return None
+
+    def is_done(self, unit: Unit) -> bool:
+        """Whether a unit's file is there and can be read."""
+        if not unit.checks:
+            return self.table(unit) is not None
+        try:
+            read_json(self.folder / self.name(unit))
+        except (FileNotFoundError, UserError):
+            return False
+        return True
+
+    def run(self, todo: Sequence[Unit]) -> Iterator[Unit]:
+        """Units as they are done, in no order."""
+        cluster = self.config.cluster
+        actors = min(cluster.evaluation_actors, len(todo))
+        by_name = {self.name(unit): unit for unit in todo}
+        items = [{"name": name, "unit": unit.to_json()} for name, unit in by_name.items()]
+        results = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            UnitEvaluator,
+            fn_constructor_kwargs={
+                "config": self.config.to_json(),
+                "set_path": str(self.set_path),
+                "models": {k: str(v) for k, v in self.models.items()},
+                "folder": str(self.folder),
+            },
+            batch_size=1,
+            num_cpus=cluster.threads_per_worker,
+            num_gpus=cluster.gpus_per_worker or None,
+            compute=ray.data.ActorPoolStrategy(min_size=actors, max_size=actors, initial_size=actors),
+        )
+        for row in results.iter_rows():
+            yield by_name[row["name"]]
+
+
+def evaluate(
+    config: Config, set_path: Location, models: dict[str, Path], folder: Path, say: Callable[[str], None]
+) -> tuple[pa.Table, list[Finding]]:
+    """Rows of every model, test set and attack, and what the checks found, after `check`; also written to `folder`.
+
+    Ray must be connected.
+    """
+    settings = config.evaluation
     (folder / DONE).unlink(missing_ok=True)
-    work = evaluation.chunks(list(models), config.evaluation, size)
-    actors = min(config.cluster.evaluation_actors, len(work))
-    say(f"starting {actors} actors for {len(work)} chunks")
-    items = ray.data.from_items([{"chunk": json.dumps(vars(c))} for c in work], override_num_blocks=len(work))
-    results = items.map_batches(
-        ChunkEvaluator,
-        fn_constructor_kwargs={
-            "config": config.to_json(),
-            "set_path": str(set_path),
-            "models": {k: str(v) for k, v in models.items()},
-        },
-        batch_size=1,
-        num_cpus=config.cluster.threads_per_worker,
-        num_gpus=config.cluster.gpus_per_worker or None,
-        compute=ray.data.ActorPoolStrategy(min_size=actors, max_size=actors, initial_size=actors),
-    )
-    tables, began = [], time.monotonic()
-    for table in results.iter_batches(batch_format="pyarrow", batch_size=None):
-        tables.append(table.cast(evaluation.SCHEMA))
-        say(f"evaluated {len(tables)}/{len(work)} chunks, {time.monotonic() - began:.0f} s")
-    rows = pa.concat_tables(tables).sort_by(evaluation.SORT)
-    found = set(zip(rows["model"].to_pylist(), rows["set"].to_pylist(), strict=True))
-    assert len(found) == len(models) * len(config.evaluation.sets), "rows of a model or test set are missing"
-    partial = folder / f".{ROWS}.partial"
-    pq.write_table(rows, partial, compression="zstd")
-    partial.replace(folder / ROWS)
+    work = _Work(config, set_path, models, folder)
+    rows, looks = evaluation.SCHEMA.empty_table(), probes.units(list(models), settings, work.positions)
+    rounds = units.rounds(settings)
+    for number, names in enumerate(rounds):
+        standing = units.still_standing(rows, settings, work.data, work.positions)
+        attacks = units.units(list(models), names, settings, standing)
+        both = [*attacks, *(looks if number == 0 else [])]
+        todo = [unit for unit in both if not work.is_done(unit)]
+        what = f"round {number + 1} of {len(rounds)}: " if len(rounds) > 1 else ""
+        if len(todo) < len(both):
+            say(f"{what}{len(both) - len(todo)} of {len(both)} batches are there")
+        if todo:
+            _run_all(work, todo, what, say)
+        found = [table for unit in attacks if (table := work.table(unit)) is not None]
+        if len(found) < len(attacks):
+            raise UserError(
+                f"{len(attacks) - len(found)} files that were written cannot be seen in '{work.folder}': output must be a folder "
+                "that all nodes share"
+            )
+        rows = pa.concat_tables([rows, *found])
+    rows = rows.sort_by(evaluation.SORT)
+    measurements = probes.joined((unit, read_json(work.folder / work.name(unit))) for unit in looks)
+    findings = checks.judge(Results(rows, settings), measurements)
+    at(folder / ROWS).write_bytes(_as_parquet(rows))
+    write_json(folder / CHECKS, {"measurements": measurements, "findings": [f.to_json() for f in findings]})
     write_json(folder / DONE, fingerprint(config, set_path, models))
-    return rows
+    return rows, findings
+
+
+def _run_all(work: _Work, todo: Sequence[Unit], what: str, say: Callable[[str], None]) -> None:
+    """Do these units, and say how far it is."""
+    began = said = time.monotonic()
+    say(f"{what}{len(todo)} batches for {min(work.config.cluster.evaluation_actors, len(todo))} actors")
+    for number, unit in enumerate(work.run(todo), 1):
+        now = time.monotonic()
+        if now - said >= SAY_EVERY_S or number == len(todo):
+            said = now
+            say(f"{what}{number}/{len(todo)} batches, {now - began:.0f} s; last {unit.attack or 'checks'} on {unit.model}")

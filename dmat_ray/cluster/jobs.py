@@ -6,13 +6,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dmat_ray.cluster import tracking
 from dmat_ray.cluster.session import connected
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
-from dmat_ray.storage import set_folder
+from dmat_ray.storage import Location, at, set_folder
+
+if TYPE_CHECKING:
+    from dmat_ray.checks import Finding
+    from dmat_ray.metrics import Results
 
 
 class Speaker:
@@ -90,29 +94,55 @@ def train(configs: list[Config], say: Callable[[str], None], parent: str | None 
     return [models.model_folder(c) for c in configs]
 
 
-def evaluate(config: Config, models: dict[str, Path], say: Callable[[str], None], parent: str | None = None) -> Any:
-    """Evaluation and report, tracked. Returns the rows."""
+def evaluate(
+    config: Config, models: dict[str, Path], say: Callable[[str], None], parent: str | None = None
+) -> "tuple[Results, list[Finding]]":
+    """Evaluation and report, tracked. Returns the rows, and what the checks found."""
     from dmat_ray import report
     from dmat_ray.cluster import evaluate as stage
-    from dmat_ray.metrics import accuracies
+    from dmat_ray.lease import exclusive
+    from dmat_ray.metrics import Results
 
     folder = Path(config.output).resolve() / "evaluation"
     page = Path(config.output).resolve() / "report.html"
     stage.check(config, set_folder(config), models)
-    if page.is_file() and stage.is_evaluated(config, set_folder(config), models, folder):
-        say("the rows and the report are there and unchanged, nothing to do")
-        return stage.read_rows(folder)
-    page.unlink(missing_ok=True)  # a page of other rows must not pass for theirs, whenever this run may end
-    with connected(config.cluster), tracking.tracked(config, "", "evaluate", parent) as run:
-        rows = stage.evaluate(config, set_folder(config), models, folder, say)
-        for (model, set_name, attack), accuracy in accuracies(rows).items():
-            name = "".join(c if c.isalnum() or c in "-_. /" else "_" for c in f"{model}/{set_name}/{attack}")
+    if stage.is_evaluated(config, set_folder(config), models, folder):
+        results, checked = Results(stage.read_rows(folder), config.evaluation), stage.read_checks(folder)
+        if page.is_file():
+            say("the rows and the report are there and unchanged, nothing to do")
+        else:
+            say("the rows are there and unchanged: writing the report")
+            report.write(config, set_folder(config), models, results, checked, page)
+        return results, checked[1]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(exclusive(at(folder)))  # two evaluations must not mix their rows
+        page.unlink(missing_ok=True)  # a page of other rows must not pass for theirs, whenever this run may end
+        stack.enter_context(connected(config.cluster))
+        run = stack.enter_context(tracking.tracked(config, "", "evaluate", parent))
+        rows, findings = stage.evaluate(config, set_folder(config), models, folder, say)
+        results = Results(rows, config.evaluation)
+        for (model, set_name, column), accuracy in results.accuracies().items():
+            name = "".join(c if c.isalnum() or c in "-_. /" else "_" for c in f"{model}/{set_name}/{column}")
             run.metrics({name: accuracy.value}, step=0)
+        for finding in (f for f in findings if f.level == "warning"):
+            say(f"warning: {finding.model}: {finding.check}: {finding.text}")
         say("writing the report")
-        report.write(config, set_folder(config), models, rows, page)
-        run.artifact(folder / stage.ROWS)
-        run.artifact(page)
-    return rows
+        report.write(config, set_folder(config), models, results, stage.read_checks(folder), page)
+        for file in (folder / stage.ROWS, folder / stage.CHECKS, page, page.with_suffix(".md"), page.with_suffix(".csv")):
+            run.artifact(file)
+    return results, findings
+
+
+def predict(config: Config, model: Path, images: str, target: Location, say: Callable[[str], None]) -> Any:
+    """Predictions for a folder of images, written to `target`. Returns their table."""
+    from dmat_ray import prediction
+    from dmat_ray.cluster import predict as stage
+
+    listing, ignored = prediction.list_images(images)
+    if ignored:
+        say(f"not taken: {ignored}")
+    with connected(config.cluster):
+        return stage.predict(config, model, images, listing, target, say)
 
 
 def ui_command(config: Config) -> str:

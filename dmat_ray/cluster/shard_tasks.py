@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from dmat_ray.config import DataConfig
 from dmat_ray.data import set_format, set_reader, set_writer
 from dmat_ray.data.decoding import decode
-from dmat_ray.data.sources import read
+from dmat_ray.data.sources import read, read_pixels
 from dmat_ray.errors import UserError
 from dmat_ray.storage import Location, at
 
@@ -61,6 +61,23 @@ def read_shard(row: pa.Table, *, data: dict[str, Any]) -> pa.Table:
     chosen = chosen.append_column("image", pa.array(contents, pa.large_binary()))
     chosen = chosen.append_column("pixels", set_format.fixed_list(images, pa.uint8()))
     return pack(name, chosen, rejected, 0.0)
+
+
+def read_pictures(row: pa.Table, *, data: dict[str, Any]) -> pa.Table:
+    """A task: the decoded images of a part of a folder; those that cannot be read are set aside with the reason."""
+    name, wanted, _, _ = unpack(row)
+    config = DataConfig.model_validate(data)
+    found = dict(zip(wanted["id"].to_pylist(), read_pixels(wanted, config), strict=True))
+    rejected = {id: reason for id, reason in found.items() if isinstance(reason, str)}
+    kept = {id: pixels for id, pixels in found.items() if not isinstance(pixels, str)}
+    shape = (config.channels, config.resolution, config.resolution)
+    images = np.stack(list(kept.values())) if kept else np.empty((0, *shape), np.uint8)
+    return pack(
+        name,
+        pa.table({"id": pa.array(list(kept), pa.string()), "pixels": set_format.fixed_list(images, pa.uint8())}),
+        rejected,
+        0.0,
+    )
 
 
 def write_shard(row: pa.Table, *, folder: str) -> pa.Table:

@@ -1,4 +1,4 @@
-"""Settings of threats, attacks, training objectives and evaluation suites.
+"""Settings of attacks and training objectives.
 
 A threat's settings (its ball) and an attack's (the search) are separate classes; a training term and an evaluation row
 are both joined in one flat model, so that `objective.image.eps` and a row of a suite read the same.
@@ -7,12 +7,11 @@ are both joined in one flat model, so that `objective.image.eps` and a row of a 
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
-from pydantic_settings import CliSuppress
 
 from dmat_ray.config.base import Fraction, Section
 from dmat_ray.config.threats import (
-    ON_MANIFOLD,
     ElasticThreat,
+    FilterThreat,
     FogThreat,
     GaborThreat,
     GlitchThreat,
@@ -21,6 +20,7 @@ from dmat_ray.config.threats import (
     JpegThreat,
     KaleidoscopeThreat,
     LatentThreat,
+    PerceptualThreat,
     PixelThreat,
     RecolorThreat,
     SnowThreat,
@@ -38,8 +38,10 @@ class AttackConfig(Section):
     )
     random_start: bool = Field(True, description="start at a random point of the ball")
     restarts: int = Field(1, ge=1, description="independent searches; each example keeps its worst")
-    method: Literal["pgd", "momentum", "apgd"] = Field(
-        "pgd", description="pgd; momentum: along all gradients so far; apgd: steps that halve themselves (step_size is not used)"
+    method: Literal["pgd", "momentum", "apgd", "lagrange", "square", "random"] = Field(
+        "pgd",
+        description="pgd; momentum: along all gradients so far; apgd: steps that halve themselves (step_size is not used); "
+        "lagrange: out of the budget and back; without gradients, a query a step: square (image linf, l2), random (points)",
     )
 
 
@@ -112,6 +114,14 @@ class RecolorTerm(Term, RecolorThreat):
     """Worst case over maps of colours."""
 
 
+class PerceptualTerm(Term, PerceptualThreat):
+    """Worst case over a ball of LPIPS."""
+
+
+class FilterTerm(Term, FilterThreat):
+    """Worst case over small convolutions."""
+
+
 AdversarialTerm = Annotated[
     ImageTerm
     | LatentTerm
@@ -126,7 +136,9 @@ AdversarialTerm = Annotated[
     | ElasticTerm
     | StAdvTerm
     | JpegTerm
-    | RecolorTerm,
+    | RecolorTerm
+    | PerceptualTerm
+    | FilterTerm,
     Field(discriminator="threat"),
 ]
 
@@ -176,122 +188,3 @@ class ObjectiveConfig(Section):
     def adversarial(self) -> dict[str, AdversarialTerm]:
         """The terms that attack, by name, whatever their weight."""
         return {"image": self.image, "latent": self.latent, "fog": self.fog, **self.more}
-
-
-class Row(AttackConfig):
-    """One attack of the evaluation table."""
-
-    name: str = Field(min_length=1, description="name of the column, unique in the suite")
-    loss: Literal["ce", "dlr"] = Field("ce", description="what is raised: cross entropy, or the difference of logits ratio")
-    targets: int = Field(
-        0, ge=0, description="0: away from the label; n: one search towards each of the n likeliest other classes"
-    )
-    early_exit: bool = Field(
-        False, description="leave an example alone once a search has broken it; the others go on with restarts and targets"
-    )
-
-
-class ImageRow(Row, ImageThreat):
-    """Image-space attack."""
-
-
-class LatentRow(Row, LatentThreat):
-    """On-manifold attack; only for the on-manifold test set, where w is known."""
-
-
-class FogRow(Row, FogThreat):
-    """Fog attack."""
-
-
-class JointRow(Row, JointThreat):
-    """Attack over moves in W+ and in pixels together."""
-
-
-class SnowRow(Row, SnowThreat):
-    """Attack over snow."""
-
-
-class GaborRow(Row, GaborThreat):
-    """Attack over Gabor noise."""
-
-
-class WoodRow(Row, WoodThreat):
-    """Attack over rings of wood."""
-
-
-class GlitchRow(Row, GlitchThreat):
-    """Attack over shifted stripes."""
-
-
-class KaleidoscopeRow(Row, KaleidoscopeThreat):
-    """Attack over coloured shapes."""
-
-
-class PixelRow(Row, PixelThreat):
-    """Attack over blocks of one colour."""
-
-
-class ElasticRow(Row, ElasticThreat):
-    """Attack over smooth flows."""
-
-
-class StAdvRow(Row, StAdvThreat):
-    """Attack over flows."""
-
-
-class JpegRow(Row, JpegThreat):
-    """Attack over a ball of DCT coefficients."""
-
-
-class RecolorRow(Row, RecolorThreat):
-    """Attack over maps of colours."""
-
-
-class CleanRow(Section):
-    """No attack."""
-
-    threat: CliSuppress[Literal["clean"]] = "clean"
-    name: str = Field("clean", min_length=1, description="name of the column, unique in the suite")
-
-
-AttackRow = Annotated[
-    CleanRow
-    | ImageRow
-    | LatentRow
-    | FogRow
-    | JointRow
-    | SnowRow
-    | GaborRow
-    | WoodRow
-    | GlitchRow
-    | KaleidoscopeRow
-    | PixelRow
-    | ElasticRow
-    | StAdvRow
-    | JpegRow
-    | RecolorRow,
-    Field(discriminator="threat"),
-]
-
-
-class EvaluationConfig(Section):
-    """Attacks to run on every model and test set."""
-
-    attacks: tuple[AttackRow, ...] = Field((CleanRow(),), description="the suite, one row a column of the table")
-    sets: tuple[Literal["on_manifold", "natural"], ...] = Field(
-        ("on_manifold", "natural"), description="test images: g(w), natural, or both"
-    )
-    batch_size: int = Field(100, ge=1, description="images attacked together")
-    seed: int = Field(0, ge=0, description="seed of random starts")
-
-    @model_validator(mode="after")
-    def _check(self) -> "EvaluationConfig":
-        names = [row.name for row in self.attacks]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"attack names must be unique; given more than once: {', '.join(twice)}")
-        if not names or not self.sets:
-            raise ValueError("evaluation needs at least one attack and one test set")
-        if "natural" in self.sets and all(isinstance(row, ON_MANIFOLD) for row in self.attacks):
-            raise ValueError("natural images have no w, and every attack moves w; give sets=on_manifold or another attack")
-        return self

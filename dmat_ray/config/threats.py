@@ -120,7 +120,7 @@ class JpegThreat(Section):
 
     threat: CliSuppress[Literal["jpeg"]] = "jpeg"
     norm: Literal["linf", "l2", "l1"] = Field("linf", description="norm of the ball, over all coefficients")
-    eps: Fraction = Field(0.125, ge=0, description="radius in quantisation steps (l1: 1024 is usual for 256x256 pixels)")
+    eps: Fraction = Field(0.125, ge=0, description="radius in quantisation steps (l1: 512 is the published 1024 at 256x256)")
 
 
 class RecolorThreat(Section):
@@ -134,6 +134,32 @@ class RecolorThreat(Section):
     def _check(self) -> "RecolorThreat":
         if min(self.grid) < 2:
             raise ValueError(f"grid {self.grid} needs two knots or more along each axis")
+        return self
+
+
+class PerceptualThreat(Section):
+    """Pixels moved as far as LPIPS, unlearned and unsquared, allows."""
+
+    threat: CliSuppress[Literal["perceptual"]] = "perceptual"
+    eps: Fraction = Field(0.25, ge=0, description="radius in LPIPS (published: 0.5 for images of 32 pixels, 0.25 for ImageNet)")
+    net: Literal["alex", "vgg", "squeeze"] = Field("alex", description="the network whose features are compared")
+    weights: str = Field(
+        "pretrained", min_length=1, description="its weights: pretrained (torchvision's, from the torch cache), a file, or random"
+    )
+
+
+class FilterThreat(Section):
+    """A small convolution, one kernel a channel, whose weights sum to 1."""
+
+    threat: CliSuppress[Literal["filter"]] = "filter"
+    eps: Fraction = Field(0.1, ge=0, description="largest weight of a neighbour, positive or negative")
+    size: int = Field(3, ge=3, description="side of the kernel in pixels, odd")
+    mix: bool = Field(False, description="also mix the colours: each channel takes up to eps of every other")
+
+    @model_validator(mode="after")
+    def _check(self) -> "FilterThreat":
+        if self.size % 2 == 0:
+            raise ValueError(f"size is {self.size}, but a kernel needs a middle; give an odd size")
         return self
 
 
@@ -152,6 +178,8 @@ ThreatSettings = (
     | StAdvThreat
     | JpegThreat
     | RecolorThreat
+    | PerceptualThreat
+    | FilterThreat
 )
 
 ON_MANIFOLD = (LatentThreat, JointThreat)

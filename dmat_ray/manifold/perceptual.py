@@ -59,13 +59,12 @@ class LayerDistance(torch.autograd.Function):
 
 
 class Perceptual(torch.nn.Module):
-    """LPIPS distance between rendered images and fixed targets."""
+    """LPIPS distance between rendered images and fixed targets. `setting` is what errors call the setting of `weights`."""
 
-    def __init__(self, net: str, weights: str, seed: int = 0) -> None:
+    def __init__(self, net: str, weights: str, seed: int = 0, setting: str = "projection.lpips_weights") -> None:
         super().__init__()
         self.random = weights == "random"
-        without = "projection.lpips_weights=random does without"
-        path = None if self.random else locate(f"lpips_{net}", weights, "projection.lpips_weights", without)
+        path = None if self.random else locate(f"lpips_{net}", weights, setting, f"{setting}=random does without")
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # the package calls torchvision in a deprecated way
             torch.manual_seed(seed)
@@ -97,7 +96,7 @@ class Perceptual(torch.nn.Module):
         copied.dtype = dtype
         return copied
 
-    def _maps(self, x_BCHW: Tensor) -> list[Tensor]:
+    def maps(self, x_BCHW: Tensor) -> list[Tensor]:
         """What the layers that LPIPS reads say of images in [0, 1]; grey images are repeated to RGB."""
         scaling = self.metric.scaling_layer
         x = (x_BCHW * 2 - (1 + scaling.shift)) / scaling.scale
@@ -106,10 +105,10 @@ class Perceptual(torch.nn.Module):
     @torch.no_grad()
     def features(self, x_BCHW: Tensor) -> list[Tensor]:
         """Unit-normalised features of images in [0, 1], for `distance` to measure other images from."""
-        return [lpips.normalize_tensor(m) for m in self._maps(x_BCHW)]
+        return [lpips.normalize_tensor(m) for m in self.maps(x_BCHW)]
 
     def distance(self, x_BCHW: Tensor, features: list[Tensor]) -> Tensor:
         """LPIPS (B), float32, of images in [0, 1] from those whose `features` are given; differentiable in x."""
-        layers = zip(self._maps(x_BCHW), features, self.metric.lins, strict=True)
+        layers = zip(self.maps(x_BCHW), features, self.metric.lins, strict=True)
         parts = [LayerDistance.apply(m, f, lin.model[-1].weight.flatten()) for m, f, lin in layers]  # type: ignore[no-untyped-call]
         return torch.stack([distance for distance, _, _ in parts]).sum(dim=0)

@@ -97,6 +97,8 @@ def check(config: QualityConfig, channels: int, resolution: int, labels: Tensor)
             raise UserError("gan.quality.network 'classifier' needs images of two classes or more; choose 'inception' or 'none'")
     elif config.network != "none":
         run = checkpoint.read_run(Path(config.network))
+        if "program" in run:
+            raise UserError(f"gan.quality.network '{config.network}' is an imported program, whose features cannot be had")
         if (run["channels"], run["resolution"]) != (channels, resolution):
             raise UserError(
                 f"gan.quality.network '{config.network}' takes {run['resolution']}x{run['resolution']} images with "

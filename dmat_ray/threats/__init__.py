@@ -7,9 +7,11 @@ from dmat_ray import config as settings
 from dmat_ray.config import ON_MANIFOLD, ThreatSettings
 from dmat_ray.errors import UserError
 from dmat_ray.threats.color import Recolor
+from dmat_ray.threats.filter import Filter
 from dmat_ray.threats.image import ImageBall
 from dmat_ray.threats.jpeg import Jpeg
 from dmat_ray.threats.latent import Joint, LatentBall
+from dmat_ray.threats.perceptual import PerceptualBall
 from dmat_ray.threats.texture import Gabor, Kaleidoscope, Pixel, Wood
 from dmat_ray.threats.warp import Elastic, Glitch, StAdv
 from dmat_ray.threats.weather import Fog, Snow
@@ -28,6 +30,8 @@ PIXELS: dict[type, Callable[[Any], Threat]] = {
     settings.StAdvThreat: StAdv,
     settings.JpegThreat: Jpeg,
     settings.RecolorThreat: Recolor,
+    settings.PerceptualThreat: PerceptualBall,
+    settings.FilterThreat: Filter,
 }
 
 

@@ -23,17 +23,17 @@ def ball_norm(theta: Tensor, norm: str) -> Tensor:
     return flat.abs().sum(dim=1) if norm == "l1" else flat.norm(dim=1)
 
 
-def steepest(gradient: Tensor, norm: str) -> Tensor:
+def steepest(gradient: Tensor, norm: str, sparse: float = SPARSE) -> Tensor:
     """Unit step that raises a linear loss: the sign for L-infinity, the normalised gradient for L2.
 
-    For L1 the very steepest moves one coordinate; this one spreads over the SPARSE largest (SLIDE, arXiv 1904.13000).
+    For L1 the very steepest moves one coordinate; this one spreads over the `sparse` largest (SLIDE, arXiv 1904.13000).
     """
     if norm == "linf":
         return gradient.sign()
     if norm == "l2":
         return gradient / per_example(gradient.flatten(1).norm(dim=1).clamp_min(1e-12), gradient)
     flat = gradient.flatten(1)
-    largest = flat.abs().topk(max(1, round(SPARSE * flat.shape[1])), dim=1).indices
+    largest = flat.abs().topk(max(1, round(sparse * flat.shape[1])), dim=1).indices
     signs = flat.gather(1, largest).sign()
     signs = signs / signs.abs().sum(dim=1, keepdim=True).clamp_min(1.0)
     return torch.zeros_like(flat).scatter(1, largest, signs).view_as(gradient)
@@ -89,13 +89,14 @@ class Ball:
     """What threats have in common whose theta lies in a ball of `norm` and radius `eps`, whatever the image."""
 
     default_step: float | None = None
+    sparse = SPARSE
 
     def __init__(self, norm: str, eps: float) -> None:
         self.norm, self.eps, self.limit, self.span = norm, eps, eps, 2 * eps
 
     def direction(self, batch: Batch, theta: Tensor, gradient: Tensor) -> Tensor:
         """Steepest ascent."""
-        return steepest(gradient, self.norm)
+        return steepest(gradient, self.norm, self.sparse)
 
     def project(self, batch: Batch, theta: Tensor) -> Tensor:
         """Back into the ball."""
@@ -104,6 +105,10 @@ class Ball:
     def distance(self, batch: Batch, theta: Tensor) -> Tensor:
         """Norm of theta."""
         return ball_norm(theta, self.norm)
+
+    def length(self, batch: Batch, theta: Tensor, move: Tensor) -> Tensor:
+        """Norm of the step, wherever it begins."""
+        return ball_norm(move, self.norm)
 
     def within(self, draws: Draws | None, like: Tensor) -> Tensor:
         """Uniform in the ball; zero without draws."""

@@ -8,7 +8,6 @@ from torch import Tensor
 from dmat_ray.config import JpegThreat
 from dmat_ray.rng import Draws
 from dmat_ray.threats.balls import Ball
-from dmat_ray.threats.image import clip_straight_through
 from dmat_ray.types import Batch
 
 # Annex K of ITU-T T.81, for luma and chroma: the steps of quality 50
@@ -39,6 +38,8 @@ class Jpeg(Ball):
     code, which needs sides of multiples of 16; here the image is continued by its last pixels to whole blocks.
     """
 
+    sparse = 0.01  # few coefficients hold most of what matters: in L1 more at once is a far weaker attack
+
     def __init__(self, config: JpegThreat) -> None:
         super().__init__(config.norm, config.eps)
 
@@ -56,7 +57,9 @@ class Jpeg(Ball):
         rows, columns = theta.shape[2] // 8, theta.shape[3] // 8
         coefficients = theta.view(*theta.shape[:2], rows, 8, columns, 8) * tables[:, None, :, None, :]
         dct = dct_matrix(x)
-        moved = torch.einsum("ij,bcrihk,kl->bcrjhl", dct, coefficients, dct).reshape(theta.shape)[:, :, :height, :width]
+        # along rows in strips of blocks, then along columns: two products, nothing is moved in memory
+        strips = dct.T @ coefficients.view(*theta.shape[:2], rows, 8, -1)
+        moved = (strips.view(-1, 8) @ dct).view(theta.shape)[:, :, :height, :width]
         if colour:
             moved = torch.einsum("ij,bjhw->bihw", torch.linalg.inv(x.new_tensor(TO_YCC)), moved)
-        return clip_straight_through(x + moved)
+        return (x + moved).clamp(0.0, 1.0)

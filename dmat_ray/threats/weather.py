@@ -78,6 +78,7 @@ LAYERS = 7  # of flakes, each with a streak of its own
 SPACING = 4  # pixels between places where a flake may lie
 REGION = 8  # places along the side of a region of the budget
 STREAK = 13  # side of a streak's kernel in pixels
+REACH = 2  # flakes in each direction from whose streaks a pixel may have something
 
 
 class Snow(UnitBox):
@@ -133,15 +134,10 @@ class Snow(UnitBox):
         x = batch.x_BCHW
         height, width = self._grid(x)
         flakes, streaks = theta.split([LAYERS * height * width, 3 * LAYERS], dim=1)
-        grid = flakes.view(-1, LAYERS, height, width) ** 4
-        canvas = x.new_zeros(len(x), LAYERS, height * SPACING, width * SPACING)
-        for layer in range(LAYERS):
-            # four layers begin at four columns, the others at three more rows
-            top, left = (0, layer) if layer < 4 else (layer - 3, 0)
-            canvas[:, layer, top::SPACING, left::SPACING] = grid[:, layer]
-        kernels = _streaks(streaks.detach().view(-1, LAYERS, 3))
-        fallen = F.conv2d(canvas.view(1, -1, *canvas.shape[2:]), kernels, padding=STREAK // 2, groups=len(x))
-        snow = fallen.view(len(x), 1, *canvas.shape[2:])[:, :, : x.shape[2], : x.shape[3]]
+        grid = (flakes**4).reshape(1, -1, height, width)
+        kernels = _phases(_streaks(streaks.detach().view(-1, LAYERS, 3)))
+        fallen = F.conv2d(grid, kernels, padding=REACH, groups=len(x)).view(len(x), -1, height, width)
+        snow = F.pixel_shuffle(fallen, SPACING)[:, :, : x.shape[2], : x.shape[3]]
         grey = luminance(x)
         bleached = 0.75 * x + 0.25 * torch.maximum(x, 1.5 * grey + 0.5)
         return (bleached + self.eps * snow).clamp(0.0, 1.0)
@@ -168,3 +164,18 @@ def _streaks(parameters_BK3: Tensor) -> Tensor:
     cosine, sine = angle.cos()[..., None, None], angle.sin()[..., None, None]
     on, off = (columns * cosine + rows * sine).abs(), (rows * cosine - columns * sine).abs()
     return (half_length[..., None, None] - on + 0.5).clamp(0, 1) * (half_width[..., None, None] - off + 0.5).clamp(0, 1)
+
+
+def _phases(kernels_BKSS: Tensor) -> Tensor:
+    """The same streaks as kernels over the flakes instead of the pixels, (B 16, 7, 5, 5): for each of the 4x4 pixels between
+    flakes what it has of each layer's flakes around it. Most pixels have no flake: this spares their share of the products.
+    """
+    layers, device = torch.arange(LAYERS, device=kernels_BKSS.device), kernels_BKSS.device
+    # four layers begin at four columns, the others at three more rows
+    top, left = (layers - 3).clamp_min(0), torch.where(layers < 4, layers, torch.zeros_like(layers))
+    margin = SPACING * REACH  # of zeros around a streak, for pixels out of its reach
+    padded = F.pad(kernels_BKSS, (margin,) * 4)
+    offset = SPACING * torch.arange(-REACH, REACH + 1, device=device) - torch.arange(SPACING, device=device)[:, None]
+    rows, columns = (offset + start[:, None, None] + STREAK // 2 + margin for start in (top, left))  # (layer, pixel, flake)
+    taps = padded[:, layers[:, None, None, None, None], rows[:, :, None, :, None], columns[:, None, :, None, :]]
+    return taps.permute(0, 2, 3, 1, 4, 5).reshape(-1, LAYERS, 2 * REACH + 1, 2 * REACH + 1)

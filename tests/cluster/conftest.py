@@ -1,5 +1,6 @@
 """One real Ray for all tests of this folder, and what several of them start from."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from dmat_ray.cluster.session import connected, prepare_environment
 from dmat_ray.config import ClusterConfig, Config
 
 # before any test module imports ray, which reads some of these once and for all
+os.environ.setdefault("RAY_worker_niceness", "0")  # other tests run at the same time, and must not have all of the machine
 prepare_environment()
 
 

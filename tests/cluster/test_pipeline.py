@@ -12,7 +12,8 @@ from small import DMAT, settings
 from dmat_ray.cluster import jobs, tracking
 from dmat_ray.data.sources import list_examples
 from dmat_ray.errors import UserError
-from dmat_ray.metrics import accuracies
+from dmat_ray.metrics import Results
+from dmat_ray.units import rows_to_run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 
@@ -67,7 +68,8 @@ def test_second_run_has_nothing_to_do(finished, say, lines):
 
 def test_rows_are_one_per_example_and_attack(finished):
     rows = pq.read_table(finished.output / "evaluation" / "rows.parquet")
-    names = [row.name for row in finished.config.evaluation.attacks]
+    names = list(rows_to_run(finished.config.evaluation))
+    assert {"clean", "PGD-20 @ 0.05", "OM-PGD-20"} < set(names)
     natural = [n for n in names if not n.startswith("OM-")]
     assert rows.num_rows == 2 * 40 * (len(names) + len(natural))
     keys = list(zip(*(rows[c].to_pylist() for c in ("model", "set", "attack", "id")), strict=True))
@@ -83,8 +85,9 @@ def test_rows_are_one_per_example_and_attack(finished):
 
 def test_rows_do_not_depend_on_the_number_of_actors(finished, tmp_path, say):
     finished.copy_set(tmp_path)
-    rows = jobs.evaluate(settings(tmp_path, "--cluster.evaluation_actors", 2), finished.models, say)
-    assert rows.equals(pq.read_table(finished.output / "evaluation" / "rows.parquet"))
+    results, _ = jobs.evaluate(settings(tmp_path, "--cluster.evaluation_actors", 2), finished.models, say)
+    expected = pq.read_table(finished.output / "evaluation" / "rows.parquet").drop_columns(["seconds"])
+    assert results.rows.drop_columns(["seconds"]).equals(expected)
 
 
 def test_mlflow_holds_every_stage(finished):
@@ -103,7 +106,8 @@ def test_mlflow_holds_every_stage(finished):
     assert [m.step for m in losses] == [1, 2, 3]
     stored = [a.path for a in client.list_artifacts(dmat.info.run_id, "checkpoint")]
     assert sorted(stored) == ["checkpoint/model.safetensors", "checkpoint/run.json"]
-    assert "report.html" in [a.path for a in client.list_artifacts(runs["evaluate"].info.run_id)]
+    kept = {a.path for a in client.list_artifacts(runs["evaluate"].info.run_id)}
+    assert kept == {"report.html", "report.md", "report.csv", "rows.parquet", "checks.json"}
     rows = pq.read_table(Path(config.output) / "evaluation" / "rows.parquet")
-    for (model, set_name, attack), accuracy in accuracies(rows).items():
+    for (model, set_name, attack), accuracy in Results(rows, config.evaluation).accuracies().items():
         assert runs["evaluate"].data.metrics[f"{model}/{set_name}/{attack}"] == pytest.approx(accuracy.value)

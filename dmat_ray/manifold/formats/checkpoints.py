@@ -46,7 +46,7 @@ BEGINNINGS = {
     b"<": "is a web page, as a download leaves that asked for a login or a confirmation",
     b"version https://git-lfs": "is a Git LFS pointer; 'git lfs pull' gets the file itself",
     b"\x1f\x8b": "is compressed with gzip; decompress it first",
-    b"\x89HDF": "is an HDF5 file, and no generator that is known here comes in one",
+    b"\x89HDF": "is an HDF5 file, and no weights that are known here come in one",
     b"\x93NUMPY": "is a NumPy array, not a checkpoint",
 }
 STORAGES = {
@@ -229,7 +229,7 @@ def read(path: Path) -> Contents:
         if not start.startswith(b"\x80"):
             raise RefusedError("is no checkpoint of a known format (neither what torch.save writes nor a pickle)")
         if size > MAX_PICKLE:
-            raise RefusedError(f"is a pickle of {size >> 30} GiB, larger than any generator")
+            raise RefusedError(f"is a pickle of {size >> 30} GiB, larger than any that is known")
         data = path.read_bytes()
         return Contents((_read_torch_stream if data.startswith(TORCH_MAGIC) else _unpickle)(data, Budget(size)), size)
     except FileNotFoundError:

@@ -21,7 +21,7 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,7 +87,7 @@ FORMS = {
     "as_floats": re.compile(r"-?Infinity|NaN"),
     "torch_version": re.compile(r"[\w.+<=]*", re.ASCII),
 }
-ONLY = "a decoder may use torch's built-in tensor operators only, without no_grad or autocast in it"
+ONLY = "a program may use torch's built-in tensor operators only, without no_grad or autocast in it"
 # keys for graphs inside graphs, functions as arguments, and C++ objects
 REFUSED = ("as_graph", "as_operator", "as_custom_obj")
 # torch's notes to itself; the guards are Python source
@@ -134,7 +134,7 @@ def _records(path: Path, wanted: str) -> Records:
                 if not re.fullmatch(wanted, name):
                     raise UserError(
                         f"'{path}' holds '{shown(info.filename)}', which is not code, graph or plain tensors: pickled objects "
-                        "and compiled libraries are not loaded; export the decoder again, with torch 2.13 and ordinary parameters"
+                        "and compiled libraries are not loaded; export it again, with torch 2.13 and ordinary parameters"
                     )
             code = [info for info, name in found if name.startswith("code/")]  # torch compresses it
             if sum(info.file_size for info in code) > MAX_CODE or any(info.compress_type not in PACKINGS for info in code):
@@ -177,7 +177,7 @@ def _allowed(kind: str) -> bool:
     return namespace == "aten" and name not in FORBIDDEN
 
 
-def _load_torchscript(path: Path, device: torch.device) -> nn.Module:
+def _checked_torchscript(path: Path) -> Records:
     records = _records(path, TORCHSCRIPT)
     budget = Budget(sum(map(len, records.values())))
     for name, content in records.items():
@@ -191,6 +191,10 @@ def _load_torchscript(path: Path, device: torch.device) -> nn.Module:
                 f"'{path}' mentions '{found[0].decode()}' in {name}: a program that may touch files or run code while it is "
                 "loaded is refused; rename or remove it and export again"
             )
+    return records
+
+
+def _load_torchscript(records: Records, path: Path, device: torch.device) -> nn.Module:
     program: nn.Module = torch.jit.load(_packed(records), map_location=device)
     # every call inlined: what cannot be (interfaces, forks) shows up as an operator that is not on the list
     if strange := sorted(kind for kind in {node.kind() for node in _nodes(program.inlined_graph)} if not _allowed(kind)):
@@ -223,7 +227,9 @@ def _checked_graph(content: bytes, path: Path) -> bytes:
     calls = program["graph_module"]["module_call_graph"] = program["graph_module"]["module_call_graph"][:1]
     signature = calls[0]["signature"]
     if (json.loads(signature["in_spec"]), json.loads(signature["out_spec"])) != (IN_SPEC, OUT_SPEC):
-        raise UserError(f"'{path}' is not a function of one tensor that returns one tensor; export a decoder w -> image")
+        raise UserError(
+            f"'{path}' is not a function of one tensor that returns one tensor; export a decoder w -> image, or x -> logits"
+        )
     return json.dumps(_checked(program, "", path)).encode()
 
 
@@ -235,14 +241,25 @@ def _checked_payload(content: bytes, path: Path) -> bytes:
     return json.dumps({"config": config}).encode()
 
 
-def _load_torch_export(path: Path, device: torch.device) -> nn.Module:
+def _checked_torch_export(path: Path) -> Records:
     records = _records(path, TORCH_EXPORT)
     for name in ("data/weights/model_weights_config.json", "data/constants/model_constants_config.json"):
         records[name] = _checked_payload(records[name], path)
     records["models/model.json"] = _checked_graph(records["models/model.json"], path)
     # without sample inputs there is nothing to unpickle, and the shapes are checked by the graph's own metadata
-    exported = torch.export.load(_packed({**records, "data/sample_inputs/model.pt": b""}))
+    return {**records, "data/sample_inputs/model.pt": b""}
+
+
+def _load_torch_export(records: Records, path: Path, device: torch.device) -> nn.Module:
+    exported = torch.export.load(_packed(records))
     return (exported if device.type == "cpu" else move_to_device_pass(exported, device)).module()
+
+
+# by kind: what looks a file through, and what makes a program of the records that are left
+KINDS: dict[str, tuple[Callable[[Path], Records], Callable[[Records, Path, torch.device], nn.Module]]] = {
+    "torchscript": (_checked_torchscript, _load_torchscript),
+    "torch_export": (_checked_torch_export, _load_torch_export),
+}
 
 
 def load_program(path: Path, kind: Kind, device: torch.device) -> nn.Module:
@@ -251,16 +268,27 @@ def load_program(path: Path, kind: Kind, device: torch.device) -> nn.Module:
     Call it like a function; an exported one has no eval() or train(). Raises UserError, naming the file, for one that is
     damaged, of another kind, or that could do more than arithmetic on tensors (see above).
     """
+    return _load(path, kind, device)[0]
+
+
+def load_and_pack(path: Path, kind: Kind, device: torch.device) -> tuple[nn.Module, bytes]:
+    """`load_program`, and the file that torch saw in place of this one: all that is in it was looked through."""
+    program, records = _load(path, kind, device)
+    return program, _packed(records).getvalue()
+
+
+def _load(path: Path, kind: Kind, device: torch.device) -> tuple[nn.Module, Records]:
     if kind_of(path) != kind:
         found = kind_of(path) or "damaged, or neither a TorchScript nor a torch.export file"
         raise UserError(f"'{path}' should be {kind}, but it is {found}; copy or export it again")
-    load = _load_torchscript if kind == "torchscript" else _load_torch_export
+    check, load = KINDS[kind]
     try:
-        program = load(path, device)
+        records = check(path)
+        program = load(records, path, device)
     except UserError:
         raise
     except Exception as error:  # torch reports a damaged program by whatever it trips over first
         raise UserError(f"torch {torch.__version__} cannot load '{path}' ({reason(error)}); export it again") from None
     for parameter in program.parameters():
         parameter.requires_grad_(False)
-    return program
+    return program, records

@@ -1,0 +1,103 @@
+"""Predictions on Ray Data: tasks read and decode, actors hold the model, rows come back to the driver."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray.data
+import torch
+
+from dmat_ray import checkpoint, prediction
+from dmat_ray.cluster import session
+from dmat_ray.cluster.shard_tasks import as_bytes, read_pictures, unpack
+from dmat_ray.config import Config
+from dmat_ray.data import set_format
+from dmat_ray.errors import UserError
+from dmat_ray.storage import Location
+
+SAY_EVERY_S = 5.0
+UNREADABLE_SAID = 20  # files that lines name; the rows name all
+
+
+class Predictor:
+    """An actor with the model, which is read once."""
+
+    def __init__(self, threads: int, model: str) -> None:
+        torch.set_num_threads(threads)
+        self.device = session.device_of_actor()
+        self.network, self.run = checkpoint.load_classifier(Path(model), self.device)
+
+    def __call__(self, row: pa.Table) -> pa.Table:
+        _, table, rejected, _ = unpack(row)
+        shape = (self.run["channels"], self.run["resolution"], self.run["resolution"])
+        pixels = set_format.from_lists(table["pixels"], shape)
+        found = prediction.predict(self.network, self.run["class_names"], table["id"].to_pylist(), pixels, self.device)
+        return pa.concat_tables([found, prediction.unreadable(rejected)])
+
+
+def predict(
+    config: Config, model: Path, images: str, listing: pa.Table, target: Location, say: Callable[[str], None]
+) -> pa.Table:
+    """One row of `prediction.SCHEMA` for each image of a listing, in its order; also written to `target`, as Parquet.
+
+    Ray must be connected. Raises UserError for a model or storage that cannot be read, or a target that cannot be written.
+    """
+    run = checkpoint.read_run(model)
+    data = config.data.model_copy(
+        update={"source": images, "channels": run["channels"], "resolution": run["resolution"], "id_column": None}
+    )
+    session.await_machine(config.cluster, say)
+    parts = _parts(listing, config.evaluation.batch_size)
+    actors = min(config.cluster.evaluation_actors, len(parts))
+    say(f"starting {actors} actor(s) for {listing.num_rows} images")
+    predicted = (
+        ray.data.from_items(parts, override_num_blocks=len(parts))
+        .map_batches(read_pictures, batch_size=1, batch_format="pyarrow", fn_kwargs={"data": data.model_dump(mode="json")})
+        .map_batches(
+            Predictor,
+            fn_constructor_kwargs={"threads": config.cluster.threads_per_worker, "model": str(model)},
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=config.cluster.threads_per_worker,
+            num_gpus=config.cluster.gpus_per_worker or None,
+            compute=ray.data.ActorPoolStrategy(min_size=actors, max_size=actors, initial_size=actors),
+        )
+    )
+    found = _collected(predicted, listing, say)
+    sink = pa.BufferOutputStream()
+    pq.write_table(found, sink, compression="zstd")
+    try:
+        target.write_bytes(sink.getvalue())
+    except OSError as error:
+        raise UserError(f"'{target}' cannot be written: {error.strerror or error}; give another --to") from None
+    return found
+
+
+def _parts(listing: pa.Table, size: int) -> list[dict[str, Any]]:
+    """The listing cut into rows of work, as `shard_tasks.unpack` takes them."""
+    starts = range(0, listing.num_rows, size)
+    contents = [as_bytes(listing.slice(start, size)).to_pybytes() for start in starts]
+    return [{"name": str(k), "payload": content, "rejected": "{}", "seconds": 0.0} for k, content in enumerate(contents)]
+
+
+def _collected(predicted: ray.data.Dataset, listing: pa.Table, say: Callable[[str], None]) -> pa.Table:
+    """All rows, in the order of the listing; says how far they are."""
+    tables, done, bad = [], 0, 0
+    began = spoke = time.monotonic()
+    for table in predicted.iter_batches(batch_format="pyarrow", batch_size=None):
+        tables.append(table.cast(prediction.SCHEMA))
+        done += table.num_rows
+        for row in table.filter(pc.is_valid(table["reason"])).to_pylist():
+            bad += 1
+            if bad <= UNREADABLE_SAID:
+                say(f"unreadable: '{row['path']}' {row['reason']}")
+        if (now := time.monotonic()) - spoke > SAY_EVERY_S or done == listing.num_rows:
+            spoke = now
+            say(f"predicted {done}/{listing.num_rows} images{f', {bad} unreadable' if bad else ''}, {now - began:.0f} s")
+    rows = pa.concat_tables(tables)
+    assert rows.num_rows == listing.num_rows, "rows are missing"
+    return rows.take(pc.index_in(listing["id"], value_set=rows["path"].combine_chunks()))

@@ -1,0 +1,234 @@
+"""Classifiers for others: a folder that plain torch reads, with all that is needed to build the network again."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dmat_ray import checkpoint, classifiers
+from dmat_ray.cli import validate
+from dmat_ray.config import AutoAttackRow, Config, EvaluationConfig
+from dmat_ray.errors import UserError
+from dmat_ray.files import read_json, sha256, write_json
+from dmat_ray.metrics import Results
+from dmat_ray.storage import at
+from dmat_ray.units import VERSION
+
+STANDARD = {"apgd-ce", "apgd-t", "fab-t", "square"}  # parts of AutoAttack
+CONFIG, CARD, README = "config.json", "model_card.json", "README.md"
+PREFIX = "network."  # of the architecture's own names in model.safetensors
+# what evaluation leaves (see cluster/evaluate.py)
+ROWS, DONE = "rows.parquet", "evaluation.json"
+SETS = ("natural", "on_manifold")  # of which the card gives accuracies, the first that was evaluated
+
+GREY = """\
+first = next(m for m in network.modules() if isinstance(m, torch.nn.Conv2d))
+first.weight, first.in_channels = torch.nn.Parameter(first.weight[:, :1]), 1
+"""
+# by library: how the network is built in the README
+BUILDS = {
+    "torchvision": "network = torchvision.models.get_model({name!r}, weights=None, num_classes={classes})\n",
+    "timm": "network = timm.create_model({name!r}, num_classes={classes}, in_chans={channels})\n",
+    "dmat_ray": "network = dmat_ray.classifiers.DigitsCNN({channels}, {classes})\n",
+}
+LOADS = {
+    "torchscript": 'network = torch.jit.load("program.pt")\n',
+    "torch_export": 'network = torch.export.load("program.pt2").module()\n',
+}
+IMPORTS = {
+    "torchvision": "import torchvision\n",
+    "timm": "import timm\n",
+    "dmat_ray": "import dmat_ray.classifiers\n",
+    "torch": "",
+}
+CODE = """\
+import torch
+{imports}from safetensors.torch import load_file
+
+state = load_file("model.safetensors")
+mean, std = state.pop("mean"), state.pop("std")
+{network}logits = network((x - mean) / std)  # x: (B, {channels}, {resolution}, {resolution}) in [0, 1]
+"""
+FILL = """\
+network.load_state_dict({key.removeprefix("network."): value for key, value in state.items()})
+network.eval()
+"""
+PAGE = """\
+# {name}
+
+{library} `{architecture}` for {resolution}x{resolution} images with {channels} channel(s), {classes} classes: {class_names}.
+It takes images in [0, 1]; the normalisation, mean {mean} and std {std}, belongs to the model.
+
+```python
+{code}```
+
+`config.json` says the same to programs; `model_card.json` has the keys of RobustBench's model cards.
+
+{origin}
+
+{table}
+"""
+
+
+def read_evaluation(folder: Path, name: str, model: Path) -> Results | None:
+    """What the evaluation in `folder` says of a model; nothing if it has none, or was of another model of this name."""
+    if not (folder / DONE).is_file():
+        return None
+    about = read_json(folder / DONE)
+    if about.get("version") != VERSION or about.get("models", {}).get(name) != checkpoint.digest(model):
+        return None
+    rows = pq.read_table(folder / ROWS)
+    return Results(rows.filter(pc.equal(rows["model"], name)), EvaluationConfig.model_validate(about["evaluation"]))
+
+
+def _autoattack(results: Results) -> tuple[str, float] | None:
+    """The group of the suite that is the standard version of AutoAttack in an L-infinity ball, and its radius."""
+    for group, names in results.groups.items():
+        rows = [row for name in names if isinstance(row := results.suite[name], AutoAttackRow) and row.norm == "linf"]
+        if len(rows) == len(names) and {row.part for row in rows} >= STANDARD and len({row.eps for row in rows}) == 1:
+            return group, rows[0].eps
+    return None
+
+
+def architecture(run: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Library, name in it, and what else the network is built with."""
+    name, classes, channels = config.classifier.name, len(run["class_names"]), run["channels"]
+    if "program" in run:
+        return {"library": "torch", "name": run["program"], "file": checkpoint.PROGRAMS[run["program"]]}
+    if name == "digits_cnn":
+        return {"library": "dmat_ray", "name": name, "arguments": {"channels": channels, "num_classes": classes}}
+    if name.startswith("timm/"):
+        arguments = {"num_classes": classes, "in_chans": channels}
+        return {"library": "timm", "name": name.removeprefix("timm/"), "arguments": arguments}
+    grey = {"first_convolution_in_channels": 1} if channels == 1 else {}
+    return {"library": "torchvision", "name": name, "arguments": {"num_classes": classes}, **grey}
+
+
+def config_json(run: dict[str, Any], config: Config, network: classifiers.Classifier) -> dict[str, Any]:
+    """All that is needed to build the network again."""
+    built = architecture(run, config)
+    return {
+        "format": "dmat_ray classifier",
+        "architecture": built,
+        "weights": {"file": checkpoint.MODEL, "prefix": None if "program" in run else PREFIX},
+        "class_names": run["class_names"],
+        "num_classes": len(run["class_names"]),
+        "channels": run["channels"],
+        "resolution": run["resolution"],
+        "input_range": [0.0, 1.0],
+        "normalisation": {"mean": network.mean.flatten().tolist(), "std": network.std.flatten().tolist()},
+        "dmat_ray_version": checkpoint.versions()["dmat_ray"],
+        "versions": run["versions"],
+        "source": run.get("source"),
+    }
+
+
+def model_card(name: str, run: dict[str, Any], config: Config, results: Results | None) -> dict[str, Any]:
+    """A card with RobustBench's keys; null is what nobody here knows. Accuracies are in percent, as text, as theirs are."""
+    clean, robust, eps = None, None, None
+    image = config.objective.image
+    if "source" not in run and image.weight > 0 and image.norm == "linf":
+        eps = image.eps
+    if results is not None:
+        set_name = next(name for name in SETS if name in results.config.sets)
+        clean = _percent(results.accuracy(name, set_name, results.clean).value)
+        if found := _autoattack(results):
+            robust, eps = _percent(results.accuracy(name, set_name, found[0]).value), found[1]
+    return {
+        "link": None,
+        "name": name,
+        "authors": None,
+        "additional_data": None,
+        "dataset": None if "source" in run else at(config.data.source).name,
+        "venue": None,
+        "architecture": architecture(run, config)["name"],
+        "eps": None if eps is None else _fraction(eps),
+        "clean_acc": clean,
+        "autoattack_acc": robust,
+        "reported": None,
+    }
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}"
+
+
+def _fraction(eps: float) -> str:
+    levels = round(255 * eps)
+    return f"{levels}/255" if levels and abs(255 * eps - levels) < 1e-3 else f"{eps:g}"
+
+
+def _code(run: dict[str, Any], built: dict[str, Any]) -> str:
+    classes, channels = len(run["class_names"]), run["channels"]
+    if "program" in run:
+        network = LOADS[run["program"]]
+    else:
+        network = BUILDS[built["library"]].format(name=built["name"], classes=classes, channels=channels)
+        network += (GREY if "first_convolution_in_channels" in built else "") + FILL
+    return CODE.format(imports=IMPORTS[built["library"]], network=network, channels=channels, resolution=run["resolution"])
+
+
+def _origin(run: dict[str, Any], config: Config) -> str:
+    if "source" in run:
+        source = run["source"]
+        return f"Imported from `{source['file']}` ({source['format']}, sha256 {source['sha256'][:16]}...), not trained here."
+    named = {"clean": config.objective.clean, **config.objective.adversarial}
+    weights = {key: term.weight for key, term in named.items()}
+    terms = ", ".join(f"{key} {weight:g}" for key, weight in weights.items() if weight > 0)
+    return (
+        f"Trained by dmat_ray {run['versions']['dmat_ray']} for {run.get('epoch', 0)} epochs; weights of its objective: {terms}."
+    )
+
+
+def _table(results: Results | None) -> str:
+    if results is None:
+        return "It has not been evaluated."
+    lines = ["| test set | attack | accuracy (%) | 95 % interval | images |", "|---|---|---|---|---|"]
+    for (_, set_name, attack), found in results.accuracies().items():
+        interval = f"{100 * found.low:.1f} to {100 * found.high:.1f}"
+        lines.append(f"| {set_name} | {attack} | {100 * found.value:.1f} | {interval} | {found.count} |")
+    return "\n".join(lines)
+
+
+def require_ours(folder: Path) -> None:
+    """Raise UserError if an export to `folder` would take the place of something that is no export."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
+        raise UserError(f"'{folder}' is there and is no exported model; give another folder with --to, or remove it")
+
+
+def export(model: Path, name: str, evaluation: Path, folder: Path) -> None:
+    """Write the model in the folder `model` to `folder`, for others; `evaluation` is where rows may lie.
+
+    `model.safetensors` is the checkpoint's own: `mean`, `std` and, behind the prefix `network.`, the architecture's state dict.
+    Raises UserError for a model that cannot be loaded.
+    """
+    network, run = checkpoint.load_classifier(model)
+    config = validate(run["config"])
+    results = read_evaluation(evaluation, name, model)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(model / checkpoint.MODEL, folder / checkpoint.MODEL)
+    if "program" in run:
+        file = checkpoint.PROGRAMS[run["program"]]
+        shutil.copyfile(model / file, folder / file)
+    about = config_json(run, config, network)
+    about["sha256"] = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    write_json(folder / CONFIG, about)
+    write_json(folder / CARD, model_card(name, run, config, results))
+    page = PAGE.format(
+        name=name,
+        library=about["architecture"]["library"],
+        architecture=about["architecture"]["name"],
+        resolution=run["resolution"],
+        channels=run["channels"],
+        classes=len(run["class_names"]),
+        class_names=", ".join(json.dumps(text, ensure_ascii=False) for text in run["class_names"]),
+        mean=about["normalisation"]["mean"],
+        std=about["normalisation"]["std"],
+        code=_code(run, about["architecture"]),
+        origin=_origin(run, config),
+        table=_table(results),
+    )
+    (folder / README).write_text(page)

@@ -1,0 +1,156 @@
+"""What models do to attacks, measured on some images: the numbers that `checks` judges and the page draws."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dmat_ray import threats
+from dmat_ray.arithmetic import tf32
+from dmat_ray.attack import attack, cross_entropy, frozen, losses_of
+from dmat_ray.config import EvaluationConfig, ImageRow, LatentRow, Row
+from dmat_ray.evaluation import Evaluator
+from dmat_ray.rng import Draws, derive
+from dmat_ray.types import Batch
+from dmat_ray.units import Unit, applies, is_on_curve, rows_to_run
+
+RESTARTS = 4  # starts that are compared, and draws of noise
+STEP = 1e-4  # of the finite difference along the gradient's sign
+LARGE = 0.5  # every pixel can become grey
+RANGES = {"[-1, 1]": (2.0, -1.0), "[0, 255]": (255.0, 0.0)}
+
+
+def units(models: Sequence[str], config: EvaluationConfig, positions: np.ndarray) -> list[Unit]:
+    """What is to be measured: each model, and each attack on it, on some examples of the first test set, drawn by lot."""
+    count, set_name = min(config.check_examples, config.batch_size), config.sets[0]
+    order = np.random.default_rng(derive(config.seed, "checks/examples")).permutation(len(positions))
+    some = tuple(sorted(positions[order[:count]].tolist()))
+    attacks = [name for name, row in rows_to_run(config).items() if isinstance(row, Row) and applies(row, set_name)]
+    names = ["", *(name for name in attacks if not is_on_curve(name))]
+    return [Unit(model, set_name, name, some, checks=True) for model in models for name in names if some]
+
+
+def probe(evaluator: Evaluator, unit: Unit) -> dict[str, Any]:
+    """Measurements of a model, or of one attack on it, as plain values."""
+    with tf32(False):
+        return _measured(evaluator, unit)
+
+
+def _measured(evaluator: Evaluator, unit: Unit) -> dict[str, Any]:
+    batch = evaluator.batch(unit.positions, unit.set)
+    if unit.attack:
+        row = evaluator.rows[unit.attack]
+        assert isinstance(row, Row)
+        found = _of_attack(evaluator, unit, row, batch)
+        if isinstance(row, ImageRow | LatentRow) and row.steps > 1 and not row.group:
+            found["restarts"] = _of_restarts(evaluator, unit, row, batch)
+        return found
+    network = evaluator.network(unit.model)
+    with frozen(network):
+        found = {"examples": len(batch), **_of_outputs(evaluator, unit.model, batch), **_of_gradients(network, batch)}
+    large = ImageRow(name="large", eps=LARGE, steps=30, method="apgd")
+    threat = threats.build(large, None)
+    standing = ~attack(network, threat, batch, large, seed=evaluator.config.seed, purpose="checks/large").broken_B
+    return {**found, "large": standing.float().mean().item()}
+
+
+def joined(measured: Iterable[tuple[Unit, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The measurements of each model in one piece, for `judge` and the page: of its attacks under `attacks`, by name."""
+    found: dict[str, dict[str, Any]] = {}
+    for unit, values in measured:
+        of_model = found.setdefault(unit.model, {"model": unit.model, "set": unit.set, "attacks": {}})
+        of_model["attacks"] |= {unit.attack: values} if unit.attack else {}
+        of_model |= {} if unit.attack else values
+    return list(found.values())
+
+
+def _accuracy(logits_BK: Tensor, batch: Batch) -> float:
+    return (logits_BK.argmax(dim=1) == batch.y_B).float().mean().item()
+
+
+def _of_outputs(evaluator: Evaluator, model: str, batch: Batch) -> dict[str, Any]:
+    first, second = (evaluator.logits(model, batch.x_BCHW) for _ in range(2))
+    size = first.abs().amax().clamp_min(1e-12)
+    network = evaluator.network(model)
+    ranges = {}
+    with torch.no_grad():
+        for name, (scale, shift) in RANGES.items():
+            ranges[name] = _accuracy(network(batch.x_BCHW * scale + shift).float(), batch)
+    sums = first.sum(dim=1)
+    return {
+        "clean": _accuracy(first, batch),
+        "random": ((first - second).abs().amax() / size).item(),
+        "probabilities": bool(first.min() >= 0 and first.max() <= 1 and (sums - 1).abs().max() < 1e-4),
+        "ranges": ranges,
+    }
+
+
+def _of_gradients(network: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Shares of images without a gradient, and how true the gradient is: the median of what the loss gained by a small step
+    along its sign, over what the gradient said.
+    """
+    x = batch.x_BCHW.clone().requires_grad_(True)
+    logits = network(x)
+    loss = cross_entropy(batch.y_B)
+    (of_loss,) = torch.autograd.grad(loss(logits).sum(), x, retain_graph=True)
+    own = logits.gather(1, batch.y_B[:, None])[:, 0]
+    others = logits.scatter(1, batch.y_B[:, None], -torch.inf).amax(dim=1)
+    (of_margin,) = torch.autograd.grad((others - own).sum(), x)
+    with torch.no_grad():
+        ahead, behind = (network(batch.x_BCHW + sign * STEP * of_margin.sign()) for sign in (1, -1))
+        moved = [
+            out.scatter(1, batch.y_B[:, None], -torch.inf).amax(dim=1) - out.gather(1, batch.y_B[:, None])[:, 0]
+            for out in (ahead, behind)
+        ]
+        said = of_margin.abs().flatten(1).sum(dim=1) * 2 * STEP
+        ratio = (moved[0] - moved[1])[said > 0] / said[said > 0]
+    return {
+        "zero_gradient": (of_loss.flatten(1).abs().amax(dim=1) == 0).float().mean().item(),
+        "zero_margin_gradient": (of_margin.flatten(1).abs().amax(dim=1) == 0).float().mean().item(),
+        "truth": ratio.median().item() if len(ratio) else math.nan,
+    }
+
+
+def _of_attack(evaluator: Evaluator, unit: Unit, row: Row, batch: Batch) -> dict[str, Any]:
+    """The course of one search, and what noise of the same budget does."""
+    threat = threats.build(row, evaluator.generator)  # type: ignore[arg-type]  # every Row is a threat's settings
+    losses, rights = [], []
+    network = evaluator.network(unit.model)
+    with frozen(network):
+        raised = losses_of(network, batch, row)[0]
+
+    def noted(logits: Tensor) -> Tensor:
+        value = raised(logits)
+        losses.append(value.detach().mean())
+        rights.append(logits.detach().argmax(dim=1) == batch.y_B)
+        return value
+
+    once = row.model_copy(update={"restarts": 1})
+    purpose = f"evaluation/{unit.set}/{row.name}"
+    attack(network, threat, batch, once, seed=evaluator.config.seed, purpose=purpose, loss=noted)
+    standing = torch.stack(rights).cummin(dim=0).values.float().mean(dim=1)
+    noise = []
+    for k in range(RESTARTS):
+        theta = threat.start(batch, Draws(evaluator.config.seed, batch.id, f"checks/noise/{row.name}/{k}"))
+        with torch.no_grad():
+            noise.append(evaluator.logits(unit.model, threat.render(batch, theta)).argmax(dim=1) == batch.y_B)
+    return {
+        "loss": [round(float(value), 6) for value in torch.stack(losses)],
+        "accuracy": [round(float(value), 6) for value in standing],
+        "noise": torch.stack(noise).all(dim=0).float().mean().item(),
+    }
+
+
+def _of_restarts(evaluator: Evaluator, unit: Unit, row: Row, batch: Batch) -> list[float]:
+    """Accuracy after one search, two, ... of the row, each from a start of its own."""
+    threat = threats.build(row, evaluator.generator)  # type: ignore[arg-type]
+    once = row.model_copy(update={"restarts": 1, "random_start": True})
+    broken = []
+    for k in range(RESTARTS):
+        purpose = f"checks/restarts/{row.name}/{k}"
+        found = attack(evaluator.network(unit.model), threat, batch, once, seed=evaluator.config.seed, purpose=purpose)
+        broken.append(found.broken_B)
+    return [1 - torch.stack(broken[: k + 1]).any(dim=0).float().mean().item() for k in range(RESTARTS)]

@@ -1,0 +1,85 @@
+"""The page's siblings: the same numbers as Markdown, and as CSV for other programs."""
+
+import csv
+import io
+from collections.abc import Sequence
+
+from dmat_ray.checks import Finding
+from dmat_ray.metrics import Accuracy, Results
+from dmat_ray.report_values import SET_NAMES, columns_described, interval, per_cent, tables, transfers
+
+CSV_COLUMNS = ("table", "set", "method", "source", "attack", "eps", "accuracy", "low", "high", "count")
+
+
+def passed(findings: Sequence[Finding]) -> tuple[int, int]:
+    """How many checks passed, and how many were made; a check that warns twice is one."""
+    every = {(f.model, f.check) for f in findings}
+    return len(every - {(f.model, f.check) for f in findings if f.level == "warning"}), len(every)
+
+
+def markdown(
+    title: str, results: Results, models: list[str], findings: Sequence[Finding], facts: Sequence[tuple[str, str]], config: str
+) -> str:
+    """Everything of the page but its pictures."""
+    text = [f"# {_escaped(title)}", ""]
+    warnings = [f for f in findings if f.level == "warning"]
+    if warnings:
+        text += ["## Warnings", ""]
+        text += [f"- **Warning:** {_escaped(f.model)}: {_escaped(f.check)}: {_escaped(f.text)}" for f in warnings] + [""]
+    for table in tables(results, models):
+        text += [f"## {_escaped(table.title)}", ""]
+        cells = [[(per_cent(table.cells[m, c]), table.is_best(m, c)) for c in table.columns] for m in models]
+        text += _table(["method", *table.columns], models, [[f"**{t}**" if b else t for t, b in row] for row in cells])
+        text += ["95 % intervals:", ""]
+        text += _table(["method", *table.columns], models, [[interval(table.cells[m, c]) for c in table.columns] for m in models])
+    text += ["## Columns", "", *(f"- **{_escaped(c)}**: {_escaped(what)}" for c, what in columns_described(results).items()), ""]
+    for set_name in results.config.sets:
+        for name, every in results.curves(set_name).items():
+            text += [f"## {_escaped(name)} over eps on {_escaped(SET_NAMES[set_name])}", ""]
+            body = [[per_cent(results.at_eps(m, set_name, name, eps)) for eps in every] for m in models]
+            text += _table(["method", *(f"{eps:.4g}" for eps in every)], models, body)
+    for transfer in transfers(results, models):
+        text += [f"## Transfer of {_escaped(transfer['title'])}", ""]
+        body = [[per_cent(transfer["pairs"][source, judge]) for judge in models] for source in models]
+        text += _table(["attacked, then judged by", *models], models, body)
+    if findings:
+        good, every_check = passed(findings)
+        text += ["## Checks", "", f"{good} of {every_check} passed.", ""]
+        text += [f"- {f.level}: {_escaped(f.model)}: {_escaped(f.check)}: {_escaped(f.text)}" for f in findings] + [""]
+    text += ["## Settings", "", *(f"- {_escaped(name)}: {_escaped(value)}" for name, value in facts), ""]
+    text += [*(f"    {line}" for line in config.splitlines()), ""]
+    return "\n".join(text)
+
+
+def _escaped(text: str) -> str:
+    """A name as Markdown's text."""
+    return "".join(f"\\{c}" if c in r"\`*_{}[]<>()#|&~!" else c for c in " ".join(text.split()))
+
+
+def _table(head: Sequence[str], names: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(_escaped(c) for c in head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    return [*lines, *(f"| {_escaped(n)} | " + " | ".join(row) + " |" for n, row in zip(names, body, strict=True)), ""]
+
+
+def comma_separated(results: Results, models: list[str]) -> str:
+    """A line for each number of the tables, of the curves over eps, and of transfer; accuracies are shares of 1, in full."""
+    buffer = io.StringIO()
+    lines = csv.writer(buffer, lineterminator="\n")
+    lines.writerow(CSV_COLUMNS)
+
+    def write(kind: str, set_name: str, method: str, source: str, attack: str, eps: float | str, found: Accuracy) -> None:
+        lines.writerow([kind, set_name, method, source, attack, eps, found.value, found.low, found.high, found.count])
+
+    for table in tables(results, models):
+        for (model, column), found in table.cells.items():
+            write("accuracy", table.set_name, model, model, column, getattr(results.suite.get(column), "eps", ""), found)
+    for set_name in results.config.sets:
+        for name, every in results.curves(set_name).items():
+            for model in models:
+                for eps in every:
+                    write("curve", set_name, model, model, name, eps, results.at_eps(model, set_name, name, eps))
+    for transfer in transfers(results, models):
+        for source in models:
+            for judge in models:
+                write("transfer", transfer["set"], judge, source, transfer["name"], "", transfer["pairs"][source, judge])
+    return buffer.getvalue()

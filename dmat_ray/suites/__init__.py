@@ -1,0 +1,68 @@
+"""Suites of attacks by name: YAML files, each a table of rows, summaries of them, and other suites that it includes."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dmat_ray.config import EvaluationConfig
+from dmat_ray.errors import UserError
+
+FOLDER = Path(__file__).parent
+KEYS = {"include", "attacks", "summaries"}
+
+
+def names() -> list[str]:
+    """The suites that ship with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load(name: str, above: tuple[str, ...] = ()) -> dict[str, list[dict[str, Any]]]:
+    """Rows and summaries of a suite, by name or by path (anything with a dot or a slash), those of included ones first.
+
+    A row of a name that an included suite has takes that one's place.
+
+    Raises UserError for one that does not exist, is not of this form, or includes itself.
+    """
+    is_file = "/" in name or "." in name
+    path = Path(name) if is_file else FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        choices = "" if is_file else f"; choose from {', '.join(names())}, or give the path of a YAML file"
+        raise UserError(f"suite '{name}' does not exist{choices}")
+    if name in above:
+        raise UserError(f"suite '{name}' includes itself ({' > '.join([*above, name])})")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"suite '{name}' is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or (unknown := values.keys() - KEYS):
+        what = f"'{min(map(str, unknown))}'" if isinstance(values, dict) else f"a {type(values).__name__}"
+        raise UserError(f"suite '{name}' holds {what}; a suite has {', '.join(sorted(KEYS))}")
+    if not isinstance(others := values.get("include") or [], list):
+        raise UserError(f"suite '{name}': include is {others!r}; give a list, [{others}]")
+    # files are looked for beside the one that includes them
+    beside = [str(path.parent / other) if "/" in other or "." in other else other for other in others]
+    parts = [*(load(other, (*above, name)) for other in beside), values]
+    return {key: _joined([row for part in parts for row in part.get(key) or []]) for key in ("attacks", "summaries")}
+
+
+def _joined(rows: list[Any]) -> list[Any]:
+    """Rows in the order in which their names first come, each as it comes last. What is no row stays, for pydantic to name."""
+    named = [row.get("name") if isinstance(row, dict) else None for row in rows]
+    last = {name: row for name, row in zip(named, rows, strict=True) if name is not None}
+    first = {name: place for place, name in reversed(list(enumerate(named)))}
+    return [last.get(name, rows[place]) for place, name in enumerate(named) if name is None or first[name] == place]
+
+
+def resolved(config: EvaluationConfig) -> EvaluationConfig:
+    """The settings with the rows of their suites after their own, whose names win.
+
+    Raises UserError for what `load` refuses, pydantic's ValidationError for a row that is wrong.
+    """
+    if not config.suites:
+        return config
+    values = config.model_dump(mode="json")
+    for name in config.suites:
+        for key, rows in load(name).items():
+            values[key] = _joined([*values[key], *rows, *values[key]])
+    return EvaluationConfig.model_validate({**values, "suites": ()})

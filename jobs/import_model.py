@@ -1,0 +1,71 @@
+"""Make a classifier of somebody else's file, to be attacked, compared and exported like one that was trained here.
+
+    python jobs/import_model.py --checkpoint resnet50.pth --classifier.name resnet50 --model theirs --output runs/x
+    python jobs/import_model.py --checkpoint model.pt2 --model theirs --output runs/x
+
+FILE is a state dict (.safetensors, or what torch.save writes) of a network that --classifier.name names, or a program
+(TorchScript, torch.export). Classes and image shape are those of the on-manifold set of OUTPUT; with --classes, a JSON list of
+names, no set is needed, and the shape is that of --data.channels and --data.resolution. Without --classifier.mean and
+--classifier.std the network gets what its file says, or images in [0, 1] as they are.
+"""
+
+import argparse
+from pathlib import Path
+
+from dmat_ray import cli, presets
+from dmat_ray.config import Config
+from dmat_ray.errors import UserError
+from dmat_ray.files import replace_folder
+from dmat_ray.storage import set_folder
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="the file to import")
+    parser.add_argument("--model", required=True, metavar="NAME", help="name of the model, under OUTPUT/models")
+    parser.add_argument("--classes", metavar="FILE", help="JSON list of class names (default: those of the on-manifold set)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model of this name")
+
+
+def given_normalisation(config: Config, arguments: argparse.Namespace) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """The normalisation that a preset or the command line names; None if none does."""
+    layers = presets.load(arguments.preset).get("classifier", {})
+    given = [vars(arguments).get(f"classifier.{key}") is not None or key in layers for key in ("mean", "std")]
+    if any(given) and not all(given):
+        raise UserError("give both, --classifier.mean and --classifier.std, or neither")
+    return (config.classifier.mean, config.classifier.std) if all(given) else None
+
+
+def main() -> None:
+    config, arguments = cli.parse(str(__doc__), add=add)
+    config = cli.validate({**config.to_json(), "name": arguments.model})
+    folder = Path(config.output).resolve() / "models" / config.name
+    if not config.name:
+        raise UserError("--model needs a name")
+    if folder.exists() and not arguments.overwrite:
+        raise UserError(f"'{folder}' is there already; give another --model, or --overwrite")
+    from dmat_ray import model_import
+    from dmat_ray.data import set_reader
+
+    channels, resolution = config.data.channels, config.data.resolution
+    if arguments.classes:
+        class_names = model_import.read_class_names(Path(arguments.classes))
+    else:
+        if not set_folder(config).is_dir():
+            raise UserError(
+                f"there is no on-manifold set at '{set_folder(config)}' to take classes from; give --classes FILE.json"
+            )
+        manifest = set_reader.read_manifest(set_folder(config))
+        class_names, (channels, resolution, _) = tuple(manifest["class_names"]), manifest["shapes"]["on_manifold"]
+    path, given = Path(arguments.checkpoint), given_normalisation(config, arguments)
+    found = model_import.read_model(path, config.classifier, given, channels, resolution, len(class_names))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    replace_folder(folder, lambda fresh: model_import.save_model(found, path, config, class_names, channels, resolution, fresh))
+    shape = f"{resolution}x{resolution} images with {channels} channel(s)"
+    print(f"{path.name}: {found.format} of {found.config.name}; {shape}, {len(class_names)} classes")
+    for note in found.notes:
+        print(f"  note: {note}")
+    print(f"model in {folder}; attack it with jobs/evaluate.py --models {config.name} --output {config.output}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,124 @@
+"""Evaluation on a real Ray: killed and taken up again, extended, damaged, transferred, by groups."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from small import settings, start_job, wait_for
+
+from dmat_ray.cluster import evaluate as stage
+from dmat_ray.cluster import jobs
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
+
+ATTACKS = """
+evaluation:
+  suites: []
+  check_examples: 10
+  attacks:
+    - {threat: clean, name: clean}
+    - {threat: image, name: PGD, eps: 0.1, steps: 8, curve: [0.02, 0.3]}
+    - {threat: latent, name: OM-PGD, eps: 0.06, steps: 4}
+    - {threat: image, name: CE, eps: 0.05, steps: 5, method: apgd, group: APGD}
+    - {threat: image, name: DLR, eps: 0.05, steps: 5, method: apgd, loss: dlr, group: APGD}
+  summaries:
+    - {name: worst, of: [PGD, APGD]}
+  transfer: [PGD]
+"""
+MORE = ATTACKS.replace("  summaries:", "    - {threat: fog, name: fog, eps: 0.2, steps: 2}\n  summaries:")
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory) -> Path:
+    """The attacks as a user's settings file."""
+    path = tmp_path_factory.mktemp("suite") / "attacks.yaml"
+    path.write_text(ATTACKS)
+    return path
+
+
+def units(output: Path) -> dict[str, int]:
+    """The files of finished units, and when they were written."""
+    return {p.name: p.stat().st_mtime_ns for p in (output / "evaluation" / "units").glob("[!.]*")}
+
+
+def without_time(rows: pa.Table) -> list[dict[str, Any]]:
+    return rows.drop_columns(["seconds"]).to_pylist()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(finished, suite, tmp_path_factory):
+    """The suite's rows, its findings, and the folder."""
+    output = tmp_path_factory.mktemp("undisturbed")
+    finished.copy_set(output)
+    lines: list[str] = []
+    results, findings = jobs.evaluate(settings(output, preset=("demo", str(suite))), finished.models, lines.append)
+    return output, results, findings, lines
+
+
+def test_rows_and_columns_are_whole(finished, undisturbed):
+    output, results, findings, lines = undisturbed
+    rows = pq.read_table(output / "evaluation" / "rows.parquet").to_pylist()
+    keys = [(r["model"], r["source"], r["set"], r["attack"], r["id"]) for r in rows]
+    assert len(set(keys)) == len(keys)
+    assert {r["attack"] for r in rows if r["set"] == "natural"} == {"clean", "PGD", "PGD @ 0.02", "PGD @ 0.3", "CE", "DLR"}
+    assert {r["attack"] for r in rows if r["model"] != r["source"]} == {"PGD"}
+    assert results.columns("on_manifold") == ["clean", "PGD", "OM-PGD", "APGD", "worst"]
+    for model in finished.models:
+        right = {
+            a: {
+                r["id"]
+                for r in rows
+                if r["model"] == r["source"] == model and r["set"] == "natural" and r["attack"] == a and r["correct"]
+            }
+            for a in ("clean", "PGD", "CE", "DLR")
+        }
+        met = {r["id"] for r in rows if r["model"] == model and r["set"] == "natural" and r["attack"] == "DLR"}
+        assert met == right["clean"] & right["CE"]
+        assert results.accuracy(model, "natural", "worst").value == len(right["PGD"] & right["DLR"]) / 40
+    assert all(r["seconds"] > 0 for r in rows)
+    measurements, kept = stage.read_checks(output / "evaluation")
+    assert {m["model"] for m in measurements} == set(finished.models)
+    assert kept == findings
+    assert any(line.startswith("round 3 of 3") for line in lines)
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(finished, suite, undisturbed, tmp_path, say, lines):
+    finished.copy_set(tmp_path)
+    names = [str(path) for path in finished.models.values()]
+    address = ray.get_runtime_context().gcs_address
+    options = ("--models", *names, "--preset", "demo", str(suite), "--cluster.address", address)
+    process = start_job("evaluate.py", tmp_path, *options)
+    wait_for(lambda: len(units(tmp_path)) >= 3, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = units(tmp_path)
+    results, findings = jobs.evaluate(settings(tmp_path, preset=("demo", str(suite))), finished.models, say)
+    after = units(tmp_path)
+    assert len(before) < len(after)
+    assert {name: after[name] for name in before} == before
+    assert any("batches are there" in line for line in lines)
+    _, expected, expected_findings, _ = undisturbed
+    assert without_time(results.rows) == without_time(expected.rows)
+    assert findings == expected_findings
+
+
+def test_only_what_is_new_or_damaged_runs(finished, undisturbed, tmp_path, say, lines):
+    output, expected, _, _ = undisturbed
+    before = units(output)
+    damaged = sorted(name for name in before if name.endswith(".parquet"))[0]
+    path = output / "evaluation" / "units" / damaged
+    path.write_bytes(path.read_bytes()[:100])
+    (tmp_path / "more.yaml").write_text(MORE)
+    results, _ = jobs.evaluate(settings(output, preset=("demo", str(tmp_path / "more.yaml"))), finished.models, say)
+    after = units(output)
+    again = {name for name in before if after[name] != before[name]}
+    assert again == {damaged}
+    fog = 2 * 2 * 2  # models, sets, batches
+    assert len(after) == len(before) + fog + 2  # and what is measured of it on both models
+    old = [row for row in without_time(results.rows) if row["attack"] != "fog"]
+    assert old == without_time(expected.rows)

@@ -1,0 +1,194 @@
+"""Classifiers for others: what a README promises holds with plain torch, and cards say what rows say."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file
+from test_model_import import CLASSES, program, small, unsettle
+from torch import Tensor
+
+from dmat_ray import checkpoint, classifiers, model_export, model_import, units
+from dmat_ray.config import ClassifierConfig, Config
+from dmat_ray.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+MakeConfig = Callable[..., Config]
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+# of RobustBench's model_info/*.json
+KEYS = {
+    *("link", "name", "authors", "additional_data", "dataset", "venue", "architecture", "eps", "clean_acc", "reported"),
+    "autoattack_acc",
+}
+
+
+@pytest.fixture
+def trained(tmp_path: Path, make_config: MakeConfig) -> Callable[..., Path]:
+    """trained(name, channels, resolution) is the folder of a model with random weights, as a training leaves it."""
+
+    def make(name: str = "resnet18", channels: int = 3, resolution: int = 32, **sections: Any) -> Path:
+        torch.manual_seed(0)
+        normalisation = {"mean": MEAN[:channels], "std": STD[:channels]}
+        config = make_config(classifier={"name": name, **normalisation}, name="mine", **sections)
+        network = unsettle(classifiers.build(config.classifier, channels, len(CLASSES)))
+        run = checkpoint.describe_run(config, CLASSES, channels, resolution, "f" * 64, "e" * 64)
+        checkpoint.save(tmp_path / "mine", network, {**run, "epoch": 2, "finished": True, "history": []})
+        return tmp_path / "mine"
+
+    return make
+
+
+PARTS = [
+    {"threat": "autoattack", "name": part, "part": part, "eps": "8/255", "group": "AA"}
+    for part in ("apgd-ce", "apgd-t", "fab-t", "square")
+]
+ATTACKS = [{"threat": "clean", "name": "clean"}, {"threat": "image", "name": "PGD", "eps": 0.5}, *PARTS]
+
+
+def rows(**right: list[int]) -> pa.Table:
+    """Rows of evaluations of four images: 'set__attack' -> those that are right, of those that it met if it is of a group."""
+    found = []
+    for key, ids in right.items():
+        name, attack = key.split("__")
+        met = right.get(f"{name}__apgd", right[f"{name}__clean"]) if attack == "square" else range(4)
+        found += [
+            {"model": model, "source": model, "set": name, "attack": attack.replace("apgd", "apgd-ce"), "id": str(i)}
+            | {"correct": i in ids and model == "mine"}
+            for i in met
+            for model in ("mine", "other")
+        ]
+    return pa.Table.from_pylist(found)
+
+
+def evaluated(folder: Path, table: pa.Table, digest: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    pq.write_table(table, folder / "rows.parquet")
+    about = {
+        "version": units.VERSION,
+        "models": {"mine": digest},
+        "evaluation": {"attacks": ATTACKS, "sets": ["on_manifold", "natural"]},
+    }
+    (folder / "evaluation.json").write_text(json.dumps(about))
+    return folder
+
+
+def export(model: Path, evaluation: Path | None = None) -> Path:
+    folder = model.parent / "exported" / "mine"
+    model_export.export(model, "mine", evaluation or model.parent / "none", folder)
+    return folder
+
+
+def by_its_readme(folder: Path, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """What the code in the README computes."""
+    (code,) = re.findall("```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(folder)
+    variables = {"x": x}
+    with torch.no_grad():
+        exec(code, variables)
+    return variables["logits"]
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "resolution"),
+    [("resnet18", 3, 32), ("resnet18", 1, 32), ("digits_cnn", 1, 32), ("timm/mobilenetv3_small_050", 1, 32)],
+)
+def test_the_readme_rebuilds_the_network(
+    trained: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, name: str, channels: int, resolution: int
+) -> None:
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    model = trained(name, channels, resolution)
+    folder = export(model)
+    x = torch.rand(3, channels, resolution, resolution)
+    network, _ = checkpoint.load_classifier(model)
+    with torch.no_grad():
+        torch.testing.assert_close(by_its_readme(folder, x, monkeypatch), network(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["trace", "export"])
+def test_the_readme_of_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    path = program(small(), tmp_path / "x.pt", how)
+    found = model_import.read_model(path, ClassifierConfig(), ((0.5,), (0.25,)), 3, 32, 4)
+    model_import.save_model(found, path, Config(name="mine"), CLASSES, 3, 32, tmp_path / "mine")
+    folder = export(tmp_path / "mine")
+    x = torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(by_its_readme(folder, x, monkeypatch), small()((x - 0.5) / 0.25), rtol=1e-5, atol=1e-5)
+    card = json.loads((folder / "model_card.json").read_text())
+    assert (card["dataset"], card["eps"]) == (None, None), "of whoever made it, which nobody here knows"
+    assert "Imported from `x.pt" in (folder / "README.md").read_text()
+
+
+def test_the_weights_are_torchvisions_behind_one_prefix(trained: Callable[..., Path]) -> None:
+    model = trained("resnet18")
+    folder = export(model)
+    about = json.loads((folder / "config.json").read_text())
+    state = load_file(folder / about["weights"]["file"])
+    prefix = about["weights"]["prefix"]
+    assert {key for key in state if not key.startswith(prefix)} == {"mean", "std"}
+    theirs = torchvision.models.resnet18(**about["architecture"]["arguments"])
+    theirs.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}, strict=True)
+    mean, std = (torch.tensor(about["normalisation"][key]).view(-1, 1, 1) for key in ("mean", "std"))
+    x = torch.rand(2, 3, 32, 32)
+    network, _ = checkpoint.load_classifier(model)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()((x - mean) / std), network(x), rtol=1e-6, atol=1e-6)
+    assert about["class_names"] == list(CLASSES)
+    assert (about["channels"], about["resolution"], about["input_range"]) == (3, 32, [0, 1])
+    assert str(model.parent) not in (folder / "config.json").read_text() + (folder / "model_card.json").read_text()
+
+
+def test_what_is_exported_can_be_imported(trained: Callable[..., Path]) -> None:
+    model = trained("resnet18")
+    folder = export(model)
+    found = model_import.read_model(folder / "model.safetensors", ClassifierConfig(name="resnet18"), None, 3, 32, 4)
+    x = torch.rand(2, 3, 32, 32)
+    network, _ = checkpoint.load_classifier(model)
+    with torch.no_grad():
+        torch.testing.assert_close(found.network(x), network(x), rtol=1e-5, atol=1e-5)
+    assert found.config.mean == pytest.approx(MEAN)
+
+
+def test_cards_say_what_is_known(trained: Callable[..., Path]) -> None:
+    model = trained("digits_cnn", 1, 32, data={"source": "/data/of/somebody/photos", "resolution": 32})
+    card = json.loads((export(model) / "model_card.json").read_text())
+    assert card.keys() == KEYS
+    known = {"name": "mine", "dataset": "photos", "architecture": "digits_cnn", "eps": "0.1"}
+    assert card == {key: known.get(key) for key in KEYS}
+    assert "It has not been evaluated." in (model.parent / "exported" / "mine" / "README.md").read_text()
+
+
+def test_an_export_replaces_nothing_but_an_export(trained: Callable[..., Path]) -> None:
+    model = trained("digits_cnn", 1, 32)
+    with pytest.raises(UserError, match="is no exported model"):
+        model_export.require_ours(model)
+    model_export.require_ours(export(model))
+    model_export.require_ours(model.parent / "nothing there")
+
+
+def test_cards_take_accuracies_from_rows(trained: Callable[..., Path], tmp_path: Path) -> None:
+    model = trained("digits_cnn", 1, 32)
+    natural = {"natural__clean": [0, 1, 2], "natural__PGD": [0, 1], "natural__apgd": [0, 3], "natural__square": [0]}
+    on_manifold = {f"on_manifold__{attack}": [0, 1, 2, 3] for attack in ("clean", "PGD", "apgd", "square")}
+    table = rows(**natural, **on_manifold)
+    evaluation = evaluated(tmp_path / "evaluation", table, checkpoint.digest(model))
+    folder = export(model, evaluation)
+    card = json.loads((folder / "model_card.json").read_text())
+    assert (card["clean_acc"], card["autoattack_acc"], card["eps"]) == ("75.00", "25.00", "8/255")
+    page = (folder / "README.md").read_text()
+    assert "| natural | PGD | 50.0 | " in page
+    assert page.count("| natural |") == 3
+    short = [row for row in ATTACKS if row["name"] != "fab-t"]
+    about = json.loads((evaluation / "evaluation.json").read_text())
+    (evaluation / "evaluation.json").write_text(json.dumps({**about, "evaluation": {**about["evaluation"], "attacks": short}}))
+    assert json.loads((export(model, evaluation) / "model_card.json").read_text())["autoattack_acc"] is None
+    # the rows of other weights under this name say nothing of these
+    evaluated(evaluation, table, "0" * 64)
+    assert json.loads((export(model, evaluation) / "model_card.json").read_text())["clean_acc"] is None

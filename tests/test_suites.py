@@ -1,0 +1,74 @@
+"""Suites: every one that ships is whole, includes and overrides work, and what is wrong is named."""
+
+from pathlib import Path
+
+import pytest
+
+from dmat_ray import cli, suites, units
+from dmat_ray.config import EvaluationConfig
+from dmat_ray.errors import UserError
+
+
+@pytest.mark.parametrize("name", suites.names())
+def test_every_suite_that_ships_is_whole(name: str) -> None:
+    config = suites.resolved(EvaluationConfig(suites=(name,)))
+    assert len(config.attacks) > 1
+    assert config.suites == ()
+    planned = [row for names in units.rounds(config) for row in names]
+    assert sorted(planned) == sorted(units.rows_to_run(config))
+    parts = {part for summary in config.summaries for part in summary.of}
+    groups = {units.group_of(row) for row in config.attacks}
+    assert parts <= {row.name for row in config.attacks} | groups
+
+
+def test_full_has_all_others() -> None:
+    full = {row.name for row in suites.resolved(EvaluationConfig(suites=("full",))).attacks}
+    for name in set(suites.names()) - {"full", "digits"}:
+        assert {row.name for row in suites.resolved(EvaluationConfig(suites=(name,))).attacks} <= full, name
+
+
+def test_rows_of_ones_own_win_over_a_suites(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "include: [known]\n"
+        "attacks:\n  - {threat: fog, name: mist, eps: 0.1}\n  - {threat: image, name: FGSM, eps: 8/255, steps: 1}\n"
+        "summaries:\n  - {name: all, of: [mist, FGSM]}\n"
+    )
+    (tmp_path / "settings.yaml").write_text("evaluation:\n  attacks: [{threat: image, name: PGD-50, eps: 0.3, steps: 7}]\n")
+    preset, mine = str(tmp_path / "settings.yaml"), str(tmp_path / "mine.yaml")
+    config, _ = cli.parse("", ["--preset", "demo", preset, "--evaluation.suites", f"{mine},unseen"])
+    rows = {row.name: row for row in config.evaluation.attacks}
+    assert (rows["PGD-50"].eps, rows["PGD-50"].steps) == (0.3, 7)
+    assert rows["mist"].eps == 0.1
+    assert rows["FGSM"].eps == pytest.approx(8 / 255)
+    assert {"snow", "MIA-50"} <= rows.keys()
+    assert [s.name for s in config.evaluation.summaries][:2] == ["worst of FGSM PGD MIA", "all"]
+    assert list(rows)[:2] == ["PGD-50", "clean"]
+    again = suites.resolved(config.evaluation)
+    assert again == config.evaluation
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("attacks: [{threat: rain, name: a}]", ["rain", "'fog'", "'snow'"]),
+        ("attacks: [{threat: image, name: a, radius: 3}]", ["radius", "no such setting"]),
+        ("rows: []", ["'rows'", "attacks, include, summaries"]),
+        ("- a", ["list"]),
+        ("include: [nothing]", ["'nothing' does not exist", "known", "unseen"]),
+        ("attacks: [", ["not valid YAML"]),
+        ("summaries: [{name: s, of: [ghost]}]", ["s names 'ghost'"]),
+        ("include: known", ["include is 'known'", "[known]"]),
+    ],
+)
+def test_what_is_wrong_with_a_suite_is_named(tmp_path: Path, content: str, words: list[str]) -> None:
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(UserError) as error:
+        cli.parse("", ["--evaluation.suites", str(tmp_path / "mine.yaml")])
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_suite_that_includes_itself_is_refused(tmp_path: Path) -> None:
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / f"{name}.yaml").write_text(f"include: [{other}.yaml]")
+    with pytest.raises(UserError, match="includes itself"):
+        suites.load(str(tmp_path / "a.yaml"))
