@@ -18,7 +18,7 @@ from dmat_ray import autoattack, corruptions, threats
 from dmat_ray.arithmetic import tf32
 from dmat_ray.attack import attack, losses_of
 from dmat_ray.attack_view import view_of
-from dmat_ray.config import AttackRow, AutoAttackRow, CleanRow, CorruptionRow, EvaluationConfig, Row
+from dmat_ray.config import ON_CURVE, AttackRow, AutoAttackRow, CleanRow, CorruptionRow, EvaluationConfig, Row
 from dmat_ray.data.manifold_set import ManifoldSet
 from dmat_ray.errors import UserError
 from dmat_ray.rng import Draws
@@ -63,7 +63,7 @@ class Seen:
 
 
 class Evaluator:
-    """Attacks models on the examples of a set. `load` gives a model by name; each is loaded once."""
+    """Attacks models on the examples of a set. `load` gives a model by name."""
 
     def __init__(
         self,
@@ -99,11 +99,12 @@ class Evaluator:
         """Examples by position, on the device."""
         return self.data.batch(np.array(positions), set_name).to(self.device)
 
+    @tf32(False)
     def attacked(self, model: str, set_name: str, row: AttackRow, batch: Batch) -> Seen:
         """The images of an attack on a model. Raises UserError if what it puts out is not finite."""
         network = self.network(model)
         distance, x = torch.zeros(len(batch), device=self.device), batch.x_BCHW
-        base = row.name.split(" @ ")[0]  # a curve starts all its searches at the same places of their balls
+        base = row.name.split(ON_CURVE)[0]  # a curve starts all its searches at the same places of their balls
         if isinstance(row, CorruptionRow):
             draws = Draws(self.config.seed, batch.id, f"evaluation/{row.kind}")
             x = corruptions.corrupt(x, row.kind, row.severity, draws)
@@ -117,6 +118,7 @@ class Evaluator:
             x, distance = found.x_BCHW, threat.distance(batch, found.theta)
         return Seen(x, self.logits(model, x), distance)
 
+    @tf32(False)
     def logits(self, model: str, x_BCHW: Tensor) -> Tensor:
         """What a model says of images, in float32. Raises UserError for what is no logit a class, or not finite."""
         network, count = self.network(model), len(self.data.class_names)
@@ -128,12 +130,9 @@ class Evaluator:
             raise UserError(f"model '{model}' puts out values that are not finite")
         return logits
 
+    @tf32(False)
     def table(self, unit: Unit) -> pa.Table:
         """The rows of a unit; of a row in `transfer` also what all other models say of its images."""
-        with tf32(False):
-            return self._rows(unit)
-
-    def _rows(self, unit: Unit) -> pa.Table:
         began, row = time.monotonic(), self.rows[unit.attack]
         batch = self.batch(unit.positions, unit.set)
         seen = self.attacked(unit.model, unit.set, row, batch)

@@ -83,7 +83,7 @@ class Results:
 
     def _parts(self, of: Iterable[str], set_name: str) -> list[str]:
         """Those of some rows and groups that a test set has."""
-        return [name for name in of if applies(self.suite[self.groups[name][0] if name in self.groups else name], set_name)]
+        return [name for name in of if any(applies(self.suite[part], set_name) for part in self.groups.get(name, [name]))]
 
     def accuracy(self, model: str, set_name: str, column: str) -> Accuracy:
         """The number in a cell of the table."""

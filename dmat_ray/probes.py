@@ -33,13 +33,9 @@ def units(models: Sequence[str], config: EvaluationConfig, positions: np.ndarray
     return [Unit(model, set_name, name, some, checks=True) for model in models for name in names if some]
 
 
+@tf32(False)
 def probe(evaluator: Evaluator, unit: Unit) -> dict[str, Any]:
     """Measurements of a model, or of one attack on it, as plain values."""
-    with tf32(False):
-        return _measured(evaluator, unit)
-
-
-def _measured(evaluator: Evaluator, unit: Unit) -> dict[str, Any]:
     batch = evaluator.batch(unit.positions, unit.set)
     if unit.attack:
         row = evaluator.rows[unit.attack]

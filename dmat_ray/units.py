@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dmat_ray.config import ON_MANIFOLD, AttackRow, CleanRow, EvaluationConfig
+from dmat_ray.config import ON_CURVE, ON_MANIFOLD, AttackRow, CleanRow, EvaluationConfig
 from dmat_ray.data.manifold_set import ManifoldSet
 from dmat_ray.files import sha256, text_digest
 from dmat_ray.rng import derive
@@ -49,12 +49,12 @@ def group_of(row: AttackRow) -> str:
 
 def curve_name(name: str, eps: float) -> str:
     """What a row is called at another eps of its curve."""
-    return f"{name} @ {eps:.4g}"
+    return f"{name}{ON_CURVE}{eps:.4g}"
 
 
 def is_on_curve(name: str) -> bool:
     """Whether `curve_name` made this name."""
-    return " @ " in name
+    return ON_CURVE in name
 
 
 def rows_to_run(config: EvaluationConfig) -> dict[str, AttackRow]:
@@ -64,7 +64,9 @@ def rows_to_run(config: EvaluationConfig) -> dict[str, AttackRow]:
         rows[CLEAN] = CleanRow(name=CLEAN)
     for row in config.attacks:
         rows[row.name] = row
-        for eps in getattr(row, "curve", ()):
+        for eps in dict.fromkeys(getattr(row, "curve", ())):
+            if eps == row.eps:  # type: ignore[union-attr]  # only rows with eps have curves
+                continue
             share = eps / row.eps if row.eps else 1.0  # type: ignore[union-attr]  # only rows with eps have curves
             step = getattr(row, "step_size", None)
             changes = {"name": curve_name(row.name, eps), "eps": eps, "curve": ()}

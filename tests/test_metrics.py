@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from dmat_ray.config import EvaluationConfig
 from dmat_ray.metrics import Results, wilson
+from dmat_ray.units import rows_to_run
 
 IDS = [f"image-{i}" for i in range(6)]
 SUITE = {
@@ -88,6 +89,23 @@ def test_columns_are_what_counting_gives(answers: dict[str, dict[str, bool]]) ->
     assert at == pytest.approx([share["PGD @ 0.05"], share["PGD"], share["PGD @ 0.2"]])
 
 
+def test_a_group_counts_on_natural_images_by_its_rows_that_need_no_w() -> None:
+    rows = [{"threat": "latent", "name": "OM", "group": "both"}, {"threat": "image", "name": "PGD", "group": "both"}]
+    config = EvaluationConfig.model_validate(
+        {"sets": ["natural"], "attacks": [{"threat": "clean"}, *rows], "summaries": [{"name": "worst", "of": ["both"]}]}
+    )
+    results = Results(table({"clean": dict.fromkeys(IDS, True), "PGD": {id: i < 2 for i, id in enumerate(IDS)}}), config)
+    assert results.columns("natural") == ["clean", "both", "worst"]
+    assert results.accuracy("at", "natural", "worst").value == results.accuracy("at", "natural", "both").value == 2 / 6
+
+
+def test_a_curve_has_the_rows_own_eps_once() -> None:
+    rows = rows_to_run(
+        EvaluationConfig.model_validate({"attacks": [{"threat": "image", "name": "PGD", "eps": 0.1, "curve": [0.1, 0.2]}]})
+    )
+    assert list(rows) == ["clean", "PGD", "PGD @ 0.2"]
+
+
 def test_transfer_is_told_apart_from_the_models_own() -> None:
     right = {"clean": dict.fromkeys(IDS, True)}
     own = table({**right, "PGD": {id: i < 1 for i, id in enumerate(IDS)}})
@@ -118,6 +136,7 @@ def test_confusion_counts_labels_and_predictions() -> None:
         ({"summaries": [{"name": "UAR", "how": "uar", "of": ["fog"]}]}, ["trained", "1 row"]),
         ({"transfer": ["both"]}, ["transfer", "'both'"]),
         ({"attacks": [{"threat": "image", "name": "a", "group": "g", "curve": [0.1]}]}, ["group", "curve"]),
+        ({"attacks": [{"threat": "image", "name": "a @ 0.1"}]}, ["'a @ 0.1'", "another eps"]),
     ],
 )
 def test_what_does_not_fit_is_named(changes: dict[str, Any], words: list[str]) -> None:

@@ -23,6 +23,7 @@ from dmat_ray.config.attacks import (
 from dmat_ray.config.base import Fraction, Section
 from dmat_ray.config.data import DataConfig
 from dmat_ray.config.evaluation import (
+    ON_CURVE,
     AttackRow,
     AutoAttackRow,
     CleanRow,
@@ -94,6 +95,7 @@ class Config(Section):
 
 
 __all__ = [
+    "ON_CURVE",
     "ON_MANIFOLD",
     "AdversarialTerm",
     "AttackConfig",

@@ -27,6 +27,8 @@ from dmat_ray.config.threats import (
     WoodThreat,
 )
 
+ON_CURVE = " @ "  # between the name of a row and the eps of its curve
+
 
 class Row(AttackConfig):
     """One attack of the evaluation table."""
@@ -232,6 +234,8 @@ class EvaluationConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "EvaluationConfig":
         names = [row.name for row in self.attacks]
+        if odd := [name for name in names if ON_CURVE in name]:
+            raise ValueError(f"'{odd[0]}': '{ON_CURVE}' in a name says that it is a row's at another eps; choose another name")
         groups = list(dict.fromkeys(filter(None, (getattr(row, "group", "") for row in self.attacks))))
         every = [*names, *groups, *(summary.name for summary in self.summaries)]
         twice = sorted({name for name in every if every.count(name) > 1})

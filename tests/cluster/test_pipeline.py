@@ -66,6 +66,16 @@ def test_second_run_has_nothing_to_do(finished, say, lines):
     assert before == {p: p.stat().st_mtime_ns for p in finished.output.rglob("*.parquet")}
 
 
+def test_a_lost_page_is_written_again_from_the_rows(finished, say, lines):
+    page, done = finished.output / "report.html", {p: p.stat().st_mtime_ns for p in finished.output.rglob("*.parquet")}
+    content = page.read_text()
+    page.unlink()
+    jobs.evaluate(finished.config, finished.models, say)
+    assert page.read_text() == content
+    assert "writing the report" in lines[-1]
+    assert done == {p: p.stat().st_mtime_ns for p in finished.output.rglob("*.parquet")}
+
+
 def test_rows_are_one_per_example_and_attack(finished):
     rows = pq.read_table(finished.output / "evaluation" / "rows.parquet")
     names = list(rows_to_run(finished.config.evaluation))
