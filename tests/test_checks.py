@@ -174,6 +174,26 @@ def test_an_attack_that_is_beaten_by_one_it_contains_is_named(strong: dict[str, 
     assert found(HALF, ALL) == found(HALF, HALF) == {}
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"threat": "joint", "eps": 0.05, "latent_eps": 0.1, "steps": 20}, {"threat": "image", "eps": 0.1, "steps": 20}),
+        ({"threat": "joint", "eps": 0.1, "latent_eps": 0.05, "steps": 20}, {"threat": "latent", "eps": 0.1, "steps": 20}),
+        ({"threat": "image", "eps": 0.2, "steps": 20, "loss": "dlr"}, {"threat": "image", "eps": 0.1, "steps": 20}),
+        ({"threat": "image", "eps": 0.2, "steps": 5}, {"threat": "image", "eps": 0.1, "steps": 20}),
+        ({"threat": "fog", "eps": 0.5, "wibble_decay": 3, "steps": 20}, {"threat": "fog", "eps": 0.4, "steps": 20}),
+    ],
+)
+def test_neither_contains_the_other(one: dict[str, Any], other: dict[str, Any]) -> None:
+    rows = EvaluationConfig.model_validate(
+        {"sets": ["on_manifold"], "attacks": [{"threat": "clean"}, {**one, "name": "one"}, {**other, "name": "other"}]}
+    )
+    for beaten, better in (("one", "other"), ("other", "one")):
+        table = rows_of({("m", "m", "clean"): ALL, ("m", "m", beaten): ALL, ("m", "m", better): HALF})
+        table = table.set_column(2, "set", pa.array(["on_manifold"] * table.num_rows))
+        assert warned(checks.judge(Results(table, rows), [])) == {}
+
+
 def test_attacks_that_do_not_contain_each_other_are_not_compared() -> None:
     rows = [{"threat": "image", "name": "l2", "norm": "l2", "eps": 1}, {"threat": "image", "name": "linf", "eps": 0.1}]
     assert judged(rows, {"clean": ALL, "l2": ALL, "linf": HALF}) == judged(rows, {"clean": ALL, "l2": HALF, "linf": ALL}) == {}
@@ -217,7 +237,7 @@ def test_images_of_other_models_that_break_more_than_ones_own_are_named() -> Non
     assert {f.model: f.level for f in findings if f.check == "transfer"} == {"hides": "warning", "plain": "ok"}
 
 
-@pytest.mark.parametrize(("first", "second"), [(30, 10), (12, 10), (5, 0), (1, 0), (60, 35)])
+@pytest.mark.parametrize(("first", "second"), [(30, 10), (20, 12), (12, 10), (5, 0), (1, 0), (60, 35)])
 def test_fewer_is_mcnemars(first: int, second: int) -> None:
     a = np.array([True] * first + [False] * second + [True] * (200 - first - second))
     b = np.array([False] * first + [True] * second + [True] * (200 - first - second))

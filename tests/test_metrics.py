@@ -26,6 +26,7 @@ SUITE = {
     ],
     "summaries": [
         {"name": "worst", "how": "worst", "of": ["PGD", "both", "fog"]},
+        {"name": "worst of alone", "how": "worst", "of": ["PGD", "fog"]},
         {"name": "mean", "how": "mean", "of": ["PGD", "fog"]},
         {"name": "UAR", "how": "uar", "of": ["PGD", "fog"], "trained": [0.5, 0.25]},
     ],
@@ -75,11 +76,12 @@ def test_columns_are_what_counting_gives(answers: dict[str, dict[str, bool]]) ->
     answers["CE"] = {id: right for id, right in answers["CE"].items() if answers["clean"][id]}
     answers["DLR"] = {id: right for id, right in answers["DLR"].items() if answers["CE"].get(id)}
     results = Results(table({name: found for name, found in answers.items() if found}), EvaluationConfig.model_validate(SUITE))
-    assert results.columns("natural") == ["clean", "PGD", "both", "fog", "worst", "mean", "UAR"]
+    assert results.columns("natural") == ["clean", "PGD", "both", "fog", "worst", "worst of alone", "mean", "UAR"]
     share = {name: sum(answers[name].values()) / 6 for name in ("clean", "PGD", "fog", "PGD @ 0.05", "PGD @ 0.2")}
     both = sum(answers["DLR"].values())
     worst = sum(answers["DLR"].get(id, False) and answers["PGD"][id] and answers["fog"][id] for id in IDS)
     expected = {name: share[name] for name in ("clean", "PGD", "fog")} | {"both": both / 6, "worst": worst / 6}
+    expected["worst of alone"] = sum(all(answers[name][id] for name in ("clean", "PGD", "fog")) for id in IDS) / 6
     expected |= {"mean": (share["PGD"] + share["fog"]) / 2, "UAR": (share["PGD"] + share["fog"]) / 0.75}
     found = {column: accuracy for (_, _, column), accuracy in results.accuracies().items()}
     assert {name: accuracy.value for name, accuracy in found.items()} == pytest.approx(expected)
