@@ -574,3 +574,17 @@ def test_shapes_cover_the_image_in_their_colours() -> None:
         theta[:, :, :3] = torch.tensor([1.0, -1.0, 0.0])
         moved = threat.render(batch, theta)[0, :, 32, 32]
         torch.testing.assert_close(moved, moved.new_tensor([0.5, 0.5, 0.0]))
+
+
+def test_a_step_in_l1_leaves_out_pixels_that_are_at_the_border_it_would_cross() -> None:
+    x = torch.full((1, 1, 4, 5), 0.5)
+    x[0, 0, 0, 0], x[0, 0, 0, 1] = 1.0, 0.0
+    gradient = torch.full_like(x, 0.1)
+    gradient[0, 0, 0, 0], gradient[0, 0, 0, 1], gradient[0, 0, 2, 2] = 9.0, -8.0, 1.0  # the steepest lead out of [0, 1]
+    threat = threats.build(ImageThreat(norm="l1", eps=1.0), None)
+    step = threat.direction(Batch(["a"], x, torch.tensor([0])), torch.zeros_like(x), gradient)
+    expected = torch.zeros_like(x)
+    expected[0, 0, 2, 2] = 1.0
+    torch.testing.assert_close(step, expected)
+    inwards = threat.direction(Batch(["a"], x, torch.tensor([0])), torch.zeros_like(x), -gradient)
+    assert inwards[0, 0, 0, 0] == -1
