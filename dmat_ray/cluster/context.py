@@ -15,6 +15,11 @@ from dmat_ray.errors import UserError
 from dmat_ray.local import average_over_workers_, wrap_ddp
 
 
+def stored_checkpoints(folder: Path) -> list[Path]:
+    """Ray Train's checkpoints in the folder of a training, the newest first; it keeps a file of a similar name beside them."""
+    return sorted(folder.glob("checkpoint_[0-9]*"), reverse=True)
+
+
 class RayContext:
     """Reports to Ray Train, which persists checkpoints, and sends rank 0's metrics to the driver's mailbox.
 
@@ -67,7 +72,7 @@ class RayContext:
 
     def checkpoints(self) -> Sequence[Path]:
         """See RunContext. The storage is asked, for Ray tells only the worker that wrote one; it names them in order."""
-        return sorted(self._storage.glob("checkpoint_*"), reverse=True)
+        return stored_checkpoints(self._storage)
 
     def preempted(self) -> bool:
         """See RunContext: true once for each notice; Ray Train starts anew from the latest checkpoint when it comes to that."""

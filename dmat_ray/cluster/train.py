@@ -13,7 +13,7 @@ import torch
 
 from dmat_ray import checkpoint
 from dmat_ray.cluster import session, tracking
-from dmat_ray.cluster.context import RayContext
+from dmat_ray.cluster.context import RayContext, stored_checkpoints
 from dmat_ray.cluster.events import listen, no_retry_of_user_errors
 from dmat_ray.cluster.ingest import Streamed
 from dmat_ray.config import Config
@@ -132,7 +132,7 @@ def _key(config: Config) -> str:
 
 
 def _final_checkpoint(folder: Path, config: Config) -> Path:
-    for found in sorted(folder.glob("checkpoint_*"), reverse=True):
+    for found in stored_checkpoints(folder):
         with contextlib.suppress(UserError):
             run = checkpoint.require_whole(found, checkpoint.RUN)
             if run["config"]["name"] == config.name and run["finished"]:

@@ -82,13 +82,13 @@ def start_job(job: str, output: Path, *options: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 240) -> None:
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 400) -> None:
     """Poll until `condition`, or fail if the process ends or time is up first."""
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.stdout.read() if process.stdout else ""
         assert time.monotonic() < end, "time is up"
-        time.sleep(0.02)
+        time.sleep(0.1)  # what is looked at are often all processes of a cluster
 
 
 def finish(process: "subprocess.Popen[str]") -> str:

@@ -16,10 +16,10 @@ from dmat_ray.cluster.session import LOCAL_ENVIRONMENT
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]
-# statistics that do not depend on how a batch is dealt to workers, and steps of about a second
+# statistics that do not depend on how a batch is dealt to workers, and steps slow enough that what happens comes within one
 OPTIONS = [
-    *("--preset", "demo", "dmat", "--name", "dmat", "--objective.batch_norm", "frozen", "--objective.latent.steps", "60"),
-    *("--training.epochs", "6", "--training.val_examples", "0"),
+    *("--preset", "demo", "dmat", "--name", "dmat", "--objective.batch_norm", "frozen", "--objective.latent.steps", "30"),
+    *("--training.epochs", "7", "--training.val_examples", "0"),
     *("--training.checkpoint_minutes", "0.05"),
 ]
 ELASTIC = [
@@ -41,7 +41,8 @@ def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
 
 def start(output: Path, *options: str) -> "subprocess.Popen[str]":
     command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--output", str(output), *SMALL, *OPTIONS, *options]
-    given = {"PREEMPTION_POLL_INTERVAL_S": "0.5", "WORKER_GROUP_START_TIMEOUT_S": "45"}
+    # Ray Train counts on the machine that went for as long as workers may take to start
+    given = {"PREEMPTION_POLL_INTERVAL_S": "0.5", "WORKER_GROUP_START_TIMEOUT_S": "60"}
     environment = {**os.environ, **{f"RAY_TRAIN_{name}": value for name, value in given.items()}}
     with (output / "log").open("w") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment)
@@ -56,7 +57,8 @@ def test_a_machine_comes_and_another_is_taken_away(machines, tmp_path, finished)
     finished.copy_set(tmp_path)
     (tmp_path / "calm").mkdir()
     alone = [sys.executable, str(ROOT / "jobs" / "train_local.py"), "--output", str(tmp_path / "calm"), *SMALL, *OPTIONS]
-    subprocess.run([*alone, "--manifold_set", str(tmp_path / "on_manifold_set")], check=True, capture_output=True, timeout=300)
+    alone += ["--manifold_set", str(tmp_path / "on_manifold_set"), "--cluster.threads_per_worker", "2"]
+    subprocess.run(alone, check=True, capture_output=True, timeout=400)
 
     process = start(tmp_path, *ELASTIC, "--cluster.address", machines.address)
 
@@ -67,7 +69,7 @@ def test_a_machine_comes_and_another_is_taken_away(machines, tmp_path, finished)
         return processes_below(node.all_processes["raylet"][0].process.pid, "RayTrainWorker")
 
     (first,) = machines.worker_nodes
-    wait_for(lambda: "epoch 1/6" in said(), process)
+    wait_for(lambda: "epoch 1/7" in said(), process)
     second = machines.add_node(num_cpus=2)
     wait_for(lambda: "with 2 workers" in said(), process)
     assert workers(first)
@@ -78,9 +80,10 @@ def test_a_machine_comes_and_another_is_taken_away(machines, tmp_path, finished)
     wait_for(lambda: "a machine will be taken away; checkpoint written after" in said(), process)
     machines.remove_node(first)
     wait_for(lambda: "with 1 worker\n" in said(), process)
-    assert process.wait(timeout=300) == 0, said()
+    assert process.wait(timeout=400) == 0, said()
+    assert "warning" not in said()
     found = history(tmp_path / "models" / "dmat")
-    assert [epoch["epoch"] for epoch in found] == [1, 2, 3, 4, 5, 6]
+    assert [epoch["epoch"] for epoch in found] == [1, 2, 3, 4, 5, 6, 7]
     for epoch, expected in zip(found, history(tmp_path / "calm" / "models" / "dmat"), strict=True):
         losses = {k: v for k, v in epoch.items() if not k.endswith("accuracy")}
         assert losses == pytest.approx({k: expected[k] for k in losses}, rel=5e-4), "no example is left out, none comes twice"

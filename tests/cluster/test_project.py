@@ -31,7 +31,7 @@ from dmat_ray.errors import UserError
 
 pytestmark = pytest.mark.cluster
 # twenty shards, slow enough that what happens to them happens in the middle
-OPTIONS = ("--projection.steps", "150", "--projection.shard_size", "5")
+OPTIONS = ("--projection.steps", "75", "--projection.shard_size", "5")
 TWO = ("--cluster.projection_actors", "2")
 ACTOR = "ShardProjector"
 
@@ -143,7 +143,7 @@ def start_on(nodes: Nodes) -> Callable[..., "subprocess.Popen[str]"]:
 
 def busy(process: psutil.Process) -> bool:
     """Whether an actor is in the middle of a shard: nothing else keeps it computing."""
-    return process.cpu_percent(interval=0.3) > 30
+    return process.cpu_percent(interval=0.2) > 30
 
 
 def test_killed_actor_lost_machine_and_one_that_comes_later(nodes, start_on, tmp_path, calm):
