@@ -23,10 +23,10 @@ def main() -> None:
     say(f"data {config.data.source}{subset}; output in {config.output}")
     with connected(config.cluster), tracking.tracked(config, "", "pipeline") as run:
         say("Ray is up")
-        jobs.project(config, speaker.stage("project"), run.id)
-        folders = jobs.train(list(methods.values()), speaker.stage("train"), run.id)
+        jobs.project(config, speaker.stage("project"), run)
+        folders = jobs.train(list(methods.values()), speaker.stage("train"), run)
         models = dict(zip(methods, folders, strict=True))
-        results, findings = jobs.evaluate(config, models, speaker.stage("evaluate"), run.id)
+        results, findings = jobs.evaluate(config, models, speaker.stage("evaluate"), run)
         page = Path(config.output).resolve() / "report.html"
         run.artifact(page)
         say("done")

@@ -34,7 +34,7 @@ class Speaker:
         return say
 
 
-def project(config: Config, say: Callable[[str], None], parent: str | None = None) -> dict[str, Any]:
+def project(config: Config, say: Callable[[str], None], parent: "tracking.Run | None" = None) -> dict[str, Any]:
     """Projection, tracked. Returns the manifest."""
     from dmat_ray.cluster import project as stage
     from dmat_ray.data.set_format import MANIFEST
@@ -82,7 +82,7 @@ def project(config: Config, say: Callable[[str], None], parent: str | None = Non
     return manifest
 
 
-def train(configs: list[Config], say: Callable[[str], None], parent: str | None = None) -> list[Path]:
+def train(configs: list[Config], say: Callable[[str], None], parent: "tracking.Run | None" = None) -> list[Path]:
     """Training, tracked. Returns the folders of the models."""
     from dmat_ray import models
     from dmat_ray.cluster import train as stage
@@ -95,7 +95,7 @@ def train(configs: list[Config], say: Callable[[str], None], parent: str | None 
 
 
 def evaluate(
-    config: Config, models: dict[str, Path], say: Callable[[str], None], parent: str | None = None
+    config: Config, models: dict[str, Path], say: Callable[[str], None], parent: "tracking.Run | None" = None
 ) -> "tuple[Results, list[Finding]]":
     """Evaluation and report, tracked. Returns the rows, and what the checks found."""
     from dmat_ray import report

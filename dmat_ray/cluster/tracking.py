@@ -1,17 +1,15 @@
 """MLflow: one experiment, every stage a run, found again by its key when work is resumed."""
 
-import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dmat_ray.checkpoint import flatten_config
+from dmat_ray.cluster.outbox import Outbox, new_handle, now_ms
 from dmat_ray.config import Config
 
-KEY = "dmat_ray.key"
-PARENT = "mlflow.parentRunId"
+_OUTBOXES: dict[tuple[str, str], Outbox] = {}
 
 
 def tracking_uri(config: Config) -> str:
@@ -19,82 +17,82 @@ def tracking_uri(config: Config) -> str:
     return config.tracking.uri or f"sqlite:///{Path(config.output).resolve() / 'mlflow.db'}"
 
 
-class Run:
-    """An MLflow run that is open."""
+def _outbox(config: Config) -> Outbox:
+    """The one of this process for this server and this output folder."""
+    folder = Path(config.output).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    key = (tracking_uri(config), str(folder))
+    if key not in _OUTBOXES:
+        _OUTBOXES[key] = Outbox(key[0], folder, config.tracking.patience_s)
+    return _OUTBOXES[key]
 
-    def __init__(self, client: Any, run_id: str) -> None:
-        self._client, self.id = client, run_id
+
+class Run:
+    """An MLflow run that is open. What is logged is sent in order by a thread: no call waits for the server."""
+
+    def __init__(self, outbox: Outbox, handle: str) -> None:
+        self._outbox, self.handle = outbox, handle
+
+    @property
+    def id(self) -> str:
+        """MLflow's id of the run; waits until there is one."""
+        return self._outbox.id_of(self.handle)
+
+    def _put(self, do: str, **values: Any) -> None:
+        self._outbox.put({"do": do, "run": self.handle, **values})
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log numbers at `step`."""
-        from mlflow.entities import Metric
-        from mlflow.utils.time import get_current_time_millis
-
-        now = get_current_time_millis()
-        self._client.log_batch(self.id, metrics=[Metric(k, float(v), now, step) for k, v in values.items()])
+        self._put("metrics", values={k: float(v) for k, v in values.items()}, step=step, time=now_ms())
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Copy a file or a folder into the run's artifacts."""
-        if path.is_dir():
-            self._client.log_artifacts(self.id, str(path), folder)
-        else:
-            self._client.log_artifact(self.id, str(path), folder)
+        """Copy a file or a folder into the run's artifacts; it must stay until it is sent."""
+        self._put("artifact", path=str(path.resolve()), folder=folder)
 
     def text(self, name: str, content: str) -> None:
         """Keep a text as an artifact of this name."""
-        self._client.log_text(self.id, content, name)
+        self._put("text", name=name, content=content)
 
     def tag(self, key: str, value: str) -> None:
         """Set a tag."""
-        self._client.set_tag(self.id, key, value)
+        self._put("tag", key=key, value=value)
 
     def finish(self, status: str) -> None:
         """End the run as FINISHED or FAILED."""
-        self._client.set_terminated(self.id, status)
+        self._put("finish", status=status, time=now_ms())
 
 
-def open_run(config: Config, name: str, stage: str, parent: str | None = None) -> Run:
-    """The run of a stage: a new one with the config as params, or, if one with the same key is unfinished, that one."""
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-    for chatty in ("mlflow", "alembic"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
-    from mlflow import MlflowClient
-    from mlflow.entities import Param
+def open_run(config: Config, name: str, stage: str, parent: Run | None = None) -> Run:
+    """The run of a stage: a new one with the config as params, or, if one with the same key is unfinished, that one.
 
-    Path(config.output).mkdir(parents=True, exist_ok=True)
-    client = MlflowClient(tracking_uri(config))
-    artifacts = None if config.tracking.uri else (Path(config.output).resolve() / "mlartifacts").as_uri()
-    experiment = client.get_experiment_by_name(config.tracking.experiment)
-    experiment_id = (
-        experiment.experiment_id
-        if experiment
-        else client.create_experiment(config.tracking.experiment, artifact_location=artifacts)
+    Raises UserError if the first of a process finds no server.
+    """
+    outbox, handle = _outbox(config), new_handle()
+    outbox.put(
+        {
+            "do": "create",
+            "run": handle,
+            "experiment": config.tracking.experiment,
+            "artifacts": None if config.tracking.uri else (Path(config.output).resolve() / "mlartifacts").as_uri(),
+            "key": f"{stage}/{name}/{config.fingerprint()}",
+            "name": f"{stage}: {name}" if name else stage,
+            "parent": parent.handle if parent else None,
+            "tags": {"dmat_ray.stage": stage},
+            "params": {key: str(value)[:6000] for key, value in flatten_config(config).items()},
+            "time": now_ms(),
+        }
     )
-    key = f"{stage}/{name}/{config.fingerprint()}"
-    found = client.search_runs(
-        [experiment_id], filter_string=f"tags.`{KEY}` = '{key}' and attributes.status != 'FINISHED'", max_results=1
-    )
-    if found:
-        run_id = found[0].info.run_id
-        client.update_run(run_id, status="RUNNING")
-        return Run(client, run_id)
-    tags = {KEY: key, "dmat_ray.stage": stage, **({PARENT: parent} if parent else {})}
-    # tags with the run itself: a kill right after it must not leave one that is never found again
-    run = client.create_run(experiment_id, tags=tags, run_name=f"{stage}: {name}" if name else stage)
-    params = [Param(k, str(v)[:6000]) for k, v in flatten_config(config).items()]
-    for start in range(0, len(params), 100):
-        client.log_batch(run.info.run_id, params=params[start : start + 100])
-    return Run(client, run.info.run_id)
+    return Run(outbox, handle)
 
 
 @contextmanager
-def tracked(config: Config, name: str, stage: str, parent: str | None = None) -> Iterator[Run]:
-    """A run that ends as FINISHED, or as FAILED when the body raises."""
+def tracked(config: Config, name: str, stage: str, parent: Run | None = None) -> Iterator[Run]:
+    """A run that ends as FINISHED, or as FAILED when the body raises; all is sent when this returns, or kept (see Outbox)."""
     run = open_run(config, name, stage, parent)
+    status = "FAILED"
     try:
         yield run
-    except BaseException:
-        run.finish("FAILED")
-        raise
-    run.finish("FINISHED")
+        status = "FINISHED"
+    finally:
+        run.finish(status)
+        _outbox(config).flush()

@@ -71,7 +71,7 @@ def _train(settings: dict[str, Any]) -> None:
         train(config, source, generator, generators.fingerprint(config.generator.path), context)
 
 
-def train_models(todo: list[Config], say: Callable[[str], None], parent: str | None = None) -> None:
+def train_models(todo: list[Config], say: Callable[[str], None], parent: tracking.Run | None = None) -> None:
     """Train models that `untrained` returned. Ray must be connected.
 
     All runs share one worker group, one after the other: its start-up is paid once. A rerun after a crash goes on from

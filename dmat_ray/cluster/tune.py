@@ -131,7 +131,7 @@ def search(config: Config, say: Callable[[str], None]) -> list[dict[str, Any]]:
         def handle(event: dict[str, Any]) -> None:
             name = event["run"]
             if "config" in event:
-                child = tracking.open_run(Config.model_validate(event["config"]), name, "trial", parent.id)
+                child = tracking.open_run(Config.model_validate(event["config"]), name, "trial", parent)
                 for key, value in event["sample"].items():
                     child.tag(f"sample.{key}", str(value))
                 children[name] = child

@@ -145,6 +145,11 @@ class TrackingConfig(Section):
 
     uri: str | None = Field(None, description="tracking URI; null = sqlite in the output folder")
     experiment: str = Field("dmat_ray", min_length=1, description="experiment name")
+    patience_s: float = Field(
+        60.0,
+        ge=0,
+        description="seconds that the end of a stage waits for a silent server; the next job sends what is left",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "TrackingConfig":

@@ -59,13 +59,13 @@ def finished(ray_session, tmp_path_factory) -> Finished:
 
     config, lines = settings(tmp_path_factory.mktemp("pipeline")), []
     with tracking.tracked(config, "", "pipeline") as run:
-        jobs.project(config, lines.append, run.id)
+        jobs.project(config, lines.append, run)
         configs = [
             settings(Path(config.output), "--name", "standard", preset=("demo", "standard")),
             settings(Path(config.output), "--name", "dmat", *DMAT, preset=("demo", "dmat")),
         ]
-        models = dict(zip(("standard", "dmat"), jobs.train(configs, lines.append, run.id), strict=True))
-        jobs.evaluate(config, models, lines.append, run.id)
+        models = dict(zip(("standard", "dmat"), jobs.train(configs, lines.append, run), strict=True))
+        jobs.evaluate(config, models, lines.append, run)
     return Finished(config, models, lines)
 
 

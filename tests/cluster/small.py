@@ -1,6 +1,7 @@
 """Settings small enough for two cores, and servers on loopback."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -57,6 +58,35 @@ def wait_until_answers(url: str, process: "subprocess.Popen[bytes]", log: Path, 
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < end, log.read_text()
             time.sleep(0.2)
+
+
+class MlflowServer:
+    """A real one on loopback with sqlite behind it, that can be killed and started again on the same port."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, port = folder, free_ports(1)[0]
+        self.url = f"http://127.0.0.1:{port}"
+        self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+        self._command += ["--backend-store-uri", f"sqlite:///{folder / 'm.db'}"]
+        self._command += ["--artifacts-destination", str(folder / "artifacts")]
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        with (self.folder / "log").open("a") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, start_new_session=True)
+        wait_until_answers(f"{self.url}/health", self._process, self.folder / "log")
+
+    def kill(self) -> None:
+        """With all of its workers: the session that it was started in is its own."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def __enter__(self) -> "MlflowServer":
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
 
 
 def processes_below(pid: int, title: str) -> list[psutil.Process]:

@@ -1,15 +1,11 @@
 """A search: Ray Tune over Ray Train runs, tracked in a real MLflow server."""
 
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from small import free_ports, settings, wait_until_answers
+from small import MlflowServer, settings
 
 from dmat_ray.cluster import tune
 from dmat_ray.errors import UserError
@@ -32,20 +28,9 @@ def settings(sample):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[str]:
-    """An MLflow server on loopback with sqlite behind it."""
-    folder, port = tmp_path_factory.mktemp("mlflow"), free_ports(1)[0]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder / 'm.db'}", "--artifacts-destination", str(folder / "artifacts")]
-    log = (folder / "log").open("w")
-    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_answers(f"{url}/health", process, folder / "log")
-        yield url
-    finally:
-        # it would wait for clients that keep their connections; the session that it was started in is its own
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    """An MLflow server on loopback."""
+    with MlflowServer(tmp_path_factory.mktemp("mlflow")) as server:
+        yield server.url
 
 
 def test_search_leaves_a_tree_of_runs(tmp_path, server, finished, say):

@@ -1,0 +1,218 @@
+"""What is told to MLflow: in order, by a thread, and kept while a server does not answer.
+
+MLflow's own asynchronous logging gives up what it could not send. Here nothing is given up but what a server refuses: a stage
+never waits for its server while it computes, and what is left at its end is written to a file, which the next job sends.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dmat_ray.errors import UserError
+
+KEY = "dmat_ray.key"
+PARENT = "mlflow.parentRunId"
+UNSENT = "mlflow_unsent.jsonl"
+PAUSES_S = (0.5, 1, 2, 5, 10)
+Entry = dict[str, Any]
+
+
+class Outbox:
+    """The entries for one tracking server (or database), which wait in `folder` if a job ends before they are sent.
+
+    An entry is JSON: {"do": one of the methods below, "run": a handle, ...}. A handle is ours, so that a run can be written to
+    before the server has made it. Raises UserError if the server does not answer at the start.
+    """
+
+    def __init__(self, uri: str, folder: Path, patience_s: float) -> None:
+        # its retries would hold the thread for minutes; ours go on for as long as the job does
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        for chatty in ("mlflow", "alembic", "urllib3"):
+            logging.getLogger(chatty).setLevel(logging.ERROR)
+        from mlflow import MlflowClient
+
+        self.uri, self.patience_s = uri, patience_s
+        self._file = folder / UNSENT
+        self._client = MlflowClient(uri)
+        try:
+            self._client.search_experiments(max_results=1)
+        except Exception as error:  # of many kinds, by the sort of place
+            raise UserError(
+                f"MLflow at tracking.uri '{uri}' does not answer: {_reason(error)}; start it, correct the address, or leave "
+                "tracking.uri out: then runs are kept in the output folder"
+            ) from error
+        self._entries: deque[Entry] = deque(_read(self._file))
+        self._ids: dict[str, str] = {}
+        self._change = threading.Condition()
+        self._down_since: float | None = None
+        threading.Thread(target=self._work, daemon=True, name="mlflow outbox").start()
+
+    def put(self, entry: Entry) -> None:
+        """Send `entry` after all that were put before it; returns at once."""
+        with self._change:
+            self._entries.append(entry)
+            self._change.notify_all()
+
+    def flush(self) -> None:
+        """Wait until all is sent, or the server has not answered for `patience_s`; then keep what is left in the file."""
+        with self._change:
+            while self._entries and not self._given_up():
+                self._change.wait(timeout=0.2)
+            if not self._entries:
+                return
+            left = [{**entry, "id": self._ids.get(entry["run"])} for entry in self._entries]
+            partial = self._file.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(entry) + "\n" for entry in left), encoding="utf-8")
+            partial.replace(self._file)
+        _warn(f"{len(left)} entries for MLflow are kept in '{self._file}'; the next job with this output sends them")
+
+    def id_of(self, run: str) -> str:
+        """The server's id of a run. Raises UserError if it has not answered for `patience_s`."""
+        with self._change:
+            while run not in self._ids:
+                if self._given_up():
+                    raise UserError(f"MLflow at '{self.uri}' does not answer, and this needs it")
+                self._change.wait(timeout=0.2)
+            return self._ids[run]
+
+    def _given_up(self) -> bool:
+        return self._down_since is not None and time.monotonic() - self._down_since > self.patience_s
+
+    def _work(self) -> None:
+        failures = 0
+        while True:
+            with self._change:
+                while not self._entries:
+                    self._change.wait()
+                entry = self._entries[0]
+            try:
+                self._send(entry)
+            except Exception as error:  # nothing that happens here may end a training
+                if not _refused(error):
+                    if failures == 0:
+                        _warn(f"MLflow at '{self.uri}' does not answer ({_reason(error)}); going on, and sending later")
+                        self._down_since = time.monotonic()
+                    time.sleep(PAUSES_S[min(failures, len(PAUSES_S) - 1)])
+                    failures += 1
+                    continue
+                _warn(f"MLflow refuses an entry ({entry['do']}), which is left out: {_reason(error)}")
+            if failures:
+                _warn(f"MLflow at '{self.uri}' answers again; sending what was kept")
+                failures, self._down_since = 0, None
+            with self._change:
+                self._entries.popleft()
+                if not self._entries:
+                    self._file.unlink(missing_ok=True)
+                self._change.notify_all()
+
+    def _send(self, entry: Entry) -> None:
+        if entry.get("id"):
+            self._ids.setdefault(entry["run"], entry["id"])
+        if entry["do"] == "create":
+            if entry["run"] not in self._ids:
+                found = self._create(entry)
+                with self._change:
+                    self._ids[entry["run"]] = found
+        elif entry["run"] in self._ids:  # else the run was refused, which has been said
+            getattr(self, f"_{entry['do']}")(self._ids[entry["run"]], entry)
+
+    def _create(self, entry: Entry) -> str:
+        """A run of its key that is unfinished, or a new one: sent twice it is made once."""
+        from mlflow.entities import Param
+
+        experiment = self._client.get_experiment_by_name(entry["experiment"])
+        place = (
+            experiment.experiment_id
+            if experiment
+            else self._client.create_experiment(entry["experiment"], artifact_location=entry["artifacts"])
+        )
+        unfinished = f"tags.`{KEY}` = '{entry['key']}' and attributes.status != 'FINISHED'"
+        found = self._client.search_runs([place], filter_string=unfinished, max_results=1)
+        if found:
+            run_id = str(found[0].info.run_id)
+            self._client.update_run(run_id, status="RUNNING")
+        else:
+            parent = self._ids.get(entry["parent"] or "")
+            # tags with the run itself: a kill right after it must not leave one that is never found again
+            tags = {KEY: entry["key"], **entry["tags"], **({PARENT: parent} if parent else {})}
+            made = self._client.create_run(place, tags=tags, run_name=entry["name"], start_time=entry["time"])
+            run_id = str(made.info.run_id)
+        params = [Param(key, value) for key, value in entry["params"].items()]
+        for start in range(0, len(params), 100):
+            self._client.log_batch(run_id, params=params[start : start + 100])
+        return run_id
+
+    def _metrics(self, run_id: str, entry: Entry) -> None:
+        from mlflow.entities import Metric
+
+        values: Mapping[str, float] = entry["values"]
+        self._client.log_batch(run_id, metrics=[Metric(k, v, entry["time"], entry["step"]) for k, v in values.items()])
+
+    def _artifact(self, run_id: str, entry: Entry) -> None:
+        path = Path(entry["path"])
+        if path.is_dir():
+            self._client.log_artifacts(run_id, str(path), entry["folder"])
+        else:
+            self._client.log_artifact(run_id, str(path), entry["folder"])
+
+    def _text(self, run_id: str, entry: Entry) -> None:
+        self._client.log_text(run_id, entry["content"], entry["name"])
+
+    def _tag(self, run_id: str, entry: Entry) -> None:
+        self._client.set_tag(run_id, entry["key"], entry["value"])
+
+    def _finish(self, run_id: str, entry: Entry) -> None:
+        self._client.set_terminated(run_id, entry["status"], end_time=entry["time"])
+
+
+def new_handle() -> str:
+    """A handle for a run that is about to be made."""
+    return uuid.uuid4().hex
+
+
+def now_ms() -> int:
+    """Milliseconds since the epoch, as MLflow counts."""
+    return time.time_ns() // 1_000_000
+
+
+def _refused(error: Exception) -> bool:
+    """Whether sending it again can only fail again."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        status = int(error.get_http_status_code())
+        return 400 <= status < 500 and status not in (408, 429)
+    return isinstance(error, FileNotFoundError) or not isinstance(error, OSError)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _read(file: Path) -> list[Entry]:
+    """What an earlier job could not send; a damaged line is left out and told."""
+    entries: list[Entry] = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                _warn(f"a line of '{file}' is damaged and left out")
+    return entries
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,140 @@
+"""Tracking with a real MLflow server that is killed and comes again: nothing waits for it, and nothing is lost."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run as Found
+from small import MlflowServer, free_ports, settings
+
+from dmat_ray.cluster import tracking
+from dmat_ray.cluster.outbox import UNSENT, Outbox
+from dmat_ray.errors import UserError
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    with MlflowServer(tmp_path_factory.mktemp("mlflow")) as server:
+        yield server
+
+
+def runs(server: MlflowServer, experiment: str) -> dict[str, Found]:
+    """By name."""
+    client = MlflowClient(server.url)
+    found = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    assert len({run.info.run_name for run in found}) == len(found), "none is there twice"
+    return {run.info.run_name: run for run in found}
+
+
+def values(server: MlflowServer, run: Found, metric: str) -> list[tuple[int, float]]:
+    return [(m.step, m.value) for m in MlflowClient(server.url).get_metric_history(run.info.run_id, metric)]
+
+
+def test_a_killed_server_gets_everything_when_it_is_back(server, tmp_path, capfd):
+    config = settings(tmp_path, "--tracking.uri", server.url, "--tracking.experiment", "killed")
+    (tmp_path / "kept.txt").write_text("kept")
+    with tracking.tracked(config, "all", "tune") as parent:
+        parent.metrics({"loss": 3.0}, step=0)
+        before = tracking.open_run(config, "before", "trial", parent)
+        before.metrics({"loss": 2.0}, step=1)
+        assert before.id
+        server.kill()
+        began = time.monotonic()
+        for step in range(2, 50):
+            before.metrics({"loss": 2.0 / step, "accuracy": step / 50}, step=step)
+        before.finish("FINISHED")
+        during = tracking.open_run(config, "during", "trial", parent)
+        during.tag("sample.alpha", "0.3")
+        during.metrics({"loss": 1.5}, step=1)
+        during.artifact(tmp_path / "kept.txt", "files")
+        during.text("note.txt", "a note")
+        during.finish("FAILED")
+        assert time.monotonic() - began < 1, "none of this waits for the server"
+        time.sleep(3)
+        server.start()
+    said = capfd.readouterr().err
+    assert said.count("does not answer") == 1
+    assert said.count("answers again") == 1
+    found = runs(server, "killed")
+    assert {name: run.info.status for name, run in found.items()} == {
+        "tune: all": "FINISHED", "trial: before": "FINISHED", "trial: during": "FAILED",
+    }  # fmt: skip
+    for child in ("trial: before", "trial: during"):
+        assert found[child].data.tags["mlflow.parentRunId"] == found["tune: all"].info.run_id
+    expected = [(1, 2.0), *((step, 2.0 / step) for step in range(2, 50))]
+    assert values(server, found["trial: before"], "loss") == expected
+    assert found["trial: during"].data.tags["sample.alpha"] == "0.3"
+    assert found["trial: during"].data.params["training.epochs"] == "2"
+    client = MlflowClient(server.url)
+    run_id = found["trial: during"].info.run_id
+    assert [a.path for a in client.list_artifacts(run_id, "files")] == ["files/kept.txt"]
+    assert Path(client.download_artifacts(run_id, "note.txt")).read_text() == "a note"
+    assert not (tmp_path / UNSENT).exists()
+
+
+JOB = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from small import settings
+from dmat_ray.cluster import tracking
+
+tracked = ["--tracking.uri", sys.argv[3], "--tracking.experiment", "ended", "--tracking.patience_s", "1"]
+config = settings(Path(sys.argv[2]), *tracked)
+with tracking.tracked(config, sys.argv[4], "train") as run:
+    print(run.id, flush=True)
+    sys.stdin.readline()
+    run.metrics({"loss": 0.5}, step=7)
+"""
+
+
+def test_what_a_job_cannot_send_the_next_one_sends(server, tmp_path):
+    def job(name: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-c", JOB, str(Path(__file__).parent), str(tmp_path), server.url, name]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, text=True, **pipes)
+
+    first = job("first")
+    assert first.stdout is not None
+    run_id = first.stdout.readline().strip()
+    server.kill()
+    _, said = first.communicate("\n", timeout=120)
+    assert first.returncode == 0, said
+    assert f"2 entries for MLflow are kept in '{tmp_path / UNSENT}'" in said
+    server.start()
+    assert runs(server, "ended")["train: first"].info.status == "RUNNING"
+    second = job("second")
+    _, said = second.communicate("\n", timeout=120)
+    assert second.returncode == 0, said
+    found = runs(server, "ended")
+    assert {name: run.info.status for name, run in found.items()} == {"train: first": "FINISHED", "train: second": "FINISHED"}
+    assert found["train: first"].info.run_id == run_id
+    assert values(server, found["train: first"], "loss") == [(7, 0.5)]
+    assert not (tmp_path / UNSENT).exists()
+
+
+def test_what_the_server_refuses_is_told_and_the_rest_is_sent(server, tmp_path, capfd):
+    config = settings(tmp_path, "--tracking.uri", server.url, "--tracking.experiment", "refused")
+    with tracking.tracked(config, "", "train") as run:
+        run.metrics({"no such name: ()": 1.0}, step=1)
+        run.artifact(tmp_path / "absent.txt")
+        run.metrics({"loss": 1.0}, step=1)
+    said = capfd.readouterr().err
+    assert "warning: MLflow refuses an entry (metrics), which is left out: " in said
+    assert "warning: MLflow refuses an entry (artifact), which is left out: " in said
+    assert "absent.txt" in said
+    (found,) = runs(server, "refused").values()
+    assert found.info.status == "FINISHED"
+    assert found.data.metrics == {"loss": 1.0}
+
+
+def test_a_server_that_is_not_there_at_the_start_is_named(tmp_path):
+    uri = f"http://127.0.0.1:{free_ports(1)[0]}"
+    with pytest.raises(UserError, match=f"MLflow at tracking.uri '{uri}' does not answer: .*; start it, correct the address"):
+        Outbox(uri, tmp_path, 1.0)
