@@ -41,7 +41,8 @@ from torch import Tensor, nn
 from dmat_ray import threats
 from dmat_ray.attack import attack
 from dmat_ray.attack_view import AttackView
-from dmat_ray.config import ElasticRow, FogRow, GaborRow, ImageRow, JpegRow, Row, SnowRow
+from dmat_ray.config import FogRow, ImageRow, Row
+from dmat_ray.config.evaluation import ElasticRow, GaborRow, JpegRow, SnowRow
 from dmat_ray.errors import UserError
 from dmat_ray.types import Batch
 

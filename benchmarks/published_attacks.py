@@ -25,7 +25,8 @@ from published_code import TESTS, advex_attack, digit_network, digits, published
 from torch import Tensor, nn
 
 from dmat_ray import threats
-from dmat_ray.config import ElasticRow, FogRow, GaborRow, JpegRow, Row, SnowRow
+from dmat_ray.config import FogRow, Row
+from dmat_ray.config.evaluation import ElasticRow, GaborRow, JpegRow, SnowRow
 from dmat_ray.errors import UserError
 from dmat_ray.rng import Draws
 from dmat_ray.threats.jpeg import CHROMA, LUMA

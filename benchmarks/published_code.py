@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from dmat_ray import checkpoint, classifiers
-from dmat_ray.config import ClassifierConfig, ElasticRow, FogRow, GaborRow, ImageRow, JpegRow, Row, SnowRow
+from dmat_ray.config import ClassifierConfig, FogRow, ImageRow, Row
+from dmat_ray.config.evaluation import ElasticRow, GaborRow, JpegRow, SnowRow
 from dmat_ray.errors import UserError
 from dmat_ray.types import Batch
 

@@ -83,6 +83,23 @@ def in_fresh_python(code: str) -> str:
     return done.stdout
 
 
+def test_what_scripts_import_of_the_package_is_there() -> None:
+    """Benchmarks too, which most runs of the tests do not start."""
+    folders = [ROOT.parent / name for name in ("benchmarks", "jobs", "tests", "tune_spaces")]
+    scripts = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    names = {name for path in scripts for name in within(imports_of(path.stem, path.read_text()), "dmat_ray")}
+    assert len(names) > 200
+    code = f"""
+import pkgutil
+for name in {sorted(names)!r}:
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError) as error:
+        print(name, error)
+"""
+    assert in_fresh_python(code) == ""
+
+
 def test_the_core_imports_where_ray_and_mlflow_do_not() -> None:
     modules = [name.removesuffix(".__init__") for name in CORE]
     code = f"""
