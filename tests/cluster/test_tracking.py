@@ -1,9 +1,12 @@
 """Tracking with a real MLflow server that is killed and comes again: nothing waits for it, and nothing is lost."""
 
+import contextlib
+import io
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -36,48 +39,6 @@ def values(server: MlflowServer, run: Found, metric: str) -> list[tuple[int, flo
     return [(m.step, m.value) for m in MlflowClient(server.url).get_metric_history(run.info.run_id, metric)]
 
 
-def test_a_killed_server_gets_everything_when_it_is_back(server, tmp_path, capfd):
-    config = settings(tmp_path, "--tracking.uri", server.url, "--tracking.experiment", "killed")
-    (tmp_path / "kept.txt").write_text("kept")
-    with tracking.tracked(config, "all", "tune") as parent:
-        parent.metrics({"loss": 3.0}, step=0)
-        before = tracking.open_run(config, "before", "trial", parent)
-        before.metrics({"loss": 2.0}, step=1)
-        assert before.id
-        server.kill()
-        began = time.monotonic()
-        for step in range(2, 50):
-            before.metrics({"loss": 2.0 / step, "accuracy": step / 50}, step=step)
-        before.finish("FINISHED")
-        during = tracking.open_run(config, "during", "trial", parent)
-        during.tag("sample.alpha", "0.3")
-        during.metrics({"loss": 1.5}, step=1)
-        during.artifact(tmp_path / "kept.txt", "files")
-        during.text("note.txt", "a note")
-        during.finish("FAILED")
-        assert time.monotonic() - began < 1, "none of this waits for the server"
-        time.sleep(3)
-        server.start()
-    said = capfd.readouterr().err
-    assert said.count("does not answer") == 1
-    assert said.count("answers again") == 1
-    found = runs(server, "killed")
-    assert {name: run.info.status for name, run in found.items()} == {
-        "tune: all": "FINISHED", "trial: before": "FINISHED", "trial: during": "FAILED",
-    }  # fmt: skip
-    for child in ("trial: before", "trial: during"):
-        assert found[child].data.tags["mlflow.parentRunId"] == found["tune: all"].info.run_id
-    expected = [(1, 2.0), *((step, 2.0 / step) for step in range(2, 50))]
-    assert values(server, found["trial: before"], "loss") == expected
-    assert found["trial: during"].data.tags["sample.alpha"] == "0.3"
-    assert found["trial: during"].data.params["training.epochs"] == "2"
-    client = MlflowClient(server.url)
-    run_id = found["trial: during"].info.run_id
-    assert [a.path for a in client.list_artifacts(run_id, "files")] == ["files/kept.txt"]
-    assert Path(client.download_artifacts(run_id, "note.txt")).read_text() == "a note"
-    assert not (tmp_path / UNSENT).exists()
-
-
 JOB = """
 import sys
 from pathlib import Path
@@ -94,29 +55,92 @@ with tracking.tracked(config, sys.argv[4], "train") as run:
 """
 
 
-def test_what_a_job_cannot_send_the_next_one_sends(server, tmp_path):
-    def job(name: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-c", JOB, str(Path(__file__).parent), str(tmp_path), server.url, name]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, text=True, **pipes)
+def job(name: str, output: Path, server: MlflowServer) -> "subprocess.Popen[str]":
+    """A process that logs what it has to log when a line comes."""
+    command = [sys.executable, "-c", JOB, str(Path(__file__).parent), str(output), server.url, name]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, **pipes)
 
-    first = job("first")
+
+@dataclass(frozen=True)
+class Outage:
+    """What was done and said while the server was dead."""
+
+    here: str
+    """By a stage that goes on until the server is back."""
+    seconds: float
+    """How long that took to log all it had."""
+    ended: str
+    """By a job that ended before."""
+    ended_id: str
+
+
+@pytest.fixture(scope="module")
+def outage(server: MlflowServer, tmp_path_factory: pytest.TempPathFactory) -> Outage:
+    """The server is killed -9 in the middle of a stage, and a job ends while it is dead."""
+    folder = tmp_path_factory.mktemp("outage")
+    (folder / "kept.txt").write_text("kept")
+    options = ("--tracking.uri", server.url, "--tracking.experiment", "killed", "--tracking.patience_s", 600)
+    first = job("first", folder / "job", server)
     assert first.stdout is not None
-    run_id = first.stdout.readline().strip()
-    server.kill()
-    _, said = first.communicate("\n", timeout=120)
-    assert first.returncode == 0, said
-    assert f"2 entries for MLflow are kept in '{tmp_path / UNSENT}'" in said
-    server.start()
+    ended_id = first.stdout.readline().strip()
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        with tracking.tracked(settings(folder, *options), "all", "tune") as parent:
+            parent.metrics({"loss": 3.0}, step=0)
+            before = tracking.open_run(settings(folder, *options), "before", "trial", parent)
+            before.metrics({"loss": 2.0}, step=1)
+            assert before.id
+            server.kill()
+            began = time.monotonic()
+            for step in range(2, 50):
+                before.metrics({"loss": 2.0 / step, "accuracy": step / 50}, step=step)
+            before.finish("FINISHED")
+            during = tracking.open_run(settings(folder, *options), "during", "trial", parent)
+            during.tag("sample.alpha", "0.3")
+            during.metrics({"loss": 1.5}, step=1)
+            during.artifact(folder / "kept.txt", "files")
+            during.text("note.txt", "a note")
+            during.finish("FAILED")
+            seconds = time.monotonic() - began
+            _, ended = first.communicate("\n", timeout=300)
+            assert first.returncode == 0, ended
+            server.start()
+        assert not (folder / UNSENT).exists()
+    assert (folder / "job" / UNSENT).exists()
     assert runs(server, "ended")["train: first"].info.status == "RUNNING"
-    second = job("second")
-    _, said = second.communicate("\n", timeout=120)
-    assert second.returncode == 0, said
+    second = job("second", folder / "job", server)
+    _, text = second.communicate("\n", timeout=300)
+    assert second.returncode == 0, text
+    assert not (folder / "job" / UNSENT).exists()
+    return Outage(said.getvalue(), seconds, ended, ended_id)
+
+
+def test_a_killed_server_gets_everything_when_it_is_back(server, outage):
+    assert outage.seconds < 1, "nothing waits for the server"
+    assert outage.here.count("does not answer") == 1
+    assert outage.here.count("answers again") == 1
+    found = runs(server, "killed")
+    assert {name: run.info.status for name, run in found.items()} == {
+        "tune: all": "FINISHED", "trial: before": "FINISHED", "trial: during": "FAILED",
+    }  # fmt: skip
+    for child in ("trial: before", "trial: during"):
+        assert found[child].data.tags["mlflow.parentRunId"] == found["tune: all"].info.run_id
+    expected = [(1, 2.0), *((step, 2.0 / step) for step in range(2, 50))]
+    assert values(server, found["trial: before"], "loss") == expected
+    assert found["trial: during"].data.tags["sample.alpha"] == "0.3"
+    assert found["trial: during"].data.params["training.epochs"] == "2"
+    client = MlflowClient(server.url)
+    run_id = found["trial: during"].info.run_id
+    assert [a.path for a in client.list_artifacts(run_id, "files")] == ["files/kept.txt"]
+    assert Path(client.download_artifacts(run_id, "note.txt")).read_text() == "a note"
+
+
+def test_what_a_job_cannot_send_the_next_one_sends(server, outage):
+    assert "2 entries for MLflow are kept in '" in outage.ended
     found = runs(server, "ended")
     assert {name: run.info.status for name, run in found.items()} == {"train: first": "FINISHED", "train: second": "FINISHED"}
-    assert found["train: first"].info.run_id == run_id
+    assert found["train: first"].info.run_id == outage.ended_id
     assert values(server, found["train: first"], "loss") == [(7, 0.5)]
-    assert not (tmp_path / UNSENT).exists()
 
 
 def test_what_the_server_refuses_is_told_and_the_rest_is_sent(server, tmp_path, capfd):
