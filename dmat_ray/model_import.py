@@ -120,6 +120,8 @@ def _by_name(path: Path, tensors: Tensors, expected: Mapping[str, Tensor]) -> di
     names: dict[str, str] = {}
     for theirs in tensors:
         ours = _stripped(theirs, expected)
+        if ours in names and ours not in expected:
+            ours = theirs  # no name of this network: what is missing will be said
         if ours in names and not COUNTERS.fullmatch(ours):
             raise UserError(f"checkpoint '{path}' holds '{shown(ours)}' twice: as {shown(names[ours])} and as {shown(theirs)}")
         names[ours] = theirs
@@ -171,7 +173,7 @@ def _require_match(
     odd = [f"{key} {found} instead of {wanted}" for key, (found, wanted) in shapes.items() if found != wanted]
     wrong = [
         *([f"{len(missing)} of its {len(expected)} tensors are missing ({listed(missing)})"] if missing else []),
-        *([f"{len(extra)} have no place in it ({listed(extra)})"] if extra else []),
+        *([f"{len(extra)} {'has' if len(extra) == 1 else 'have'} no place in it ({listed(extra)})"] if extra else []),
         *([f"{len(odd)} have another shape ({listed(odd)})"] if odd else []),
     ]
     if wrong:

@@ -29,7 +29,11 @@ def named_folders(config: Config, given: Sequence[str]) -> dict[str, Path]:
     found = {Path(name).name: (root / name if (root / name).is_dir() else Path(name)).resolve() for name in given}
     if len(found) < len(given):
         raise UserError(f"two of the models have the same name: {', '.join(given)}")
-    for folder in found.values():
+    for name, folder in found.items():
+        if not folder.is_dir() and name in given:
+            there = sorted(path.name for path in root.glob("*") if (path / checkpoint.RUN).is_file())
+            choices = f"; those of this output are {', '.join(there)}" if there else "; train one with jobs/train.py"
+            raise UserError(f"there is no trained model at '{root / name}'{choices}")
         checkpoint.read_run(folder)
     return found
 
@@ -65,8 +69,10 @@ def untrained(configs: list[Config], say: Callable[[str], None], workers: int | 
     for config in configs:
         if is_trained(config):
             say(f"{config.name}: is trained already and unchanged, nothing to do")
-        else:
-            todo.append(config)
+            continue
+        todo.append(config)
+        if (model_folder(config) / checkpoint.RUN).is_file():
+            say(f"{config.name}: there is a model of this name, of other settings or another set; this one will take its place")
     if todo:
         manifest = set_reader.read_manifest(set_folder(todo[0]))
         channels, resolution, _ = manifest["shapes"]["on_manifold"]

@@ -51,7 +51,8 @@ def terminal_checks(findings: Sequence[Finding]) -> str:
     """A line for each warning, and one that says how many checks passed."""
     lines = [f"warning: {f.model}: {f.check}: {f.text}" for f in findings if f.level == "warning"]
     good, every = report_text.passed(findings)
-    return "\n".join([*lines, f"{good} of {every} checks passed" if every else "no checks were made"])
+    others = f", the others gave {len(lines)} warning{'s' if len(lines) > 1 else ''}" if lines else ""
+    return "\n".join([*lines, f"{good} of {every} checks passed{others}" if every else "no checks were made"])
 
 
 def write(

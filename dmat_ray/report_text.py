@@ -44,7 +44,8 @@ def markdown(
         text += _table(["attacked, then judged by", *models], models, body)
     if findings:
         good, every_check = passed(findings)
-        text += ["## Checks", "", f"{good} of {every_check} passed.", ""]
+        others = f"; the others gave the {len(warnings)} warnings above" if warnings else ""
+        text += ["## Checks", "", f"{good} of {every_check} passed{others}.", ""]
         text += [f"- {f.level}: {_escaped(f.model)}: {_escaped(f.check)}: {_escaped(f.text)}" for f in findings] + [""]
     text += ["## Settings", "", *(f"- {_escaped(name)}: {_escaped(value)}" for name, value in facts), ""]
     text += [*(f"    {line}" for line in config.splitlines()), ""]

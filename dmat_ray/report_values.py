@@ -99,7 +99,13 @@ def columns_described(results: Results) -> dict[str, str]:
         elif name in results.suite:
             found[name] = described(results.suite[name])
     how = {"worst": "right under every one of", "mean": "mean of", "uar": "sum, over that of models trained against each, of"}
-    return found | {s.name: f"{how[s.how]}: {', '.join(s.of)}" for s in results.config.summaries}
+    for summary in results.config.summaries:
+        found[summary.name] = f"{how[summary.how]}: {', '.join(summary.of)}"
+        for set_name in results.config.sets:
+            absent = [name for name in summary.of if name not in results.columns(set_name)]
+            if absent and summary.name in results.columns(set_name):
+                found[summary.name] += f" (on {SET_NAMES[set_name]} without {', '.join(absent)})"
+    return found
 
 
 def _parts(results: Results, column: str) -> list[AttackRow]:

@@ -231,7 +231,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Tensor]], Any], dict[str, Any], str]] =
     "channels": (lambda s: s, {"channels": 1}, r"takes images of 3 channel\(s\) \(conv1\.0\.weight\), here they have 1"),
     "head": (
         _without_head, {},
-        r"does not fit classifier.name '\w+': 2 of its \d+ tensors are missing \(fc.bias, fc.weight\); 1 have no place in "
+        r"does not fit classifier.name '\w+': 2 of its \d+ tensors are missing \(fc.bias, fc.weight\); 1 has no place in "
         r"it \(head.weight\)",
     ),
     "architecture": (lambda s: s, {"name": "resnet18"}, r"'resnet18': \d+ of its \d+ tensors are missing \(bn1\.bias"),

@@ -164,7 +164,7 @@ def test_terminal_checks_are_a_line_a_warning_and_a_count() -> None:
     assert report.terminal_checks(found).splitlines() == [
         "warning: at: noise: a is weak",
         "warning: at: noise: b is weak",
-        "2 of 3 checks passed",
+        "2 of 3 checks passed, the others gave 2 warnings",
     ]
     assert report.terminal_checks([]) == "no checks were made"
 
@@ -394,6 +394,12 @@ def test_page_holds_the_whole_config_and_what_made_it(page: Page, config: Config
 def test_rows_are_put_into_words(row: dict[str, Any], words: str) -> None:
     config = EvaluationConfig.model_validate({"attacks": [{"name": "a", **row}], "sets": ["on_manifold"]})
     assert report_values.described(config.attacks[0]) == words
+
+
+def test_a_summary_says_what_it_lacks_on_natural_images(written: Written) -> None:
+    markdown = written.path.with_suffix(".md").read_text()
+    (line,) = [line for line in markdown.replace("\\", "").splitlines() if line.startswith("- **mean**: ")]
+    assert line.endswith("OM-PGD (on natural test images x without OM-PGD)")
 
 
 SMALL: dict[str, dict[str, Any]] = {

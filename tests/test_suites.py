@@ -50,8 +50,15 @@ def test_rows_of_ones_own_win_over_a_suites(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("attacks: [{threat: rain, name: a}]", ["rain", "'fog'", "'snow'"]),
-        ("attacks: [{threat: image, name: a, radius: 3}]", ["radius", "no such setting"]),
+        ("attacks: [{threat: rain, name: a}]", ["mine.yaml', attack 'a': ", "no threat 'rain'", "'fog'", "'snow'"]),
+        ("attacks: [{threat: imgae, name: PGD}]", ["mine.yaml', attack 'PGD': ", "did you mean 'image'?"]),
+        ("attacks: [{threat: image, name: a, radius: 3}]", ["radius", "no such setting", "there are threat, norm, eps"]),
+        ("attacks: [{threat: image, name: a, step: 3}]", ["no such setting as step; did you mean steps?"]),
+        ("attacks: [{threat: image, name: a, eps: 8}]", ["attack 'a': eps is 8, but pixels are in [0, 1]; did you mean 8/255?"]),
+        ("attacks: [{threat: image, name: a, steps: 0}]", ["attack 'a': steps: Input should be greater than or equal to 1"]),
+        ("attacks: [7]", ["attack 7: "]),
+        ("summaries: [{name: s, on: [clean]}]", ["summary 's': of: Field required"]),
+        ("summaries: [{name: s, of: [clean], hwo: worst}]", ["summary 's': there is no such setting as hwo; did you mean how?"]),
         ("rows: []", ["'rows'", "attacks, include, summaries"]),
         ("- a", ["list"]),
         ("include: [nothing]", ["'nothing' does not exist", "known", "unseen"]),

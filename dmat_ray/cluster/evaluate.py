@@ -171,6 +171,9 @@ def evaluate(
     work = _Work(config, set_path, models, folder)
     rows, looks = evaluation.SCHEMA.empty_table(), probes.units(list(models), settings, work.positions)
     rounds = units.rounds(settings)
+    for set_name in settings.sets:
+        if left_out := [row.name for row in settings.attacks if not units.applies(row, set_name)]:
+            say(f"on {set_name} images, which have no w, there is no {', '.join(left_out)}")
     for number, names in enumerate(rounds):
         standing = units.still_standing(rows, settings, work.data, work.positions)
         attacks = units.units(list(models), names, settings, standing)

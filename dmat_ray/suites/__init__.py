@@ -1,15 +1,20 @@
 """Suites of attacks by name: YAML files, each a table of rows, summaries of them, and other suites that it includes."""
 
+import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
-from dmat_ray.config import EvaluationConfig
+from dmat_ray.config import AttackRow, EvaluationConfig, Section, Summary
 from dmat_ray.errors import UserError
 
 FOLDER = Path(__file__).parent
 KEYS = {"include", "attacks", "summaries"}
+_ROW: TypeAdapter[Any] = TypeAdapter(AttackRow)
+_SUMMARY: TypeAdapter[Any] = TypeAdapter(Summary)
+_ROWS: dict[str, type[Section]] = {row.model_fields["threat"].default: row for row in get_args(get_args(AttackRow)[0])}
 
 
 def names() -> list[str]:
@@ -57,12 +62,39 @@ def _joined(rows: list[Any]) -> list[Any]:
 def resolved(config: EvaluationConfig) -> EvaluationConfig:
     """The settings with the rows of their suites after their own, whose names win.
 
-    Raises UserError for what `load` refuses, pydantic's ValidationError for a row that is wrong.
+    Raises UserError for what `load` refuses and for a row that is wrong, pydantic's ValidationError for rows that do not go
+    together.
     """
     if not config.suites:
         return config
     values = config.model_dump(mode="json")
     for name in config.suites:
         for key, rows in load(name).items():
+            for row in rows:
+                _require_valid(name, key, row)
             values[key] = _joined([*values[key], *rows, *values[key]])
     return EvaluationConfig.model_validate({**values, "suites": ()})
+
+
+def _require_valid(suite: str, key: str, row: Any) -> None:
+    """Raise UserError that names a suite's row, as its author does, and what is wrong with it."""
+    named = f"'{row['name']}'" if isinstance(row, dict) and "name" in row else repr(row)
+    where = f"suite '{suite}', {'attack' if key == 'attacks' else 'summary'} {named}"
+    try:
+        (_ROW if key == "attacks" else _SUMMARY).validate_python(row)
+    except ValidationError as error:
+        item = error.errors()[0]
+        if item["type"] == "union_tag_invalid":
+            wrong, known = str(item["ctx"]["tag"]), [t.strip(" '") for t in item["ctx"]["expected_tags"].split(",")]
+            close = difflib.get_close_matches(wrong, known, n=1)
+            hint = f"did you mean '{close[0]}'? " if close else ""
+            raise UserError(f"{where}: there is no threat '{wrong}'; {hint}known are {', '.join(map(repr, known))}") from None
+        place = [str(part) for part in item["loc"]]
+        field = ".".join(place[1:] if key == "attacks" else place)  # the first is the threat
+        if item["type"] == "extra_forbidden":
+            known = list(_ROWS[place[0]].model_fields if key == "attacks" else Summary.model_fields)
+            close = difflib.get_close_matches(field, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+            raise UserError(f"{where}: there is no such setting as {field}; {hint}") from None
+        text = item["msg"].removeprefix("Value error, ")
+        raise UserError(f"{where}: {f'{field}: ' if field else ''}{text}") from None

@@ -103,7 +103,7 @@ def test_sets_and_models(run_job, tmp_path, finished):
     finished.copy_set(out)
     refused(run_job("project.py", "--projection.lr", 0.5), "projection.lr = 0.1", "now it is 0.5")
     refused(run_job("evaluate.py"), "no models", "jobs/train.py")
-    refused(run_job("evaluate.py", "--models", "mine"), "no trained model", "mine")
+    refused(run_job("evaluate.py", "--models", "mine"), f"no trained model at '{out / 'models' / 'mine'}'", "jobs/train.py")
     refused(run_job("train.py", "--training.batch_size", 1), "batch_size 1", "2 workers")
     refused(run_job("train.py", "--classifier.name", "resnet19"), "resnet19", "resnet18")
     refused(run_job("train.py", "--preset", "demo", "dmat", "--training.images", "natural"), "objective.latent", "natural")
@@ -124,6 +124,7 @@ def test_sets_and_models(run_job, tmp_path, finished):
     shutil.copytree(model, foreign)
     run["config"]["classifier"]["name"] = "resnet18"
     (foreign / "run.json").write_text(json.dumps(run))
+    refused(run_job("evaluate.py", "--models", "mine"), "no trained model", "those of this output are foreign")
     refused(run_job("evaluate.py", "--models", "foreign"), "foreign", "of another architecture")
     (foreign / "run.json").write_text(json.dumps({**run, "class_names": ["cat", "dog"]}))
     refused(run_job("evaluate.py", "--models", "foreign"), "foreign")

@@ -85,6 +85,7 @@ def test_rows_and_columns_are_whole(finished, undisturbed):
     assert {m["model"] for m in measurements} == set(finished.models)
     assert kept == findings
     assert any(line.startswith("round 3 of 3") for line in lines)
+    assert [line for line in lines if "no w" in line] == ["on natural images, which have no w, there is no OM-PGD"]
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(finished, suite, undisturbed, tmp_path, say, lines):
