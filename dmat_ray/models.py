@@ -30,7 +30,7 @@ def named_folders(config: Config, given: Sequence[str]) -> dict[str, Path]:
     if len(found) < len(given):
         raise UserError(f"two of the models have the same name: {', '.join(given)}")
     for name, folder in found.items():
-        if not folder.is_dir() and name in given:
+        if not folder.is_dir() and name in given:  # a name, and no path
             there = sorted(path.name for path in root.glob("*") if (path / checkpoint.RUN).is_file())
             choices = f"; those of this output are {', '.join(there)}" if there else "; train one with jobs/train.py"
             raise UserError(f"there is no trained model at '{root / name}'{choices}")
@@ -69,10 +69,8 @@ def untrained(configs: list[Config], say: Callable[[str], None], workers: int | 
     for config in configs:
         if is_trained(config):
             say(f"{config.name}: is trained already and unchanged, nothing to do")
-            continue
-        todo.append(config)
-        if (model_folder(config) / checkpoint.RUN).is_file():
-            say(f"{config.name}: there is a model of this name, of other settings or another set; this one will take its place")
+        else:
+            todo.append(config)
     if todo:
         manifest = set_reader.read_manifest(set_folder(todo[0]))
         channels, resolution, _ = manifest["shapes"]["on_manifold"]

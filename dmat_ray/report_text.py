@@ -44,7 +44,7 @@ def markdown(
         text += _table(["attacked, then judged by", *models], models, body)
     if findings:
         good, every_check = passed(findings)
-        others = f"; the others gave the {len(warnings)} warnings above" if warnings else ""
+        others = f"; the others gave the {len(warnings)} warning{'s' if len(warnings) > 1 else ''} above" if warnings else ""
         text += ["## Checks", "", f"{good} of {every_check} passed{others}.", ""]
         text += [f"- {f.level}: {_escaped(f.model)}: {_escaped(f.check)}: {_escaped(f.text)}" for f in findings] + [""]
     text += ["## Settings", "", *(f"- {_escaped(name)}: {_escaped(value)}" for name, value in facts), ""]

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from dmat_ray.errors import UserError
+from dmat_ray.files import text_digest
 
 KEY = "dmat_ray.key"
 PARENT = "mlflow.parentRunId"
-UNSENT = "mlflow_unsent.jsonl"
+KINDS = {"create", "metrics", "artifact", "text", "tag", "finish"}
 PAUSES_S = (0.5, 1, 2, 5, 10)
 Entry = dict[str, Any]
 
@@ -29,7 +30,7 @@ Entry = dict[str, Any]
 class Outbox:
     """The entries for one tracking server (or database), which wait in `folder` if a job ends before they are sent.
 
-    An entry is JSON: {"do": one of the methods below, "run": a handle, ...}. A handle is ours, so that a run can be written to
+    An entry is JSON: {"do": one of KINDS, "run": a handle, ...}. A handle is ours, so that a run can be written to
     before the server has made it. Raises UserError if the server does not answer at the start.
     """
 
@@ -46,7 +47,8 @@ class Outbox:
         from mlflow import MlflowClient
 
         self.uri, self.patience_s = uri, patience_s
-        self._file = folder / UNSENT
+        # of this server: the ids in it are nobody else's
+        self._file = folder / f"mlflow_unsent_{text_digest(uri)[:8]}.jsonl"
         self._client = MlflowClient(uri)
         try:
             self._client.search_experiments(max_results=1)
@@ -74,18 +76,26 @@ class Outbox:
                 self._change.wait(timeout=0.2)
             if not self._entries:
                 return
-            left = [{**entry, "id": self._ids.get(entry["run"])} for entry in self._entries]
+            left = [
+                {**entry, "id": self._ids.get(entry["run"]), "parent_id": self._ids.get(entry.get("parent") or "")}
+                for entry in self._entries
+            ]
             partial = self._file.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(entry) + "\n" for entry in left), encoding="utf-8")
-            partial.replace(self._file)
+            try:
+                partial.write_text("".join(json.dumps(entry) + "\n" for entry in left), encoding="utf-8")
+                partial.replace(self._file)
+            except OSError as error:
+                _warn(f"{len(left)} entries for MLflow cannot be kept in '{self._file}': {error}")
+                return
         _warn(f"{len(left)} entries for MLflow are kept in '{self._file}'; the next job with this output sends them")
 
     def id_of(self, run: str) -> str:
-        """The server's id of a run. Raises UserError if it has not answered for `patience_s`."""
+        """The server's id of a run. Raises UserError if it has not answered for `patience_s`, or refused to make it."""
         with self._change:
             while run not in self._ids:
-                if self._given_up():
-                    raise UserError(f"MLflow at '{self.uri}' does not answer, and this needs it")
+                if self._given_up() or not self._entries:
+                    said = "refused to make the run" if not self._entries else "does not answer"
+                    raise UserError(f"MLflow at '{self.uri}' {said}, and this needs it")
                 self._change.wait(timeout=0.2)
             return self._ids[run]
 
@@ -116,7 +126,8 @@ class Outbox:
             with self._change:
                 self._entries.popleft()
                 if not self._entries:
-                    self._file.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):
+                        self._file.unlink(missing_ok=True)
                 self._change.notify_all()
 
     def _send(self, entry: Entry) -> None:
@@ -146,7 +157,7 @@ class Outbox:
             run_id = str(found[0].info.run_id)
             self._client.update_run(run_id, status="RUNNING")
         else:
-            parent = self._ids.get(entry["parent"] or "")
+            parent = entry.get("parent_id") or self._ids.get(entry["parent"] or "")
             # tags with the run itself: a kill right after it must not leave one that is never found again
             tags = {KEY: entry["key"], **entry["tags"], **({PARENT: parent} if parent else {})}
             made = self._client.create_run(place, tags=tags, run_name=entry["name"], start_time=entry["time"])
@@ -209,8 +220,12 @@ def _read(file: Path) -> list[Entry]:
     with contextlib.suppress(FileNotFoundError):
         for line in file.read_text(encoding="utf-8").splitlines():
             try:
-                entries.append(json.loads(line))
+                entry = json.loads(line)
             except ValueError:
+                entry = None
+            if isinstance(entry, dict) and entry.get("do") in KINDS and isinstance(entry.get("run"), str):
+                entries.append(entry)
+            else:
                 _warn(f"a line of '{file}' is damaged and left out")
     return entries
 

@@ -77,6 +77,9 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
     All runs share one worker group, one after the other: its start-up is paid once. A rerun after a crash goes on from
     the latest checkpoint.
     """
+    for config in todo:
+        if (model_folder(config) / checkpoint.RUN).is_file():
+            say(f"{config.name}: there is a model of this name, of other settings or another set; this one will take its place")
     set_path = set_folder(todo[0])
     first, epochs = todo[0], {c.name: c.training.epochs for c in todo}
     storage = Path(first.output).resolve() / "train"

@@ -85,16 +85,16 @@ def _require_valid(suite: str, key: str, row: Any) -> None:
     except ValidationError as error:
         item = error.errors()[0]
         if item["type"] == "union_tag_invalid":
-            wrong, known = str(item["ctx"]["tag"]), [t.strip(" '") for t in item["ctx"]["expected_tags"].split(",")]
-            close = difflib.get_close_matches(wrong, known, n=1)
+            close = difflib.get_close_matches(str(item["ctx"]["tag"]), _ROWS, n=1)
             hint = f"did you mean '{close[0]}'? " if close else ""
-            raise UserError(f"{where}: there is no threat '{wrong}'; {hint}known are {', '.join(map(repr, known))}") from None
+            known = ", ".join(map(repr, _ROWS))
+            raise UserError(f"{where}: there is no threat '{item['ctx']['tag']}'; {hint}known are {known}") from None
         place = [str(part) for part in item["loc"]]
         field = ".".join(place[1:] if key == "attacks" else place)  # the first is the threat
         if item["type"] == "extra_forbidden":
-            known = list(_ROWS[place[0]].model_fields if key == "attacks" else Summary.model_fields)
-            close = difflib.get_close_matches(field, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+            fields = list(_ROWS[place[0]].model_fields if key == "attacks" else Summary.model_fields)
+            close = difflib.get_close_matches(field, fields, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(fields)}"
             raise UserError(f"{where}: there is no such setting as {field}; {hint}") from None
         text = item["msg"].removeprefix("Value error, ")
         raise UserError(f"{where}: {f'{field}: ' if field else ''}{text}") from None

@@ -15,10 +15,11 @@ from mlflow.entities import Run as Found
 from small import MlflowServer, free_ports, settings
 
 from dmat_ray.cluster import tracking
-from dmat_ray.cluster.outbox import UNSENT, Outbox
+from dmat_ray.cluster.outbox import Outbox
 from dmat_ray.errors import UserError
 
 pytestmark = pytest.mark.cluster
+UNSENT = "mlflow_unsent_*.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,7 @@ with tracking.tracked(config, sys.argv[4], "train") as run:
     print(run.id, flush=True)
     sys.stdin.readline()
     run.metrics({"loss": 0.5}, step=7)
+    tracking.open_run(config, sys.argv[4] + "s child", "trial", run).finish("FINISHED")
 """
 
 
@@ -105,13 +107,15 @@ def outage(server: MlflowServer, tmp_path_factory: pytest.TempPathFactory) -> Ou
             _, ended = first.communicate("\n", timeout=300)
             assert first.returncode == 0, ended
             server.start()
-        assert not (folder / UNSENT).exists()
-    assert (folder / "job" / UNSENT).exists()
+        assert not list(folder.glob(UNSENT))
+    assert len(list((folder / "job").glob(UNSENT))) == 1
+    with (folder / "job" / "mlflow_unsent_01234567.jsonl").open("w") as other:
+        other.write("of another server")
     assert runs(server, "ended")["train: first"].info.status == "RUNNING"
     second = job("second", folder / "job", server)
     _, text = second.communicate("\n", timeout=300)
     assert second.returncode == 0, text
-    assert not (folder / "job" / UNSENT).exists()
+    assert [path.name for path in (folder / "job").glob(UNSENT)] == ["mlflow_unsent_01234567.jsonl"], "which is not touched"
     return Outage(said.getvalue(), seconds, ended, ended_id)
 
 
@@ -136,10 +140,12 @@ def test_a_killed_server_gets_everything_when_it_is_back(server, outage):
 
 
 def test_what_a_job_cannot_send_the_next_one_sends(server, outage):
-    assert "2 entries for MLflow are kept in '" in outage.ended
+    assert "4 entries for MLflow are kept in '" in outage.ended
     found = runs(server, "ended")
-    assert {name: run.info.status for name, run in found.items()} == {"train: first": "FINISHED", "train: second": "FINISHED"}
+    assert found.keys() == {"train: first", "trial: firsts child", "train: second", "trial: seconds child"}
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
     assert found["train: first"].info.run_id == outage.ended_id
+    assert found["trial: firsts child"].data.tags["mlflow.parentRunId"] == outage.ended_id
     assert values(server, found["train: first"], "loss") == [(7, 0.5)]
 
 
@@ -156,6 +162,14 @@ def test_what_the_server_refuses_is_told_and_the_rest_is_sent(server, tmp_path, 
     (found,) = runs(server, "refused").values()
     assert found.info.status == "FINISHED"
     assert found.data.metrics == {"loss": 1.0}
+
+
+def test_a_run_that_the_server_refuses_to_make_is_not_waited_for(server, tmp_path):
+    client = MlflowClient(server.url)
+    client.delete_experiment(client.create_experiment("deleted"))
+    config = settings(tmp_path, "--tracking.uri", server.url, "--tracking.experiment", "deleted")
+    with pytest.raises(UserError, match="refused to make the run"):
+        assert tracking.open_run(config, "", "train").id
 
 
 def test_a_server_that_is_not_there_at_the_start_is_named(tmp_path):
