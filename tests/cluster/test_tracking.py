@@ -52,8 +52,8 @@ config = settings(Path(sys.argv[2]), *tracked)
 with tracking.tracked(config, sys.argv[4], "train") as run:
     print(run.id, flush=True)
     sys.stdin.readline()
-    run.metrics({"loss": 0.5}, step=7)
     tracking.open_run(config, sys.argv[4] + "s child", "trial", run).finish("FINISHED")
+    run.metrics({"loss": 0.5}, step=7)
 """
 
 
