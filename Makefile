@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHROMIUM_STAMP := $(VENV)/.chromium
+POSTGRES_STAMP := $(VENV)/.postgres
 
 .PHONY: help demo test test-core test-cluster check format clean
 
@@ -33,8 +34,17 @@ $(CHROMIUM_STAMP): | $(STAMP)
 		|| echo "chromium cannot be installed, and its test is skipped; later: apt-get install chromium"
 	@touch $(CHROMIUM_STAMP)
 
+# What tests/cluster/test_tune.py puts behind its MLflow server, which else has sqlite. Debian starts a server of its own; ours is another.
+$(POSTGRES_STAMP): | $(STAMP) $(CHROMIUM_STAMP)
+	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 && { touch $(POSTGRES_STAMP); exit 0; }; \
+	command -v apt-get >/dev/null && test "$$(id -u)" = 0 || exit 0; \
+	echo "installing Debian's postgresql, which a test puts behind an MLflow server"; \
+	(apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends postgresql) >/dev/null 2>&1 \
+		|| echo "postgresql cannot be installed, and sqlite takes its place; later: apt-get install postgresql"
+	@touch $(POSTGRES_STAMP)
+
 # Those that start clusters run one after the other and come first; all others, a process a core, have what these leave idle.
-test: $(STAMP) $(CHROMIUM_STAMP)
+test: $(STAMP) $(CHROMIUM_STAMP) $(POSTGRES_STAMP)
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-core test-cluster
 
 test-core: $(STAMP)

@@ -64,7 +64,7 @@ def swatch(look: int) -> str:
 def lines(title: str, x: Axis, y: Axis, series: Sequence[Series], right: str = "") -> str:
     """Lines, and bands from low to high. `right` labels a second scale, of per cents that are missing to 100."""
     series = [_finite(s) for s in series]
-    plot = _Plot(x, y, series, right)
+    plot = Plot(x, y, series, right)
     drawn = []
     for s in series:
         at = [plot.at(*point) for point in zip(s.x, s.y, strict=True)]
@@ -85,7 +85,7 @@ def lines(title: str, x: Axis, y: Axis, series: Sequence[Series], right: str = "
 def points(title: str, x: Axis, y: Axis, series: Sequence[Series], spans: Sequence[tuple[float, float]]) -> str:
     """A named point a series, with its interval (low, high) of y and, from `spans`, of x; and the front that none beats."""
     every = [Series(s.name, s.look, span, (s.low[0], s.high[0])) for s, span in zip(series, spans, strict=True)]
-    plot = _Plot(x, y, [*series, *every])
+    plot = Plot(x, y, [*series, *every])
     places = [plot.at(s.x[0], s.y[0]) for s in series]
     front = sorted((s.x[0], s.y[0]) for s in series if not any(_beats(other, s) for other in series))
     drawn = [f'<path class="front" d="M{_path([plot.at(*p) for p in front])}"/>'] if len(front) > 1 else []
@@ -128,7 +128,7 @@ def _mark(look: int, x: float, y: float, said: str = "") -> str:
     return f'<path class="mark" transform="translate({x:.1f} {y:.1f})" d="{shape}">{title}</path>'
 
 
-class _Plot:
+class Plot:
     """A frame with two axes, and where in it values stand."""
 
     def __init__(self, x: Axis, y: Axis, series: Sequence[Series], right: str = "") -> None:

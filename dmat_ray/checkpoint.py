@@ -251,6 +251,13 @@ def require_same_config(old: dict[str, Any], new: Config, folder: Path) -> None:
             )
 
 
+def ancestor(run: dict[str, Any], config: Config) -> dict[str, Any]:
+    """For a run's lineage: whose checkpoint it went on from, after which epoch, and what was set otherwise until then."""
+    before, now = _flat(run["config"]), relevant(config)
+    changed = {name: before.get(name) for name, value in now.items() if before.get(name) != value}
+    return {"name": run["config"]["name"], "epoch": run["epoch"], "settings": changed}
+
+
 def relevant(config: Config) -> dict[str, Any]:
     """Dotted name -> value of the settings that change what is trained."""
     return {k: v for k, v in _flat(config.to_json()).items() if k not in HARMLESS and k.split(".")[0] not in HARMLESS}

@@ -1,7 +1,7 @@
 """The training loop, once, for laptop and cluster: it knows its `RunContext` and no more about where it runs."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dmat_ray import checkpoint, classifiers, objectives
-from dmat_ray.config import Config
+from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.data.epochs import NOTHING, Done, EpochSource, InMemory
 from dmat_ray.data.manifold_set import ManifoldSet, steps_per_epoch
 from dmat_ray.data.set_reader import digest, require_generator
@@ -21,6 +21,7 @@ from dmat_ray.schedules import learning_rate
 from dmat_ray.training_step import TrainingStep
 from dmat_ray.types import Generator, RunContext
 from dmat_ray.validation import Validator
+from dmat_ray.yardstick import Yardstick
 
 
 def check_inputs(config: Config, manifest: dict[str, Any], generator_sha256: str, world_size: int) -> None:
@@ -101,7 +102,14 @@ class _Run:
     """A training under way: what `train` goes through, and what its checkpoints hold."""
 
     def __init__(
-        self, config: Config, source: EpochSource, generator: Generator, generator_sha256: str, context: RunContext
+        self,
+        config: Config,
+        source: EpochSource,
+        generator: Generator,
+        generator_sha256: str,
+        context: RunContext,
+        judged_by: EvaluationConfig | None,
+        branch_from: Path | None,
     ) -> None:
         self.config, self.settings, self.source, self.context = config, config.training, source, context
         manifest, set_sha256 = source.manifest, digest(source.manifest)
@@ -114,25 +122,37 @@ class _Run:
         self.about = checkpoint.describe_run(config, class_names, channels, resolution, generator_sha256, set_sha256)
         self.steps = steps_per_epoch(source.size, self.settings.batch_size)
         held_out = source.held_out
-        self.validate = None if held_out is None else Validator(config, held_out, generator)
+        self.validators: list[Callable[[nn.Module, RunContext], dict[str, float]]] = []
+        if held_out is not None and judged_by is not None:
+            self.validators.append(Yardstick(judged_by, held_out, generator))
+        chooses = self.settings.keep == "best" or self.settings.patience is not None
+        if held_out is not None and (judged_by is None or chooses):
+            self.validators.append(Validator(config, held_out, generator))
         self.pace = Pace(context, self.settings.checkpoint_minutes)
         self.progress = _Progress()
         if (found := checkpoint.newest(context, checkpoint.RUN)) is not None:
             self._resume(found)
+        elif branch_from is not None:
+            self._resume(branch_from, branch=True)
         mine = self.progress.epoch + self.progress.done.steps / self.steps
         together = torch.tensor(mine, dtype=torch.float64, device=context.device)
         context.average_([together])
         if abs(float(together) - mine) > 1e-9:
             raise UserError("workers found different checkpoints to go on from: output must be a folder that all of them share")
 
-    def _resume(self, folder: Path) -> None:
-        run = checkpoint.read_run(folder)
-        checkpoint.require_same_config(run["config"], self.config, folder)
+    def _resume(self, folder: Path, *, branch: bool = False) -> None:
+        run = checkpoint.require_whole(folder, checkpoint.RUN) if branch else checkpoint.read_run(folder)
+        if not branch:
+            checkpoint.require_same_config(run["config"], self.config, folder)
+        if lineage := run.get("lineage", []) + ([checkpoint.ancestor(run, self.config)] if branch else []):
+            self.about["lineage"] = lineage
         if run["set_sha256"] != self.about["set_sha256"]:
             raise UserError(f"'{folder}' was trained on another on-manifold set; train under another --name")
         state = checkpoint.load_state(folder)
         self.step.load(state["step"])
         self.progress = _Progress.of(run, state["progress"], self.context.device)
+        if branch:
+            self.progress.finished = self.progress.epoch >= self.settings.epochs
         if not self.progress.finished:
             workers = f"{self.context.world_size} worker{'s' if self.context.world_size > 1 else ''}"
             done = self.progress.done.steps
@@ -167,9 +187,9 @@ class _Run:
         seconds = time.monotonic() - began
         self._require_finite(self.steps - 1)
         metrics = {**progress.sums.means(context), "epoch": epoch + 1.0, "lr": learning_rate(settings, epoch + 1)}
-        if self.validate is not None:
+        for validate in self.validators:
             try:
-                metrics |= self.validate(self.step.result, context)
+                metrics |= validate(self.step.result, context)
             except NotFiniteError as error:
                 raise NotFiniteError(self._diverged(None, "", self.steps - 1, f"validation: {error}")) from None
         metrics["examples_per_second"] = self.source.size * (1 - first.steps / self.steps) / seconds
@@ -192,7 +212,7 @@ class _Run:
 
     def _note_best(self, metrics: dict[str, float]) -> None:
         name, best = self.settings.best_metric, self.progress.best
-        if self.validate is None or (best is not None and metrics[name] <= best["metrics"][name]):
+        if name not in metrics or (best is not None and metrics[name] <= best["metrics"][name]):
             return
         network = self.step.result.state_dict() if self.settings.keep == "best" else {}
         self.progress.best = {"metrics": metrics, "network": {key: value.detach().clone() for key, value in network.items()}}
@@ -248,17 +268,25 @@ class _Run:
 
 
 def train(
-    config: Config, data: ManifoldSet | EpochSource, generator: Generator, generator_sha256: str, context: RunContext
+    config: Config,
+    data: ManifoldSet | EpochSource,
+    generator: Generator,
+    generator_sha256: str,
+    context: RunContext,
+    *,
+    judged_by: EvaluationConfig | None = None,
+    branch_from: Path | None = None,
 ) -> dict[str, float]:
     """Train a classifier on the training split `data`, in memory or streamed, and return the last epoch's metrics.
 
     After every epoch metrics go to `context.report`, with a checkpoint every `checkpoint_every` epochs and at the end; within
     an epoch one comes every `checkpoint_minutes`, and when `context` says that its machine will go. Goes on from the newest
-    checkpoint that is whole, with the batch that would have come next. Raises UserError if that was trained with other settings,
-    and NotFiniteError, which names step and term, if training diverges.
+    checkpoint that is whole, with the batch that would have come next; if there is none, from `branch_from`, a checkpoint of any
+    settings. `judged_by` is a suite that is measured on the held-out examples after every epoch (see `yardstick`). Raises
+    UserError if the newest checkpoint was trained with other settings, and NotFiniteError, with step and term, if it diverges.
     """
     source: EpochSource = InMemory(data, config.training) if isinstance(data, ManifoldSet) else data
-    run = _Run(config, source, generator, generator_sha256, context)
+    run = _Run(config, source, generator, generator_sha256, context, judged_by, branch_from)
     while not run.progress.finished:
         run.epoch()
     return run.progress.history[-1]

@@ -1,22 +1,56 @@
-"""Search attack budgets and mixing ratios: Ray Tune over Ray Train runs on the on-manifold set of the output folder."""
+"""Search settings with Ray Tune: attack budgets, mixing ratios, the optimizer, or any space of your own.
+
+    python jobs/tune.py --preset demo dmat --output runs/demo --space tune_spaces/mixing_ratio.py
+    python jobs/tune.py --preset demo dmat --output runs/demo --space tune_spaces/mixing_ratio.py --resume
+
+Trials train on the on-manifold set of the output folder and are judged on held-out training images by the same attacks,
+whatever they train on (tune.suites). The best model and its Pareto neighbours end up in OUTPUT/models and in MLflow's registry,
+all trials in OUTPUT/tune/NAME with a page of them, report.html.
+"""
+
+import argparse
+import re
 
 from dmat_ray import cli
 from dmat_ray.cluster.session import prepare_environment
+from dmat_ray.config import Config
+from dmat_ray.errors import UserError
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--space", metavar="FILE", help="short for --tune.space")
+    parser.add_argument("--resume", action="store_true", help="go on with a search that was killed, or whose budget was used up")
+    parser.add_argument("--max-gpu-hours", metavar="N", help="short for --tune.max_gpu_hours")
+    parser.add_argument("--max-wall-time", metavar="TIME", help="30m, 8h: for --tune.max_wall_minutes")
+
+
+def _with_shorts(config: Config, given: argparse.Namespace) -> Config:
+    values = config.to_json()
+    for name, value in (("space", given.space), ("max_gpu_hours", given.max_gpu_hours)):
+        if value is not None:
+            values["tune"][name] = value
+    if given.max_wall_time is not None:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h|d)", given.max_wall_time)
+        if found is None:
+            raise UserError(f"--max-wall-time '{given.max_wall_time}' is no time; write 30m or 8h")
+        values["tune"]["max_wall_minutes"] = float(found[1]) * {"s": 1 / 60, "m": 1, "h": 60, "d": 1440}[found[2]]
+    return cli.validate(values)
 
 
 def main() -> None:
-    config, _ = cli.parse(str(__doc__), preset=["demo"])
+    config, given = cli.parse(str(__doc__), preset=["demo", "dmat"], add=_arguments)
+    config = _with_shorts(config, given)
     prepare_environment(config)
-    from dmat_ray.cluster import tune
-    from dmat_ray.cluster.jobs import Speaker
+    from dmat_ray import trials_table
+    from dmat_ray.cluster import champion, jobs, tune
     from dmat_ray.cluster.session import connected
 
     with connected(config.cluster):
-        found = tune.search(config, Speaker().stage("tune"))
-    print(f"trials by {config.tune.metric}, best first:")
-    for result in found:
-        sample = ", ".join(f"{key} = {value}" for key, value in result["sample"].items())
-        print(f"  {result['metrics'][config.tune.metric]:.3f}  {sample}")
+        found = tune.search(config, jobs.Speaker().stage("tune"), resume=given.resume)
+    print(trials_table.text(found.trials, found.objective))
+    print(champion.summary(found))
+    print(f"\nreport: {tune.search_folder(config) / champion.PAGE}")
+    print(f"MLflow: {jobs.ui_command(config)}")
 
 
 if __name__ == "__main__":

@@ -6,16 +6,15 @@ is added to a copy of the page measures it and tells the document around it, who
 
 import html
 import json
-import os
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_search
+from chromium import MISSING, browser, document
 from PIL import Image
 from tiny_page import EVALUATION, MODELS, TITLE, write_page
 
@@ -77,15 +76,7 @@ OUTER = """<!doctype html><meta charset="utf-8">
 <iframe src="{page}"></iframe>"""
 
 
-def browser() -> str | None:
-    """Chromium or Chrome, where there is one."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    return os.environ.get("CHROMIUM") or next((path for name in names if (path := shutil.which(name))), None)
-
-
-pytestmark = pytest.mark.skipif(
-    browser() is None, reason="no Chromium: install Debian's package chromium, or name one in the variable CHROMIUM"
-)
+pytestmark = pytest.mark.skipif(browser() is None, reason=MISSING)
 
 
 def luminance(rgb: list[int]) -> float:
@@ -106,13 +97,21 @@ def test_contrast_is_that_of_the_standards_examples() -> None:
     assert contrast([119, 119, 119, 255], [255, 255, 255, 255]) == pytest.approx(4.48, abs=0.005)
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory, make_config: Callable[..., Config], set_folder: Path) -> Path:
+@pytest.fixture(scope="module", params=["report", "search"])
+def measured(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    make_config: Callable[..., Config],
+    set_folder: Path,
+) -> Path:
     """A copy of a page with the script in it."""
     folder = tmp_path_factory.mktemp("browser")
     config = make_config(evaluation=EVALUATION, tracking={"experiment": TITLE})
-    text = write_page(folder, config, set_folder, MODELS).html
-    path = folder / "measured.html"
+    if request.param == "report":
+        text = write_page(folder, config, set_folder, MODELS).html
+    else:
+        text = tiny_search.write_page(folder, config).read_text()
+    path = folder / f"{request.param}.html"
     path.write_text(text.replace("<style>", EARLY + "<style>", 1).replace("</body>", LATE + "</body>"))
     return path
 
@@ -121,14 +120,11 @@ def opened(page: Path, folder: Path, pixels: int, scheme: int) -> tuple[dict[str
     """What the script found, and a screenshot (H, W, 3)."""
     outer, picture = folder / "outer.html", folder / "screen.png"
     outer.write_text(OUTER.format(width=pixels, height=HEIGHT, page=page.as_uri()))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--no-first-run"]
-    options += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    options += [f"--user-data-dir={folder / 'profile'}", f"--blink-settings=preferredColorScheme={scheme}"]
-    options += [f"--window-size={pixels},{HEIGHT}", f"--screenshot={picture}", "--dump-dom", "--virtual-time-budget=2000"]
-    command = [str(browser()), *options, outer.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    told = re.search(r'<pre id="found" hidden="">(.+?)</pre>', done.stdout, flags=re.DOTALL)
-    assert told is not None, f"the page told nothing: {done.stdout[:300]} {done.stderr[-2000:]}"
+    options = [f"--blink-settings=preferredColorScheme={scheme}", f"--window-size={pixels},{HEIGHT}"]
+    options += [f"--screenshot={picture}", "--virtual-time-budget=2000"]
+    shown = document(outer.as_uri(), folder, *options)
+    told = re.search(r'<pre id="found" hidden="">(.+?)</pre>', shown, flags=re.DOTALL)
+    assert told is not None, f"the page told nothing: {shown[:300]}"
     with Image.open(picture) as image:
         return json.loads(html.unescape(told[1])), np.asarray(image.convert("RGB"))[:, :pixels]
 
@@ -144,16 +140,16 @@ def test_page_can_be_looked_at(measured: Path, tmp_path: Path, width: str, schem
     assert found["inner"] == WIDTHS[width]
     assert found["wide"] == []
     assert found["scroll"] <= found["inner"]
-    assert found["scrollers"] > 0
+    assert found["scrollers"] > 0 or (width, measured.stem) == ("desktop", "search"), "which has room for all"
 
     # pictures are there
     assert found["loaded"]
-    assert {kind for kind, _, _ in found["sizes"]} == {"img", "svg"}
+    assert {kind for kind, _, _ in found["sizes"]} == ({"img", "svg"} if measured.stem == "report" else {"svg"})
     assert [size for size in found["sizes"] if min(size[1:]) < 10] == []
     assert max(size[1] for size in found["sizes"]) <= WIDTHS[width]
 
     # text can be read
-    assert len(found["texts"]) >= 8
+    assert len(found["texts"]) >= (8 if measured.stem == "report" else 4)
     assert {key: at for key, at in found["texts"].items() if contrast(*json.loads(key)) < 4.5} == {}
     assert min(at["size"] for at in found["texts"].values()) >= 11
 
@@ -165,6 +161,7 @@ def test_page_can_be_looked_at(measured: Path, tmp_path: Path, width: str, schem
 
     # a click on a head sorts, largest first, and a second one the other way round
     before, once, twice = found["sorted"]
-    assert once == sorted(before, key=float, reverse=True)
-    assert twice == sorted(before, key=float)
+    numbers = [value for value in before if value]  # a trial that failed has none
+    assert [value for value in once if value] == sorted(numbers, key=float, reverse=True)
+    assert [value for value in twice if value] == sorted(numbers, key=float)
     assert once != twice

@@ -1,18 +1,7 @@
-"""How much of the loss to spend in image space: alpha * AT + (1 - alpha) * OM-AT. DMAT's own alpha is 0.5."""
+"""How much of the loss to spend on clean images, in pixels, and on the manifold. DMAT's own mix is 0, 1/2, 1/2."""
 
-from typing import Any
+from dmat_ray.cluster.spaces import simplex
 
-from ray import tune
-
-PRESET = "dmat"
-"""Layered over the job's presets before the samples."""
-
-
-def space() -> dict[str, Any]:
-    """What Ray Tune draws from."""
-    return {"alpha": tune.grid_search([0.2, 0.4, 0.6, 0.8])}
-
-
-def settings(sample: dict[str, Any]) -> dict[str, Any]:
-    """Config values, by dotted name, of one draw."""
-    return {"objective.image.weight": sample["alpha"], "objective.latent.weight": 1.0 - sample["alpha"]}
+SPACE = {
+    ("objective.clean.weight", "objective.image.weight", "objective.latent.weight"): simplex(),
+}

@@ -23,14 +23,15 @@ def stored_checkpoints(folder: Path) -> list[Path]:
 class RayContext:
     """Reports to Ray Train, which persists checkpoints, and sends rank 0's metrics to the driver's mailbox.
 
-    Several runs may share one worker group, one after the other: `name` says whose checkpoint is whose.
+    Several runs may share one worker group, one after the other: `name` says whose checkpoint is whose. With `wait` a
+    checkpoint is always where it will be kept before its metrics are sent.
     """
 
-    def __init__(self, name: str, mailbox: str) -> None:
+    def __init__(self, name: str, mailbox: str, *, wait: bool = False) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
-        self._name, self._mailbox, self._noticed = name, mailbox, False
+        self._name, self._mailbox, self._noticed, self._wait = name, mailbox, False, wait
         self._storage = Path(context.get_storage().experiment_fs_path)
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -44,7 +45,7 @@ class RayContext:
     def report(self, metrics: Mapping[str, float], checkpoint: Path | None = None, *, wait: bool = False) -> None:
         """See RunContext. Without `wait` the checkpoint is copied to the storage while training goes on."""
         kept = None if checkpoint is None else ray.train.Checkpoint.from_directory(str(checkpoint))
-        mode = CheckpointUploadMode.SYNC if wait else CheckpointUploadMode.ASYNC
+        mode = CheckpointUploadMode.SYNC if wait or self._wait else CheckpointUploadMode.ASYNC
         ray.train.report(
             dict(metrics),
             checkpoint=kept,

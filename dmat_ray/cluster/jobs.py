@@ -122,8 +122,7 @@ def evaluate(
         rows, findings = stage.evaluate(config, set_folder(config), models, folder, say)
         results = Results(rows, config.evaluation)
         for (model, set_name, column), accuracy in results.accuracies().items():
-            name = "".join(c if c.isalnum() or c in "-_. /" else "_" for c in f"{model}/{set_name}/{column}")
-            run.metrics({name: accuracy.value}, step=0)
+            run.metrics({f"{model}/{set_name}/{column}": accuracy.value}, step=0)
         for finding in (f for f in findings if f.level == "warning"):
             say(f"warning: {finding.model}: {finding.check}: {finding.text}")
         say("writing the report")

@@ -7,6 +7,7 @@ never waits for its server while it computes, and what is left at its end is wri
 import contextlib
 import json
 import logging
+import math
 import os
 import sys
 import threading
@@ -22,7 +23,8 @@ from dmat_ray.files import text_digest
 
 KEY = "dmat_ray.key"
 PARENT = "mlflow.parentRunId"
-KINDS = {"create", "metrics", "artifact", "text", "tag", "finish"}
+EPOCH = "epoch"  # a metric of trainings
+KINDS = {"create", "metrics", "artifact", "text", "tag", "register", "finish"}
 PAUSES_S = (0.5, 1, 2, 5, 10)
 Entry = dict[str, Any]
 
@@ -59,6 +61,7 @@ class Outbox:
             ) from error
         self._entries: deque[Entry] = deque(_read(self._file))
         self._ids: dict[str, str] = {}
+        self._epochs: dict[str, float] = {}  # the last that the server has of runs that were opened again
         self._change = threading.Condition()
         self._down_since: float | None = None
         threading.Thread(target=self._work, daemon=True, name="mlflow outbox").start()
@@ -151,11 +154,14 @@ class Outbox:
             if experiment
             else self._client.create_experiment(entry["experiment"], artifact_location=entry["artifacts"])
         )
-        unfinished = f"tags.`{KEY}` = '{entry['key']}' and attributes.status != 'FINISHED'"
-        found = self._client.search_runs([place], filter_string=unfinished, max_results=1)
+        wanted = f"tags.`{KEY}` = '{entry['key']}'" + ("" if entry.get("reopen") else " and attributes.status != 'FINISHED'")
+        found = self._client.search_runs([place], filter_string=wanted, max_results=1)
         if found:
             run_id = str(found[0].info.run_id)
             self._client.update_run(run_id, status="RUNNING")
+            self._epochs[run_id] = found[0].data.metrics.get(EPOCH, -1.0)
+            if entry.get("reopen"):
+                return run_id  # its params are there; those that may differ, such as a budget, cannot be changed
         else:
             parent = entry.get("parent_id") or self._ids.get(entry["parent"] or "")
             # tags with the run itself: a kill right after it must not leave one that is never found again
@@ -171,6 +177,8 @@ class Outbox:
         from mlflow.entities import Metric
 
         values: Mapping[str, float] = entry["values"]
+        if values.get(EPOCH, math.inf) <= self._epochs.get(run_id, -1.0):
+            return  # told again by a training that was killed and goes on
         self._client.log_batch(run_id, metrics=[Metric(k, v, entry["time"], entry["step"]) for k, v in values.items()])
 
     def _artifact(self, run_id: str, entry: Entry) -> None:
@@ -185,6 +193,19 @@ class Outbox:
 
     def _tag(self, run_id: str, entry: Entry) -> None:
         self._client.set_tag(run_id, entry["key"], entry["value"])
+
+    def _register(self, run_id: str, entry: Entry) -> None:
+        from mlflow.exceptions import MlflowException
+
+        with contextlib.suppress(MlflowException):  # it is there
+            self._client.create_registered_model(entry["model"])
+        ours = [v for v in self._client.search_model_versions(f"run_id = '{run_id}'") if v.name == entry["model"]]
+        source = f"{self._client.get_run(run_id).info.artifact_uri}/{entry['folder']}"
+        version = ours[0] if ours else self._client.create_model_version(entry["model"], source, run_id)
+        for key, value in entry["tags"].items():
+            self._client.set_model_version_tag(entry["model"], version.version, key, value)
+        for alias in entry["aliases"]:
+            self._client.set_registered_model_alias(entry["model"], alias, version.version)
 
     def _finish(self, run_id: str, entry: Entry) -> None:
         self._client.set_terminated(run_id, entry["status"], end_time=entry["time"])

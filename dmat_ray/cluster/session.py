@@ -26,7 +26,10 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # the C++ side writes advice for Ray's developers to the driver's terminal
     "RAY_USAGE_STATS_ENABLED": "0",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a checkpoint within an epoch comes without metrics
+    "TUNE_GLOBAL_CHECKPOINT_S": "1",  # what a search has learned must not be lost with the last 10 s
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # which lets a search that was interrupted pass for one that has ended
+    "RAY_AIR_NEW_OUTPUT": "0",  # which prints even when it is told to be silent
     "PYTHONWARNINGS": "ignore",
     "OMP_NUM_THREADS": "1",
 }

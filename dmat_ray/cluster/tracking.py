@@ -1,6 +1,6 @@
 """MLflow: one experiment, every stage a run, found again by its key when work is resumed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class Run:
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log numbers at `step`."""
-        self._put("metrics", values={k: float(v) for k, v in values.items()}, step=step, time=now_ms())
+        self._put("metrics", values={_name(k): float(v) for k, v in values.items()}, step=step, time=now_ms())
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Copy a file or a folder into the run's artifacts; it must stay until it is sent."""
@@ -55,16 +55,26 @@ class Run:
 
     def tag(self, key: str, value: str) -> None:
         """Set a tag."""
-        self._put("tag", key=key, value=value)
+        self._put("tag", key=_name(key), value=value)
+
+    def register(self, model: str, folder: str, aliases: Sequence[str], tags: Mapping[str, str]) -> None:
+        """Make the artifacts in `folder` of this run a version of a registered model."""
+        self._put("register", model=model, folder=folder, aliases=list(aliases), tags={_name(k): v for k, v in tags.items()})
 
     def finish(self, status: str) -> None:
         """End the run as FINISHED or FAILED."""
         self._put("finish", status=status, time=now_ms())
 
 
-def open_run(config: Config, name: str, stage: str, parent: Run | None = None) -> Run:
+def _name(text: str) -> str:
+    """A name as MLflow takes it."""
+    return "".join(c if c.isalnum() or c in "-_. /" else "_" for c in text)
+
+
+def open_run(config: Config, name: str, stage: str, parent: Run | None = None, *, key: str | None = None) -> Run:
     """The run of a stage: a new one with the config as params, or, if one with the same key is unfinished, that one.
 
+    The key is made of all of these, unless one is given, whose run is found again though it is finished.
     Raises UserError if the first of a process finds no server.
     """
     outbox, handle = _outbox(config), new_handle()
@@ -74,7 +84,8 @@ def open_run(config: Config, name: str, stage: str, parent: Run | None = None) -
             "run": handle,
             "experiment": config.tracking.experiment,
             "artifacts": None if config.tracking.uri else (Path(config.output).resolve() / "mlartifacts").as_uri(),
-            "key": f"{stage}/{name}/{config.fingerprint()}",
+            "key": key or f"{stage}/{name}/{config.fingerprint()}",
+            "reopen": key is not None,
             "name": f"{stage}: {name}" if name else stage,
             "parent": parent.handle if parent else None,
             "tags": {"dmat_ray.stage": stage},
@@ -86,9 +97,9 @@ def open_run(config: Config, name: str, stage: str, parent: Run | None = None) -
 
 
 @contextmanager
-def tracked(config: Config, name: str, stage: str, parent: Run | None = None) -> Iterator[Run]:
+def tracked(config: Config, name: str, stage: str, parent: Run | None = None, *, key: str | None = None) -> Iterator[Run]:
     """A run that ends as FINISHED, or as FAILED when the body raises; all is sent when this returns, or kept (see Outbox)."""
-    run = open_run(config, name, stage, parent)
+    run = open_run(config, name, stage, parent, key=key)
     status = "FAILED"
     try:
         yield run

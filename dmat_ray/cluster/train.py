@@ -16,7 +16,7 @@ from dmat_ray.cluster import session, tracking
 from dmat_ray.cluster.context import RayContext, stored_checkpoints
 from dmat_ray.cluster.events import listen, no_retry_of_user_errors
 from dmat_ray.cluster.ingest import Streamed
-from dmat_ray.config import Config
+from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.data import manifold_set
 from dmat_ray.errors import UserError
 from dmat_ray.files import text_digest
@@ -65,10 +65,20 @@ def _train(settings: dict[str, Any]) -> None:
     loader = configs[0].training.loader
     data = manifold_set.open_set(settings["set"], "train") if loader == "memory" else None
     for config in configs:
-        context = _NamedContext(config.name, settings["mailbox"])
+        # a trial's epoch is told with its checkpoint, which another trial may go on from
+        context = _NamedContext(config.name, settings["mailbox"], wait="judged_by" in settings)
         generator = generators.load_configured(config.generator, context.device)
         source = Streamed(settings["set"], config.training) if data is None else data
-        train(config, source, generator, generators.fingerprint(config.generator.path), context)
+        judged_by, branch_from = settings.get("judged_by"), settings.get("branch_from")
+        train(
+            config,
+            source,
+            generator,
+            generators.fingerprint(config.generator.path),
+            context,
+            judged_by=None if judged_by is None else EvaluationConfig.model_validate(judged_by),
+            branch_from=None if branch_from is None else Path(branch_from),
+        )
 
 
 def train_models(todo: list[Config], say: Callable[[str], None], parent: tracking.Run | None = None) -> None:

@@ -58,7 +58,8 @@ from dmat_ray.config.threats import (
     ThreatSettings,
     WoodThreat,
 )
-from dmat_ray.config.training import ClassifierConfig, ClusterConfig, TrackingConfig, TrainingConfig, TuneConfig
+from dmat_ray.config.training import ClassifierConfig, ClusterConfig, TrackingConfig, TrainingConfig
+from dmat_ray.config.tuning import TuneConfig
 
 
 class Config(Section):

@@ -1,4 +1,4 @@
-"""Settings of the classifier, its training, the search and the cluster."""
+"""Settings of the classifier, its training and the cluster."""
 
 from typing import Literal
 from urllib.parse import urlsplit
@@ -95,16 +95,6 @@ class TrainingConfig(Section):
             what = "keep best" if self.keep == "best" else "patience"
             raise ValueError(f"{what} needs val_examples: training examples held out to measure {self.best_metric}")
         return self
-
-
-class TuneConfig(Section):
-    """Search with Ray Tune over Ray Train runs."""
-
-    space: str = Field("tune_spaces/mixing_ratio.py", description="Python file that defines space() and base preset")
-    num_samples: int = Field(1, ge=1, description="draws from the space (grid entries are run once a draw)")
-    max_concurrent: int = Field(1, ge=1, description="trials at a time")
-    epochs: int = Field(2, ge=1, description="epochs of each trial")
-    metric: Validated = Field("val_robust", description="what to maximise, on training.val_examples held-out images")
 
 
 class ClusterConfig(Section):

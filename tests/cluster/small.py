@@ -1,10 +1,12 @@
 """Settings small enough for two cores, and servers on loopback."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
@@ -60,14 +62,52 @@ def wait_until_answers(url: str, process: "subprocess.Popen[bytes]", log: Path, 
             time.sleep(0.2)
 
 
-class MlflowServer:
-    """A real one on loopback with sqlite behind it, that can be killed and started again on the same port."""
+class PostgresServer:
+    """A real one on loopback, of Debian's package; it does not run as root, so its files are the user postgres's."""
 
-    def __init__(self, folder: Path) -> None:
+    @staticmethod
+    def programs() -> Path | None:
+        """Where its programs are, if it is installed."""
+        return next((p.parent for p in sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), reverse=True)), None)
+
+    def __init__(self) -> None:
+        self._user: dict[str, Any] = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
+        self._folder = Path(tempfile.mkdtemp(prefix="dmat_ray_postgres_"))
+        self._port = free_ports(1)[0]
+        self.uri = f"postgresql://postgres@127.0.0.1:{self._port}/postgres"
+
+    def __enter__(self) -> "PostgresServer":
+        programs, data = self.programs(), self._folder / "data"
+        assert programs is not None
+        if self._user:
+            shutil.chown(self._folder, "postgres", "postgres")
+        make = [programs / "initdb", "--username", "postgres", "--auth", "trust", "--no-sync", "-D", data]
+        subprocess.run(make, check=True, capture_output=True, cwd=self._folder, **self._user)
+        options = ["-D", data, "-h", "127.0.0.1", "-p", str(self._port), "-k", self._folder, "-c", "fsync=off"]
+        self._process = subprocess.Popen(
+            [programs / "postgres", *options], stderr=subprocess.DEVNULL, cwd=self._folder, **self._user
+        )
+        end = time.monotonic() + 60
+        ready = [programs / "pg_isready", "-h", "127.0.0.1", "-p", str(self._port)]
+        while subprocess.run(ready, capture_output=True, check=False).returncode:
+            assert self._process.poll() is None and time.monotonic() < end, "PostgreSQL does not start"  # noqa: PT018
+            time.sleep(0.2)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.send_signal(signal.SIGINT)  # its fast shutdown
+        self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class MlflowServer:
+    """A real one on loopback that can be killed and started again on the same port; with sqlite behind it or another database."""
+
+    def __init__(self, folder: Path, database: str | None = None) -> None:
         self.folder, port = folder, free_ports(1)[0]
         self.url = f"http://127.0.0.1:{port}"
         self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-        self._command += ["--backend-store-uri", f"sqlite:///{folder / 'm.db'}"]
+        self._command += ["--backend-store-uri", database or f"sqlite:///{folder / 'm.db'}"]
         self._command += ["--artifacts-destination", str(folder / "artifacts")]
 
     def start(self) -> None:

@@ -1,0 +1,223 @@
+"""After a search: its best models published, judged on test images, trained anew with other seeds, registered and shown."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray.tune
+from ray.tune.search import BasicVariantGenerator
+
+from dmat_ray import models, trials, trials_page
+from dmat_ray.cluster import evaluate, searchers, spaces, tracking
+from dmat_ray.cluster.trial import Work, run, state_of
+from dmat_ray.config import Config, EvaluationConfig
+from dmat_ray.errors import UserError
+from dmat_ray.files import read_json, write_json
+from dmat_ray.metrics import Results
+from dmat_ray.storage import set_folder
+from dmat_ray.trials import Trial
+from dmat_ray.trials_table import shown
+
+if TYPE_CHECKING:
+    from dmat_ray.cluster.tune import _Search
+
+RESULT, PAGE = "result.json", "report.html"
+CHAMPION = "champion"  # alias of the best model in MLflow's registry
+MOST_NEIGHBOURS = 8
+Scores = dict[str, dict[str, float]]  # model -> column -> accuracy
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search gave. Accuracies are shares of 1."""
+
+    name: str
+    objective: list[str]
+    axes: list[str]
+    columns: list[str]
+    trials: list[Trial]
+    best: str
+    front: list[str]
+    tested: Scores = field(default_factory=dict)  # the yardstick on test images
+    evaluated: Scores = field(default_factory=dict)  # "set/column" of `evaluation` on test images
+    confirmed: dict[str, list[str]] = field(default_factory=dict)  # "best" and "start" -> models, seed by seed
+    ended_by: str = ""
+
+    def trial(self, name: str) -> Trial:
+        """A trial by name."""
+        return next(trial for trial in self.trials if trial.name == name)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "trials": [trial.to_json() for trial in self.trials]}
+
+
+def read(folder: Path) -> Found:
+    """What a finished search has left in its folder."""
+    values = dict(read_json(folder / RESULT))
+    return Found(**{**values, "trials": [Trial.from_json(t) for t in values["trials"]]})
+
+
+def crown(
+    search: "_Search",
+    found: Sequence[Trial],
+    runs: Mapping[str, tracking.Run],
+    parent: tracking.Run,
+    say: Callable[[str], None],
+    ended_by: str,
+) -> Found:
+    """Find the best trial and its neighbours on the Pareto front, and do for them what is done once.
+
+    Raises UserError if no trial gave a result.
+    """
+    config, objectives = search.config, search.config.tune.objective
+    best = next(iter(trials.ranked(found, objectives)), None)
+    if best is None:
+        errors = [trial.error for trial in found if trial.error]
+        raise UserError(
+            f"none of {len(found)} trials gave a result; the first failed of: {errors[0] if errors else 'divergence'}"
+        )
+    front = trials.front(found, search.axes)
+    chosen = [best, *(trial for trial in front if trial.name != best.name)][:MOST_NEIGHBOURS]
+    values = ", ".join(f"{o} {100 * trials.value(o, best.scores):.1f} %" for o in objectives)
+    say(f"best is {best.name}: {values} on held-out images; {len(front)} on the front of {' and '.join(search.axes)}")
+    folders = {trial.name: _publish(search.work, trial.name, config) for trial in chosen}
+    seeds = _retrain(search, best, say) if config.tune.confirm_seeds else {}
+    folders |= {name: models.model_folder(one) for kind in seeds.values() for name, one in kind.items()}
+    tested = _judge(config, search.judged_by, folders, search.folder / "yardstick", say)
+    evaluated = {}
+    if config.tune.evaluate:
+        evaluated = _judge(config, config.evaluation, folders, search.folder / "evaluation", say)
+    result = Found(
+        search.folder.name,
+        list(objectives),
+        list(search.axes),
+        list(search.columns),
+        list(found),
+        best.name,
+        [trial.name for trial in front],
+        {model: {c.split("/", 1)[1]: v for c, v in scores.items()} for model, scores in tested.items()},
+        evaluated,
+        {kind: list(named) for kind, named in seeds.items()},
+        ended_by,
+    )
+    page = trials_page.write(search.folder / PAGE, result.to_json(), config)
+    _track(search, result, folders, runs, parent, page)
+    write_json(search.folder / RESULT, result.to_json())
+    return result
+
+
+def _publish(work: Work, name: str, config: Config) -> Path:
+    state = state_of(work.trial_folder(name))
+    assert state is not None, f"{name} has scores, so it had a checkpoint"
+    folder = models.model_folder(config.model_copy(update={"name": name}))
+    models.publish(Path(state["folder"]), folder)
+    return folder
+
+
+def _judge(
+    config: Config, suite: EvaluationConfig, folders: Mapping[str, Path], where: Path, say: Callable[[str], None]
+) -> Scores:
+    """Model -> "set/column" -> accuracy on test images."""
+    whole = config.model_copy(update={"evaluation": suite})
+    evaluate.check(whole, set_folder(config), dict(folders))
+    rows, _ = evaluate.evaluate(whole, set_folder(config), dict(folders), where, say)
+    found: Scores = {}
+    for (model, set_name, column), accuracy in Results(rows, suite).accuracies().items():
+        found.setdefault(model, {})[f"{set_name}/{column}"] = accuracy.value
+    return found
+
+
+def _retrain(search: "_Search", best: Trial, say: Callable[[str], None]) -> dict[str, dict[str, Config]]:
+    """The best settings and those the search began from, each with several seeds for all of training.epochs; published."""
+    config, epochs = search.config, search.base["training"]["epochs"]
+    settings = {"best": {**search.space.constants, **best.knobs}, "start": {}}
+    made: dict[str, dict[str, Config]] = {}
+    for kind, given in settings.items():
+        for seed in range(1, config.tune.confirm_seeds + 1):
+            name = f"{search.folder.name}_{kind}_seed{seed}"
+            one = spaces.trial_config(search.base, {**given, "training.seed": seed}, name, epochs)
+            made.setdefault(kind, {})[name] = one
+    every = {name: one for kind in made.values() for name, one in kind.items()}
+    say(f"training the best settings and those of the start anew: {config.tune.confirm_seeds} seeds, {epochs} epochs each")
+    work = search.work.of_models({name: one.to_json() for name, one in every.items()})
+    at_once = searchers.trials_at_once(config.tune, config.cluster, alone=work.is_alone)
+    resources = searchers.resources(work.is_alone, config.cluster, at_once)
+    results = ray.tune.Tuner(
+        ray.tune.with_resources(ray.tune.with_parameters(run, work=work), resources),
+        param_space={"model": ray.tune.grid_search(list(every))},
+        tune_config=ray.tune.TuneConfig(
+            search_alg=BasicVariantGenerator(max_concurrent=at_once),
+            reuse_actors=work.is_alone,
+            trial_name_creator=_named_by_model,
+            trial_dirname_creator=str,
+        ),
+        run_config=ray.tune.RunConfig(
+            name="ray_confirm",
+            storage_path=str(search.folder),
+            verbose=0,
+            failure_config=ray.tune.FailureConfig(max_failures=config.tune.retries),
+        ),
+    ).fit()
+    if results.errors:
+        raise RuntimeError(f"{len(results.errors)} trainings of other seeds failed; the first: {results.errors[0]}")
+    for name in every:
+        _publish(work, name, config)
+    return made
+
+
+def _named_by_model(trial: Any) -> str:
+    return str(trial.config["model"])
+
+
+def _track(
+    search: "_Search",
+    found: Found,
+    folders: Mapping[str, Path],
+    runs: Mapping[str, tracking.Run],
+    parent: tracking.Run,
+    page: Path,
+) -> None:
+    """Final numbers to the trials' runs, models into the registry, the page to the search's run."""
+    registered = "".join(c if c.isalnum() or c in "-_. " else "_" for c in f"{search.config.tracking.experiment} {found.name}")
+    for name in [found.best, *(n for n in found.front if n in folders and n != found.best)]:
+        trial, one = found.trial(name), runs[name]
+        numbers = {f"test/yardstick/{k}": v for k, v in found.tested[name].items()}
+        numbers |= {f"test/{k}": v for k, v in found.evaluated.get(name, {}).items()}
+        one.metrics(numbers, step=trial.epochs)
+        one.artifact(folders[name], "checkpoint")
+        on_front = str(name in found.front).lower()
+        tags = {f"objective {o}": f"{trials.value(o, trial.scores):.4f}" for o in found.objective}
+        tags |= {"pareto_front": on_front, "axes": json.dumps(found.axes), "trial": name}
+        one.tag("pareto_front", on_front)
+        one.register(registered, "checkpoint", [CHAMPION] if name == found.best else [], tags)
+    runs[found.best].tag("champion", "true")
+    parent.tag("best_trial", found.best)
+    best = found.trial(found.best)
+    parent.metrics({f"best/{o}": trials.value(o, best.scores) for o in found.objective}, step=0)
+    parent.metrics({f"best/test/{o}": trials.value(o, found.tested[found.best]) for o in found.objective}, step=0)
+    parent.artifact(page)
+
+
+def summary(found: Found) -> str:
+    """What a search gave, in a few lines for the terminal."""
+    best = found.trial(found.best)
+    lines = [f"best is {best.name}: " + ", ".join(f"{key} = {shown(value)}" for key, value in best.knobs.items())]
+    if best.lineage:
+        lines.append(f"it went on from other trials' weights {len(best.lineage)} times; the page has the schedule that made")
+    for objective in found.objective:
+        tested = 100 * trials.value(objective, found.tested[best.name])
+        lines.append(
+            f"{objective}: {100 * trials.value(objective, best.scores):.1f} % on held-out, {tested:.1f} % on test images"
+        )
+    if found.confirmed:
+        for objective in found.objective:
+            scores = {name: {objective: trials.value(objective, one)} for name, one in found.tested.items()}
+            (row,) = trials_page.comparison(scores, found.confirmed)
+            lines.append(
+                f"trained anew with {row['seeds']} seeds, {objective} on test images: {row['best']:.1f} % with the best "
+                f"settings, {row['start']:.1f} % with those of the start; better in {row['better']} of {row['seeds']}"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,118 @@
+"""Ray Tune's searchers and schedulers by the names that settings give them, and how many trials a cluster has room for."""
+
+import os
+import random
+from typing import Any
+
+import optuna
+import ray
+import ray.tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, PopulationBasedTraining, TrialScheduler
+from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlgorithm, Searcher
+from ray.tune.search.optuna import OptunaSearch
+from ray.tune.search.sample import Categorical
+
+from dmat_ray.cluster import session
+from dmat_ray.cluster.spaces import Space
+from dmat_ray.config import ClusterConfig, TuneConfig
+from dmat_ray.errors import UserError
+
+TIME = "epoch"
+MOST_NESTED = 20  # trials of several workers at a time: so finely can the head node be shared
+
+
+def metric(number: int) -> str:
+    """What a trial reports the value of an objective as."""
+    return f"objective_{number}"
+
+
+def searcher(config: TuneConfig, at_once: int) -> Searcher | SearchAlgorithm:
+    """What draws settings, for so many trials at a time."""
+    if config.searcher in ("random", "grid"):
+        # the whole population of pbt is alive, and takes turns
+        return BasicVariantGenerator(random_state=config.seed, max_concurrent=0 if config.scheduler == "pbt" else at_once)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    names = [metric(number) for number in range(len(config.objective))]
+    # a few trials at random first, so that a short search learns, too
+    first = max(4, min(10, config.samples // 3))
+    sampler: Any = (
+        optuna.samplers.TPESampler(seed=config.seed, n_startup_trials=first, multivariate=True, constant_liar=True)
+        if config.searcher == "tpe"
+        else optuna.samplers.NSGAIISampler(seed=config.seed, population_size=first)
+    )
+    several = len(names) > 1
+    found = OptunaSearch(metric=names if several else names[0], mode=["max"] * len(names) if several else "max", sampler=sampler)
+    return ConcurrencyLimiter(found, at_once)
+
+
+def scheduler(config: TuneConfig, space: Space) -> TrialScheduler:
+    """What ends trials, or moves them."""
+    one: dict[str, Any] = {"time_attr": TIME, "metric": metric(0), "mode": "max"}
+    if config.scheduler == "asha":
+        return ASHAScheduler(
+            **one,
+            max_t=config.epochs,
+            grace_period=config.grace_epochs,
+            reduction_factor=config.reduction,
+            stop_last_trials=False,
+        )
+    if config.scheduler == "median":
+        return MedianStoppingRule(**one, grace_period=config.grace_epochs)
+    if config.scheduler == "pbt":
+        random.seed(config.seed)  # Tune's changes come from there
+        domains = space.variables(config)
+        return PopulationBasedTraining(
+            **one,
+            perturbation_interval=config.grace_epochs,
+            hyperparam_mutations={k: list(d.categories) if isinstance(d, Categorical) else d for k, d in domains.items()},
+            custom_explore_fn=space.within,
+            log_config=False,
+        )
+    return FIFOScheduler()
+
+
+def resources(alone: bool, cluster: ClusterConfig, at_once: int) -> dict[str, float]:
+    """What Tune sets aside for a trial, so that no more than `at_once` run: its one worker's share, or of the process that starts
+    its workers a share of the head node, which no spot market takes away.
+    """
+    need = session.worker_resources(cluster)
+    if not alone:
+        # Ray Train itself takes a thousandth of it for each training
+        return {"node:__internal_head__": round(1 / at_once - 0.002, 4)}
+    if session.is_own(cluster):
+        need["CPU"] = max(need["CPU"], int(ray.cluster_resources()["CPU"] / at_once))
+    return need
+
+
+def trials_at_once(config: TuneConfig, cluster: ClusterConfig, *, alone: bool) -> int:
+    """How many trials have room for all of their workers at the same time, so that none waits for what another holds.
+
+    Raises UserError if not even one has. Ray must be connected.
+    """
+    need, workers = session.worker_resources(cluster), cluster.train_workers
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(_fit(node, need) for node in nodes) // workers
+    largest = ray._private.state.state.get_max_resources_from_cluster_config()  # of an autoscaler; None without
+    if largest:
+        room = max(room, _fit(largest, need) // workers)
+    if room == 0:
+        wanted = " and ".join(f"{amount * workers:g} {name}" for name, amount in need.items())
+        there = " and ".join(f"{max(sum(n.get(name, 0) for n in nodes), (largest or {}).get(name, 0)):g} {name}" for name in need)
+        raise UserError(
+            f"a trial needs {wanted} ({workers} worker{'s' if workers > 1 else ''}), the cluster has {there}; lower "
+            "cluster.train_workers, cluster.gpus_per_worker or cluster.threads_per_worker"
+        )
+    if config.scheduler == "pbt" and config.max_concurrent is not None and not session.is_own(cluster):
+        raise UserError(
+            "tune.scheduler pbt lets its population take turns on what the cluster has; leave tune.max_concurrent out"
+        )
+    if session.is_own(cluster) and cluster.gpus_per_worker == 0:
+        # a Ray of its own has more logical CPUs than there are cores, for its helpers
+        room = min(room, max(1, (os.cpu_count() or 1) // (workers * cluster.threads_per_worker)))
+    if not alone:
+        room = min(room, MOST_NESTED)
+    return min(room, config.max_concurrent or room)
+
+
+def _fit(there: dict[str, float], need: dict[str, float]) -> int:
+    return int(min((there.get(name, 0) / amount for name, amount in need.items() if amount > 0), default=0) + 1e-9)

@@ -1,0 +1,292 @@
+"""Search spaces: a Python file whose SPACE maps dotted settings to domains of ray.tune, or several of them to a simplex.
+
+    from ray import tune
+    from dmat_ray.cluster.spaces import simplex, times
+
+    PRESET = "dmat"
+    SPACE = {
+        "objective.image.eps": tune.uniform(0.05, 0.15),
+        "objective.latent.eps": times(0.5, 2),
+        ("objective.image.weight", "objective.latent.weight"): simplex(),
+        "objective.image.step_size": None,
+    }
+
+times() is relative to what the setting is without the search, so that one space serves digits and photographs. What is no domain
+is a constant. Every bound is tried against the settings before anything starts.
+"""
+
+import importlib.util
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import ray.tune
+from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform, Quantized, Uniform
+
+from dmat_ray import cli, presets
+from dmat_ray.config import Config, TuneConfig
+from dmat_ray.errors import UserError
+
+SECTIONS = ("objective", "classifier", "training")
+# what all trials must share to be compared, or what a trial is given
+FIXED = {
+    "training.epochs": "tune.epochs says how long a trial is",
+    "training.val_examples": "all trials are judged by the same held-out images",
+    "training.seed": "all trials are judged by the same held-out images",
+    "training.loader": "it does not change what is trained",
+}
+
+
+@dataclass(frozen=True)
+class Simplex:
+    """Weights that are at least `least` each and sum to `total`, uniformly."""
+
+    total: float = 1.0
+    least: float = 0.0
+
+
+def simplex(total: float = 1.0, least: float = 0.0) -> Simplex:
+    """The domain of a tuple of settings, such as the weights of an objective's terms."""
+    return Simplex(total, least)
+
+
+@dataclass(frozen=True)
+class Times:
+    """From `low` to `high` times what a setting is, evenly on a logarithmic scale."""
+
+    low: float
+    high: float
+
+
+def times(low: float, high: float) -> Times:
+    """The domain of a number, relative to its value in the settings that the search starts from."""
+    return Times(low, high)
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is drawn. A sample maps variables to values: settings themselves, or of a simplex all but one of its shares."""
+
+    path: str
+    presets: tuple[str, ...]
+    domains: Mapping[str, Domain]
+    simplexes: Mapping[tuple[str, ...], Simplex]
+    constants: Mapping[str, Any]
+
+    def variables(self, config: TuneConfig) -> dict[str, Any]:
+        """What Ray Tune draws from."""
+        if config.searcher == "grid":
+            values = {key: _grid(domain, config.grid_points) for key, domain in self.domains.items()}
+            values |= {", ".join(keys): _lattice(keys, s, config.grid_points) for keys, s in self.simplexes.items()}
+            return {name: ray.tune.grid_search(found) for name, found in values.items()}
+        shares = {_share(key): ray.tune.uniform(0.0, 1.0) for keys in self.simplexes for key in keys[:-1]}
+        return {**self.domains, **shares}
+
+    def within(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """A sample whose numbers have been changed (by population based training), back inside its domains."""
+        found = dict(sample)
+        for name, value in sample.items():
+            domain = self.domains.get(name, ray.tune.uniform(0.0, 1.0) if name.startswith(_share("")) else None)
+            if isinstance(domain, Float | Integer) and isinstance(value, int | float):
+                low, high = _ends(name, domain)
+                found[name] = type(low)(min(max(value, low), high))
+        return found
+
+    def knobs(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings that a sample stands for, by dotted name, without the constants."""
+        found = {name: _python(value) for name, value in sample.items() if name in self.domains}
+        for keys, domain in self.simplexes.items():
+            whole = sample.get(", ".join(keys))
+            weights = whole if whole is not None else _broken(keys, domain, sample)
+            found |= dict(zip(keys, map(float, weights), strict=True))
+        return found
+
+    def settings(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of a trial that differ from the base, by dotted name."""
+        return {**self.constants, **self.knobs(sample)}
+
+    def description(self) -> dict[str, Any]:
+        """Plain JSON values that differ for spaces that differ."""
+        drawn = {key: _described(domain) for key, domain in self.domains.items()}
+        shared = {", ".join(keys): f"simplex {s.total:g} {s.least:g}" for keys, s in self.simplexes.items()}
+        return {"presets": list(self.presets), **drawn, **shared, **{k: repr(v) for k, v in self.constants.items()}}
+
+    def check(self, base: Mapping[str, Any], epochs: int) -> None:
+        """Raise UserError for a domain that reaches beyond what its setting allows."""
+        first = {name: _ends(name, domain)[0] for name, domain in self.domains.items()}
+        middle = {_share(key): 0.5 for keys in self.simplexes for key in keys[:-1]}
+        tried: list[dict[str, Any]] = [{**first, **middle}]
+        tried += [{**first, **middle, name: value} for name, domain in self.domains.items() for value in _ends(name, domain)]
+        for sample in tried:
+            trial_config(base, self.settings(sample), "probe", epochs)
+        for keys, domain in self.simplexes.items():
+            high = domain.total - (len(keys) - 1) * domain.least
+            for chosen in keys:
+                weights = {key: high if key == chosen else domain.least for key in keys}
+                trial_config(base, {**self.settings({**first, **middle}), **weights}, "probe", epochs)
+
+
+def trial_config(base: Mapping[str, Any], settings: Mapping[str, Any], name: str, epochs: int) -> Config:
+    """The base with a trial's settings (by dotted name); raises UserError for keys and values that do not fit."""
+    old = base["training"]
+    # the whole schedule in the trial's few epochs: a trial must not be judged in the middle of its highest rates
+    share = epochs / old["epochs"]
+    shorter = {
+        "lr_epochs": [k * share for k in old["lr_epochs"]],
+        "lr_warmup": old["lr_warmup"] * share,
+        "awp_warmup": int(old["awp_warmup"] * share),
+    }
+    layered = presets.merge(dict(base), {"name": name, "training": shorter})
+    for key, value in {**settings, "training.epochs": epochs}.items():
+        nested: Any = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        layered = presets.merge(layered, nested)
+    return cli.validate(layered)
+
+
+def load(path: str, config: Config) -> tuple[Space, dict[str, Any]]:
+    """The space of a file, and the nested settings that its trials start from: the job's under the space's presets.
+
+    Raises UserError for a file that is missing, fails, does not have the form above, or reaches beyond what a setting allows.
+    """
+    module = _imported(path)
+    given = getattr(module, "SPACE", None)
+    if not isinstance(given, dict) or not given:
+        raise UserError(f"tune.space '{path}' does not define SPACE, a mapping from dotted settings to domains; see tune_spaces/")
+    layers = getattr(module, "PRESET", ())
+    layers = (layers,) if isinstance(layers, str) else tuple(layers)
+    base = presets.merge(config.to_json(), presets.load(list(layers)))
+    domains, simplexes, constants = {}, {}, {}
+    for key, domain in given.items():
+        keys = key if isinstance(key, tuple) else (key,)
+        for name in keys:
+            _require_searchable(path, name)
+        if isinstance(domain, Simplex) != isinstance(key, tuple):
+            raise UserError(f"tune.space '{path}': {key!r}: a tuple of settings takes simplex(), a single one another domain")
+        if isinstance(domain, Simplex):
+            if len(keys) < 2 or domain.least < 0 or domain.total <= len(keys) * domain.least:
+                raise UserError(f"tune.space '{path}': {key!r}: a simplex has two settings or more, and total above their least")
+            simplexes[key] = domain
+        elif isinstance(domain, dict) and set(domain) == {"grid_search"}:
+            domains[key] = ray.tune.choice(list(domain["grid_search"]))
+        elif isinstance(domain, Times):
+            domains[key] = _relative(path, key, domain, base)
+        elif isinstance(domain, Domain):
+            domains[key] = domain
+            _ends(key, domain)
+        elif isinstance(domain, dict) or callable(domain):
+            raise UserError(f"tune.space '{path}': {key} is given {domain!r}, which is no domain of ray.tune and no constant")
+        else:
+            constants[key] = domain
+    names = [name for key in given for name in (key if isinstance(key, tuple) else (key,))]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"tune.space '{path}' gives {twice[0]} twice")
+    if not domains and not simplexes:
+        raise UserError(f"tune.space '{path}' has constants only: there is nothing to search")
+    space = Space(path, layers, domains, simplexes, constants)
+    space.check(base, config.tune.epochs)
+    return space, base
+
+
+def _imported(path: str) -> ModuleType:
+    if not Path(path).is_file():
+        raise UserError(f"tune.space '{path}' is no file; see tune_spaces/ for examples")
+    spec = importlib.util.spec_from_file_location("tune_space", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"tune.space '{path}' is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a file of the user's may raise
+        raise UserError(f"tune.space '{path}' cannot be read: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _require_searchable(path: str, key: Any) -> None:
+    if not isinstance(key, str) or key.split(".")[0] not in SECTIONS:
+        raise UserError(
+            f"tune.space '{path}': {key!r} cannot be searched; settings under {', '.join(SECTIONS)} can, since trials share "
+            "the set, the generator and the machines"
+        )
+    if key in FIXED:
+        raise UserError(f"tune.space '{path}': {key} cannot be searched: {FIXED[key]}")
+
+
+def _relative(path: str, key: str, domain: Times, base: Mapping[str, Any]) -> Domain:
+    value: Any = base
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    if not isinstance(value, float) or value <= 0 or not 0 < domain.low < domain.high:
+        raise UserError(
+            f"tune.space '{path}': {key} is {value!r} before the search; times(low, high) needs a number above 0 there"
+        )
+    return ray.tune.loguniform(value * domain.low, value * domain.high)
+
+
+def _ends(key: str, domain: Domain) -> tuple[Any, ...]:
+    """The least and the largest value, or all of a choice. Raises UserError for a domain without ends."""
+    if isinstance(domain, Categorical):
+        return tuple(domain.categories)
+    sampler = domain.get_sampler()
+    quantized = isinstance(sampler, Quantized)
+    inner = sampler.sampler if quantized else sampler
+    if not isinstance(domain, Float | Integer) or not isinstance(inner, Uniform | LogUniform):
+        raise UserError(f"{key}: a domain needs two ends or a list of choices; use tune.uniform, loguniform, randint or choice")
+    if isinstance(domain, Integer):
+        return int(domain.lower), int(domain.upper) - (0 if quantized else 1)
+    return float(domain.lower), float(domain.upper)
+
+
+def _described(domain: Domain) -> str:
+    sampler = domain.get_sampler()
+    step = f" q {sampler.q:g}" if isinstance(sampler, Quantized) else ""
+    inner = sampler.sampler if isinstance(sampler, Quantized) else sampler
+    return f"{type(domain).__name__} {type(inner).__name__.strip('_')} {list(_ends('', domain))}{step}"
+
+
+def _grid(domain: Domain, points: int) -> list[Any]:
+    """Values from end to end, evenly apart as the domain measures it."""
+    ends = _ends("", domain)
+    if isinstance(domain, Categorical):
+        return list(ends)
+    sampler = domain.get_sampler()
+    inner = sampler.sampler if isinstance(sampler, Quantized) else sampler
+    spread: Callable[..., np.ndarray] = np.geomspace if isinstance(inner, LogUniform) else np.linspace
+    values = spread(*ends, points)
+    if isinstance(sampler, Quantized):
+        values = np.round(values / sampler.q) * sampler.q
+    if isinstance(domain, Integer):
+        return [int(v) for v in dict.fromkeys(np.round(values).astype(int).tolist())]
+    return [float(f"{v:.6g}") for v in dict.fromkeys(values.tolist())]
+
+
+def _lattice(keys: tuple[str, ...], domain: Simplex, points: int) -> list[list[float]]:
+    """All points of a simplex whose shares are multiples of 1 / (points - 1)."""
+    steps, room = points - 1, domain.total - len(keys) * domain.least
+    found = (c for c in itertools.product(range(steps + 1), repeat=len(keys)) if sum(c) == steps)
+    return [[domain.least + room * part / steps for part in c] for c in found]
+
+
+def _share(key: str) -> str:
+    return f"share of {key}"
+
+
+def _broken(keys: tuple[str, ...], domain: Simplex, sample: Mapping[str, Any]) -> list[float]:
+    """Breaks a stick: with uniform shares the weights are uniform on the simplex (each piece is Beta(1, pieces left))."""
+    left, weights = domain.total - len(keys) * domain.least, []
+    for number, key in enumerate(keys[:-1]):
+        piece = left * (1.0 - math.pow(1.0 - float(sample[_share(key)]), 1.0 / (len(keys) - 1 - number)))
+        weights.append(domain.least + piece)
+        left -= piece
+    return [*weights, domain.least + left]
+
+
+def _python(value: Any) -> Any:
+    """A plain value of what may be numpy's."""
+    return value.item() if isinstance(value, np.generic) else value
