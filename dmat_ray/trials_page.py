@@ -67,10 +67,11 @@ def write(path: Path, found: Mapping[str, Any], config: Config) -> Path:
         trade_off=_trade_off(ranked, axes, found["front"], best.name),
         importances=[_importance(every, o, knobs) for o in objectives],
         courses=_courses(ranked, objectives, found["columns"]),
+        course_names=[(charts.swatch(look), t.name) for look, t in enumerate(ranked[:CURVES]) if t.history],
         confirmed=comparison(found["tested"], found["confirmed"]) if found["confirmed"] else [],
         evaluated=found["evaluated"],
         epochs=sum(len(trial.history) for trial in every),
-        most=sum(config.tune.epochs for _ in every),
+        most=found["epochs"] * len(every),
         seconds=sum(trial.seconds for trial in every),
         settings=yaml.safe_dump(config.to_json(), sort_keys=False, allow_unicode=True),
     )

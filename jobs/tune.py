@@ -42,14 +42,14 @@ def main() -> None:
     config = _with_shorts(config, given)
     prepare_environment(config)
     from dmat_ray import trials_table
-    from dmat_ray.cluster import champion, jobs, tune
+    from dmat_ray.cluster import champion, jobs, search_plan, tune
     from dmat_ray.cluster.session import connected
 
     with connected(config.cluster):
         found = tune.search(config, jobs.Speaker().stage("tune"), resume=given.resume)
     print(trials_table.text(found.trials, found.objective))
     print(champion.summary(found))
-    print(f"\nreport: {tune.search_folder(config) / champion.PAGE}")
+    print(f"\nreport: {search_plan.search_folder(config) / champion.PAGE}")
     print(f"MLflow: {jobs.ui_command(config)}")
 
 

@@ -79,6 +79,20 @@ def test_the_front_is_what_none_beats(points: list[list[int]], count: int) -> No
     assert len(found) == len({tuple(t.scores[n] for n in names) for t in found}), "each point once"
 
 
+@pytest.mark.parametrize(
+    ("budget", "gpu_hours", "minutes", "used_up"),
+    [
+        ({}, 1e9, 1e9, ""),
+        ({"max_gpu_hours": 2}, 1.9, 1e9, ""),
+        ({"max_gpu_hours": 2}, 2.1, 0.0, "tune.max_gpu_hours 2"),
+        ({"max_wall_minutes": 30}, 1e9, 29.0, ""),
+        ({"max_wall_minutes": 30}, 0.0, 31.0, "tune.max_wall_minutes 30"),
+    ],
+)
+def test_a_budget_is_used_up_when_it_is(budget: dict[str, float], gpu_hours: float, minutes: float, used_up: str) -> None:
+    assert TuneConfig.model_validate(budget).used_up(gpu_hours=gpu_hours, minutes=minutes) == used_up
+
+
 def test_failed_and_diverged_trials_are_ranked_nowhere() -> None:
     every = make_trials()
     ranked = trials.ranked(every, ["worst"])

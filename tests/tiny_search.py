@@ -43,6 +43,7 @@ def make_found(count: int = 18) -> dict[str, Any]:
         "objective": ["worst"],
         "axes": ["clean", "worst"],
         "columns": COLUMNS,
+        "epochs": 8,
         "trials": [trial.to_json() for trial in every],
         "best": best.name,
         "front": front,

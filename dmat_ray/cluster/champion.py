@@ -4,14 +4,15 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray.tune
 from ray.tune.search import BasicVariantGenerator
 
 from dmat_ray import models, trials, trials_page
 from dmat_ray.cluster import evaluate, searchers, spaces, tracking
-from dmat_ray.cluster.trial import Work, run, state_of
+from dmat_ray.cluster.search_plan import RESULT, Plan
+from dmat_ray.cluster.trial import Work, keep_newest, run, state_of
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.errors import UserError
 from dmat_ray.files import read_json, write_json
@@ -20,10 +21,7 @@ from dmat_ray.storage import set_folder
 from dmat_ray.trials import Trial
 from dmat_ray.trials_table import shown
 
-if TYPE_CHECKING:
-    from dmat_ray.cluster.tune import _Search
-
-RESULT, PAGE = "result.json", "report.html"
+PAGE = "report.html"
 CHAMPION = "champion"  # alias of the best model in MLflow's registry
 MOST_NEIGHBOURS = 8
 Scores = dict[str, dict[str, float]]  # model -> column -> accuracy
@@ -37,6 +35,7 @@ class Found:
     objective: list[str]
     axes: list[str]
     columns: list[str]
+    epochs: int  # of a trial that was not ended early
     trials: list[Trial]
     best: str
     front: list[str]
@@ -61,7 +60,7 @@ def read(folder: Path) -> Found:
 
 
 def crown(
-    search: "_Search",
+    search: Plan,
     found: Sequence[Trial],
     runs: Mapping[str, tracking.Run],
     parent: tracking.Run,
@@ -95,6 +94,7 @@ def crown(
         list(objectives),
         list(search.axes),
         list(search.columns),
+        config.tune.epochs,
         list(found),
         best.name,
         [trial.name for trial in front],
@@ -106,6 +106,9 @@ def crown(
     page = trials_page.write(search.folder / PAGE, result.to_json(), config)
     _track(search, result, folders, runs, parent, page)
     write_json(search.folder / RESULT, result.to_json())
+    if not ended_by:
+        for trial in found:
+            keep_newest(search.work.trial_folder(trial.name))
     return result
 
 
@@ -130,7 +133,7 @@ def _judge(
     return found
 
 
-def _retrain(search: "_Search", best: Trial, say: Callable[[str], None]) -> dict[str, dict[str, Config]]:
+def _retrain(search: Plan, best: Trial, say: Callable[[str], None]) -> dict[str, dict[str, Config]]:
     """The best settings and those the search began from, each with several seeds for all of training.epochs; published."""
     config, epochs = search.config, search.base["training"]["epochs"]
     settings = {"best": {**search.space.constants, **best.knobs}, "start": {}}
@@ -173,7 +176,7 @@ def _named_by_model(trial: Any) -> str:
 
 
 def _track(
-    search: "_Search",
+    search: Plan,
     found: Found,
     folders: Mapping[str, Path],
     runs: Mapping[str, tracking.Run],
@@ -204,7 +207,11 @@ def _track(
 def summary(found: Found) -> str:
     """What a search gave, in a few lines for the terminal."""
     best = found.trial(found.best)
-    lines = [f"best is {best.name}: " + ", ".join(f"{key} = {shown(value)}" for key, value in best.knobs.items())]
+    done = sum(len(trial.history) for trial in found.trials)
+    lines = [f"{len(found.trials)} trials, {done} epochs of {len(found.trials) * found.epochs} in all"]
+    if found.ended_by:
+        lines[0] += f"; ended early, since {found.ended_by} was used up"
+    lines += [f"best is {best.name}: " + ", ".join(f"{key} = {shown(value)}" for key, value in best.knobs.items())]
     if best.lineage:
         lines.append(f"it went on from other trials' weights {len(best.lineage)} times; the page has the schedule that made")
     for objective in found.objective:

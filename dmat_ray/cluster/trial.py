@@ -251,6 +251,15 @@ def _train_on_workers(config: Config, line: _Line, work: Work) -> None:
         raise failed[0]
 
 
+def keep_newest(folder: Path) -> None:
+    """Remove all checkpoints of a trial but its last: of a population there are many, and nobody will go on from them."""
+    newest = state_of(folder)
+    for line in line_folders(folder):
+        for kept in stored_checkpoints(line):
+            if newest is not None and str(kept) != newest["folder"]:
+                shutil.rmtree(kept, ignore_errors=True)
+
+
 def state_of(folder: Path) -> dict[str, Any] | None:
     """run.json of a trial's newest whole checkpoint, with "folder", or None if it has none."""
     for line in line_folders(folder):

@@ -1,120 +1,31 @@
 """Search: trials on Ray Tune, each a training, under one MLflow run; killed, it goes on with what it knew."""
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import ray.tune
 from ray.tune.experiment.trial import Trial as TuneTrial
 
-from dmat_ray import suites, trials
-from dmat_ray.checkpoint import relevant
-from dmat_ray.cluster import champion, searchers, spaces, tracking
-from dmat_ray.cluster.trial import DIVERGED, Work, run, state_of
-from dmat_ray.config import Config, EvaluationConfig
-from dmat_ray.data import set_reader
-from dmat_ray.errors import UserError
-from dmat_ray.files import read_json, text_digest, write_json
-from dmat_ray.manifold import generators
-from dmat_ray.models import untrained
-from dmat_ray.storage import set_folder
+from dmat_ray import trials
+from dmat_ray.cluster import champion, searchers, tracking
+from dmat_ray.cluster.search_plan import Plan
+from dmat_ray.cluster.trial import DIVERGED, run, state_of
+from dmat_ray.config import Config
+from dmat_ray.files import read_json, write_json
 from dmat_ray.trials import Trial
 from dmat_ray.trials_table import LiveTable, shown
-from dmat_ray.yardstick import PREFIX, columns
+from dmat_ray.yardstick import PREFIX
 
-SEARCH, SPENT = "search.json", "spent.json"
-
-
-def search_folder(config: Config) -> Path:
-    """Where a search keeps everything but the models it publishes."""
-    return Path(config.output).resolve() / "tune" / (config.tune.name or Path(config.tune.space).stem)
-
-
-class _Search:
-    """A search that has been checked: its space, its yardstick, what identifies it."""
-
-    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
-        self.config = config.model_copy(update={"output": str(Path(config.output).resolve())})
-        self.folder = search_folder(config)
-        self.space, self.base = spaces.load(config.tune.space, self.config)
-        probe = spaces.trial_config(self.base, self.space.constants, "probe", config.tune.epochs)
-        if not probe.training.val_examples:
-            raise UserError("a search judges trials by held-out images; training.val_examples is 0")
-        sets = (probe.training.images,)
-        self.judged_by = suites.resolved(EvaluationConfig(suites=config.tune.suites, sets=sets, check_examples=0))
-        self.columns = columns(self.judged_by)
-        trials.require_columns(config.tune.objective, self.columns, config.tune.suites)
-        untrained([probe], say)
-        self.axes = trials.axes(config.tune.objective, self.columns)
-        self.work = Work(
-            self.base,
-            self.space,
-            self.judged_by.model_dump(mode="json"),
-            list(config.tune.objective),
-            str(set_folder(probe)),
-            str(self.folder),
-            None if config.tune.scheduler == "pbt" else 2,
-        )
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What the results depend on, by name. Budgets, machines and what is done afterwards may change on the way."""
-        probe = spaces.trial_config(self.base, self.space.constants, "probe", self.config.tune.epochs)
-        names = (
-            "searcher",
-            "grid_points",
-            "scheduler",
-            "objective",
-            "samples",
-            "epochs",
-            "grace_epochs",
-            "reduction",
-            "seed",
-        )
-        found = {f"tune.{name}": getattr(self.config.tune, name) for name in names}
-        found |= {f"space: {key}": value for key, value in self.space.description().items()}
-        found |= {f"yardstick: {row.name}": row.fingerprint() for row in (*self.judged_by.attacks, *self.judged_by.summaries)}
-        found |= {**relevant(probe), "training.epochs": self.base["training"]["epochs"]}
-        found["the on-manifold set"] = set_reader.digest(set_reader.read_manifest(set_folder(self.config)))
-        found["the generator"] = generators.fingerprint(self.config.generator.path)
-        return dict(json.loads(json.dumps(found)))
-
-    @property
-    def digest(self) -> str:
-        """Names this search, in this folder."""
-        return text_digest(json.dumps([str(self.folder), self.identity], sort_keys=True))[:12]
-
-    def is_finished(self, *, resume: bool) -> bool:
-        """Whether the search is there and done. Raises UserError for another one that is there, or one that is not to go on."""
-        if not (self.folder / SEARCH).is_file():
-            if resume:
-                raise UserError(f"there is no search in '{self.folder}' to resume")
-            return False
-        before, now = read_json(self.folder / SEARCH), self.identity
-        other = "give it another name by --tune.name"
-        for name in [*now, *before]:
-            if before.get(name, "absent") != now.get(name, "absent"):
-                raise UserError(
-                    f"the search in '{self.folder}' has {name} = {before.get(name, 'absent')}, now it is "
-                    f"{now.get(name, 'absent')}; go on with the old value, or {other}"
-                )
-        result = self.folder / champion.RESULT
-        if result.is_file() and (not read_json(result)["ended_by"] or not resume):
-            return True
-        if not resume:
-            raise UserError(f"there is an unfinished search in '{self.folder}'; --resume goes on with it, or {other}")
-        return False
+SPENT = "spent.json"
 
 
 class _Watcher:
     """What the driver does as trials go: it tracks, says, draws and counts. Tune reaches it through `_Tell`."""
 
-    def __init__(self, search: _Search, parent: tracking.Run, say: Callable[[str], None], live: LiveTable) -> None:
+    def __init__(self, search: Plan, parent: tracking.Run, say: Callable[[str], None], live: LiveTable) -> None:
         self.search, self.parent, self.say, self.live = search, parent, say, live
         self.found: dict[str, Trial] = {}
         self.runs: dict[str, tracking.Run] = {}
@@ -127,7 +38,8 @@ class _Watcher:
         """A trial starts, goes on, or goes on from another's weights with other settings."""
         name, knobs = str(trial), self.search.space.knobs(trial.config)
         before = self.found.get(name)
-        verb = "starts" if before is None else "goes on" if before.knobs == knobs else "takes another's weights"
+        first = before is None and not trial.last_result
+        verb = "starts" if first else "goes on" if before is None or before.knobs == knobs else "takes another's weights"
         if verb != "goes on" or self.search.config.tune.scheduler != "pbt":  # whose trials take turns
             self.say(f"{name} {verb}: " + ", ".join(f"{key} = {shown(value)}" for key, value in knobs.items()))
         epochs, scores = (before.epochs, before.scores) if before else (0, {})
@@ -169,16 +81,16 @@ class _Watcher:
         what = "is tried again from its last checkpoint" if again else "is given up, the others go on"
         self.say(f"warning: {name} has failed ({_reason(trial)}) and {what}")
 
+    def gpu_hours(self) -> float:
+        """What all trials have used so far, before a kill, too."""
+        cluster = self.search.config.cluster
+        return float(cluster.gpus_per_worker * cluster.train_workers * sum(self.spent["seconds"].values()) / 3600)
+
     def over(self) -> bool:
         """Whether a budget is used up."""
-        tune, cluster = self.search.config.tune, self.search.config.cluster
-        gpus = cluster.gpus_per_worker * cluster.train_workers
-        hours = gpus * sum(self.spent["seconds"].values()) / 3600
         if not self.ended_by:
-            if tune.max_wall_minutes is not None and time.monotonic() - self.began > 60 * tune.max_wall_minutes:
-                self.ended_by = f"tune.max_wall_minutes {tune.max_wall_minutes:g}"
-            elif tune.max_gpu_hours is not None and hours > tune.max_gpu_hours:
-                self.ended_by = f"tune.max_gpu_hours {tune.max_gpu_hours:g}"
+            minutes = (time.monotonic() - self.began) / 60
+            self.ended_by = self.search.config.tune.used_up(gpu_hours=self.gpu_hours(), minutes=minutes)
             if self.ended_by:
                 self.say(f"{self.ended_by} is used up: ending with what there is")
         return bool(self.ended_by)
@@ -279,9 +191,8 @@ def _watched(watcher: _Watcher) -> Iterator[None]:
         _WATCHER = None
 
 
-def _fit(search: _Search, watcher: _Watcher, *, resume: bool) -> list[Trial]:
+def _fit(search: Plan, watcher: _Watcher, at_once: int, *, resume: bool) -> list[Trial]:
     config, tune = search.config, search.config.tune
-    at_once = searchers.trials_at_once(tune, config.cluster, alone=search.work.is_alone)
     trainable = ray.tune.with_resources(
         ray.tune.with_parameters(run, work=search.work),
         searchers.resources(search.work.is_alone, config.cluster, at_once),
@@ -325,19 +236,25 @@ def search(config: Config, say: Callable[[str], None], *, resume: bool = False) 
 
     Raises UserError for a space, an objective or machines that do not fit, and if no trial gives a result.
     """
-    searched = _Search(config, say)
-    config, folder = searched.config, searched.folder
-    if searched.is_finished(resume=resume):
-        say(f"the search in '{folder}' is finished and unchanged, nothing to do")
-        return champion.read(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / SEARCH, searched.identity)
-    what = f"{config.tune.searcher}, {config.tune.scheduler}" if config.tune.scheduler != "none" else config.tune.searcher
-    say(f"{folder.name}: {what}; raising {' and '.join(config.tune.objective)} of suite {', '.join(config.tune.suites)}")
+    plan = Plan(config, say)
+    config, tune = plan.config, plan.config.tune
+    if plan.is_finished(resume=resume):
+        say(f"the search in '{plan.folder}' is finished and unchanged, nothing to do")
+        return champion.read(plan.folder)
+    at_once = searchers.trials_at_once(tune, config.cluster, alone=plan.work.is_alone)
+    name = plan.folder.name
     with (
-        tracking.tracked(config, folder.name, "tune", key=f"tune/{folder.name}/{searched.digest}") as parent,
-        LiveTable(config.tune.objective, folder.name) as live,
+        tracking.tracked(config, name, "tune", key=f"tune/{name}/{plan.digest}") as parent,
+        LiveTable(tune.objective, name) as live,
     ):
-        watcher = _Watcher(searched, parent, say, live)
-        found = _fit(searched, watcher, resume=resume)
-        return champion.crown(searched, found, watcher.runs, parent, say, watcher.ended_by)
+        plan.begin()
+        how = f"{tune.searcher}, {tune.scheduler}" if tune.scheduler != "none" else tune.searcher
+        say(f"{name}: {how}; raising {' and '.join(tune.objective)} of suite {', '.join(tune.suites)}")
+        watcher = _Watcher(plan, parent, say, live)
+        try:
+            found = _fit(plan, watcher, at_once, resume=resume)
+        except BaseException:
+            for one in watcher.runs.values():
+                one.finish("FAILED")
+            raise
+        return champion.crown(plan, found, watcher.runs, parent, say, watcher.ended_by)

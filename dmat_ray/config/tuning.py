@@ -96,6 +96,14 @@ class TuneConfig(Section):
         """How often the space is drawn from, or the grid is run."""
         return self.num_samples or (1 if self.searcher == "grid" else 16)
 
+    def used_up(self, *, gpu_hours: float, minutes: float) -> str:
+        """Which budget is, as it is set; empty for none."""
+        if self.max_wall_minutes is not None and minutes > self.max_wall_minutes:
+            return f"tune.max_wall_minutes {self.max_wall_minutes:g}"
+        if self.max_gpu_hours is not None and gpu_hours > self.max_gpu_hours:
+            return f"tune.max_gpu_hours {self.max_gpu_hours:g}"
+        return ""
+
     @field_validator("objective")
     @classmethod
     def _is_objective(cls, value: tuple[str, ...]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlflow
+import numpy as np
 import pytest
 import ray
 import torch
@@ -24,6 +25,7 @@ from small import MlflowServer, PostgresServer, finish, processes_below, setting
 from dmat_ray import checkpoint, trainer
 from dmat_ray.cluster import champion, searchers, tune
 from dmat_ray.config import ClusterConfig, Config, TuneConfig
+from dmat_ray.data.epochs import held_out_positions
 from dmat_ray.data.manifold_set import open_set
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
@@ -318,33 +320,68 @@ def test_a_population_carries_weights_and_changes_settings(finished, tmp_path, s
     assert children.keys() == {t.name for t in found.trials}
 
 
-def test_a_grid_of_trials_of_two_workers_each_gives_a_front(finished, tmp_path, say, lines):
-    """Each is a Ray Train run; two objectives, so the best are a front, by brute force."""
-    more = ["--tune.searcher", "grid", "--tune.scheduler", "none", "--tune.grid_points", 2, "--tune.epochs", 1]
-    more += ["--tune.objective", "clean", "--tune.objective", "linf", "--cluster.train_workers", 2]
+def beaten(points: dict[str, tuple[float, ...]]) -> set[str]:
+    """Names of those that another is as good as in all and better in one, by brute force."""
+    return {
+        name
+        for name, one in points.items()
+        for other in points.values()
+        if other != one and all(a >= b for a, b in zip(other, one, strict=True))
+    }
+
+
+def test_several_objectives_give_a_front_and_what_fails_is_recorded(finished, tmp_path, say):
+    """A network that cannot take images so small fails whenever it is drawn, and one with a huge rate diverges."""
+    more = ["--tune.searcher", "nsga2", "--tune.scheduler", "none", "--tune.num_samples", 8, "--tune.epochs", 1]
+    more += ["--tune.objective", "clean", "--tune.objective", "linf", "--cluster.train_workers", 1, "--tune.retries", 1]
     config = tuned(tmp_path, *more)
-    Path(config.tune.space).write_text('from ray import tune\nSPACE = {"objective.image.eps": tune.choice([0.05, 0.1])}\n')
+    Path(config.tune.space).write_text(
+        "from ray import tune\n"
+        'SPACE = {"classifier.name": tune.choice(["digits_cnn", "digits_cnn", "inception_v3"]),\n'
+        '         "training.schedule": "cosine", "training.lr": tune.choice([0.05, 0.1, 1e12])}\n'
+    )
     finished.copy_set(tmp_path)
     found = tune.search(config, say)
-    assert sorted(t.knobs["objective.image.eps"] for t in found.trials) == [0.05, 0.1]
-    assert {t.status for t in found.trials} == {"finished"}
-    points = {t.name: (t.scores["clean"], t.scores["linf"]) for t in found.trials}
-    beaten = {
-        name
-        for name, p in points.items()
-        for other, q in points.items()
-        if other != name and q != p and q[0] >= p[0] and q[1] >= p[1]
-    }
-    assert set(found.front) <= points.keys() - beaten
-    assert {points[name] for name in found.front} == {points[name] for name in points.keys() - beaten}
+    assert len(found.trials) == 8
+    for trial in found.trials:
+        expected = "diverged" if trial.knobs["training.lr"] > 1 else "finished"
+        assert trial.status == ("failed" if trial.knobs["classifier.name"] == "inception_v3" else expected), trial
+        assert bool(trial.error) == (trial.status == "failed")
+    assert {t.status for t in found.trials} == {"finished", "failed", "diverged"}, "drawn by the seed"
+    points = {t.name: (t.scores["clean"], t.scores["linf"]) for t in found.trials if t.status == "finished"}
+    assert {points[name] for name in found.front} == {points[name] for name in points.keys() - beaten(points)}
     assert found.evaluated.keys() == found.tested.keys() == {found.best, *found.front}
     assert set(found.evaluated[found.best]) >= {"on_manifold/clean", "natural/clean", "on_manifold/OM-PGD-20"}
+    _, children = runs_of(f"sqlite:///{tmp_path / 'mlflow.db'}", config)
+    status = {t.name: "FAILED" if t.status in ("failed", "diverged") else "FINISHED" for t in found.trials}
+    assert {name: run.info.status for name, run in children.items()} == status
+
+
+def test_a_trial_of_two_workers_is_a_ray_train_run(finished, tmp_path, say):
+    """What it reports is what its model says of the held-out images."""
+    more = ["--tune.searcher", "grid", "--tune.scheduler", "none", "--tune.epochs", 1]
+    more += ["--cluster.train_workers", 2, "--tune.evaluate", False]
+    config = tuned(tmp_path, *more)
+    Path(config.tune.space).write_text('from ray import tune\nSPACE = {"objective.image.eps": tune.choice([0.05])}\n')
+    finished.copy_set(tmp_path)
+    found = tune.search(config, say)
+    (trial,) = found.trials
+    assert (trial.status, trial.epochs, found.best, found.front) == ("finished", 1, trial.name, [trial.name])
+    published, run = checkpoint.load_classifier(Path(config.output) / "models" / trial.name)
+    assert run["config"]["cluster"]["train_workers"] == 2
+    data = open_set(tmp_path / "on_manifold_set", "train")
+    loaded = Config.model_validate(run["config"])
+    held_out = data.take(held_out_positions(len(data), loaded.training)[1])
+    x = held_out.batch(np.arange(len(held_out)), "on_manifold")
+    with torch.no_grad():
+        right = published(x.x_BCHW).argmax(dim=1) == x.y_B
+    assert trial.scores["clean"] == pytest.approx(float(right.float().mean()))
 
 
 def test_a_budget_ends_a_search_which_can_go_on(finished, tmp_path, say, lines, monkeypatch):
     """The driver's clock is put forward by an hour after the first epoch."""
     more = ["--tune.searcher", "random", "--tune.num_samples", 3, "--tune.epochs", 2, "--tune.max_concurrent", 1]
-    more += ["--cluster.train_workers", 1, "--tune.evaluate", False, "--tune.scheduler", "none"]
+    more += ["--cluster.train_workers", 1, "--tune.evaluate", False, "--tune.scheduler", "median"]
     finished.copy_set(tmp_path)
     config = tuned(tmp_path, *more)
     short = config.model_copy(update={"tune": config.tune.model_copy(update={"max_wall_minutes": 50.0})})
