@@ -115,7 +115,7 @@ def parse(
 
     try:
         config = with_absolute_paths(Config.model_validate(Layered(**layers).model_dump()))
-        return config.model_copy(update={"evaluation": _with_absolute_weights(suites.resolved(config.evaluation))}), namespace
+        return config.model_copy(update={"evaluation": with_absolute_weights(suites.resolved(config.evaluation))}), namespace
     except ValidationError as error:
         raise UserError(describe(error)) from None
 
@@ -139,7 +139,7 @@ def with_absolute_paths(config: Config) -> Config:
     return config.model_copy(update={"data": data, "generator": generator, "projection": projection, "gan": gan})
 
 
-def _with_absolute_weights(config: EvaluationConfig) -> EvaluationConfig:
+def with_absolute_weights(config: EvaluationConfig) -> EvaluationConfig:
     """The same with the files of weights that its rows name made absolute."""
 
     def absolute(value: str) -> str:

@@ -20,7 +20,7 @@ from dmat_ray.attack import attack, losses_of
 from dmat_ray.attack_view import view_of
 from dmat_ray.config import ON_CURVE, AttackRow, AutoAttackRow, CleanRow, CorruptionRow, EvaluationConfig, Row
 from dmat_ray.data.manifold_set import ManifoldSet
-from dmat_ray.errors import UserError
+from dmat_ray.errors import NotFiniteError, UserError
 from dmat_ray.rng import Draws
 from dmat_ray.search import SEARCHES
 from dmat_ray.types import Batch, Generator
@@ -127,7 +127,7 @@ class Evaluator:
         if logits.shape != (len(x_BCHW), count):
             raise UserError(f"model '{model}' puts out {list(logits.shape)} for {len(x_BCHW)} images of {count} classes")
         if not bool(torch.isfinite(logits).all()):
-            raise UserError(f"model '{model}' puts out values that are not finite")
+            raise NotFiniteError(f"model '{model}' puts out values that are not finite")
         return logits
 
     @tf32(False)

@@ -157,8 +157,14 @@ class TrainingStep:
     def load(self, state: dict[str, Any]) -> None:
         """Back to where `state` was taken."""
         self.network.load_state_dict(state["network"])
+        # with the optimizer's state come its settings, which a branch may have changed
+        own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.average is not None:
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(settings)
+        if self.average is not None and state["average"] is None:
+            self.average.module.load_state_dict(state["network"])  # averaging begins here
+        elif self.average is not None:
             self.average.load_state_dict(state["average"])
             self._averages = int(self.average.n_averaged)
         for mine, stored in zip(batch_norm.apart(self.network), state["apart"], strict=True):

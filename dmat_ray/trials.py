@@ -40,6 +40,11 @@ def value(objective: str, scores: Mapping[str, float]) -> float:
     return sum(weight * scores[name] for name, weight in parse_objective(objective).items())
 
 
+def metric(number: int) -> str:
+    """What a trial reports the value of an objective as."""
+    return f"objective_{number}"
+
+
 def require_columns(objectives: Iterable[str], columns: Sequence[str], suites: Sequence[str]) -> None:
     """Raise UserError for an objective of a column that no trial reports."""
     for objective in objectives:
@@ -59,8 +64,8 @@ def axes(objectives: Sequence[str], columns: Sequence[str]) -> tuple[str, ...]:
 
 
 def ranked(trials: Iterable[Trial], objectives: Sequence[str]) -> list[Trial]:
-    """Those that have scores, best first: by the objective, or of several by their sum."""
-    scored = [trial for trial in trials if trial.scores and trial.status != "diverged"]
+    """Those that have scores and neither failed nor diverged, best first: by the objective, or of several by their sum."""
+    scored = [trial for trial in trials if trial.scores and trial.status not in ("diverged", "failed")]
     return sorted(scored, key=lambda t: (-sum(value(o, t.scores) for o in objectives), t.name))
 
 

@@ -117,10 +117,11 @@ def test_a_branch_goes_on_from_anothers_weights_with_its_own_settings(
     """The same as if the settings had been changed in the middle of one training."""
     sha = generators.fingerprint(str(generator_folder))
 
-    def config(name: str, eps: float, epochs: int) -> Config:
+    def config(name: str, eps: float, epochs: int, decay: float = 0.0, ema: float = 0.0) -> Config:
         values = make_config(name=name).to_json()
         values["objective"]["image"]["eps"] = eps
         values["training"] |= {"epochs": epochs, "lr_epochs": [0, 4], "lr_values": [0.05, 0.05]}
+        values["training"] |= {"weight_decay": decay, "ema_decay": ema}
         return Config.model_validate(values)
 
     def train(one: Config, folder: str, branch_from: Path | None = None) -> dict[str, torch.Tensor]:
@@ -148,5 +149,7 @@ def test_a_branch_goes_on_from_anothers_weights_with_its_own_settings(
     checkpoint.seal(by_hand, checkpoint.RUN, {**run, "config": settings, "finished": False})
     same = train(config("heir", 0.02, 4), "by_hand")
     assert all(torch.equal(branched[key], same[key]) for key in branched)
-    other = train(config("heir", 0.1, 4), "other", donor)
-    assert any(not torch.equal(branched[key], other[key]) for key in branched)
+    changes: dict[str, dict[str, float]] = {"eps": {"eps": 0.1}, "decay": {"decay": 0.1}, "average": {"ema": 0.9}}
+    for name, changed in changes.items():
+        other = train(config("heir", **{"eps": 0.02, "epochs": 4, **changed}), name, donor)
+        assert any(not torch.equal(branched[key], other[key]) for key in branched), name

@@ -11,6 +11,7 @@ from ray.tune.search import BasicVariantGenerator
 
 from dmat_ray import models, trials, trials_page
 from dmat_ray.cluster import evaluate, searchers, spaces, tracking
+from dmat_ray.cluster.outbox import FRONT
 from dmat_ray.cluster.search_plan import RESULT, Plan
 from dmat_ray.cluster.trial import Work, keep_newest, run, state_of
 from dmat_ray.config import Config, EvaluationConfig
@@ -43,6 +44,7 @@ class Found:
     evaluated: Scores = field(default_factory=dict)  # "set/column" of `evaluation` on test images
     confirmed: dict[str, list[str]] = field(default_factory=dict)  # "best" and "start" -> models, seed by seed
     ended_by: str = ""
+    afterwards: dict[str, Any] = field(default_factory=dict)
 
     def trial(self, name: str) -> Trial:
         """A trial by name."""
@@ -83,7 +85,11 @@ def crown(
     values = ", ".join(f"{o} {100 * trials.value(o, best.scores):.1f} %" for o in objectives)
     say(f"best is {best.name}: {values} on held-out images; {len(front)} on the front of {' and '.join(search.axes)}")
     folders = {trial.name: _publish(search.work, trial.name, config) for trial in chosen}
-    seeds = _retrain(search, best, say) if config.tune.confirm_seeds else {}
+    seeds: dict[str, dict[str, Config]] = {}
+    if config.tune.confirm_seeds and ended_by:
+        say(f"not training anew with other seeds (tune.confirm_seeds): {ended_by} is used up")
+    elif config.tune.confirm_seeds:
+        seeds = _retrain(search, best, say)
     folders |= {name: models.model_folder(one) for kind in seeds.values() for name, one in kind.items()}
     tested = _judge(config, search.judged_by, folders, search.folder / "yardstick", say)
     evaluated = {}
@@ -102,6 +108,7 @@ def crown(
         evaluated,
         {kind: list(named) for kind, named in seeds.items()},
         ended_by,
+        search.afterwards,
     )
     page = trials_page.write(search.folder / PAGE, result.to_json(), config)
     _track(search, result, folders, runs, parent, page)
@@ -164,11 +171,16 @@ def _retrain(search: Plan, best: Trial, say: Callable[[str], None]) -> dict[str,
             failure_config=ray.tune.FailureConfig(max_failures=config.tune.retries),
         ),
     ).fit()
-    if results.errors:
-        raise RuntimeError(f"{len(results.errors)} trainings of other seeds failed; the first: {results.errors[0]}")
-    for name in every:
+    for error in results.errors:
+        say(f"warning: a training with another seed failed: {str(error).strip().splitlines()[-1]}")
+    whole = [name for name in every if (state_of(work.trial_folder(name)) or {}).get("finished")]
+    # seed by seed: one that failed, or diverged, in one of the two is left out of both
+    pairs = [pair for pair in zip(*made.values(), strict=True) if all(name in whole for name in pair)]
+    if len(pairs) < config.tune.confirm_seeds:
+        say(f"warning: of {config.tune.confirm_seeds} seeds {len(pairs)} could be trained to their end with both settings")
+    for name in (name for pair in pairs for name in pair):
         _publish(work, name, config)
-    return made
+    return {kind: {pair[k]: every[pair[k]] for pair in pairs} for k, kind in enumerate(made)} if pairs else {}
 
 
 def _named_by_model(trial: Any) -> str:
@@ -185,18 +197,21 @@ def _track(
 ) -> None:
     """Final numbers to the trials' runs, models into the registry, the page to the search's run."""
     registered = "".join(c if c.isalnum() or c in "-_. " else "_" for c in f"{search.config.tracking.experiment} {found.name}")
-    for name in [found.best, *(n for n in found.front if n in folders and n != found.best)]:
+    for trial in found.trials:
+        runs[trial.name].tag(FRONT, str(trial.name in found.front).lower())
+        runs[trial.name].tag("champion", str(trial.name == found.best).lower())
+    chosen = [found.best, *(n for n in found.front if n in folders and n != found.best)]
+    for name in chosen:
         trial, one = found.trial(name), runs[name]
         numbers = {f"test/yardstick/{k}": v for k, v in found.tested[name].items()}
         numbers |= {f"test/{k}": v for k, v in found.evaluated.get(name, {}).items()}
         one.metrics(numbers, step=trial.epochs)
         one.artifact(folders[name], "checkpoint")
-        on_front = str(name in found.front).lower()
         tags = {f"objective {o}": f"{trials.value(o, trial.scores):.4f}" for o in found.objective}
-        tags |= {"pareto_front": on_front, "axes": json.dumps(found.axes), "trial": name}
-        one.tag("pareto_front", on_front)
-        one.register(registered, "checkpoint", [CHAMPION] if name == found.best else [], tags)
-    runs[found.best].tag("champion", "true")
+        tags |= {FRONT: str(name in found.front).lower(), "axes": json.dumps(found.axes), "trial": name}
+        is_best = name == found.best
+        among = [runs[n] for n in chosen] if is_best else []
+        one.register(registered, "checkpoint", [CHAMPION] if is_best else [], tags, among)
     parent.tag("best_trial", found.best)
     best = found.trial(found.best)
     parent.metrics({f"best/{o}": trials.value(o, best.scores) for o in found.objective}, step=0)
@@ -213,7 +228,10 @@ def summary(found: Found) -> str:
         lines[0] += f"; ended early, since {found.ended_by} was used up"
     lines += [f"best is {best.name}: " + ", ".join(f"{key} = {shown(value)}" for key, value in best.knobs.items())]
     if best.lineage:
-        lines.append(f"it went on from other trials' weights {len(best.lineage)} times; the page has the schedule that made")
+        lines.append(
+            f"it went on from other trials' weights, {len(best.lineage)} times; the page has the schedule that made, of which "
+            "these settings are the end"
+        )
     for objective in found.objective:
         tested = 100 * trials.value(objective, found.tested[best.name])
         lines.append(

@@ -67,7 +67,7 @@ class RayContext:
             if not is_full(error):
                 raise
             text = no_space(error, self.checkpoints())
-            ray.get(ray.get_actor(self._mailbox).put_user_error.remote(text))
+            ray.get(ray.get_actor(self._mailbox).put_user_error.remote(UserError(text)))
             raise UserError(text) from error
         return ray.train.Checkpoint(str(folder), checkpoint.filesystem)
 

@@ -21,15 +21,15 @@ from dmat_ray.errors import UserError
 class _Mailbox:
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
-        self.user_error: str | None = None
+        self.user_error: UserError | None = None
 
     def put(self, event: dict[str, Any]) -> None:
         self.events.append(event)
 
-    def put_user_error(self, text: str) -> None:
-        self.user_error = self.user_error or text
+    def put_user_error(self, error: UserError) -> None:
+        self.user_error = self.user_error or error
 
-    def get_user_error(self) -> str | None:
+    def get_user_error(self) -> UserError | None:
         return self.user_error
 
     def take(self) -> list[dict[str, Any]]:
@@ -65,7 +65,7 @@ def no_retry_of_user_errors(mailbox: str) -> Iterator[bool]:
         yield True
     except UserError as error:
         if actor is not None:
-            ray.get(actor.put_user_error.remote(str(error)))
+            ray.get(actor.put_user_error.remote(type(error)(str(error))))
         raise
 
 
@@ -99,7 +99,7 @@ def listen(handle: Callable[[dict[str, Any]], None], interval_s: float = 0.3) ->
 
     thread = threading.Thread(target=loop, daemon=True)
     thread.start()
-    found: str | None = None
+    found: UserError | None = None
     try:
         yield name
     finally:
@@ -110,4 +110,4 @@ def listen(handle: Callable[[dict[str, Any]], None], interval_s: float = 0.3) ->
             found = ray.get(actor.get_user_error.remote(), timeout=60)
             ray.kill(actor)
         if found is not None:
-            raise UserError(found)
+            raise found

@@ -24,6 +24,7 @@ from dmat_ray.files import text_digest
 KEY = "dmat_ray.key"
 PARENT = "mlflow.parentRunId"
 EPOCH = "epoch"  # a metric of trainings
+FRONT = "pareto_front"  # a tag of trials and of models
 KINDS = {"create", "metrics", "artifact", "text", "tag", "register", "finish"}
 PAUSES_S = (0.5, 1, 2, 5, 10)
 Entry = dict[str, Any]
@@ -158,7 +159,8 @@ class Outbox:
         found = self._client.search_runs([place], filter_string=wanted, max_results=1)
         if found:
             run_id = str(found[0].info.run_id)
-            self._client.update_run(run_id, status="RUNNING")
+            if found[0].info.status != "FINISHED":
+                self._client.update_run(run_id, status="RUNNING")
             self._epochs[run_id] = found[0].data.metrics.get(EPOCH, -1.0)
             if entry.get("reopen"):
                 return run_id  # its params are there; those that may differ, such as a budget, cannot be changed
@@ -206,8 +208,14 @@ class Outbox:
             self._client.set_model_version_tag(entry["model"], version.version, key, value)
         for alias in entry["aliases"]:
             self._client.set_registered_model_alias(entry["model"], alias, version.version)
+        among = {self._ids.get(handle) for handle in entry["among"]}
+        for other in self._client.search_model_versions(f"name = '{entry['model']}'") if among and None not in among else ():
+            if other.run_id not in among:
+                self._client.set_model_version_tag(entry["model"], other.version, FRONT, "false")
 
     def _finish(self, run_id: str, entry: Entry) -> None:
+        if entry.get("if_open") and self._client.get_run(run_id).info.status != "RUNNING":
+            return
         self._client.set_terminated(run_id, entry["status"], end_time=entry["time"])
 
 

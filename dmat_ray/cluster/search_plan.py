@@ -1,19 +1,20 @@
 """What a search is, checked before anything starts: its space, its yardstick, its folder, and what tells it from others."""
 
 import json
+import uuid
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dmat_ray import suites, trials
+from dmat_ray import cli, evaluation, suites, trials
 from dmat_ray.checkpoint import relevant
 from dmat_ray.cluster import spaces
 from dmat_ray.cluster.trial import Work
 from dmat_ray.config import Config, EvaluationConfig
-from dmat_ray.data import set_reader
+from dmat_ray.data import manifold_set, set_reader
 from dmat_ray.errors import UserError
-from dmat_ray.files import read_json, text_digest, write_json
+from dmat_ray.files import read_json, write_json
 from dmat_ray.manifold import generators
 from dmat_ray.models import untrained
 from dmat_ray.storage import set_folder
@@ -37,11 +38,19 @@ class Plan:
         probe = spaces.trial_config(self.base, self.space.constants, "probe", config.tune.epochs)
         if not probe.training.val_examples:
             raise UserError("a search judges trials by held-out images; training.val_examples is 0")
-        sets = (probe.training.images,)
-        self.judged_by = suites.resolved(EvaluationConfig(suites=config.tune.suites, sets=sets, check_examples=0))
+        if config.tune.max_gpu_hours is not None and not config.cluster.gpus_per_worker:
+            raise UserError("tune.max_gpu_hours counts GPUs, and cluster.gpus_per_worker is 0; give --max-wall-time")
+        if config.tune.scheduler == "pbt" and (odd := [k for k in self.space.names if k.startswith("classifier.")]):
+            raise UserError(f"tune.scheduler pbt passes weights on, so all trials need the same network; the space has {odd[0]}")
+        how = {name: getattr(config.evaluation, name) for name in ("batch_size", "seed", "precision")}
+        judged_by = EvaluationConfig(suites=config.tune.suites, sets=(probe.training.images,), check_examples=0, **how)
+        self.judged_by = cli.with_absolute_weights(suites.resolved(judged_by))
         self.columns = columns(self.judged_by)
         trials.require_columns(config.tune.objective, self.columns, config.tune.suites)
         untrained([probe], say)
+        data = manifold_set.open_set(set_folder(self.config), "test")
+        for suite in (self.judged_by, *([config.evaluation] if config.tune.evaluate else [])):
+            evaluation.require_suite(suite, data)
         self.axes = trials.axes(config.tune.objective, self.columns)
         self.work = Work(
             self.base,
@@ -62,14 +71,21 @@ class Plan:
         found |= {f"space: {key}": value for key, value in self.space.description().items()}
         found |= {f"yardstick: {row.name}": row.fingerprint() for row in (*self.judged_by.attacks, *self.judged_by.summaries)}
         found |= {**relevant(probe), "training.epochs": self.base["training"]["epochs"]}
+        found["trials are of one worker in memory"] = self.work.is_alone
         found["the on-manifold set"] = set_reader.digest(set_reader.read_manifest(set_folder(self.config)))
         found["the generator"] = generators.fingerprint(self.config.generator.path)
         return dict(json.loads(json.dumps(found)))
 
+    @cached_property
+    def id(self) -> str:
+        """Names this search among all that were ever made, in this folder, too."""
+        path = self.folder / SEARCH
+        return str(read_json(path)["id"]) if path.is_file() else uuid.uuid4().hex
+
     @property
-    def digest(self) -> str:
-        """Names this search, in this folder."""
-        return text_digest(json.dumps([str(self.folder), self.identity], sort_keys=True))[:12]
+    def afterwards(self) -> dict[str, Any]:
+        """What is done once all trials have ended, which may be asked for later."""
+        return {name: getattr(self.config.tune, name) for name in ("evaluate", "confirm_seeds")}
 
     def is_finished(self, *, resume: bool) -> bool:
         """Whether the search is there and done. Raises UserError for another one that is there, or one that is not to go on."""
@@ -77,7 +93,7 @@ class Plan:
             if resume:
                 raise UserError(f"there is no search in '{self.folder}' to resume")
             return False
-        before, now = read_json(self.folder / SEARCH), self.identity
+        before, now = read_json(self.folder / SEARCH)["identity"], self.identity
         other = "give it another name by --tune.name"
         for name in [*now, *before]:
             if before.get(name, "absent") != now.get(name, "absent"):
@@ -85,14 +101,22 @@ class Plan:
                     f"the search in '{self.folder}' has {name} = {before.get(name, 'absent')}, now it is "
                     f"{now.get(name, 'absent')}; go on with the old value, or {other}"
                 )
-        result = self.folder / RESULT
-        if result.is_file() and (not read_json(result)["ended_by"] or not resume):
+        result = read_json(self.folder / RESULT) if (self.folder / RESULT).is_file() else None
+        if result is not None and (not resume or not (self.left_of(result))):
             return True
         if not resume:
             raise UserError(f"there is an unfinished search in '{self.folder}'; --resume goes on with it, or {other}")
         return False
 
+    def left_of(self, result: dict[str, Any]) -> str:
+        """What a search with this result has not done yet; empty if all is done."""
+        if result["ended_by"]:
+            return f"ended early, since {result['ended_by']} was used up"
+        new = [f"tune.{name}" for name, value in self.afterwards.items() if result["afterwards"][name] != value]
+        return f"did another {' and '.join(new)}" if new else ""
+
     def begin(self) -> None:
-        """Say in the folder what it is for."""
+        """Say in the folder what it is for; what it gave before is no longer all that it gives."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / SEARCH, self.identity)
+        write_json(self.folder / SEARCH, {"id": self.id, "identity": self.identity})
+        (self.folder / RESULT).unlink(missing_ok=True)

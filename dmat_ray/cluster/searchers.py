@@ -7,6 +7,7 @@ from typing import Any
 import optuna
 import ray
 import ray.tune
+from ray.tune.experiment.trial import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlgorithm, Searcher
 from ray.tune.search.optuna import OptunaSearch
@@ -14,16 +15,14 @@ from ray.tune.search.sample import Categorical
 
 from dmat_ray.cluster import session
 from dmat_ray.cluster.spaces import Space
+from dmat_ray.cluster.trial import Work, state_of
 from dmat_ray.config import ClusterConfig, TuneConfig
 from dmat_ray.errors import UserError
+from dmat_ray.trials import metric, value
+from dmat_ray.yardstick import PREFIX
 
 TIME = "epoch"
 MOST_NESTED = 20  # trials of several workers at a time: so finely can the head node be shared
-
-
-def metric(number: int) -> str:
-    """What a trial reports the value of an objective as."""
-    return f"objective_{number}"
 
 
 def searcher(config: TuneConfig, at_once: int) -> Searcher | SearchAlgorithm:
@@ -45,11 +44,55 @@ def searcher(config: TuneConfig, at_once: int) -> Searcher | SearchAlgorithm:
     return ConcurrencyLimiter(found, at_once)
 
 
-def scheduler(config: TuneConfig, space: Space) -> TrialScheduler:
-    """What ends trials, or moves them."""
+def past(work: Work, trial: Trial) -> list[tuple[float, float]]:
+    """(epoch, objective) of what Tune had been told of a trial before a kill; Tune forgets its schedulers' memory."""
+    told = float((trial.last_result or {}).get(TIME, 0))
+    run = state_of(work.trial_folder(str(trial))) if told else None
+    scores = [(m["epoch"], {k.removeprefix(PREFIX): v for k, v in m.items()}) for m in run["history"]] if run else []
+    return [(epoch, value(work.objectives[0], found)) for epoch, found in scores if epoch <= told]
+
+
+class _Asha(ASHAScheduler):  # type: ignore[misc]  # ray is untyped
+    def __init__(self, work: Work, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._work = work
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        super().on_trial_add(tune_controller, trial)
+        for epoch, found in past(self._work, trial):
+            self._trial_info[trial.trial_id].on_result(trial, epoch, found)
+
+
+class _Median(MedianStoppingRule):  # type: ignore[misc]
+    def __init__(self, work: Work, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._work = work
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        super().on_trial_add(tune_controller, trial)
+        if before := past(self._work, trial):
+            self._results[trial] = [{TIME: epoch, metric(0): found} for epoch, found in before]
+
+
+class _Population(PopulationBasedTraining):  # type: ignore[misc]
+    def __init__(self, work: Work, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._work = work
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        super().on_trial_add(tune_controller, trial)
+        if before := past(self._work, trial):
+            state, (epoch, found) = self._trial_state[trial], before[-1]
+            state.last_score, state.last_result = found, trial.last_result
+            state.last_train_time = state.last_perturbation_time = epoch
+
+
+def scheduler(config: TuneConfig, space: Space, work: Work) -> TrialScheduler:
+    """What ends trials, or moves them; after a kill with what it knew."""
     one: dict[str, Any] = {"time_attr": TIME, "metric": metric(0), "mode": "max"}
     if config.scheduler == "asha":
-        return ASHAScheduler(
+        return _Asha(
+            work,
             **one,
             max_t=config.epochs,
             grace_period=config.grace_epochs,
@@ -57,11 +100,12 @@ def scheduler(config: TuneConfig, space: Space) -> TrialScheduler:
             stop_last_trials=False,
         )
     if config.scheduler == "median":
-        return MedianStoppingRule(**one, grace_period=config.grace_epochs)
+        return _Median(work, **one, grace_period=config.grace_epochs)
     if config.scheduler == "pbt":
         random.seed(config.seed)  # Tune's changes come from there
         domains = space.variables(config)
-        return PopulationBasedTraining(
+        return _Population(
+            work,
             **one,
             perturbation_interval=config.grace_epochs,
             hyperparam_mutations={k: list(d.categories) if isinstance(d, Categorical) else d for k, d in domains.items()},
@@ -80,7 +124,7 @@ def resources(alone: bool, cluster: ClusterConfig, at_once: int) -> dict[str, fl
         # Ray Train itself takes a thousandth of it for each training
         return {"node:__internal_head__": round(1 / at_once - 0.002, 4)}
     if session.is_own(cluster):
-        need["CPU"] = max(need["CPU"], int(ray.cluster_resources()["CPU"] / at_once))
+        need["CPU"] = max(need["CPU"], int(1e4 * ray.cluster_resources()["CPU"] / at_once) / 1e4)
     return need
 
 
@@ -106,6 +150,8 @@ def trials_at_once(config: TuneConfig, cluster: ClusterConfig, *, alone: bool) -
         raise UserError(
             "tune.scheduler pbt lets its population take turns on what the cluster has; leave tune.max_concurrent out"
         )
+    if alone and config.max_concurrent is not None and not session.is_own(cluster):
+        return config.max_concurrent  # those that wait are what an autoscaler goes by
     if session.is_own(cluster) and cluster.gpus_per_worker == 0:
         # a Ray of its own has more logical CPUs than there are cores, for its helpers
         room = min(room, max(1, (os.cpu_count() or 1) // (workers * cluster.threads_per_worker)))

@@ -39,6 +39,9 @@ FIXED = {
     "training.val_examples": "all trials are judged by the same held-out images",
     "training.seed": "all trials are judged by the same held-out images",
     "training.loader": "it does not change what is trained",
+    "training.keep": "a trial is what it is after its last epoch",
+    "training.checkpoint_every": "a trial may end after any epoch",
+    "training.checkpoint_minutes": "a trial may end after any epoch",
 }
 
 
@@ -77,6 +80,11 @@ class Space:
     domains: Mapping[str, Domain]
     simplexes: Mapping[tuple[str, ...], Simplex]
     constants: Mapping[str, Any]
+
+    @property
+    def names(self) -> list[str]:
+        """The settings that are drawn."""
+        return [*self.domains, *(key for keys in self.simplexes for key in keys)]
 
     def variables(self, config: TuneConfig) -> dict[str, Any]:
         """What Ray Tune draws from."""
@@ -140,6 +148,8 @@ def trial_config(base: Mapping[str, Any], settings: Mapping[str, Any], name: str
         "lr_epochs": [k * share for k in old["lr_epochs"]],
         "lr_warmup": old["lr_warmup"] * share,
         "awp_warmup": int(old["awp_warmup"] * share),
+        # what is judged, passed on and published is what a trial is after an epoch, whichever is its last
+        **{"keep": "last", "checkpoint_every": 1, "checkpoint_minutes": None},
     }
     layered = presets.merge(dict(base), {"name": name, "training": shorter})
     for key, value in {**settings, "training.epochs": epochs}.items():
@@ -161,7 +171,12 @@ def load(path: str, config: Config) -> tuple[Space, dict[str, Any]]:
         raise UserError(f"tune.space '{path}' does not define SPACE, a mapping from dotted settings to domains; see tune_spaces/")
     layers = getattr(module, "PRESET", ())
     layers = (layers,) if isinstance(layers, str) else tuple(layers)
-    base = presets.merge(config.to_json(), presets.load(list(layers)))
+    below = presets.load(list(layers))
+    if odd := [name for name in below if name not in SECTIONS]:
+        raise UserError(
+            f"tune.space '{path}': preset {', '.join(layers)} sets {odd[0]}, which a space cannot; give it with --preset"
+        )
+    base = cli.validate(presets.merge(config.to_json(), below)).to_json()
     domains, simplexes, constants = {}, {}, {}
     for key, domain in given.items():
         keys = key if isinstance(key, tuple) else (key,)

@@ -57,13 +57,19 @@ class Run:
         """Set a tag."""
         self._put("tag", key=_name(key), value=value)
 
-    def register(self, model: str, folder: str, aliases: Sequence[str], tags: Mapping[str, str]) -> None:
-        """Make the artifacts in `folder` of this run a version of a registered model."""
-        self._put("register", model=model, folder=folder, aliases=list(aliases), tags={_name(k): v for k, v in tags.items()})
+    def register(
+        self, model: str, folder: str, aliases: Sequence[str], tags: Mapping[str, str], among: Sequence["Run"] = ()
+    ) -> None:
+        """Make the artifacts in `folder` of this run a version of a registered model; versions of runs that are not `among`
+        these are no longer on the Pareto front.
+        """
+        named = {_name(k): v for k, v in tags.items()}
+        handles = [run.handle for run in among]
+        self._put("register", model=model, folder=folder, aliases=list(aliases), tags=named, among=handles)
 
-    def finish(self, status: str) -> None:
-        """End the run as FINISHED or FAILED."""
-        self._put("finish", status=status, time=now_ms())
+    def finish(self, status: str, *, if_open: bool = False) -> None:
+        """End the run as FINISHED or FAILED; with `if_open` only if nobody has."""
+        self._put("finish", status=status, time=now_ms(), if_open=if_open)
 
 
 def _name(text: str) -> str:

@@ -25,15 +25,14 @@ from dmat_ray import checkpoint
 from dmat_ray.cluster import session, spaces
 from dmat_ray.cluster.context import stored_checkpoints
 from dmat_ray.cluster.events import listen
-from dmat_ray.cluster.searchers import metric
 from dmat_ray.cluster.train import worker
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.data import manifold_set
 from dmat_ray.errors import NotFiniteError, UserError
-from dmat_ray.files import read_json, write_json
+from dmat_ray.files import read_json, text_digest, write_json
 from dmat_ray.manifold import generators
 from dmat_ray.trainer import train
-from dmat_ray.trials import value
+from dmat_ray.trials import metric, value
 from dmat_ray.yardstick import PREFIX, columns
 
 POINTER = "pointer.json"
@@ -55,10 +54,12 @@ class Work:
 
     def of_models(self, models: Mapping[str, dict[str, Any]]) -> "Work":
         """The same for trainings that are not drawn."""
-        return replace(self, models=models)
+        return replace(self, models=models, keep=2)
 
     def trial_folder(self, name: str) -> Path:
         """Where a trial keeps its checkpoints, in folders of its lines."""
+        if name in self.models:  # of other settings another folder, though it is called the same
+            name = f"{name}-{text_digest(json.dumps(self.models[name], sort_keys=True))[:8]}"
         return Path(self.folder) / "trials" / name
 
     @property
@@ -134,8 +135,11 @@ class _Line:
         if told is not None and told["trial"] != name:
             self.branch_from, self.epoch = Path(told["folder"]), int(told["epoch"])
             self.folder = folder / f"line_{len(lines):02d}"
+        elif told is not None:
+            self.epoch, self.folder = int(told["epoch"]), Path(told["folder"]).parent
+            for newer in (line for line in lines if line > self.folder):
+                shutil.rmtree(newer)  # what Tune had decided was lost with it, and is decided anew
         else:
-            self.epoch = 0 if told is None else int(told["epoch"])
             self.folder = lines[0] if lines else folder / "line_00"
         self.folder.mkdir(parents=True, exist_ok=True)
 

@@ -1,6 +1,7 @@
 """Search: trials on Ray Tune, each a training, under one MLflow run; killed, it goes on with what it knew."""
 
 import contextlib
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import ray.tune
 from ray.tune.experiment.trial import Trial as TuneTrial
 
 from dmat_ray import trials
-from dmat_ray.cluster import champion, searchers, tracking
+from dmat_ray.cluster import champion, searchers, session, tracking
 from dmat_ray.cluster.search_plan import Plan
 from dmat_ray.cluster.trial import DIVERGED, run, state_of
 from dmat_ray.config import Config
@@ -33,6 +34,8 @@ class _Watcher:
         self.ended: list[TuneTrial] = []
         spent = search.folder / SPENT
         self.spent: dict[str, Any] = dict(read_json(spent)) if spent.is_file() else {"seconds": {}}
+        self.since: dict[str, float] = {}  # when what a trial is doing now began
+        self.closed: set[str] = set()  # trials whose runs have been ended
 
     def started(self, trial: TuneTrial) -> None:
         """A trial starts, goes on, or goes on from another's weights with other settings."""
@@ -45,6 +48,7 @@ class _Watcher:
         epochs, scores = (before.epochs, before.scores) if before else (0, {})
         self._put(Trial(name, "running", knobs, epochs, self.spent["seconds"].get(name, 0.0), scores))
         self.run_of(name, trial)
+        self.since[name] = time.monotonic()
         for key, value in knobs.items():
             self.runs[name].tag(f"knob.{key}", str(value))
 
@@ -52,7 +56,7 @@ class _Watcher:
         """A trial's run in MLflow: the one that it had before a kill, too."""
         if name not in self.runs:
             config = self.search.work.config(trial.config, name)
-            key = f"trial/{name}/{self.search.digest}"
+            key = f"trial/{name}/{self.search.id}"
             self.runs[name] = tracking.open_run(config, name, "trial", self.parent, key=key)
         return self.runs[name]
 
@@ -62,11 +66,8 @@ class _Watcher:
         scores = {column: float(result[f"{PREFIX}{column}"]) for column in self.search.columns}
         if (self.found[name].epochs, self.found[name].scores) == (int(result["epoch"]), scores):
             return  # told again, by a process that took over from one that had died
-        seconds = self.spent["seconds"]
-        seconds[name] = seconds.get(name, 0.0) + float(result.get("time_this_iter_s", 0.0))
-        write_json(self.search.folder / SPENT, self.spent)
         knobs = self.found[name].knobs  # the trial's may already be those of what it will become
-        self._put(Trial(name, "running", knobs, int(result["epoch"]), seconds[name], scores))
+        self._put(Trial(name, "running", knobs, int(result["epoch"]), self.count(name), scores))
         numbers = {k: v for k, v in result.items() if isinstance(v, int | float) and _is_ours(k)}
         if self.search.config.tune.scheduler == "pbt":
             numbers |= {f"knob.{k}": v for k, v in knobs.items() if isinstance(v, int | float)}
@@ -78,8 +79,24 @@ class _Watcher:
     def failed(self, trial: TuneTrial, *, again: bool) -> None:
         """A trial has failed, and will be tried `again` or not."""
         name = str(trial)
+        self.count(name)
         what = "is tried again from its last checkpoint" if again else "is given up, the others go on"
         self.say(f"warning: {name} has failed ({_reason(trial)}) and {what}")
+
+    def ended_one(self, trial: TuneTrial) -> None:
+        """A trial has come to its end, whichever."""
+        name = str(trial)
+        self.closed.add(name)
+        diverged = bool((trial.last_result or {}).get(DIVERGED)) or trial.status == TuneTrial.ERROR
+        self.run_of(name, trial).finish("FAILED" if diverged else "FINISHED")
+
+    def count(self, name: str) -> float:
+        """Book the time since a trial began what it was doing; returns its seconds in all."""
+        now, seconds = time.monotonic(), self.spent["seconds"]
+        seconds[name] = seconds.get(name, 0.0) + now - self.since.get(name, now)
+        self.since[name] = now
+        write_json(self.search.folder / SPENT, self.spent)
+        return float(seconds[name])
 
     def gpu_hours(self) -> float:
         """What all trials have used so far, before a kill, too."""
@@ -104,6 +121,8 @@ class _Watcher:
         name = str(trial)
         run = state_of(self.search.work.trial_folder(name)) or {"history": [], "epoch": 0, "finished": False}
         last, knobs = trial.last_result or {}, self.search.space.knobs(trial.config)
+        if "config" in run:  # what has been trained; the trial's own may be what it was to become
+            knobs = {key: _setting(run["config"], key) for key in knobs}
         history = [{"epoch": m["epoch"], **{c: m[f"{PREFIX}{c}"] for c in self.search.columns}} for m in run["history"]]
         scores = {c: history[-1][c] for c in self.search.columns} if history else {}
         status = "failed" if trial.status == TuneTrial.ERROR else "finished" if run["finished"] else "stopped"
@@ -115,8 +134,15 @@ class _Watcher:
         settled = Trial(name, status, knobs, run["epoch"], seconds, scores, tuple(history), lineage, error)  # type: ignore[arg-type]
         one = self.run_of(name, trial)
         one.tag("status", status)
-        one.finish("FAILED" if status in ("failed", "diverged") else "FINISHED")
+        if name not in self.closed:
+            one.finish("FAILED" if status in ("failed", "diverged") else "FINISHED", if_open=True)
         return settled
+
+
+def _setting(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
 
 
 def _is_ours(name: str) -> bool:
@@ -160,6 +186,11 @@ class _Tell(ray.tune.Callback):  # type: ignore[misc]  # ray is untyped
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         if _WATCHER is not None:
             _WATCHER.failed(trial, again=False)
+            _WATCHER.ended_one(trial)
+
+    def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        if _WATCHER is not None:
+            _WATCHER.ended_one(trial)
 
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         if _WATCHER is not None and _WATCHER.over():
@@ -198,15 +229,19 @@ def _fit(search: Plan, watcher: _Watcher, at_once: int, *, resume: bool) -> list
         searchers.resources(search.work.is_alone, config.cluster, at_once),
     )
     path = search.folder / "ray_tune"
-    if resume and ray.tune.Tuner.can_restore(str(path)):
+    # Ray takes a folder for one to go on from before it has written what there is to go on with
+    if resume and ray.tune.Tuner.can_restore(str(path)) and any(path.glob("experiment_state-*.json")):
+        watcher.say("going on, with as many trials at a time as before")
         tuner = ray.tune.Tuner.restore(str(path), trainable=trainable)
     else:
+        shutil.rmtree(path, ignore_errors=True)
+        watcher.say(f"{at_once} trial{'s' if at_once > 1 else ''} at a time")
         tuner = ray.tune.Tuner(
             trainable,
             param_space=search.space.variables(tune),
             tune_config=ray.tune.TuneConfig(
                 search_alg=searchers.searcher(tune, at_once),
-                scheduler=searchers.scheduler(tune, search.space),
+                scheduler=searchers.scheduler(tune, search.space, search.work),
                 num_samples=tune.samples,
                 reuse_actors=search.work.is_alone,
                 trial_name_creator=_Named(search.folder.name),
@@ -221,14 +256,14 @@ def _fit(search: Plan, watcher: _Watcher, at_once: int, *, resume: bool) -> list
                 checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=search.work.keep),
             ),
         )
-    watcher.say(f"{at_once} trial{'s' if at_once > 1 else ''} at a time")
     with _watched(watcher):
         try:
             tuner.fit()
         except Exception:
             if not watcher.ended_by:
                 raise
-    return [watcher.settle(trial) for trial in watcher.ended]
+    begun = [trial for trial in watcher.ended if trial.status != TuneTrial.PENDING or trial.last_result]
+    return [watcher.settle(trial) for trial in begun]
 
 
 def search(config: Config, say: Callable[[str], None], *, resume: bool = False) -> champion.Found:
@@ -239,12 +274,17 @@ def search(config: Config, say: Callable[[str], None], *, resume: bool = False) 
     plan = Plan(config, say)
     config, tune = plan.config, plan.config.tune
     if plan.is_finished(resume=resume):
-        say(f"the search in '{plan.folder}' is finished and unchanged, nothing to do")
-        return champion.read(plan.folder)
+        found_before = champion.read(plan.folder)
+        left = plan.left_of(found_before.to_json())
+        what = f"{left}; --resume goes on with it" if left else "is finished and unchanged, nothing to do"
+        say(f"the search in '{plan.folder}' {what}")
+        return found_before
+    if not session.is_own(config.cluster):
+        session.await_machine(config.cluster, say)
     at_once = searchers.trials_at_once(tune, config.cluster, alone=plan.work.is_alone)
     name = plan.folder.name
     with (
-        tracking.tracked(config, name, "tune", key=f"tune/{name}/{plan.digest}") as parent,
+        tracking.tracked(config, name, "tune", key=f"tune/{name}/{plan.id}") as parent,
         LiveTable(tune.objective, name) as live,
     ):
         plan.begin()

@@ -1,5 +1,6 @@
 """Search spaces: what a file may say, what is drawn from it, and what is refused before anything starts."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,8 @@ def test_every_shipped_space_gives_settings_that_can_be_trained(tmp_path, path, 
 
 
 def test_the_shipped_ones_are_those_of_the_docs():
+    table = (ROOT / "docs" / "search.md").read_text().split("| space | searches |")[1].split("\n\n")[0]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)) == [path.stem for path in SHIPPED]
     assert {path.stem for path in SHIPPED} >= {"attack_budget", "mixing_ratio", "optimizer", "dmat_full"}
 
 
@@ -64,6 +67,13 @@ def test_a_trials_schedule_is_the_whole_one_squeezed(config):
     old = base["training"]
     assert trial.training.lr_epochs == pytest.approx([k / old["epochs"] for k in old["lr_epochs"]])
     assert list(trial.training.lr_values) == old["lr_values"]
+
+
+def test_a_trial_is_what_it_is_after_its_last_epoch(config):
+    base = config.to_json()
+    base["training"] |= {"keep": "best", "checkpoint_every": 5, "checkpoint_minutes": 1.0}
+    trial = spaces.trial_config(base, {}, "trial", 1).training
+    assert (trial.keep, trial.checkpoint_every, trial.checkpoint_minutes) == ("last", 1, None)
 
 
 def test_times_is_relative_to_the_settings_without_it(tmp_path, config):
@@ -159,6 +169,8 @@ def test_a_change_stays_inside_the_space(tmp_path, config):
         (f"SPACE = {{{WEIGHTS!r}: tune.uniform(0, 1)}}", "a tuple of settings takes simplex"),
         (f"SPACE = {{{WEIGHTS[0]!r}: simplex()}}", "a tuple of settings takes simplex"),
         (f"SPACE = {{{WEIGHTS!r}: simplex(), {WEIGHTS[0]!r}: tune.uniform(0, 1)}}", "gives objective.clean.weight twice"),
+        ('PRESET = "demo"\nSPACE = {"training.lr": tune.uniform(0.1, 1)}', "preset demo sets output"),
+        ('SPACE = {"training.keep": tune.choice(["best", "last"])}', "training.keep cannot be searched"),
         ('PRESET = "nonsense"\nSPACE = {"training.lr": tune.uniform(0.1, 1)}', "preset 'nonsense' does not exist"),
     ],
 )

@@ -20,17 +20,19 @@ import torch
 from chromium import MISSING, browser, document
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from ray.tune.experiment.trial import Trial as TuneTrial
 from small import MlflowServer, PostgresServer, finish, processes_below, settings, start_job, wait_for
 
 from dmat_ray import checkpoint, trainer
 from dmat_ray.cluster import champion, searchers, tune
+from dmat_ray.cluster.search_plan import Plan
 from dmat_ray.config import ClusterConfig, Config, TuneConfig
 from dmat_ray.data.epochs import held_out_positions
 from dmat_ray.data.manifold_set import open_set
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators
-from dmat_ray.trials import Trial
+from dmat_ray.trials import Trial, metric, value
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 SPACE = """
@@ -184,8 +186,8 @@ def assert_tracked(uri: str, config: Config, found: champion.Found) -> None:
         assert [(p.step, p.value) for p in points] == [(h["epoch"], h["clean"]) for h in trial.history]
         assert child.data.metrics["objective_0"] == pytest.approx(0.7 * trial.scores["clean"] + 0.3 * trial.scores["linf"])
     best = children[found.best]
-    for column, value in found.tested[found.best].items():
-        assert best.data.metrics[f"test/yardstick/{column}"] == pytest.approx(value)
+    for column, share in found.tested[found.best].items():
+        assert best.data.metrics[f"test/yardstick/{column}"] == pytest.approx(share)
 
     name = f"{config.tracking.experiment} little"
     version = client.get_model_version_by_alias(name, champion.CHAMPION)
@@ -401,6 +403,55 @@ def test_a_budget_ends_a_search_which_can_go_on(finished, tmp_path, say, lines, 
     whole = tune.search(config, say, resume=True)
     assert not whole.ended_by
     assert [(t.name, t.status, t.epochs) for t in whole.trials] == [(f"little_{n:03d}", "finished", 2) for n in range(3)]
+
+    # what is done once all trials have ended can be asked for afterwards
+    more = config.model_copy(update={"tune": config.tune.model_copy(update={"confirm_seeds": 1})})
+    assert not tune.search(more, say).confirmed
+    assert "did another tune.confirm_seeds; --resume goes on with it" in lines[-1]
+    confirmed = tune.search(more, say, resume=True)
+    assert confirmed.confirmed == {"best": ["little_best_seed1"], "start": ["little_start_seed1"]}
+    assert told(confirmed.trials) == told(whole.trials)
+    best = whole.trial(whole.best)
+    for kind, eps in (("best", best.knobs["objective.image.eps"]), ("start", config.objective.image.eps)):
+        _, run = checkpoint.load_classifier(tmp_path / "models" / f"little_{kind}_seed1")
+        trained = Config.model_validate(run["config"])
+        assert (trained.objective.image.eps, trained.training.seed, trained.training.epochs) == (eps, 1, 2)
+        assert run["finished"]
+    assert "trained anew with 1 seeds" in champion.summary(confirmed)
+    assert "Trained anew with 1 seeds" in (tmp_path / "tune" / "little" / champion.PAGE).read_text()
+
+
+def stub(name: str, epoch: int = 0) -> TuneTrial:
+    """A trial as Tune's schedulers see it, that had been told of so many epochs."""
+    trial = TuneTrial("stub", stub=True, trial_id=name, trial_name_creator=lambda _: name)
+    if epoch:
+        trial.run_metadata.last_result = {"epoch": float(epoch)}
+    return trial
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "median"])
+def test_a_scheduler_remembers_after_a_kill(searched, scheduler):
+    """It decides of a new trial as one that was never interrupted: the trials before are told to the one, read by the other."""
+    plan = Plan(tuned(Path(searched.config.output), *ONE_BY_ONE), print)
+    settings = plan.config.tune.model_copy(update={"scheduler": scheduler})
+    calm, restored, blank = (searchers.scheduler(settings, plan.space, plan.work) for _ in range(3))
+    objective = plan.work.objectives[0]
+    for trial in searched.found.trials:
+        told_live, read_again = stub(f"live_{trial.name}"), stub(trial.name, trial.epochs)
+        calm.on_trial_add(None, told_live)
+        for scores in trial.history:
+            result = {"epoch": scores["epoch"], metric(0): value(objective, scores)}
+            calm.on_trial_result(None, told_live, {**result, "training_iteration": int(scores["epoch"])})
+        restored.on_trial_add(None, read_again)
+    decisions: dict[str, list[str]] = {"calm": [], "restored": [], "blank": []}
+    for score in (0.0, 0.05, 0.1, 0.5):
+        for name, one in (("calm", calm), ("restored", restored), ("blank", blank)):
+            new = stub(f"new_{score}")
+            one.on_trial_add(None, new)
+            results = [{"epoch": e, metric(0): score, "training_iteration": e} for e in (1, 2)]
+            decisions[name] += [one.on_trial_result(None, new, result) for result in results]
+    assert decisions["restored"] == decisions["calm"]
+    assert decisions["blank"] != decisions["calm"], "so that it matters"
 
 
 def test_a_trial_that_has_no_room_is_refused_before_anything_starts(finished, tmp_path, say):
