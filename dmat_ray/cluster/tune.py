@@ -41,7 +41,7 @@ class _Watcher:
         """A trial starts, goes on, or goes on from another's weights with other settings."""
         name, knobs = str(trial), self.search.space.knobs(trial.config)
         before = self.found.get(name)
-        first = before is None and not trial.last_result
+        first = before is None and not _told(trial)
         verb = "starts" if first else "goes on" if before is None or before.knobs == knobs else "takes another's weights"
         if verb != "goes on" or self.search.config.tune.scheduler != "pbt":  # whose trials take turns
             self.say(f"{name} {verb}: " + ", ".join(f"{key} = {shown(value)}" for key, value in knobs.items()))
@@ -143,6 +143,11 @@ def _setting(config: Any, key: str) -> Any:
     for part in key.split("."):
         config = config[part]
     return config
+
+
+def _told(trial: TuneTrial) -> int:
+    """The last epoch that Tune knows of, 0 for a trial that has not begun."""
+    return int((trial.last_result or {}).get("epoch", 0))
 
 
 def _is_ours(name: str) -> bool:
@@ -262,7 +267,7 @@ def _fit(search: Plan, watcher: _Watcher, at_once: int, *, resume: bool) -> list
         except Exception:
             if not watcher.ended_by:
                 raise
-    begun = [trial for trial in watcher.ended if trial.status != TuneTrial.PENDING or trial.last_result]
+    begun = [trial for trial in watcher.ended if trial.status != TuneTrial.PENDING or _told(trial)]
     return [watcher.settle(trial) for trial in begun]
 
 
