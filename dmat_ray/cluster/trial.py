@@ -130,6 +130,7 @@ class _Line:
         name = config.name
         self.objectives, self.name, self.epochs = work.objectives, name, config.training.epochs
         self.branch_from: Path | None = None
+        self.epoch = 0  # the last that Tune has been told of
         folder = work.trial_folder(name)
         lines = line_folders(folder)
         if told is not None and told["trial"] != name:
