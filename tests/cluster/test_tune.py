@@ -435,22 +435,23 @@ def test_a_scheduler_remembers_after_a_kill(searched, scheduler):
     """It decides of a new trial as one that was never interrupted: the trials before are told to the one, read by the other."""
     plan = Plan(tuned(Path(searched.config.output), *ONE_BY_ONE), print)
     settings = plan.config.tune.model_copy(update={"scheduler": scheduler})
+    controller = SimpleNamespace(get_live_trials=list)  # none waits for a turn
     calm, restored, blank = (searchers.scheduler(settings, plan.space, plan.work) for _ in range(3))
     objective = plan.work.objectives[0]
     for trial in searched.found.trials:
         told_live, read_again = stub(f"live_{trial.name}"), stub(trial.name, trial.epochs)
-        calm.on_trial_add(None, told_live)
+        calm.on_trial_add(controller, told_live)
         for scores in trial.history:
             result = {"epoch": scores["epoch"], metric(0): value(objective, scores)}
-            calm.on_trial_result(None, told_live, {**result, "training_iteration": int(scores["epoch"])})
-        restored.on_trial_add(None, read_again)
+            calm.on_trial_result(controller, told_live, {**result, "training_iteration": int(scores["epoch"])})
+        restored.on_trial_add(controller, read_again)
     decisions: dict[str, list[str]] = {"calm": [], "restored": [], "blank": []}
     for score in (0.0, 0.05, 0.1, 0.5):
         for name, one in (("calm", calm), ("restored", restored), ("blank", blank)):
             new = stub(f"new_{score}")
-            one.on_trial_add(None, new)
+            one.on_trial_add(controller, new)
             results = [{"epoch": e, metric(0): score, "training_iteration": e} for e in (1, 2)]
-            decisions[name] += [one.on_trial_result(None, new, result) for result in results]
+            decisions[name] += [one.on_trial_result(controller, new, result) for result in results]
     assert decisions["restored"] == decisions["calm"]
     assert decisions["blank"] != decisions["calm"], "so that it matters"
 
