@@ -21,6 +21,7 @@ from chromium import MISSING, browser, document
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from ray.tune.experiment.trial import Trial as TuneTrial
+from ray.tune.schedulers import TrialScheduler
 from small import MlflowServer, PostgresServer, finish, processes_below, settings, start_job, wait_for
 
 from dmat_ray import checkpoint, trainer
@@ -451,7 +452,10 @@ def test_a_scheduler_remembers_after_a_kill(searched, scheduler):
             new = stub(f"new_{score}")
             one.on_trial_add(controller, new)
             results = [{"epoch": e, metric(0): score, "training_iteration": e} for e in (1, 2)]
-            decisions[name] += [one.on_trial_result(controller, new, result) for result in results]
+            for result in results:
+                decisions[name].append(one.on_trial_result(controller, new, result))
+                if decisions[name][-1] == TrialScheduler.STOP:
+                    break
     assert decisions["restored"] == decisions["calm"]
     assert decisions["blank"] != decisions["calm"], "so that it matters"
 
