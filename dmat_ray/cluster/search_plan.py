@@ -102,7 +102,7 @@ class Plan:
                     f"{now.get(name, 'absent')}; go on with the old value, or {other}"
                 )
         result = read_json(self.folder / RESULT) if (self.folder / RESULT).is_file() else None
-        if result is not None and (not resume or not (self.left_of(result))):
+        if result is not None and not (resume and self.left_of(result)):
             return True
         if not resume:
             raise UserError(f"there is an unfinished search in '{self.folder}'; --resume goes on with it, or {other}")

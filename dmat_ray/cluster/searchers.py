@@ -52,39 +52,39 @@ def past(work: Work, trial: Trial) -> list[tuple[float, float]]:
     return [(epoch, value(work.objectives[0], found)) for epoch, found in scores if epoch <= told]
 
 
-class _Asha(ASHAScheduler):  # type: ignore[misc]  # ray is untyped
+class _Recalling:
+    """For schedulers: every trial that Tune adds after a kill is taken up with what it had reported."""
+
     def __init__(self, work: Work, **settings: Any) -> None:
         super().__init__(**settings)
         self._work = work
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        super().on_trial_add(tune_controller, trial)
-        for epoch, found in past(self._work, trial):
+        """See Tune's schedulers."""
+        super().on_trial_add(tune_controller, trial)  # type: ignore[misc]  # that of the scheduler it is mixed into
+        if before := past(self._work, trial):
+            self._recall(trial, before)
+
+    def _recall(self, trial: Trial, before: list[tuple[float, float]]) -> None:
+        raise NotImplementedError
+
+
+class _Asha(_Recalling, ASHAScheduler):  # type: ignore[misc]  # ray is untyped
+    def _recall(self, trial: Trial, before: list[tuple[float, float]]) -> None:
+        for epoch, found in before:
             self._trial_info[trial.trial_id].on_result(trial, epoch, found)
 
 
-class _Median(MedianStoppingRule):  # type: ignore[misc]
-    def __init__(self, work: Work, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._work = work
-
-    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        super().on_trial_add(tune_controller, trial)
-        if before := past(self._work, trial):
-            self._results[trial] = [{TIME: epoch, metric(0): found} for epoch, found in before]
+class _Median(_Recalling, MedianStoppingRule):  # type: ignore[misc]
+    def _recall(self, trial: Trial, before: list[tuple[float, float]]) -> None:
+        self._results[trial] = [{TIME: epoch, metric(0): found} for epoch, found in before]
 
 
-class _Population(PopulationBasedTraining):  # type: ignore[misc]
-    def __init__(self, work: Work, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._work = work
-
-    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        super().on_trial_add(tune_controller, trial)
-        if before := past(self._work, trial):
-            state, (epoch, found) = self._trial_state[trial], before[-1]
-            state.last_score, state.last_result = found, trial.last_result
-            state.last_train_time = state.last_perturbation_time = epoch
+class _Population(_Recalling, PopulationBasedTraining):  # type: ignore[misc]
+    def _recall(self, trial: Trial, before: list[tuple[float, float]]) -> None:
+        state, (epoch, found) = self._trial_state[trial], before[-1]
+        state.last_score, state.last_result = found, trial.last_result
+        state.last_train_time = state.last_perturbation_time = epoch
 
 
 def scheduler(config: TuneConfig, space: Space, work: Work) -> TrialScheduler:

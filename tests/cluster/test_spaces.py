@@ -61,6 +61,19 @@ def test_the_shipped_ones_are_those_of_the_docs():
     assert {path.stem for path in SHIPPED} >= {"attack_budget", "mixing_ratio", "optimizer", "dmat_full"}
 
 
+def test_the_space_of_the_docs_works(tmp_path, config):
+    (example,) = re.findall(
+        r"```python\n(from ray import tune\n.+?)```", (ROOT / "docs" / "search.md").read_text(), flags=re.DOTALL
+    )
+    path = tmp_path / "space.py"
+    path.write_text(example)
+    space, base = spaces.load(str(path), config)
+    trial = spaces.trial_config(base, space.settings(draw(space)), "trial", 1)
+    assert sum(
+        term.weight for term in (trial.objective.image, trial.objective.latent, trial.objective.more["snow"])
+    ) == pytest.approx(1)
+
+
 def test_a_trials_schedule_is_the_whole_one_squeezed(config):
     base = config.to_json()
     trial = spaces.trial_config(base, {}, "trial", 1)

@@ -259,8 +259,7 @@ def test_a_search_is_not_gone_on_with_in_another_space(searched, say):
     Path(config.tune.space).write_text(SPACE)
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL], ids=lambda s: s.name)
-def test_a_killed_driver_goes_on_as_if_nothing_had_been(searched, finished, tmp_path, signal_number):
+def test_a_killed_driver_goes_on_as_if_nothing_had_been(searched, finished, tmp_path):
     """With it dies its Ray, the head node included. The searcher draws what it would have drawn, and no trial is repeated."""
     finished.copy_set(tmp_path)
     more = [*options(tmp_path), *ONE_BY_ONE]
@@ -269,7 +268,7 @@ def test_a_killed_driver_goes_on_as_if_nothing_had_been(searched, finished, tmp_
     wait_for(lambda: len(list(trial_folders.glob("little_003/line_00/checkpoint_*"))) >= 1, job)
     last = [max(trial_folders.glob(f"little_00{n}/line_00/checkpoint_*")) / "run.json" for n in (1, 2)]
     done = {path: path.stat().st_mtime_ns for path in last}
-    job.send_signal(signal_number)
+    job.send_signal(signal.SIGKILL)
     job.wait()
 
     refused = start_job("tune.py", tmp_path, "--preset", "demo", "dmat", *more)
