@@ -1,5 +1,7 @@
 # Each target sets up what it needs: a .venv made by uv, which is bootstrapped by pip. A second run does no set-up work.
 PYTHON ?= python3
+# where it is set, each of the hundreds of processes that Ray starts would compile all it imports anew
+unexport PYTHONDONTWRITEBYTECODE
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

@@ -256,13 +256,13 @@ def test_a_full_disk_is_named_and_leaves_the_last_checkpoint(set_folder: Path, g
     """The kernel refuses what goes beyond a file's largest size, as it does when the disk is full."""
     command = local_job(set_folder, generator_folder, tmp_path)
     limited = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
-    failed = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, preexec_fn=limited)
+    failed = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, preexec_fn=limited)
     assert failed.returncode == 2
     assert "Traceback" not in failed.stderr
     assert "a checkpoint cannot be written (" in failed.stderr
     assert "is the disk full? There is none before it" in failed.stderr
     assert not (tmp_path / "local" / "tiny" / "checkpoint").exists()
-    again = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     assert "epoch 3/3" in again.stderr
     assert (tmp_path / "models" / "tiny" / "run.json").is_file()
 

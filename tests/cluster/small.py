@@ -20,13 +20,13 @@ from dmat_ray.config import Config
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    *("--data.train_limit", "60", "--data.test_limit", "40"),
+    *("--data.train_limit", "60", "--data.test_limit", "20"),
     # without LPIPS, whose package takes every process seconds to import
     *("--projection.lpips", "0", "--projection.steps", "6", "--projection.candidates", "200", "--projection.poor_l1", "0.9"),
     *("--projection.batch_size", "20", "--projection.shard_size", "20", "--cluster.projection_actors", "1"),
     *("--training.epochs", "2", "--training.batch_size", "20", "--training.val_examples", "20"),
     *("--training.lr_epochs", "0,2", "--training.lr_values", "0.05,0.01"),
-    *("--evaluation.batch_size", "20", "--cluster.evaluation_actors", "1"),
+    *("--evaluation.batch_size", "10", "--evaluation.check_examples", "5", "--cluster.evaluation_actors", "1"),
 ]
 # slow enough that a kill comes in the middle
 DMAT = ["--training.epochs", "3", "--objective.latent.steps", "20"]

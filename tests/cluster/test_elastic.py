@@ -76,7 +76,7 @@ def test_a_machine_comes_and_another_is_taken_away(machines, tmp_path, finished)
     assert workers(second)
     drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", machines.address, "--node-id", first.node_id]
     reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "300"]
-    subprocess.run([*drain, *reason], check=True, capture_output=True, timeout=60)
+    subprocess.run([*drain, *reason], check=True, capture_output=True, timeout=400)
     wait_for(lambda: "a machine will be taken away; checkpoint written after" in said(), process)
     machines.remove_node(first)
     wait_for(lambda: "with 1 worker\n" in said(), process)

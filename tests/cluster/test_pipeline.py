@@ -30,7 +30,7 @@ def test_set_is_whole_and_opens_in_plain_pyarrow(finished):
     assert sorted(set(table["split"])) == ["test", "train"]
     manifest = json.loads((finished.output / "on_manifold_set" / "manifest.json").read_text())
     assert manifest["count"] == 100
-    assert manifest["splits"] == {"test": 40, "train": 60}
+    assert manifest["splits"] == {"test": 20, "train": 60}
     assert not manifest["lpips_is_perceptual"]
     w = np.array(table["w"], dtype=np.float32)
     assert w.shape == (100, np.prod(manifest["shapes"]["w"]))
@@ -81,7 +81,7 @@ def test_rows_are_one_per_example_and_attack(finished):
     names = list(rows_to_run(finished.config.evaluation))
     assert {"clean", "PGD-20 @ 0.05", "OM-PGD-20"} < set(names)
     natural = [n for n in names if not n.startswith("OM-")]
-    assert rows.num_rows == 2 * 40 * (len(names) + len(natural))
+    assert rows.num_rows == 2 * 20 * (len(names) + len(natural))
     keys = list(zip(*(rows[c].to_pylist() for c in ("model", "set", "attack", "id")), strict=True))
     assert len(set(keys)) == len(keys)
     budget = {row.name: getattr(row, "eps", 0.0) for row in finished.config.evaluation.attacks}

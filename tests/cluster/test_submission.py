@@ -55,7 +55,7 @@ def head(tmp_path_factory) -> Iterator[dict[str, str]]:
         ours = [process, *psutil.Process(process.pid).children(recursive=True)]
         for one in ours:
             one.kill()
-        process.wait(timeout=60)
+        process.wait(timeout=400)
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -272,7 +272,7 @@ def test_a_killed_driver_goes_on_as_if_nothing_had_been(searched, finished, tmp_
     job.wait()
 
     refused = start_job("tune.py", tmp_path, "--preset", "demo", "dmat", *more)
-    assert "--resume goes on with it" in refused.communicate(timeout=200)[0]
+    assert "--resume goes on with it" in refused.communicate(timeout=400)[0]
     assert refused.returncode == 2
 
     output = finish(start_job("tune.py", tmp_path, "--preset", "demo", "dmat", *more, "--resume"))
