@@ -1,0 +1,58 @@
+"""Searches that cannot work are refused before anything starts, and as many trials run as have room."""
+
+import os
+
+import pytest
+import ray
+from searches import ONE_BY_ONE, tuned
+
+from dmat_ray.cluster import searchers, tune
+from dmat_ray.config import ClusterConfig, TuneConfig
+from dmat_ray.errors import UserError
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
+
+
+def test_a_trial_that_has_no_room_is_refused_before_anything_starts(finished, tmp_path, say):
+    finished.copy_set(tmp_path)
+    config = tuned(tmp_path, *ONE_BY_ONE, "--cluster.gpus_per_worker", 1, "--cluster.train_workers", 3)
+    with pytest.raises(UserError, match=r"a trial needs 3 CPU and 3 GPU \(3 workers\), the cluster has .* CPU and 0 GPU"):
+        tune.search(config, say)
+    assert not list((tmp_path / "tune" / "little").glob("trials/*"))
+
+
+def test_as_many_trials_run_as_have_room_for_all_their_workers(ray_session):
+    """On a cluster that is there; half a worker's room is none, or trials would wait for each other."""
+    cpus = int(ray.cluster_resources()["CPU"])
+    there = {"address": "auto"}  # not a Ray of its own, which is bounded by its cores
+    for workers in (1, 2, 4):
+        cluster = ClusterConfig(train_workers=workers, **there)
+        assert searchers.trials_at_once(TuneConfig(), cluster, alone=True) == cpus // workers
+        assert searchers.trials_at_once(TuneConfig(max_concurrent=1), cluster, alone=True) == 1
+    with pytest.raises(UserError, match="the cluster has"):
+        searchers.trials_at_once(TuneConfig(), ClusterConfig(train_workers=cpus + 1, **there), alone=False)
+    own = searchers.trials_at_once(TuneConfig(), ClusterConfig(train_workers=1), alone=True)
+    assert own == min(cpus, os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--tune.objective", "unseen"], r"names 'unseen', which no trial reports; suite .*little.yaml has clean, linf, worst"),
+        (["--training.val_examples", "0"], "training.val_examples is 0"),
+        (["--training.images", "natural"], r"objective.latent needs training.images on_manifold"),
+        (["--tune.suites", "nowhere"], "suite 'nowhere' does not exist"),
+    ],
+)
+def test_a_search_that_cannot_work_is_refused(finished, tmp_path, say, more, message):
+    finished.copy_set(tmp_path)
+    with pytest.raises(UserError, match=message):
+        tune.search(tuned(tmp_path, *more), say)
+    assert not (tmp_path / "tune").exists()
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_nothing_to_resume_is_said(finished, tmp_path, say):
+    finished.copy_set(tmp_path)
+    with pytest.raises(UserError, match=r"there is no search in .* to resume"):
+        tune.search(tuned(tmp_path), say, resume=True)
