@@ -120,6 +120,13 @@ def parse(
         raise UserError(describe(error)) from None
 
 
+def dry_run(parser: argparse.ArgumentParser) -> None:
+    """--dry-run, for `parse(add=)`; what it prints is `dmat_ray.dry_run`'s."""
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the settings, each stage's resources and its cost at most, and end there"
+    )
+
+
 def with_absolute_paths(config: Config) -> Config:
     """The same settings with the paths of inputs made absolute: workers run in other folders.
 

@@ -12,12 +12,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--models", nargs="+", metavar="NAME", help="models under OUTPUT/models, or folders (default: all under OUTPUT/models)"
     )
+    cli.dry_run(parser)
 
 
 def main() -> None:
     config, arguments = cli.parse(str(__doc__), preset=["demo"], add=add)
     prepare_environment(config)
-    from dmat_ray import report
+    from dmat_ray import dry_run, report
     from dmat_ray.cluster import jobs
     from dmat_ray.models import named_folders
 
@@ -25,6 +26,9 @@ def main() -> None:
     given = arguments.models or sorted(p.name for p in root.glob("[!.]*") if p.is_dir())
     if not given:
         raise UserError(f"there are no models under '{root}'; train one with jobs/train.py, or name folders with --models")
+    if arguments.dry_run:
+        print(dry_run.text(config, dry_run.stages(config, models=len(given))))
+        return
     models = named_folders(config, given)
     results, findings = jobs.evaluate(config, models, jobs.Speaker().stage("evaluate"))
     print(report.terminal_table(results, list(models)))

@@ -8,8 +8,13 @@ from dmat_ray.config import Config
 
 
 def main() -> None:
-    config, _ = cli.parse(str(__doc__), preset=["demo"])
+    config, given = cli.parse(str(__doc__), preset=["demo"], add=cli.dry_run)
     configs = [_method(config, name) for name in config.methods]
+    if given.dry_run:
+        from dmat_ray import dry_run
+
+        print(dry_run.text(config, dry_run.stages(config, project=True, train=configs, models=len(configs))))
+        return
     methods = {c.name: c for c in configs}
     prepare_environment(config)
     from dmat_ray import report

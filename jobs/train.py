@@ -5,7 +5,12 @@ from dmat_ray.cluster.session import prepare_environment
 
 
 def main() -> None:
-    config, _ = cli.parse(str(__doc__), preset=["demo", "dmat"])
+    config, given = cli.parse(str(__doc__), preset=["demo", "dmat"], add=cli.dry_run)
+    if given.dry_run:
+        from dmat_ray import dry_run
+
+        print(dry_run.text(config, dry_run.stages(config, train=[config])))
+        return
     prepare_environment(config)
     from dmat_ray.cluster import jobs
 

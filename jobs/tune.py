@@ -22,6 +22,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with a search that was killed, or whose budget was used up")
     parser.add_argument("--max-gpu-hours", metavar="N", help="short for --tune.max_gpu_hours")
     parser.add_argument("--max-wall-time", metavar="TIME", help="30m, 8h: for --tune.max_wall_minutes")
+    cli.dry_run(parser)
 
 
 def _with_shorts(config: Config, given: argparse.Namespace) -> Config:
@@ -41,10 +42,15 @@ def main() -> None:
     config, given = cli.parse(str(__doc__), preset=["demo", "dmat"], add=_arguments)
     config = _with_shorts(config, given)
     prepare_environment(config)
-    from dmat_ray import trials_table
+    from dmat_ray import dry_run, trials_table
     from dmat_ray.cluster import champion, jobs, search_plan, tune
     from dmat_ray.cluster.session import connected
 
+    if given.dry_run:
+        trials = search_plan.Plan(config, print).trials
+        models = 1 if config.tune.evaluate else 0
+        print(dry_run.text(config, dry_run.stages(config, trials=trials, models=models)))
+        return
     with connected(config.cluster):
         found = tune.search(config, jobs.Speaker().stage("tune"), resume=given.resume)
     print(trials_table.text(found.trials, found.objective))

@@ -1,6 +1,7 @@
 """What a search is, checked before anything starts: its space, its yardstick, its folder, and what tells it from others."""
 
 import json
+import math
 import uuid
 from collections.abc import Callable
 from functools import cached_property
@@ -61,6 +62,14 @@ class Plan:
             str(self.folder),
             None if config.tune.scheduler == "pbt" else 2,
         )
+
+    @property
+    def trials(self) -> int:
+        """How many there will be, unless a budget ends them."""
+        if self.config.tune.searcher != "grid":
+            return self.config.tune.samples
+        edges = [len(found["grid_search"]) for found in self.space.variables(self.config.tune).values()]
+        return self.config.tune.samples * math.prod(edges)
 
     @cached_property
     def identity(self) -> dict[str, Any]:

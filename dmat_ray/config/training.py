@@ -117,6 +117,12 @@ class ClusterConfig(Section):
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of each worker and actor; 0 = CPU")
     threads_per_worker: int = Field(1, ge=1, description="CPU threads of each worker and actor")
     wait_minutes: float = Field(30.0, ge=0, description="minutes to wait for a first machine that has what a worker needs")
+    tflops: float | None = Field(
+        None, gt=0, description="TFLOP/s that a worker keeps up, for the estimate of --dry-run; null = hours are not told"
+    )
+    price: float | None = Field(
+        None, ge=0, description="of an hour of one worker's machine, in any currency, for --dry-run; null = costs are not told"
+    )
     max_failures: int = Field(3, ge=0, description="worker failures a training survives")
 
     @model_validator(mode="after")

@@ -1,5 +1,7 @@
 """Kinds of search: a population, several objectives, trials of several workers, and a budget that ends one."""
 
+import json
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,7 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from searches import runs_of, told, tuned
+from searches import options, runs_of, told, tuned
+from small import start_job, wait_for
 
 from dmat_ray import checkpoint
 from dmat_ray.cluster import champion, tune
@@ -19,12 +22,24 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 
 
 def test_a_population_carries_weights_and_changes_settings(finished, tmp_path, say, lines):
+    """Its driver is killed, and its Ray with it, once weights have changed hands."""
     more = ["--tune.searcher", "random", "--tune.scheduler", "pbt", "--tune.num_samples", 4, "--tune.epochs", 4]
     more += ["--cluster.train_workers", 1, "--tune.objective", "clean", "--tune.evaluate", False]
     more += ["--training.schedule", "cosine", "--training.lr", 0.2]
     config = tuned(tmp_path, *more)
     finished.copy_set(tmp_path)
-    found = tune.search(config, say)
+    job = start_job("tune.py", tmp_path, "--preset", "demo", "dmat", *options(tmp_path), *map(str, more))
+    folder = tmp_path / "tune" / "little"
+
+    def branched() -> list[Path]:
+        return [p for p in folder.glob("trials/*/line_*/checkpoint_*/run.json") if "lineage" in json.loads(p.read_text())]
+
+    wait_for(lambda: bool(branched()), job)
+    job.send_signal(signal.SIGKILL)
+    assert "takes another's weights" in job.communicate()[0]
+    assert not (folder / "result.json").exists(), "it was killed in the middle"
+    found = tune.search(config, say, resume=True)
+    assert any("going on" in line for line in lines)
     assert {t.status for t in found.trials} == {"finished"}
     moved = [t for t in found.trials if t.lineage]
     assert moved, "a population of four has a worst"
@@ -39,7 +54,6 @@ def test_a_population_carries_weights_and_changes_settings(finished, tmp_path, s
         # as far as they went together they are one training
         upto = int(ancestor["epoch"]) if not other.lineage else 1
         assert trial.history[:upto] == other.history[:upto] or other.lineage
-    assert any("takes another's weights" in line for line in lines)
     _, children = runs_of(f"sqlite:///{tmp_path / 'mlflow.db'}", config)
     assert children.keys() == {t.name for t in found.trials}
 

@@ -1,12 +1,14 @@
 """Searches that cannot work are refused before anything starts, and as many trials run as have room."""
 
 import os
+from pathlib import Path
 
 import pytest
 import ray
-from searches import ONE_BY_ONE, tuned
+from searches import ONE_BY_ONE, SPACE, tuned
 
 from dmat_ray.cluster import searchers, tune
+from dmat_ray.cluster.search_plan import Plan
 from dmat_ray.config import ClusterConfig, TuneConfig
 from dmat_ray.errors import UserError
 
@@ -56,3 +58,13 @@ def test_nothing_to_resume_is_said(finished, tmp_path, say):
     finished.copy_set(tmp_path)
     with pytest.raises(UserError, match=r"there is no search in .* to resume"):
         tune.search(tuned(tmp_path), say, resume=True)
+
+
+def test_a_dry_run_knows_how_many_trials_there_will_be(finished, tmp_path, say):
+    finished.copy_set(tmp_path)
+    assert Plan(tuned(tmp_path, "--tune.num_samples", 7), say).trials == 7
+    # three eps, and four corners and thirds of an edge, once more
+    grid = ["--tune.searcher", "grid", "--tune.scheduler", "none", "--tune.num_samples", 2]
+    config = tuned(tmp_path, *grid, "--tune.grid_points", 4)
+    Path(config.tune.space).write_text(SPACE.replace("times(0.5, 2)", "tune.choice([0.01, 0.02, 0.03])"))
+    assert Plan(config, say).trials == 2 * 3 * 4

@@ -1,0 +1,75 @@
+"""What --dry-run prints: the settings as they are understood, the resources of every stage, and what it takes at most."""
+
+import io
+from collections.abc import Sequence
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from dmat_ray import estimate
+from dmat_ray.config import Config
+from dmat_ray.data.set_format import MANIFEST
+from dmat_ray.data.set_reader import read_manifest
+from dmat_ray.data.sources import list_examples
+from dmat_ray.manifold import generators
+from dmat_ray.storage import set_folder
+
+
+def sizes(config: Config) -> tuple[dict[str, int], int]:
+    """Images of each split, and classes: of the on-manifold set if it is finished, else of the source."""
+    folder = set_folder(config)
+    if (folder / MANIFEST).is_file():
+        manifest = read_manifest(folder)
+        return dict(manifest["usable"]), len(manifest["class_names"])
+    listing = list_examples(config.data)
+    return {split: listing.rows(split).num_rows for split in ("train", "test")}, len(listing.class_names)
+
+
+def stages(
+    config: Config, *, project: bool = False, train: Sequence[Config] = (), models: int = 0, trials: int = 0
+) -> list[estimate.Stage]:
+    """Projection, trainings of these settings, evaluation of so many models, so many trials of the settings' own training."""
+    counts, classes = sizes(config)
+    generator = generators.load_configured(config.generator, "cpu")
+    one = estimate.passes(config, generator, classes)
+    found = [estimate.project(config, one, sum(counts.values()))] if project else []
+    found += [estimate.train(method, one, generator, counts["train"]) for method in train]
+    if trials:
+        found.append(estimate.search(config, one, generator, counts["train"], trials))
+    if models:
+        found.append(estimate.evaluate(config, one, counts["test"], models))
+    return found
+
+
+def text(config: Config, found: Sequence[estimate.Stage]) -> str:
+    """The settings as YAML, then the stages as a table."""
+    cluster = config.cluster
+    needs = f"{cluster.threads_per_worker} CPU" + (f", {cluster.gpus_per_worker:g} GPU" if cluster.gpus_per_worker else "")
+    table = Table(title="at most")
+    for name in ("stage", "images", "work", "workers", "each needs", "TFLOP", "worker-hours", "hours", "cost"):
+        table.add_column(name, justify="left" if name in ("stage", "work", "each needs") else "right")
+    total_hours, total_cost, total = 0.0, 0.0, 0.0
+    for stage in found:
+        hours = stage.hours(cluster.tflops) if cluster.tflops else 0.0
+        cost = hours * (cluster.price or 0)
+        total, total_hours, total_cost = total + stage.flops, total_hours + hours, total_cost + cost
+        cells = _cells(config, stage.flops, hours, hours / stage.workers, cost)
+        table.add_row(stage.name, f"{stage.images:,}", stage.work, str(stage.workers), needs, *cells)
+    if len(found) > 1:
+        wall = sum(stage.hours(cluster.tflops) / stage.workers for stage in found) if cluster.tflops else 0.0
+        table.add_section()
+        table.add_row("all", "", "", "", "", *_cells(config, total, total_hours, wall, total_cost))
+    console = Console(width=140, force_terminal=False, color_system=None, markup=False, record=True, file=io.StringIO())
+    console.print(table)
+    lines = [yaml.safe_dump(config.to_json(), sort_keys=False, allow_unicode=True).rstrip(), "", console.export_text().rstrip()]
+    if not cluster.tflops:
+        lines.append("give --cluster.tflops, what a worker keeps up, for hours, and --cluster.price of its hour for the cost")
+    lines.append("without start-up, decoding and waiting for machines; nothing was started")
+    return "\n".join(lines)
+
+
+def _cells(config: Config, flops: float, hours: float, wall: float, cost: float) -> list[str]:
+    known, priced = config.cluster.tflops, config.cluster.tflops and config.cluster.price is not None
+    times = [f"{hours:.3g}", f"{wall:.3g}"] if known else ["", ""]
+    return [f"{flops / 1e12:.3g}", *times, f"{cost:.2f}" if priced else ""]

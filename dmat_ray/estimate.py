@@ -1,0 +1,170 @@
+"""What a job will compute and what that will cost, before any machine starts.
+
+Passes of the networks are counted from the settings, and the operations of a pass by PyTorch, on tensors without data. All
+numbers are upper bounds: searches that stop early, and rows that meet only what others have left, take less. What is not
+multiplied with matrices (decoding, rendering of unseen threats, batch norm) is not counted.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from dmat_ray import classifiers, objectives
+from dmat_ray.config import (
+    ON_MANIFOLD,
+    AttackConfig,
+    AutoAttackRow,
+    CleanRow,
+    Config,
+    CorruptionRow,
+    PerceptualThreat,
+    ProjectionConfig,
+    Row,
+)
+from dmat_ray.types import Generator
+
+# passes an image, forward and back, and forward alone, of the parts of AutoAttack's standard version
+AUTOATTACK = {
+    "apgd-ce": (100, 0),
+    "apgd-dlr": (100, 0),
+    "apgd-t": (900, 0),
+    "fab": (1000, 300),
+    "fab-t": (900, 900),
+    "square": (0, 5000),
+}
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Floating-point operations of one image through each network: forward, forward and back to the input, with weights too."""
+
+    generator: int
+    generator_back: int
+    classifier: int
+    classifier_back: int
+    classifier_train: int
+    lpips_back: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage's work: how many images, at most so many operations in all, on so many workers."""
+
+    name: str
+    images: int
+    work: str
+    flops: float
+    workers: int
+
+    def hours(self, tflops: float) -> float:
+        """Of its workers together, each of which keeps up so many TFLOP/s."""
+        return self.flops / (tflops * 1e12) / 3600
+
+
+def counted(forward: Callable[[Tensor], Tensor], shape: tuple[int, ...], *, back: bool = False) -> int:
+    """Operations of a call on a tensor of this shape, without data; with `back` also of the gradient to it, and to the weights
+    that want one."""
+    x = torch.zeros(shape, device="meta", requires_grad=back)
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(back):
+        y = forward(x)
+        if back:
+            y.sum().backward()
+    return int(counter.get_total_flops())
+
+
+def passes(config: Config, generator: Generator, num_classes: int) -> Passes:
+    """What one image costs. `generator` is on the CPU; it, the classifier and LPIPS are copied without their data."""
+    shape = (1, generator.channels, generator.resolution, generator.resolution)
+    bare: Generator = copy.deepcopy(generator).to("meta")  # type: ignore[attr-defined]
+    w_shape = (1, generator.num_ws, generator.w_dim)
+    network = classifiers.build(config.classifier, channels=generator.channels, num_classes=num_classes).to("meta")
+    # batch norm of one image has no statistics in training mode; its operations are the same
+    network.eval()
+    train = counted(network, shape, back=True)
+    network.requires_grad_(False)
+    return Passes(
+        generator=counted(bare.synthesis, w_shape),
+        generator_back=counted(bare.synthesis, w_shape, back=True),
+        classifier=counted(network, shape),
+        classifier_back=counted(network, shape, back=True),
+        classifier_train=train,
+        lpips_back=_lpips(config.projection, shape),
+    )
+
+
+def _lpips(config: ProjectionConfig, shape: tuple[int, ...]) -> int:
+    if config.lpips == 0:
+        return 0
+    from dmat_ray.manifold.perceptual import SMALLEST, Perceptual  # lpips takes seconds to import
+
+    if shape[-1] < SMALLEST:
+        return 0  # projection refuses them; other stages have no use for it
+    network = Perceptual(config.lpips_net, "random", config.seed).to("meta")
+    features = network.features(torch.zeros(shape, device="meta"))
+    return counted(lambda x: network.distance(x, features), shape, back=True)
+
+
+def attack(one: Passes, row: AttackConfig) -> int:
+    """An image under one attack, the image that it ends with included; at another eps it costs as much again."""
+    on_manifold = isinstance(row, ON_MANIFOLD)
+    render = one.generator if on_manifold else 0
+    gradient = row.method not in ("square", "random")
+    step = one.classifier_back + (one.generator_back if on_manifold else 0) if gradient else one.classifier + render
+    if isinstance(row, PerceptualThreat):
+        step += one.lpips_back
+    targets = row.targets if isinstance(row, Row) else 0
+    points = 1 + len(row.curve) if isinstance(row, Row) else 1
+    # what is looked at once more: the image that it ends with, APGD's last candidate, the clean image for its likeliest classes
+    looks = 1 + (row.method == "apgd") + (targets > 0)
+    return points * row.restarts * max(1, targets) * (row.steps * step + looks * (render + one.classifier))
+
+
+def project(config: Config, one: Passes, images: int) -> Stage:
+    """Every image with all of its steps."""
+    settings = config.projection
+    flops = images * settings.steps * (one.generator_back + one.lpips_back)
+    work = f"at most {settings.steps} steps each"
+    return Stage("project", images, work, flops, config.cluster.projection_actors)
+
+
+def train(config: Config, one: Passes, generator: Generator, images: int) -> Stage:
+    """Attacks and updates of every epoch, and what is held out, attacked after each."""
+    objective, settings = objectives.build(config.objective, generator), config.training
+    held_out = min(settings.val_examples, images)
+    attacks = [attack(one, term) for _, term, _ in objective.active]
+    if config.objective.terms == "sample":
+        share = [term.weight / sum(objective.weights.values()) for _, term, _ in objective.active]
+        attacks = [round(a * s) for a, s in zip(attacks, share, strict=True)]
+    attacks += [one.classifier for _, term, _ in objective.active if term.divergence == "kl"]
+    updates = len(objective.passes) * one.classifier_train * (2 if settings.awp_gamma else 1)
+    epoch = (images - held_out) * (sum(attacks) + updates) + held_out * (sum(attacks) + one.classifier)
+    name = f"train {config.name}".strip()
+    return Stage(name, images, f"{settings.epochs} epochs", settings.epochs * epoch, config.cluster.train_workers)
+
+
+def evaluate(config: Config, one: Passes, images: int, models: int) -> Stage:
+    """Every row on every image of every set, of every model."""
+    settings, each = config.evaluation, 0
+    images = min(images, settings.limit or images)
+    for row in settings.attacks:
+        sets = 1 if isinstance(row, ON_MANIFOLD) else len(settings.sets)
+        if isinstance(row, AutoAttackRow):
+            back, forward = AUTOATTACK[row.part]
+            each += sets * (back * one.classifier_back + forward * one.classifier)
+        elif isinstance(row, CleanRow | CorruptionRow):
+            each += sets * one.classifier
+        else:
+            each += sets * attack(one, row)
+    work = f"{len(settings.attacks)} rows, {models} model{'s' if models > 1 else ''}"
+    return Stage("evaluate", images, work, images * models * each, config.cluster.evaluation_actors)
+
+
+def search(config: Config, one: Passes, generator: Generator, images: int, trials: int) -> Stage:
+    """Every trial with all of its epochs; schedulers end most of them sooner. What trials are judged by is not counted."""
+    epochs = {"training": config.training.model_copy(update={"epochs": config.tune.epochs})}
+    each = train(config.model_copy(update=epochs), one, generator, images)
+    return Stage("search", images, f"{trials} trials, {config.tune.epochs} epochs", trials * each.flops, each.workers)

@@ -1,0 +1,145 @@
+"""Estimates of --dry-run against the operations that PyTorch counts while the thing itself runs."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dmat_ray import classifiers, estimate, threats
+from dmat_ray.attack import attack
+from dmat_ray.config import Config, ImageRow, LatentRow
+from dmat_ray.local import LocalContext
+from dmat_ray.manifold.projection import Projector
+from dmat_ray.manifold.stylegan2 import StyleGAN2
+from dmat_ray.training_step import TrainingStep
+from dmat_ray.types import Batch
+
+ROOT = Path(__file__).parents[1]
+MakeConfig = Callable[..., Config]
+
+
+class _Untracked(SimpleNamespace):
+    """In place of the counter's tracker of modules, which gradients of leaves are too much for."""
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
+
+
+@contextmanager
+def counting() -> Iterator[Any]:
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _Untracked(parents={"Global"})  # type: ignore[assignment]
+    with counter:
+        yield counter
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {},
+        {"clean": {"weight": 1}, "image": {"weight": 0}, "latent": {"weight": 0}},
+        {"image": {"weight": 6, "eps": 0.1, "steps": 3, "divergence": "kl"}, "latent": {"weight": 0}},
+        {"more": {"both": {"threat": "joint", "weight": 1, "steps": 4, "restarts": 2}}},
+    ],
+    ids=["dmat", "standard", "trades", "joint"],
+)
+def test_a_training_step_is_counted(
+    make_config: MakeConfig, generator: StyleGAN2, make_batch: Callable[..., Batch], tmp_path: Path, objective: dict[str, Any]
+) -> None:
+    config = make_config(objective=objective, training={"val_examples": 0, "epochs": 3})
+    network = classifiers.build(config.classifier, channels=1, num_classes=4)
+    step = TrainingStep(config, network, generator, LocalContext(tmp_path, print))
+    batch = make_batch(8)
+    with counting() as counter:
+        step(batch, 0, 0, 0.1)
+    found = estimate.train(config, estimate.passes(config, generator, 4), generator, images=8)
+    truth = 3 * counter.get_total_flops()
+    # the gradient to the images, which training does not need, and the output of an attack, which it does not look at
+    assert truth <= found.flops <= 1.25 * truth
+
+
+def test_a_projection_is_counted(make_config: MakeConfig, generator: StyleGAN2) -> None:
+    config = make_config(projection={"steps": 30, "lpips": 0, "start": "mean", "batch_size": 4})
+    x = generator.synthesis(generator.w_mean.expand(4, generator.num_ws, -1)).clamp(0, 1)
+    with counting() as counter:
+        Projector(generator, config.projection, torch.device("cpu")).project(x, list("abcd"))
+    found = estimate.project(config, estimate.passes(config, generator, 4), images=4)
+    assert counter.get_total_flops() == pytest.approx(found.flops, rel=0.1)
+
+
+def test_lpips_is_counted(make_config: MakeConfig) -> None:
+    from dmat_ray.manifold.perceptual import Perceptual
+
+    config = make_config(projection={"lpips": 1, "lpips_net": "vgg", "lpips_weights": "random"})
+    perceptual, x = Perceptual("vgg", "random", 0), torch.rand(1, 1, 32, 32)
+    features = perceptual.features(x)
+    with counting() as counter:
+        x.requires_grad_()
+        torch.autograd.grad(perceptual.distance(x, features).sum(), x)
+    assert estimate._lpips(config.projection, (1, 1, 32, 32)) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ImageRow(name="PGD", eps=0.1, steps=5, restarts=2),
+        ImageRow(name="T", eps=0.1, steps=5, method="apgd", loss="dlr", targets=3),
+        ImageRow(name="S", eps=0.1, steps=30, method="square"),
+        LatentRow(name="OM", eps=0.1, steps=5),
+    ],
+    ids=lambda row: row.name,
+)
+def test_an_attack_is_counted(
+    make_config: MakeConfig, generator: StyleGAN2, make_batch: Callable[..., Batch], row: ImageRow | LatentRow
+) -> None:
+    config = make_config()
+    network: nn.Module = classifiers.build(config.classifier, channels=1, num_classes=4).eval()
+    batch = make_batch(4)
+    with counting() as counter:
+        attack(network, threats.build(row, generator), batch, row, seed=0, purpose="test")
+    one = estimate.passes(config, generator, 4)
+    assert counter.get_total_flops() == pytest.approx(4 * estimate.attack(one, row), rel=0.15)
+
+
+def test_an_evaluation_adds_up(make_config: MakeConfig, generator: StyleGAN2) -> None:
+    rows = [
+        {"threat": "clean"},
+        {"threat": "image", "name": "PGD", "eps": 0.1, "steps": 5, "curve": [0.2, 0.3]},
+        {"threat": "latent", "name": "OM", "eps": 0.1, "steps": 5},
+        {"threat": "corruption", "name": "fog", "kind": "fog", "severity": 1},
+    ]
+    config = make_config(evaluation={"attacks": rows, "limit": 7})
+    one = estimate.passes(config, generator, 4)
+    image, latent = (estimate.attack(one, row) for row in config.evaluation.attacks[1:3])  # type: ignore[arg-type]
+    # two sets; natural images have no w; three budgets
+    assert image == 3 * (5 * one.classifier_back + one.classifier)
+    assert estimate.evaluate(config, one, 100, 2).flops == 7 * 2 * (2 * 2 * one.classifier + 2 * image + latent)
+
+
+def test_hours_are_those_of_all_workers() -> None:
+    assert estimate.Stage("s", 1, "", 3600 * 2e12, 4).hours(2.0) == 1.0
+
+
+def test_a_dry_run_starts_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "--preset", "demo", "--output", str(tmp_path / "out")]
+    command += ["--dry-run", "--training.epochs", "4", "--cluster.tflops", "0.5", "--cluster.price", "1000"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    assert "\n  epochs: 4\n" in done.stdout
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if line.startswith("│")]
+    assert [row[0] for row in rows] == [
+        *("project", "train standard", "train at", "train om_at", "train dmat"), "evaluate", "all"
+    ]  # fmt: skip
+    assert [row[1] for row in rows[:2]] == ["2,300", "2,000"]
+    every, hours, _, cost = (float(value) for value in rows[-1][-4:])
+    assert every == pytest.approx(sum(float(row[-4]) for row in rows[:-1]), rel=0.02)
+    assert hours == pytest.approx(every / 0.5 / 3600, rel=0.02)
+    assert cost == pytest.approx(1000 * hours, rel=0.02)
+    assert not (tmp_path / "out").exists()
