@@ -29,11 +29,11 @@ def test_set_is_whole_and_opens_in_plain_pyarrow(finished):
     assert table["label"] == listing.table["label"].to_pylist()
     assert sorted(set(table["split"])) == ["test", "train"]
     manifest = json.loads((finished.output / "on_manifold_set" / "manifest.json").read_text())
-    assert manifest["count"] == 100
+    assert manifest["count"] == 80
     assert manifest["splits"] == {"test": 20, "train": 60}
     assert not manifest["lpips_is_perceptual"]
     w = np.array(table["w"], dtype=np.float32)
-    assert w.shape == (100, np.prod(manifest["shapes"]["w"]))
+    assert w.shape == (80, np.prod(manifest["shapes"]["w"]))
     assert np.isfinite(w).all()
 
 
