@@ -1,0 +1,88 @@
+"""The files for Kubernetes have fields that KubeRay and Kubernetes know, and Ray's autoscaler reads of them what they say."""
+
+import copy
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+from ray.autoscaler._private.util import validate_config
+
+ROOT = Path(__file__).parents[1]
+JOB_SCHEMA = json.loads(gzip.decompress((Path(__file__).parent / "published" / "kuberay.json.gz").read_bytes()))
+SCHEMAS = {"RayJob": JOB_SCHEMA, "RayCluster": JOB_SCHEMA["properties"]["rayClusterSpec"]}
+
+
+def read(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / name).read_text())
+    return found
+
+
+def check(document: dict[str, Any]) -> None:
+    assert document["apiVersion"] == "ray.io/v1"
+    jsonschema.Draft202012Validator(SCHEMAS[document["kind"]]).validate(document["spec"])
+
+
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
+def test_fields_are_known(name: str) -> None:
+    check(read(name))
+
+
+@pytest.mark.parametrize(
+    ("group", "place", "value"),
+    [
+        (None, ("autoscalerOption",), {}),
+        (0, ("priorities",), 1),
+        (0, ("maxReplicas",), "many"),
+        (0, ("template", "spec", "toleration"), []),
+        (0, ("template", "spec", "containers", 0, "readinessProbe", "exec", "commands"), ["true"]),
+        (0, ("template", "spec", "containers", 0, "resources", "limits", "cpu"), [1]),
+    ],
+)
+def test_a_slip_is_found(group: int | None, place: tuple[Any, ...], value: Any) -> None:
+    document = copy.deepcopy(read("raycluster.yaml"))
+    where = document["spec"] if group is None else document["spec"]["workerGroupSpecs"][group]
+    for name in place[:-1]:
+        where = where[name]
+    where[place[-1]] = value
+    with pytest.raises(jsonschema.ValidationError, match=place[-1] if group is None or value != "many" else "many"):
+        check(document)
+
+
+def test_a_job_has_the_same_cluster() -> None:
+    assert read("rayjob.yaml")["spec"]["rayClusterSpec"] == read("raycluster.yaml")["spec"]
+
+
+def test_the_autoscaler_reads_what_they_say() -> None:
+    document = read("raycluster.yaml")
+    document["metadata"]["namespace"] = "research"
+    found = _derive_autoscaling_config_from_ray_cr(document)
+    validate_config(found)
+    kinds = found["available_node_types"]
+    resources = {name: {key: kind["resources"].get(key, 0) for key in ("CPU", "GPU")} for name, kind in kinds.items()}
+    assert resources == {
+        "headgroup": {"CPU": 0, "GPU": 0},
+        "cpu": {"CPU": 8, "GPU": 0},
+        "gpu-spot": {"CPU": 8, "GPU": 1},
+        "gpu-on-demand": {"CPU": 8, "GPU": 1},
+    }
+    assert all(kind["min_workers"] == 0 for kind in kinds.values())
+    assert kinds["gpu-spot"]["priority"] > kinds["gpu-on-demand"]["priority"]
+    assert kinds["gpu-spot"]["idle_timeout_s"] == 180
+
+
+@pytest.mark.parametrize("group", range(4))
+def test_nobody_runs_as_root_and_secrets_are_only_named(group: int) -> None:
+    spec = read("raycluster.yaml")["spec"]
+    pod = [spec["headGroupSpec"], *spec["workerGroupSpecs"]][group]["template"]["spec"]
+    assert pod["securityContext"]["runAsNonRoot"]
+    for container in pod["containers"]:
+        assert not container["securityContext"]["allowPrivilegeEscalation"]
+        assert [source["secretRef"]["name"] for source in container["envFrom"]] == ["dmat-ray-credentials"]
+        assert "env" not in container
+    assert spec["authOptions"]["mode"] == "token"
+    assert pod["automountServiceAccountToken"] == (group == 0)
