@@ -1,11 +1,14 @@
-"""`ray job submit` against a head node on loopback."""
+"""`ray job submit` against a head node on loopback, which lets in only who has its token."""
 
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,8 +38,10 @@ def head(tmp_path_factory) -> Iterator[dict[str, str]]:
     """A head node with its dashboard; yields the environment in which `ray job` finds it."""
     gcs, dashboard, client, agent = free_ports(4)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    # without tokens only because everything stays on loopback, which the last variable sees to
-    environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    secret = tmp_path_factory.mktemp("secret") / "token"
+    secret.write_text(secrets.token_hex(32))
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(secret)}
+    environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     # the folder of Ray's sockets must have a short path
     folder = Path("/tmp") / f"dmat_{os.getpid()}"
     command = [RAY, "start", "--head", "--block", "--num-cpus=6", "--node-ip-address=127.0.0.1", f"--port={gcs}"]
@@ -47,7 +52,7 @@ def head(tmp_path_factory) -> Iterator[dict[str, str]]:
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     url = f"http://127.0.0.1:{dashboard}"
     try:
-        wait_until_answers(f"{url}/api/version", process, Path(log.name))
+        wait_until_answers(f"{url}/api/gcs_healthz", process, Path(log.name))
         wait_for_agent({**environment, "RAY_API_SERVER_ADDRESS": url})
         yield {**environment, "RAY_API_SERVER_ADDRESS": url}
     finally:
@@ -57,6 +62,29 @@ def head(tmp_path_factory) -> Iterator[dict[str, str]]:
             one.kill()
         process.wait(timeout=400)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def status(url: str, headers: dict[str, str]) -> int:
+    """What the dashboard says to a request for all jobs."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_who_has_no_token_is_refused(head):
+    """By the dashboard, and so by the command line that asks it."""
+    jobs = f"{head['RAY_API_SERVER_ADDRESS']}/api/jobs/"
+    token = Path(head["RAY_AUTH_TOKEN_PATH"]).read_text()
+    assert status(jobs, {}) == 401
+    assert status(jobs, {"Authorization": f"Bearer {secrets.token_hex(32)}"}) == 403
+    assert status(jobs, {"Authorization": f"Bearer {token}"}) == 200
+    wrong = {k: v for k, v in head.items() if k != "RAY_AUTH_TOKEN_PATH"} | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    refused = submit(wrong, "-c", "print('inside')")
+    assert refused.returncode != 0
+    assert "inside" not in refused.stdout
+    assert "token" in (refused.stdout + refused.stderr).lower()
 
 
 def submit(head: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
