@@ -27,7 +27,7 @@ def main() -> None:
         say("is trained already and unchanged, nothing to do")
     else:
         gan.check(config, output / "train")  # bad data ends here, before Ray starts
-        with connected(config.cluster):
+        with connected(config.cluster, config.output):
             gan.train(config, folder, shlex.join(["python", "jobs/train_generator.py", *sys.argv[1:]]), say)
     say(f"generator in {folder}; use it with --generator.path {folder}")
 

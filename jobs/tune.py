@@ -51,7 +51,7 @@ def main() -> None:
         models = 1 if config.tune.evaluate else 0
         print(dry_run.text(config, dry_run.stages(config, trials=trials, models=models)))
         return
-    with connected(config.cluster):
+    with connected(config.cluster, config.output):
         found = tune.search(config, jobs.Speaker().stage("tune"), resume=given.resume)
     print(trials_table.text(found.trials, found.objective))
     print(champion.summary(found))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dmat_ray.checkpoint import is_full, no_space
 from dmat_ray.cluster.events import send
+from dmat_ray.cluster.nodes import require_like_driver
 from dmat_ray.errors import UserError
 from dmat_ray.local import average_over_workers_, wrap_ddp
 
@@ -28,6 +29,7 @@ class RayContext:
     """
 
     def __init__(self, name: str, mailbox: str, *, wait: bool = False) -> None:
+        require_like_driver()
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()

@@ -132,7 +132,7 @@ def train_encoder(config: Config, overwrite: bool, command: str, say: Callable[[
         say("is trained already and unchanged, nothing to do")
         return folder
     generators.load_configured(config.generator)  # a bad generator ends here, before Ray starts
-    with connected(config.cluster):
+    with connected(config.cluster, config.output):
         card = train(config, folder, command, say)
     found = card["fresh_samples"]
     say(f"on fresh samples mean |g(E(x)) - x| is {found['l1']:.4f}, {found['l1_of_mean']:.4f} for the mean of w")

@@ -64,7 +64,7 @@ def project(config: Config, say: Callable[[str], None], parent: "tracking.Run | 
             raise UserError(
                 f"'{folder}' cannot be written: {error.strerror or error}; give another --output or --manifold_set"
             ) from None
-        stack.enter_context(connected(config.cluster))
+        stack.enter_context(connected(config.cluster, config.output, say))
         run = stack.enter_context(tracking.tracked(config, "", "project", parent))
         manifest = stage.project(config, folder, listing, lease, say)
         run.metrics({f"mean_{k}": v for k, v in manifest["means"].items()} | {"images": manifest["count"]}, step=0)
@@ -89,7 +89,7 @@ def train(configs: list[Config], say: Callable[[str], None], parent: "tracking.R
 
     todo = models.untrained(configs, say)
     if todo:
-        with connected(configs[0].cluster):
+        with connected(configs[0].cluster, configs[0].output, say):
             stage.train_models(todo, say, parent)
     return [models.model_folder(c) for c in configs]
 
@@ -117,7 +117,7 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         stack.enter_context(exclusive(at(folder)))  # two evaluations must not mix their rows
         page.unlink(missing_ok=True)  # a page of other rows must not pass for theirs, whenever this run may end
-        stack.enter_context(connected(config.cluster))
+        stack.enter_context(connected(config.cluster, config.output, say))
         run = stack.enter_context(tracking.tracked(config, "", "evaluate", parent))
         rows, findings = stage.evaluate(config, set_folder(config), models, folder, say)
         results = Results(rows, config.evaluation)
@@ -140,7 +140,7 @@ def predict(config: Config, model: Path, images: str, target: Location, say: Cal
     listing, ignored = prediction.list_images(images)
     if ignored:
         say(f"not taken: {ignored}")
-    with connected(config.cluster):
+    with connected(config.cluster, config.output, say):
         return stage.predict(config, model, images, listing, target, say)
 
 

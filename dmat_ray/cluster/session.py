@@ -10,8 +10,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from dmat_ray.cluster import nodes
 from dmat_ray.config import ClusterConfig, Config
 from dmat_ray.errors import UserError
 
@@ -160,6 +161,7 @@ def device_of_actor() -> "torch.device":
     import ray
     import torch
 
+    nodes.require_like_driver()
     if not ray.get_gpu_ids():
         return torch.device("cpu")
     if torch.cuda.is_available():
@@ -197,8 +199,12 @@ def _native_stderr_held() -> Iterator[None]:
 
 
 @contextmanager
-def connected(config: ClusterConfig) -> Iterator[None]:
-    """Inside, Ray is connected: to `config.address`, to the submitted job's cluster, or to a Ray of its own."""
+def connected(config: ClusterConfig, output: str | None = None, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Inside, Ray is connected: to `config.address`, to the submitted job's cluster, or to a Ray of its own.
+
+    All machines of a cluster must have the driver's packages and, if it is given, its output folder; raises UserError if one
+    has not.
+    """
     prepare_environment(cluster=config)
     import ray
     import ray.data
@@ -209,19 +215,38 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         return
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     address = cluster_address(config)
-    common = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     if address is None:
-        cpus = _local_cpus(config)
-        with _native_stderr_held():
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **common)
+        _start(config)
     else:
-        try:
-            with _native_stderr_held():
-                ray.init(address=address, **common)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UserError(f"cluster.address '{address}' cannot be reached: {str(error).splitlines()[0]}") from None
+        told = nodes.expectation(output)
+        _join(address, told)
     ray.data.DataContext.get_current().enable_progress_bars = False  # jobs print their own lines
     try:
+        if address is not None:
+            nodes.look_at_all(told, say)
         yield
     finally:
         ray.shutdown()
+
+
+COMMON: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+
+
+def _start(config: ClusterConfig) -> None:
+    import ray
+
+    cpus = _local_cpus(config)
+    with _native_stderr_held():
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **COMMON)
+
+
+def _join(address: str, told: str) -> None:
+    import ray
+
+    try:
+        with _native_stderr_held():
+            ray.init(address=address, runtime_env={"env_vars": {nodes.EXPECTED: told}}, **COMMON)
+    except ray.exceptions.AuthenticationError as error:
+        raise UserError(f"the cluster at '{address}' does not let us in: {str(error).splitlines()[0]}") from None
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(f"cluster.address '{address}' cannot be reached: {str(error).splitlines()[0]}") from None

@@ -15,7 +15,6 @@ times() is relative to what the setting is without the search, so that one space
 is a constant. Every bound is tried against the settings before anything starts.
 """
 
-import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -212,12 +211,11 @@ def load(path: str, config: Config) -> tuple[Space, dict[str, Any]]:
 def _imported(path: str) -> ModuleType:
     if not Path(path).is_file():
         raise UserError(f"tune.space '{path}' is no file; see tune_spaces/ for examples")
-    spec = importlib.util.spec_from_file_location("tune_space", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"tune.space '{path}' is no Python file")
-    module = importlib.util.module_from_spec(spec)
+    module = ModuleType("tune_space")
+    module.__file__ = path
     try:
-        spec.loader.exec_module(module)
+        # not imported: byte code in a cache, which Python tells apart by whole seconds, could be that of what it held before
+        exec(compile(Path(path).read_bytes(), path, "exec"), module.__dict__)
     except Exception as error:  # whatever a file of the user's may raise
         raise UserError(f"tune.space '{path}' cannot be read: {type(error).__name__}: {error}") from error
     return module

@@ -263,6 +263,19 @@ def test_a_gpu_that_torch_cannot_use_is_no_reason_to_compute_on_the_cpu(nodes):
     assert "finds none there" in answer
 
 
+def test_a_node_with_another_torch_is_refused_before_anything_runs(nodes, start_on, tmp_path):
+    metadata = tmp_path / "site" / "torch-9.9.9.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n")
+    node = nodes.cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": str(tmp_path / "site")})
+    process = start_on(tmp_path / "out", *OPTIONS)
+    told, _ = process.communicate(timeout=400)
+    nodes.cluster.remove_node(node)
+    assert process.returncode == 2, told
+    assert "has torch 9.9.9 (the driver has 2." in told
+    assert not written(tmp_path / "out")
+
+
 class Unbuildable:
     """An actor that fails of what only a user can mend."""
 

@@ -1,0 +1,123 @@
+"""What every machine of a cluster must have in common with the driver's: packages, and the output folder.
+
+A cluster's machines are looked at once when a job starts; each process of the job looks at its own again, because machines
+come later, too. What a driver expects travels in an environment variable of the job's processes.
+"""
+
+import json
+import os
+import platform
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import dmat_ray
+from dmat_ray.errors import UserError
+from dmat_ray.storage import at
+
+EXPECTED = "DMAT_RAY_EXPECTED"
+MARK = ".dmat_ray"  # in an output folder: by its content the folder is known on other machines
+PACKAGES = ("torch", "torchvision", "lpips", "numpy", "pyarrow", "safetensors")
+SKEW_S, FREE_BYTES, PATIENCE_S = 60.0, 1 << 30, 120.0
+SETTLING_S = 5.0  # how long another machine's file system may take to show a file that has just been made
+
+
+def packages() -> dict[str, str]:
+    """Versions of what computes; 'none' for what is not installed."""
+    found = {"dmat_ray": dmat_ray.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def expectation(output: str | None) -> str:
+    """What processes of a job are to find, as text for their environment. The output folder gets a file to be known by.
+
+    Raises UserError if the folder cannot be written.
+    """
+    told: dict[str, Any] = {"node": platform.node(), "packages": packages(), "output": None, "mark": None}
+    if output is not None:
+        folder = Path(output).resolve()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            at(folder / MARK).create_bytes(secrets.token_hex(16).encode())
+            told |= {"output": str(folder), "mark": (folder / MARK).read_text()}
+        except OSError as error:
+            raise UserError(f"output '{output}' cannot be written: {error.strerror or error}; give another --output") from None
+    return json.dumps(told)
+
+
+def complaints(told: str) -> list[str]:
+    """What this machine lacks of that."""
+    wanted, node = json.loads(told), platform.node()
+    found = packages()
+    other = [f"{name} {found[name]} (the driver has {v})" for name, v in wanted["packages"].items() if found.get(name) != v]
+    said = [f"node {node} has {', '.join(other)}; set up all nodes from one constraints.txt"] if other else []
+    if wanted["output"] is not None and not _bears(Path(wanted["output"]) / MARK, wanted["mark"]):
+        said.append(
+            f"output '{wanted['output']}' is not the same folder on node {node} as on the driver's, {wanted['node']}; give an "
+            "--output on a file system that all nodes share"
+        )
+    return said
+
+
+def _bears(path: Path, mark: str) -> bool:
+    end = time.monotonic() + SETTLING_S
+    while not path.is_file() or path.read_text() != mark:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def require_like_driver() -> None:
+    """Raises UserError, naming this node, if it lacks what the driver expects; does nothing for a Ray of one machine alone."""
+    if (told := os.environ.get(EXPECTED)) and (said := complaints(told)):
+        raise UserError("; ".join(said))
+
+
+def look(told: str) -> dict[str, Any]:
+    """A machine's complaints, the time by its clock, and the room on its disk."""
+    return {
+        "node": platform.node(),
+        "complaints": complaints(told),
+        "time": time.time(),
+        "free": shutil.disk_usage(tempfile.gettempdir()).free,
+    }
+
+
+def look_at_all(told: str, say: Callable[[str], None]) -> None:
+    """Ask every machine of the connected cluster. Raises UserError with all complaints; says what is only a warning."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    task = ray.remote(look)
+    began = time.time()
+    asked = [
+        task.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(told)
+        for node in alive
+    ]
+    ready, _ = ray.wait(asked, num_returns=len(asked), timeout=PATIENCE_S)
+    said = []
+    for answer in ready:
+        try:
+            found = ray.get(answer)
+        except ray.exceptions.RayError:
+            continue  # a machine may go at any time
+        said += found["complaints"]
+        ahead = max(began - found["time"], found["time"] - time.time())
+        if ahead > SKEW_S:
+            say(f"warning: the clock of node {found['node']} is {ahead:.0f} s off the driver's; object stores may refuse it")
+        if found["free"] < FREE_BYTES:
+            say(f"warning: node {found['node']} has {found['free'] / 2**20:.0f} MiB left on its disk")
+    if said:
+        raise UserError("; ".join(said))
