@@ -22,7 +22,7 @@ def test_a_folder_that_is_not_the_drivers_is_known_by_its_mark(tmp_path, monkeyp
     # what a machine has where no storage is mounted: nothing, or what an earlier job has left there
     mark = tmp_path / "out" / nodes.MARK
     for content in (None, nodes.expectation(str(tmp_path / "other"))):
-        mark.unlink()
+        mark.unlink(missing_ok=True)
         if content is not None:
             mark.write_text(json.loads(content)["mark"])
         (said,) = nodes.complaints(told)
