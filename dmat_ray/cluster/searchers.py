@@ -115,16 +115,17 @@ def scheduler(config: TuneConfig, space: Space, work: Work) -> TrialScheduler:
     return FIFOScheduler()
 
 
-def resources(alone: bool, cluster: ClusterConfig, at_once: int) -> dict[str, float]:
-    """What Tune sets aside for a trial, so that no more than `at_once` run: its one worker's share, or of the process that starts
-    its workers a share of the head node, which no spot market takes away.
+def resources(alone: bool, cluster: ClusterConfig, at_once: int, *, turns: bool = False) -> dict[str, float]:
+    """What Tune sets aside for a trial: its one worker's share, or of the process that starts its workers a share of the head
+    node, which no spot market takes away. With `turns` it is what keeps all but `at_once` waiting.
     """
     need = session.worker_resources(cluster)
     if not alone:
         # Ray Train itself takes a thousandth of it for each training
         return {"node:__internal_head__": round(1 / at_once - 0.002, 4)}
-    if session.is_own(cluster):
-        need["CPU"] = max(need["CPU"], int(1e4 * ray.cluster_resources()["CPU"] / at_once) / 1e4)
+    if turns and session.is_own(cluster):
+        # of what is free now, or nobody would ever have room
+        need["CPU"] = max(need["CPU"], int(1e4 * ray.available_resources().get("CPU", 0) / at_once) / 1e4)
     return need
 
 

@@ -219,10 +219,14 @@ def _train_here(config: Config, line: _Line, work: Work) -> None:
 
 def _train_on_workers(config: Config, line: _Line, work: Work) -> None:
     failed: list[BaseException] = []
+    last: list[dict[str, float]] = []
 
     def handle(event: dict[str, Any]) -> None:
         if "text" in event:
             print(event["text"], file=sys.stderr, flush=True)
+            return
+        if event["metrics"]["epoch"] >= line.epochs:
+            last.append(event["metrics"])  # Tune ends a trial that has said its last, and Ray Train has yet to clear up
             return
         try:
             line.report(event["metrics"])
@@ -254,6 +258,8 @@ def _train_on_workers(config: Config, line: _Line, work: Work) -> None:
         ).fit()
     if failed:
         raise failed[0]
+    for metrics in last:
+        line.report(metrics)
 
 
 def keep_newest(folder: Path) -> None:

@@ -11,7 +11,7 @@ import ray.tune
 from ray.tune.experiment.trial import Trial as TuneTrial
 
 from dmat_ray import trials
-from dmat_ray.cluster import champion, searchers, session, tracking
+from dmat_ray.cluster import abandoned, champion, searchers, session, tracking
 from dmat_ray.cluster.search_plan import Plan
 from dmat_ray.cluster.trial import DIVERGED, run, state_of
 from dmat_ray.config import Config
@@ -34,6 +34,7 @@ class _Watcher:
         self.ended: list[TuneTrial] = []
         spent = search.folder / SPENT
         self.spent: dict[str, Any] = dict(read_json(spent)) if spent.is_file() else {"seconds": {}}
+        self.swept = self.began  # when room was last taken back
         self.since: dict[str, float] = {}  # when what a trial is doing now began
         self.closed: set[str] = set()  # trials whose runs have been ended
 
@@ -102,6 +103,12 @@ class _Watcher:
         """What all trials have used so far, before a kill, too."""
         cluster = self.search.config.cluster
         return float(cluster.gpus_per_worker * cluster.train_workers * sum(self.spent["seconds"].values()) / 3600)
+
+    def make_room(self) -> None:
+        """Once a second, for trials that are trainings of several workers: take back what ended ones had reserved."""
+        if not self.search.work.is_alone and time.monotonic() > self.swept + 1:
+            abandoned.free()
+            self.swept = time.monotonic()
 
     def over(self) -> bool:
         """Whether a budget is used up."""
@@ -197,6 +204,10 @@ class _Tell(ray.tune.Callback):  # type: ignore[misc]  # ray is untyped
         if _WATCHER is not None:
             _WATCHER.ended_one(trial)
 
+    def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+        if _WATCHER is not None:
+            _WATCHER.make_room()
+
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         if _WATCHER is not None and _WATCHER.over():
             # Tune's own stoppers would mark the search as finished, and it could not be gone on with
@@ -231,7 +242,7 @@ def _fit(search: Plan, watcher: _Watcher, at_once: int, *, resume: bool) -> list
     config, tune = search.config, search.config.tune
     trainable = ray.tune.with_resources(
         ray.tune.with_parameters(run, work=search.work),
-        searchers.resources(search.work.is_alone, config.cluster, at_once),
+        searchers.resources(search.work.is_alone, config.cluster, at_once, turns=tune.scheduler == "pbt"),
     )
     path = search.folder / "ray_tune"
     # Ray takes a folder for one to go on from before it has written what there is to go on with
@@ -267,6 +278,9 @@ def _fit(search: Plan, watcher: _Watcher, at_once: int, *, resume: bool) -> list
         except Exception:
             if not watcher.ended_by:
                 raise
+        finally:
+            watcher.swept = 0.0
+            watcher.make_room()
     begun = [trial for trial in watcher.ended if trial.status != TuneTrial.PENDING or _told(trial)]
     return [watcher.settle(trial) for trial in begun]
 

@@ -1,6 +1,7 @@
 """Kinds of search: a population, several objectives, trials of several workers, and a budget that ends one."""
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -8,9 +9,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ray
 import torch
 from searches import options, runs_of, told, tuned
-from small import start_job, wait_for
+from small import processes_below, start_job, wait_for
 
 from dmat_ray import checkpoint
 from dmat_ray.cluster import champion, tune
@@ -95,16 +97,33 @@ def test_several_objectives_give_a_front_and_what_fails_is_recorded(finished, tm
     assert {name: run.info.status for name, run in children.items()} == status
 
 
-def test_a_trial_of_two_workers_is_a_ray_train_run(finished, tmp_path, say):
-    """What it reports is what its model says of the held-out images."""
-    more = ["--tune.searcher", "grid", "--tune.scheduler", "none", "--tune.epochs", 1]
+def free_cpus() -> float:
+    return float(ray.available_resources()["CPU"])
+
+
+def test_a_trial_of_two_workers_is_a_ray_train_run(finished, tmp_path, say, lines):
+    """Its controller is killed and leaves room reserved. What it reports is what its model says of the held-out images."""
+    more = ["--tune.searcher", "grid", "--tune.scheduler", "none", "--tune.epochs", 2]
     more += ["--cluster.train_workers", 2, "--tune.evaluate", False]
     config = tuned(tmp_path, *more)
     Path(config.tune.space).write_text('from ray import tune\nSPACE = {"objective.image.eps": tune.choice([0.05])}\n')
     finished.copy_set(tmp_path)
-    found = tune.search(config, say)
+    before = free_cpus()
+
+    def say_and_kill(line: str) -> None:
+        say(line)
+        if "epoch 1/2" in line:
+            max(processes_below(os.getpid(), "TrainController"), key=lambda process: process.create_time()).kill()
+
+    found = tune.search(config, say_and_kill)
     (trial,) = found.trials
-    assert (trial.status, trial.epochs, found.best, found.front) == ("finished", 1, trial.name, [trial.name])
+    assert (trial.status, trial.epochs, found.best, found.front) == ("finished", 2, trial.name, [trial.name])
+    assert [h["epoch"] for h in trial.history] == [1, 2]
+    assert any("tried again" in line for line in lines)
+    end = time.monotonic() + 60
+    while free_cpus() < before:
+        assert time.monotonic() < end, "reserved for nobody"
+        time.sleep(0.5)
     published, run = checkpoint.load_classifier(Path(config.output) / "models" / trial.name)
     assert run["config"]["cluster"]["train_workers"] == 2
     data = open_set(tmp_path / "on_manifold_set", "train")
