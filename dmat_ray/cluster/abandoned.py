@@ -16,7 +16,10 @@ def free() -> int:
     table = ray._private.state.state._connect_and_get_accessor().get_placement_group_table()
     found = 0
     for entry in map(PlacementGroupTableData.FromString, table):
-        if entry.state != PlacementGroupTableData.REMOVED and entry.creator_actor_dead and entry.creator_job_id.hex() == job:
+        # of what the driver itself has reserved, as Tune does for trials, Ray says the same: that its actor is dead
+        by_actor = entry.creator_actor_id not in (b"", ray.ActorID.nil().binary())
+        gone = by_actor and entry.creator_actor_dead and entry.creator_job_id.hex() == job
+        if gone and entry.state != PlacementGroupTableData.REMOVED:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(entry.placement_group_id)))
             found += 1
     return found
