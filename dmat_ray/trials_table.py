@@ -37,14 +37,16 @@ def table(trials: Sequence[Trial], objectives: Sequence[str], title: str = "", m
     rows = [*best, *others] if most is None else [*best[: most - len(others[:most])], *others[:most]]
     knobs = list(dict.fromkeys(name for trial in trials for name in trial.knobs))
     found = Table(title=title or None, caption=f"{len(trials) - len(rows)} more" if len(rows) < len(trials) else None)
-    for name in ("trial", "status"):
-        found.add_column(name)
+    # a terminal of 80 columns has room for the number of a trial, which is in the title's search
+    names = [trial.name if most is None else trial.name.rpartition("_")[2] for trial in rows]
+    for head, column in (("trial", names), ("status", [trial.status for trial in rows])):
+        found.add_column(head, min_width=max(map(len, column), default=0))
     for name in ("epochs", *objectives, *(short(name, knobs) for name in knobs), "seconds"):
         found.add_column(name, justify="right")
-    for trial in rows:
+    for shown_as, trial in zip(names, rows, strict=True):
         scores = [f"{100 * value(o, trial.scores):.1f}" if trial.scores else "" for o in objectives]
         settings = [shown(trial.knobs[name]) if name in trial.knobs else "" for name in knobs]
-        cells = (trial.name, trial.status, str(trial.epochs), *scores, *settings, f"{trial.seconds:.0f}")
+        cells = (shown_as, trial.status, str(trial.epochs), *scores, *settings, f"{trial.seconds:.0f}")
         found.add_row(*cells)
     return found
 
