@@ -1,8 +1,9 @@
 """What a job will compute and what that will cost, before any machine starts.
 
 Passes of the networks are counted from the settings, and the operations of a pass by PyTorch, on tensors without data. All
-numbers are upper bounds: searches that stop early, and rows that meet only what others have left, take less. What is not
-multiplied with matrices (decoding, rendering of unseen threats, batch norm) is not counted.
+numbers are upper bounds, but for FAB's and for terms that are sampled, of which it is the mean: searches that stop early, and
+rows that meet only what others have left, take less. What is not multiplied with matrices (decoding, rendering of unseen
+threats, batch norm) is not counted.
 """
 
 import copy
@@ -27,7 +28,7 @@ from dmat_ray.config import (
 )
 from dmat_ray.types import Generator
 
-# passes an image, forward and back, and forward alone, of the parts of AutoAttack's standard version
+# passes an image, forward and back, and forward alone, of AutoAttack's parts: their usual steps, ten classes; FAB's are rough
 AUTOATTACK = {
     "apgd-ce": (100, 0),
     "apgd-dlr": (100, 0),

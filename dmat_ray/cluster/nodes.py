@@ -106,7 +106,9 @@ def look_at_all(told: str, say: Callable[[str], None]) -> None:
         task.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(told)
         for node in alive
     ]
-    ready, _ = ray.wait(asked, num_returns=len(asked), timeout=PATIENCE_S)
+    ready, silent = ray.wait(asked, num_returns=len(asked), timeout=PATIENCE_S)
+    if silent:
+        say(f"warning: {len(silent)} of {len(asked)} nodes did not answer within {PATIENCE_S:.0f} s and were not looked at")
     said = []
     for answer in ready:
         try:
