@@ -198,6 +198,9 @@ def _native_stderr_held() -> Iterator[None]:
             os.close(terminal)
 
 
+COMMON: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+
+
 @contextmanager
 def connected(config: ClusterConfig, output: str | None = None, say: Callable[[str], None] = print) -> Iterator[None]:
     """Inside, Ray is connected: to `config.address`, to the submitted job's cluster, or to a Ray of its own.
@@ -227,9 +230,6 @@ def connected(config: ClusterConfig, output: str | None = None, say: Callable[[s
         yield
     finally:
         ray.shutdown()
-
-
-COMMON: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
 
 
 def _start(config: ClusterConfig) -> None:
