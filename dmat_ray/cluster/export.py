@@ -19,17 +19,18 @@ TOLERANCE = 1e-4  # of the largest logit
 
 @contextmanager
 def _server(uri: str) -> Iterator[None]:
-    """Inside, MLflow's own functions speak to this server, for tracking and for the registry."""
+    """Inside, MLflow's own functions speak to this server.
+
+    Its registry follows by itself, as it does for every client; set here it would be that of later clients of other servers, too.
+    """
     import mlflow
 
-    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
     try:
         yield
     finally:
-        mlflow.set_tracking_uri(before[0])
-        mlflow.set_registry_uri(before[1])
+        mlflow.set_tracking_uri(before)
 
 
 def require_loggable(models: dict[str, Path], register: str | None, alias: str | None) -> None:

@@ -7,6 +7,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
 from small import settings
 
 from dmat_ray import checkpoint, classifiers, model_export, model_import
@@ -34,14 +35,15 @@ def model(tmp_path_factory) -> Path:
 def test_a_registered_model_is_the_same_function(tmp_path, model, say, lines):
     config = settings(tmp_path)
     model_export.export(model, "mine", tmp_path / "evaluation", tmp_path / "exported")
-    before = mlflow.get_tracking_uri()
+    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
     uri = export.log_model(config, "mine", model, tmp_path / "exported", "pets", "champion", say)
-    assert mlflow.get_tracking_uri() == before
+    assert (mlflow.get_tracking_uri(), mlflow.get_registry_uri()) == before
+    elsewhere = MlflowClient(f"sqlite:///{tmp_path / 'other.db'}")
+    assert not elsewhere.search_registered_models(), "another server's registry is another's"
     assert "version 1 of 'pets' (champion)" in lines[-1]
     x = torch.rand(5, 3, 32, 32)
     network, _ = checkpoint.load_classifier(model)
     mlflow.set_tracking_uri(tracking.tracking_uri(config))
-    mlflow.set_registry_uri(tracking.tracking_uri(config))
     for place in (uri, "models:/pets@champion"):
         with torch.no_grad():
             torch.testing.assert_close(mlflow.pytorch.load_model(place)(x), network(x), rtol=1e-5, atol=1e-5)
@@ -55,7 +57,7 @@ def test_a_registered_model_is_the_same_function(tmp_path, model, say, lines):
     assert (folder / "extra_files" / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
     example = about.load_input_example() if hasattr(about, "load_input_example") else None
     assert example is None or np.asarray(example).shape == (2, 3, 32, 32)
-    mlflow.set_tracking_uri(before)
+    mlflow.set_tracking_uri(before[0])
 
 
 def test_what_cannot_be_registered_is_named(tmp_path, model, say):

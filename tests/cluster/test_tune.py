@@ -168,9 +168,9 @@ def test_the_runs_can_be_looked_at(searched, server, tmp_path):
 
 
 def test_the_champion_can_be_downloaded_and_used(searched, server, tmp_path):
-    mlflow.set_tracking_uri(server.url)
     name = f"{searched.config.tracking.experiment} little"
-    folder = mlflow.artifacts.download_artifacts(f"models:/{name}@champion", dst_path=str(tmp_path))
+    place = {"tracking_uri": server.url, "registry_uri": server.url}
+    folder = mlflow.artifacts.download_artifacts(f"models:/{name}@champion", dst_path=str(tmp_path), **place)
     network, run = checkpoint.load_classifier(Path(folder))
     assert run["config"]["name"] == searched.found.best
     published, _ = checkpoint.load_classifier(Path(searched.config.output) / "models" / searched.found.best)
