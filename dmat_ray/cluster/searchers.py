@@ -22,7 +22,7 @@ from dmat_ray.trials import metric, value
 from dmat_ray.yardstick import PREFIX
 
 TIME = "epoch"
-MOST_NESTED = 20  # trials of several workers at a time: so finely can the head node be shared
+MOST_NESTED = 20  # trials of several workers at a time: the processes that start these all lie on the head node
 
 
 def searcher(config: TuneConfig, at_once: int) -> Searcher | SearchAlgorithm:
@@ -116,13 +116,13 @@ def scheduler(config: TuneConfig, space: Space, work: Work) -> TrialScheduler:
 
 
 def resources(alone: bool, cluster: ClusterConfig, at_once: int, *, turns: bool = False) -> dict[str, float]:
-    """What Tune sets aside for a trial: its one worker's share, or of the process that starts its workers a share of the head
-    node, which no spot market takes away. With `turns` it is what keeps all but `at_once` waiting.
+    """What Tune sets aside for a trial: its one worker's share, or for the process that starts its workers a place on the head
+    node, which no spot market takes away. With `turns` it is what keeps all but `at_once` waiting; else the searcher does.
     """
     need = session.worker_resources(cluster)
     if not alone:
-        # Ray Train itself takes a thousandth of it for each training
-        return {"node:__internal_head__": round(1 / at_once - 0.002, 4)}
+        # never all of it: Ray Train's own helpers, those of other jobs too, take thousandths, and a training waits for them
+        return {"node:__internal_head__": int(9e3 / at_once) / 1e4 if turns else 0.001}
     if turns and session.is_own(cluster):
         # of what is free now, or nobody would ever have room
         need["CPU"] = max(need["CPU"], int(1e4 * ray.available_resources().get("CPU", 0) / at_once) / 1e4)

@@ -102,12 +102,17 @@ def free_cpus() -> float:
 
 
 def test_a_trial_of_two_workers_is_a_ray_train_run(finished, tmp_path, say, lines):
-    """Its controller is killed and leaves room reserved. What it reports is what its model says of the held-out images."""
+    """Its controller is killed and leaves room reserved. What it reports is what its model says of the held-out images.
+
+    Helpers of another job lie on the head node, as many as ten trainings would have.
+    """
     more = ["--tune.searcher", "grid", "--tune.scheduler", "none", "--tune.epochs", 2]
     more += ["--cluster.train_workers", 2, "--tune.evaluate", False]
     config = tuned(tmp_path, *more)
     Path(config.tune.space).write_text('from ray import tune\nSPACE = {"objective.image.eps": tune.choice([0.05])}\n')
     finished.copy_set(tmp_path)
+    helpers = ray.util.placement_group([{"node:__internal_head__": 0.01}])
+    ray.get(helpers.ready())
     before = free_cpus()
 
     def say_and_kill(line: str) -> None:
@@ -124,6 +129,7 @@ def test_a_trial_of_two_workers_is_a_ray_train_run(finished, tmp_path, say, line
     while free_cpus() < before:
         assert time.monotonic() < end, "reserved for nobody"
         time.sleep(0.5)
+    ray.util.remove_placement_group(helpers)
     published, run = checkpoint.load_classifier(Path(config.output) / "models" / trial.name)
     assert run["config"]["cluster"]["train_workers"] == 2
     data = open_set(tmp_path / "on_manifold_set", "train")
