@@ -23,6 +23,9 @@ REASONS = {
     "NO_SUCH_BUCKET": "there is no bucket '{bucket}'",
     "ACCESS_DENIED": "access denied; which credentials are used is said by AWS_ACCESS_KEY_ID, AWS_PROFILE or the machine's role",
     "INVALID_ACCESS_KEY_ID": "the store does not know the key in AWS_ACCESS_KEY_ID or AWS_PROFILE",
+    "ExpiredToken": "the credentials have expired; renew what AWS_SESSION_TOKEN, AWS_PROFILE or the machine's role gives",
+    "REQUEST_TIME_TOO_SKEWED": "the clock of this machine is wrong: requests are signed with a time that the store does not take",
+    "RequestTimeTooSkewed": "the clock of this machine is wrong: requests are signed with a time that the store does not take",
     "SIGNATURE_DOES_NOT_MATCH": "the store does not take the secret in AWS_SECRET_ACCESS_KEY or AWS_PROFILE",
 }
 
@@ -35,8 +38,11 @@ def is_its_error(error: Exception) -> bool:
 def explain(text: str) -> str:
     """What the text of an error of pyarrow means for the user."""
     text = " ".join(text.split())
-    code = re.search(r"AWS Error (\w+)|google::cloud::Status\((\w+)", text)
-    plain = REASONS.get(code[1] or code[2]) if code else None
+    # the first is one that the SDK has no name for
+    code = re.search(r"ExceptionName: (\w+)", text) or re.search(r"AWS Error (\w+)|google::cloud::Status\((\w+)", text)
+    plain = next((REASONS[name] for name in code.groups() if name in REASONS), None) if code else None
+    if plain is None and "HTTP status 400" in text and "No response body" in text:
+        plain = "the store refuses without a word (HTTP status 400), as it does when credentials have expired; renew them"
     if plain is None:
         return re.sub(r" \(Request ID: \w+\)", "", text)[:300]
     bucket = re.search(r"in bucket '([^']*)'", text)

@@ -1,5 +1,6 @@
 """Places on this machine and in an S3 store (a real server, read and written by boto3 as well): whole files or none."""
 
+import http.server
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -324,6 +326,49 @@ def test_a_store_that_does_not_know_us(server: s3.Server) -> None:
         with pytest.raises(UserError, match=r"'s3://closed/x' cannot be written: the store does not know the key"):
             file.write_bytes(b"y")
     assert file.read_bytes() == b"x"
+
+
+@pytest.fixture
+def refusing() -> Iterator[list[Any]]:
+    """A store that answers everything with one of Amazon's documented errors: a status and a code, to be set."""
+    answer: list[Any] = [400, ""]
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def refuse(self) -> None:
+            body = f"<Error><Code>{answer[1]}</Code><Message>.</Message><RequestId>A</RequestId></Error>".encode()
+            self.send_response(answer[0])
+            self.send_header("Content-Type", "application/xml")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_GET = do_PUT = do_HEAD = do_POST = refuse
+
+        def log_message(self, *words: object) -> None:
+            """Nothing to the terminal."""
+
+    store = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=store.serve_forever, daemon=True).start()
+    with s3.environment(**s3.KEYS, **s3.OTHERS, AWS_ENDPOINT_URL=f"http://127.0.0.1:{store.server_port}"):
+        yield answer
+    store.shutdown()
+    store.server_close()
+
+
+def test_credentials_that_have_expired_and_a_clock_that_is_wrong(refusing: list[Any]) -> None:
+    """The codes are those of Amazon's list of error responses; an answer to HEAD has no body that could hold one."""
+    file = at("s3://bucket/x")
+    refusing[:] = [400, "ExpiredToken"]
+    for act in (file.parent.files, lambda: file.write_bytes(b"x")):
+        with pytest.raises(UserError, match="the credentials have expired; renew what AWS_SESSION_TOKEN"):
+            act()
+    for act in (file.read_bytes, file.is_file):
+        with pytest.raises(UserError, match="as it does when credentials have expired"):
+            act()
+    refusing[:] = [403, "RequestTimeTooSkewed"]
+    with pytest.raises(UserError, match="the clock of this machine is wrong"):
+        file.parent.files()
 
 
 def test_a_bucket_that_is_not_there(server: s3.Server) -> None:

@@ -6,14 +6,21 @@ from pathlib import Path
 
 import ray.train
 import ray.train.torch
+import torch
 from ray.train import CheckpointUploadMode
 from torch import Tensor, nn
 
 from dmat_ray.checkpoint import is_full, no_space
-from dmat_ray.cluster.events import send
+from dmat_ray.cluster.events import is_stopping, send
+from dmat_ray.cluster.gauges import of_machine
 from dmat_ray.cluster.nodes import require_like_driver
+from dmat_ray.cluster.session import device_of_actor
 from dmat_ray.errors import UserError
 from dmat_ray.local import average_over_workers_, wrap_ddp
+
+
+class StoppedError(Exception):
+    """The driver was asked to stop, and a checkpoint has been written."""
 
 
 def stored_checkpoints(folder: Path) -> list[Path]:
@@ -32,8 +39,11 @@ class RayContext:
         require_like_driver()
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.device = ray.train.torch.get_device()
+        # all workers of a machine see all of its GPUs, and Ray Train knows whose is whose
+        self.device = ray.train.torch.get_device() if torch.cuda.is_available() else device_of_actor()
         self._name, self._mailbox, self._noticed, self._wait = name, mailbox, False, wait
+        self._stopping = False
+        of_machine(self.device)  # the load that is told is that since the last time
         self._storage = Path(context.get_storage().experiment_fs_path)
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -56,7 +66,9 @@ class RayContext:
             checkpoint_upload_fn=self._upload,
         )
         if self.rank == 0 and metrics:
-            send(self._mailbox, {"run": self._name, "metrics": dict(metrics)})
+            send(self._mailbox, {"run": self._name, "metrics": dict(metrics), "machine": of_machine(self.device)})
+        if self._stopping:
+            raise StoppedError
 
     def _upload(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
         """Copy to the storage; a checkpoint appears there whole or not at all. In a thread of its own, if training goes on."""
@@ -78,7 +90,15 @@ class RayContext:
         return stored_checkpoints(self._storage)
 
     def preempted(self) -> bool:
-        """See RunContext: true once for each notice; Ray Train starts anew from the latest checkpoint when it comes to that."""
+        """See RunContext: true once for each notice; Ray Train starts anew from the latest checkpoint when it comes to that.
+
+        Also true once the driver was asked to stop: the report that follows is the last, and raises StoppedError.
+        """
+        stop = torch.tensor(float(self.rank == 0 and is_stopping(self._mailbox)), device=self.device)
+        self.average_([stop])
+        if stop > 0:
+            self._stopping = True
+            return True
         info = ray.train.get_preemption_info()
         news = info is not None and not self._noticed
         self._noticed = info is not None

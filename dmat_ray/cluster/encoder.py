@@ -6,20 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ray.train
-import ray.train.torch
 import torch
 
 from dmat_ray.checkpoint import versions
-from dmat_ray.cluster import tracking
+from dmat_ray.cluster import tracking, workers
 from dmat_ray.cluster.context import RayContext
 from dmat_ray.cluster.events import listen, no_retry_of_user_errors
-from dmat_ray.cluster.session import connected, worker_resources
+from dmat_ray.cluster.session import connected
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
 from dmat_ray.files import text_digest
+from dmat_ray.lease import exclusive
 from dmat_ray.manifold import encoder_trainer, generators
 from dmat_ray.manifold.encoder import CARD, FOLDER, load_encoder, read_card, save_encoder
+from dmat_ray.storage import at
 
 RUN_NAME = "encoder"
 USEFUL = 0.8  # share of the error of the mean w, above which a start is not worth its name
@@ -86,22 +86,9 @@ def train(config: Config, folder: Path, command: str, say: Callable[[str], None]
             run.metrics(metrics, step=round(metrics["kimg"] * 1000))
             say(describe(metrics, config.encoder.kimg))
 
-        with listen(handle) as mailbox:
-            result = ray.train.torch.TorchTrainer(
-                worker,
-                train_loop_config={"config": config.to_json(), "mailbox": mailbox},
-                scaling_config=ray.train.ScalingConfig(
-                    num_workers=config.cluster.train_workers,
-                    use_gpu=config.cluster.gpus_per_worker > 0,
-                    resources_per_worker=worker_resources(config.cluster),
-                ),
-                run_config=ray.train.RunConfig(
-                    name=name,
-                    storage_path=str(storage),
-                    failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
-                    checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-                ),
-            ).fit()
+        with exclusive(at(storage / name)), listen(handle) as mailbox:
+            settings = {"config": config.to_json(), "mailbox": mailbox}
+            result = workers.fit(worker, settings, config.cluster, storage / name, keep=2)
         assert result.checkpoint is not None
         generator = generators.load_configured(config.generator)
         with result.checkpoint.as_directory() as found:

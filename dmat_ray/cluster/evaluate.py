@@ -17,6 +17,7 @@ import torch
 
 from dmat_ray import checkpoint, checks, evaluation, probes, units
 from dmat_ray.checks import Finding
+from dmat_ray.cluster import gauges
 from dmat_ray.cluster.session import device_of_actor
 from dmat_ray.config import Config
 from dmat_ray.data import manifold_set, set_reader
@@ -205,6 +206,7 @@ def _run_all(work: _Work, todo: Sequence[Unit], what: str, say: Callable[[str], 
     began = said = time.monotonic()
     say(f"{what}{len(todo)} batches for {min(work.config.cluster.evaluation_actors, len(todo))} actors")
     for number, unit in enumerate(work.run(todo), 1):
+        gauges.evaluated(unit.model)
         now = time.monotonic()
         if now - said >= SAY_EVERY_S or number == len(todo):
             said = now

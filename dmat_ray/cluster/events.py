@@ -5,11 +5,13 @@ neither credentials nor a shared disk for it.
 """
 
 import contextlib
+import signal
 import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import ray
@@ -22,6 +24,7 @@ class _Mailbox:
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
         self.user_error: UserError | None = None
+        self.stopping = False
 
     def put(self, event: dict[str, Any]) -> None:
         self.events.append(event)
@@ -31,6 +34,12 @@ class _Mailbox:
 
     def get_user_error(self) -> UserError | None:
         return self.user_error
+
+    def stop(self) -> None:
+        self.stopping = True
+
+    def is_stopping(self) -> bool:
+        return self.stopping
 
     def take(self) -> list[dict[str, Any]]:
         events, self.events = self.events, []
@@ -46,6 +55,37 @@ def send(mailbox: str, event: dict[str, Any]) -> None:
         ray.get_actor(mailbox).put.remote(event)
     except (ValueError, ray.exceptions.RayError) as error:
         print(f"no listener for events: {error}", file=sys.stderr)
+
+
+def is_stopping(mailbox: str) -> bool:
+    """From any process of the job: whether the driver was asked to end, and work should be put away."""
+    with contextlib.suppress(ValueError, ray.exceptions.RayError):
+        return bool(ray.get(ray.get_actor(mailbox).is_stopping.remote(), timeout=10))
+    return False
+
+
+@contextmanager
+def heed_sigterm(say: Callable[[str], None]) -> Iterator[threading.Event]:
+    """Inside, the first SIGTERM only sets the event, which `listen` passes on; the second ends the process as it otherwise would.
+
+    In other threads than the main one nothing changes.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.set()
+        signal.signal(signal.SIGTERM, before)
+        say("asked to stop (SIGTERM): writing a checkpoint first; a second SIGTERM stops at once")
+
+    signal.signal(signal.SIGTERM, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -70,9 +110,12 @@ def no_retry_of_user_errors(mailbox: str) -> Iterator[bool]:
 
 
 @contextmanager
-def listen(handle: Callable[[dict[str, Any]], None], interval_s: float = 0.3) -> Iterator[str]:
+def listen(
+    handle: Callable[[dict[str, Any]], None], asked: threading.Event | None = None, interval_s: float = 0.3
+) -> Iterator[str]:
     """Calls `handle` in a thread for every event sent to the mailbox whose name this yields; all are handled at exit.
 
+    Workers are told when `asked` is set (see `is_stopping`).
     Raises the UserError that a worker has left there (see `no_retry_of_user_errors`), whatever the body raises.
     """
     name = f"dmat_ray_events_{uuid.uuid4().hex[:12]}"
@@ -93,9 +136,13 @@ def listen(handle: Callable[[dict[str, Any]], None], interval_s: float = 0.3) ->
                 complained = True
 
     def loop() -> None:
+        told = False
         while not stop.wait(interval_s):
             with contextlib.suppress(ray.exceptions.RayError):
                 drain()
+                if asked is not None and asked.is_set() and not told:
+                    ray.get(actor.stop.remote(), timeout=60)
+                    told = True
 
     thread = threading.Thread(target=loop, daemon=True)
     thread.start()

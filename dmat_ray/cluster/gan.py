@@ -12,25 +12,24 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray.train
-import ray.train.torch
 import torch
 from torch import Tensor
 
 from dmat_ray.checkpoint import versions
-from dmat_ray.cluster import tracking
+from dmat_ray.cluster import tracking, workers
 from dmat_ray.cluster.context import RayContext
 from dmat_ray.cluster.events import listen, no_retry_of_user_errors, send
-from dmat_ray.cluster.session import worker_resources
 from dmat_ray.config import Config, DataConfig
 from dmat_ray.data.sources import list_examples, read_pixels, versions_of_images
 from dmat_ray.errors import UserError
 from dmat_ray.files import read_json, text_digest, write_json
+from dmat_ray.lease import exclusive
 from dmat_ray.manifold import quality
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.gan_trainer import DEAD_END, check_images, check_workers, result_of, train_generator
 from dmat_ray.manifold.generators import CARD, WEIGHTS, save_generator
 from dmat_ray.manifold.samples import sample_grid
+from dmat_ray.storage import at
 
 SAMPLES = "samples.png"
 PIXELS, LABELS, REJECTED = "images.npy", "labels.npy", "rejected.json"
@@ -206,22 +205,9 @@ def train(config: Config, folder: Path, command: str, say: Callable[[str], None]
             for line in [describe(metrics, config.gan.kimg), *_warnings(metrics, config)]:
                 say(line)
 
-        with listen(handle) as mailbox:
-            result = ray.train.torch.TorchTrainer(
-                worker,
-                train_loop_config={"config": config.to_json(), "mailbox": mailbox, "images": str(cache.folder)},
-                scaling_config=ray.train.ScalingConfig(
-                    num_workers=config.cluster.train_workers,
-                    use_gpu=config.cluster.gpus_per_worker > 0,
-                    resources_per_worker=worker_resources(config.cluster),
-                ),
-                run_config=ray.train.RunConfig(
-                    name=name,
-                    storage_path=str(storage),
-                    failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
-                    checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-                ),
-            ).fit()
+        with exclusive(at(storage / name)), listen(handle) as mailbox:
+            settings = {"config": config.to_json(), "mailbox": mailbox, "images": str(cache.folder)}
+            result = workers.fit(worker, settings, config.cluster, storage / name, keep=2)
         assert result.checkpoint is not None
         generator, kept = result_of(Path(result.checkpoint.path), config.gan)
         partial = folder.with_name(f".{folder.name}.partial")

@@ -100,6 +100,7 @@ def evaluate(
     """Evaluation and report, tracked. Returns the rows, and what the checks found."""
     from dmat_ray import report
     from dmat_ray.cluster import evaluate as stage
+    from dmat_ray.cluster import gauges
     from dmat_ray.lease import exclusive
     from dmat_ray.metrics import Results
 
@@ -123,6 +124,7 @@ def evaluate(
         results = Results(rows, config.evaluation)
         for (model, set_name, column), accuracy in results.accuracies().items():
             run.metrics({f"{model}/{set_name}/{column}": accuracy.value}, step=0)
+            gauges.tested(model, set_name, column, accuracy.value)
         for finding in (f for f in findings if f.level == "warning"):
             say(f"warning: {finding.model}: {finding.check}: {finding.text}")
         say("writing the report")
@@ -148,4 +150,7 @@ def ui_command(config: Config) -> str:
     """The command that opens MLflow's pages on this machine."""
     if config.tracking.uri:
         return f"open {config.tracking.uri}"
-    return f"{os.path.relpath(sys.executable)} -m mlflow ui --backend-store-uri {tracking.tracking_uri(config)}"
+    # the working directory of a submitted job is nobody's but Ray's, and may be gone by now
+    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    python = sys.executable if submitted else os.path.relpath(sys.executable)
+    return f"{python} -m mlflow ui --backend-store-uri {tracking.tracking_uri(config)}"

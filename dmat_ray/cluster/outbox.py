@@ -26,6 +26,7 @@ PARENT = "mlflow.parentRunId"
 EPOCH = "epoch"  # a metric of trainings
 FRONT = "pareto_front"  # a tag of trials and of models
 KINDS = {"create", "metrics", "artifact", "text", "tag", "register", "finish"}
+CLOSED = (401, 403)  # which a password that is renewed may open again
 PAUSES_S = (0.5, 1, 2, 5, 10)
 Entry = dict[str, Any]
 
@@ -56,6 +57,11 @@ class Outbox:
         try:
             self._client.search_experiments(max_results=1)
         except Exception as error:  # of many kinds, by the sort of place
+            if _status(error) in CLOSED:
+                raise UserError(
+                    f"MLflow at tracking.uri '{uri}' does not let us in: {_reason(error)}; give MLFLOW_TRACKING_USERNAME and "
+                    "MLFLOW_TRACKING_PASSWORD in the environment"
+                ) from error
             raise UserError(
                 f"MLflow at tracking.uri '{uri}' does not answer: {_reason(error)}; start it, correct the address, or leave "
                 "tracking.uri out: then runs are kept in the output folder"
@@ -231,12 +237,17 @@ def now_ms() -> int:
 
 def _refused(error: Exception) -> bool:
     """Whether sending it again can only fail again."""
+    status = _status(error)
+    if status is not None:
+        return 400 <= status < 500 and status not in (*CLOSED, 408, 429)
+    return isinstance(error, FileNotFoundError) or not isinstance(error, OSError)
+
+
+def _status(error: Exception) -> int | None:
+    """Of HTTP, of an answer of MLflow's."""
     from mlflow.exceptions import MlflowException
 
-    if isinstance(error, MlflowException):
-        status = int(error.get_http_status_code())
-        return 400 <= status < 500 and status not in (408, 429)
-    return isinstance(error, FileNotFoundError) or not isinstance(error, OSError)
+    return int(error.get_http_status_code()) if isinstance(error, MlflowException) else None
 
 
 def _reason(error: Exception) -> str:

@@ -15,7 +15,7 @@ import ray.data
 import torch
 
 from dmat_ray.checkpoint import versions
-from dmat_ray.cluster import session
+from dmat_ray.cluster import gauges, session
 from dmat_ray.cluster.shard_projector import ShardProjector, build_projector, encoder_folder
 from dmat_ray.cluster.shard_tasks import as_bytes, read_shard, write_shard
 from dmat_ray.config import Config
@@ -158,6 +158,7 @@ def _progress(summaries: Iterator[dict[str, Any]], todo: list[Shard], say: Calla
             heard()
             done += summary["rows"] + summary["rejected"]
             rejected += summary["rejected"]
+            gauges.projected(summary["rows"], summary["rejected"])
             now = time.monotonic()
             if now - spoke > SAY_EVERY_S or done == total:
                 spoke = now

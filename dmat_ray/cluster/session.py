@@ -46,6 +46,8 @@ LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
 
+LOGICAL = "DMAT_RAY_LOGICAL_GPUS"
+
 
 def prepare_environment(config: Config | None = None, cluster: ClusterConfig | None = None) -> None:
     """Set what is not set, for the cluster of `config`, or for `cluster`. Call it before ray is imported.
@@ -95,6 +97,11 @@ def worker_resources(config: ClusterConfig) -> dict[str, float]:
     """What Ray sets aside for one worker or actor."""
     gpus = {"GPU": config.gpus_per_worker} if config.gpus_per_worker > 0 else {}
     return {"CPU": config.threads_per_worker, **gpus}
+
+
+def has_no_device(config: ClusterConfig) -> bool:
+    """Whether workers compute on the CPU, though Ray may say that it gave them a GPU (see `device_of_actor`)."""
+    return config.gpus_per_worker == 0 or os.environ.get(LOGICAL) == "1"
 
 
 def await_machine(config: ClusterConfig, say: Callable[[str], None]) -> None:
@@ -166,7 +173,7 @@ def device_of_actor() -> "torch.device":
         return torch.device("cpu")
     if torch.cuda.is_available():
         return torch.device("cuda")
-    if os.environ.get("DMAT_RAY_LOGICAL_GPUS") == "1":
+    if os.environ.get(LOGICAL) == "1":
         return torch.device("cpu")
     raise UserError(
         f"Ray gave this actor on {platform.node()} a GPU, but torch {torch.__version__} finds none there (driver, or a torch "

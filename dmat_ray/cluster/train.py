@@ -3,26 +3,26 @@
 import contextlib
 import json
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import ray.train
-import ray.train.torch
 import torch
 
 from dmat_ray import checkpoint
-from dmat_ray.cluster import session, tracking
-from dmat_ray.cluster.context import RayContext, stored_checkpoints
-from dmat_ray.cluster.events import listen, no_retry_of_user_errors
+from dmat_ray.cluster import gauges, session, tracking, workers
+from dmat_ray.cluster.context import RayContext, StoppedError, stored_checkpoints
+from dmat_ray.cluster.events import heed_sigterm, listen, no_retry_of_user_errors
 from dmat_ray.cluster.ingest import Streamed
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.data import manifold_set
 from dmat_ray.errors import UserError
 from dmat_ray.files import text_digest
+from dmat_ray.lease import exclusive
 from dmat_ray.manifold import generators
 from dmat_ray.models import model_folder, publish, set_digest
-from dmat_ray.storage import set_folder
+from dmat_ray.storage import at, set_folder
 from dmat_ray.trainer import describe, train
 
 
@@ -49,7 +49,7 @@ def _run_name(folder: Path) -> str | None:
 
 def worker(settings: dict[str, Any]) -> None:
     """What every Ray Train worker runs: the runs of `settings`, one after the other, from the latest checkpoint on."""
-    with no_retry_of_user_errors(settings["mailbox"]) as go:
+    with no_retry_of_user_errors(settings["mailbox"]) as go, contextlib.suppress(StoppedError):
         if go:
             _train(settings)
 
@@ -85,17 +85,15 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
     """Train models that `untrained` returned. Ray must be connected.
 
     All runs share one worker group, one after the other: its start-up is paid once. A rerun after a crash goes on from
-    the latest checkpoint.
+    the latest checkpoint. Sent SIGTERM it has one written, and raises SystemExit.
     """
     for config in todo:
         if (model_folder(config) / checkpoint.RUN).is_file():
             say(f"{config.name}: there is a model of this name, of other settings or another set; this one will take its place")
-    set_path = set_folder(todo[0])
+    set_path, folder = set_folder(todo[0]), training_folder(todo)
     first, epochs = todo[0], {c.name: c.training.epochs for c in todo}
-    storage = Path(first.output).resolve() / "train"
-    label = todo[0].name if len(todo) == 1 else f"{len(todo)}_models"
-    key = f"{label}-{text_digest(' '.join(_key(c) for c in todo))[:12]}"
     with contextlib.ExitStack() as stack:
+        stack.enter_context(exclusive(at(folder)))  # the same job, submitted twice
         runs = {c.name: stack.enter_context(tracking.tracked(c, c.name, "train", parent)) for c in todo}
 
         def handle(event: dict[str, Any]) -> None:
@@ -103,39 +101,31 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
                 say(event["text"])
                 return
             metrics, name = event["metrics"], event["run"]
-            runs[name].metrics(metrics, step=int(metrics["epoch"]))
+            runs[name].metrics({**metrics, **event["machine"]}, step=int(metrics["epoch"]))
+            gauges.training(name, metrics, event["machine"])
             say(describe(name, metrics, epochs[name]))
 
-        mailbox = stack.enter_context(listen(handle))
+        asked = stack.enter_context(heed_sigterm(say))
+        mailbox = stack.enter_context(listen(handle, asked))
         count = session.worker_count(first.cluster)
         say(f"starting {count if isinstance(count, int) else ' to '.join(map(str, count))} workers to train {', '.join(epochs)}")
-        trainer = ray.train.torch.TorchTrainer(
-            worker,
-            train_loop_config={
-                "configs": [c.to_json() for c in todo],
-                "set": str(set_path),
-                "mailbox": mailbox,
-            },
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=count,
-                elastic_resize_monitor_interval_s=first.cluster.resize_seconds,
-                use_gpu=first.cluster.gpus_per_worker > 0,
-                resources_per_worker=session.worker_resources(first.cluster),
-            ),
-            run_config=ray.train.RunConfig(
-                name=key,
-                storage_path=str(storage),
-                failure_config=ray.train.FailureConfig(max_failures=first.cluster.max_failures),
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2 if len(todo) == 1 else None),
-            ),
-        )
-        trainer.fit()
+        settings = {"configs": [c.to_json() for c in todo], "set": str(set_path), "mailbox": mailbox}
+        keep = 2 if len(todo) == 1 else None
+        workers.fit(worker, settings, first.cluster, folder, keep=keep, elastic=True)
+        if asked.is_set():
+            say("stopped; the same command goes on from the checkpoint")
+            raise SystemExit(128 + signal.SIGTERM)
         for config in todo:
-            final = _final_checkpoint(storage / key, config)
-            folder = model_folder(config)
-            publish(final, folder)
-            runs[config.name].artifact(folder, "checkpoint")
-    shutil.rmtree(storage / key, ignore_errors=True)
+            publish(_final_checkpoint(folder, config), model_folder(config))
+            runs[config.name].artifact(model_folder(config), "checkpoint")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def training_folder(todo: list[Config]) -> Path:
+    """Where Ray Train keeps what these models' training has come to, until it is finished."""
+    label = todo[0].name if len(todo) == 1 else f"{len(todo)}_models"
+    key = text_digest(" ".join(_key(config) for config in todo))[:12]
+    return Path(todo[0].output).resolve() / "train" / f"{label}-{key}"
 
 
 def _key(config: Config) -> str:

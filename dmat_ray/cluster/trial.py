@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dmat_ray import checkpoint
-from dmat_ray.cluster import session, spaces
+from dmat_ray.cluster import session, spaces, workers
 from dmat_ray.cluster.context import stored_checkpoints
 from dmat_ray.cluster.events import listen
 from dmat_ray.cluster.train import worker
@@ -234,28 +234,14 @@ def _train_on_workers(config: Config, line: _Line, work: Work) -> None:
             failed.append(error)
 
     with listen(handle) as mailbox:
-        ray.train.torch.TorchTrainer(
-            worker,
-            train_loop_config={
-                "configs": [config.to_json()],
-                "set": work.set_path,
-                "mailbox": mailbox,
-                "judged_by": work.judged_by,
-                "branch_from": None if line.branch_from is None else str(line.branch_from),
-            },
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=session.worker_count(config.cluster),
-                elastic_resize_monitor_interval_s=config.cluster.resize_seconds,
-                use_gpu=config.cluster.gpus_per_worker > 0,
-                resources_per_worker=session.worker_resources(config.cluster),
-            ),
-            run_config=ray.train.RunConfig(
-                name=line.folder.name,
-                storage_path=str(line.folder.parent),
-                failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=work.keep),
-            ),
-        ).fit()
+        settings = {
+            "configs": [config.to_json()],
+            "set": work.set_path,
+            "mailbox": mailbox,
+            "judged_by": work.judged_by,
+            "branch_from": None if line.branch_from is None else str(line.branch_from),
+        }
+        workers.fit(worker, settings, config.cluster, line.folder, keep=work.keep, elastic=True)
     if failed:
         raise failed[0]
     for metrics in last:

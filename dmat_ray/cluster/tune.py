@@ -11,11 +11,13 @@ import ray.tune
 from ray.tune.experiment.trial import Trial as TuneTrial
 
 from dmat_ray import trials
-from dmat_ray.cluster import abandoned, champion, searchers, session, tracking
+from dmat_ray.cluster import abandoned, champion, gauges, searchers, session, tracking
 from dmat_ray.cluster.search_plan import Plan
 from dmat_ray.cluster.trial import DIVERGED, run, state_of
 from dmat_ray.config import Config
 from dmat_ray.files import read_json, write_json
+from dmat_ray.lease import exclusive
+from dmat_ray.storage import at
 from dmat_ray.trials import Trial
 from dmat_ray.trials_table import LiveTable, shown
 from dmat_ray.yardstick import PREFIX
@@ -73,7 +75,9 @@ class _Watcher:
         if self.search.config.tune.scheduler == "pbt":
             numbers |= {f"knob.{k}": v for k, v in knobs.items() if isinstance(v, int | float)}
         self.run_of(name, trial).metrics(numbers, step=int(result["epoch"]))
-        values = ", ".join(f"{o} {100 * trials.value(o, scores):.1f} %" for o in objectives)
+        reached = {o: trials.value(o, scores) for o in objectives}
+        gauges.trial(self.search.folder.name, name, reached)
+        values = ", ".join(f"{o} {100 * value:.1f} %" for o, value in reached.items())
         diverged = "; it has diverged" if result.get(DIVERGED) else ""
         self.say(f"{name}: epoch {result['epoch']:.0f}/{work.base['tune']['epochs']}, {values}{diverged}")
 
@@ -303,6 +307,7 @@ def search(config: Config, say: Callable[[str], None], *, resume: bool = False) 
     at_once = searchers.trials_at_once(tune, config.cluster, alone=plan.work.is_alone)
     name = plan.folder.name
     with (
+        exclusive(at(plan.folder)),
         tracking.tracked(config, name, "tune", key=f"tune/{name}/{plan.id}") as parent,
         LiveTable(tune.objective, name) as live,
     ):

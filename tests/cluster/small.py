@@ -1,5 +1,6 @@
 """Settings small enough for two cores, and servers on loopback."""
 
+import json
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from dmat_ray import cli
 from dmat_ray.config import Config
@@ -101,19 +103,28 @@ class PostgresServer:
 
 
 class MlflowServer:
-    """A real one on loopback that can be killed and started again on the same port; with sqlite behind it or another database."""
+    """A real one on loopback that can be killed and started again on the same port; with sqlite behind it or another database.
 
-    def __init__(self, folder: Path, database: str | None = None) -> None:
+    With a password it has users, of whom `admin` has that.
+    """
+
+    def __init__(self, folder: Path, database: str | None = None, password: str | None = None) -> None:
         self.folder, port = folder, free_ports(1)[0]
         self.url = f"http://127.0.0.1:{port}"
         self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
         self._command += ["--backend-store-uri", database or f"sqlite:///{folder / 'm.db'}"]
         self._command += ["--artifacts-destination", str(folder / "artifacts")]
+        self._environment = dict(os.environ)
+        if password is not None:
+            self._command += ["--app-name", "basic-auth"]
+            self._environment |= {"MLFLOW_FLASK_SERVER_SECRET_KEY": password[::-1], "MLFLOW_AUTH_ADMIN_PASSWORD": password}
 
     def start(self) -> None:
         """Returns when it answers."""
         with (self.folder / "log").open("a") as log:
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, start_new_session=True)
+            self._process = subprocess.Popen(
+                self._command, stdout=log, stderr=log, start_new_session=True, cwd=self.folder, env=self._environment
+            )
         wait_until_answers(f"{self.url}/health", self._process, self.folder / "log")
 
     def kill(self) -> None:
@@ -159,6 +170,19 @@ def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", se
         assert process.poll() is None, process.stdout.read() if process.stdout else ""
         assert time.monotonic() < end, "time is up"
         time.sleep(0.1)  # what is looked at are often all processes of a cluster
+
+
+def history(output: Path) -> list[dict[str, float]]:
+    """Each epoch's metrics of the model `dmat`, but for the speed."""
+    run = json.loads((output / "models" / "dmat" / "run.json").read_text())
+    return [{k: v for k, v in epoch.items() if k != "examples_per_second"} for epoch in run["history"]]
+
+
+def same_training(output: Path, calm: Path) -> None:
+    """Every metric of every epoch is that of the undisturbed run, up to float rounding."""
+    assert [h["epoch"] for h in history(output)] == [1, 2, 3]
+    for found, expected in zip(history(output), history(calm), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 def finish(process: "subprocess.Popen[str]") -> str:

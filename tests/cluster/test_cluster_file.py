@@ -1,5 +1,6 @@
 """ray_cluster.yaml is what Ray's autoscaler and Amazon's interface take, and lets nobody in who has no token."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def test_the_shipped_file_is_valid(cluster):
     assert spot["priority"] > fallback["priority"], "Ray takes the higher first"
     assert (ROOT / cluster["file_mounts"]["/home/ubuntu/dmat_ray_setup/constraints.txt"]).is_file()
     for commands in (cluster["head_start_ray_commands"], cluster["worker_start_ray_commands"]):
-        assert "RAY_AUTH_MODE=token ray start" in commands[-1]
+        assert re.search(r"RAY_AUTH_MODE=token (\S+=\S+ )?ray start", commands[-1])
+    assert "RAY_JOB_STOP_WAIT_TIME_S=120" in cluster["head_start_ray_commands"][-1], "time for a checkpoint"
     assert "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][-1]
 
 

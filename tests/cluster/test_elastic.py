@@ -1,6 +1,5 @@
 """Trainings on machines that come and go: a node is added, another is announced to go and goes, within epochs."""
 
-import json
 import os
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 from ray.cluster_utils import Cluster
-from small import SMALL, processes_below, wait_for
+from small import SMALL, history, processes_below, wait_for
 
 from dmat_ray.cluster.session import LOCAL_ENVIRONMENT
 
@@ -48,11 +47,6 @@ def start(output: Path, *options: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
-def history(folder: Path) -> list[dict[str, float]]:
-    run = json.loads((folder / "run.json").read_text())
-    return [{k: v for k, v in epoch.items() if k != "examples_per_second"} for epoch in run["history"]]
-
-
 def test_a_machine_comes_and_another_is_taken_away(machines, tmp_path, finished):
     finished.copy_set(tmp_path)
     (tmp_path / "calm").mkdir()
@@ -82,9 +76,9 @@ def test_a_machine_comes_and_another_is_taken_away(machines, tmp_path, finished)
     wait_for(lambda: "with 1 worker\n" in said(), process)
     assert process.wait(timeout=400) == 0, said()
     assert "warning" not in said()
-    found = history(tmp_path / "models" / "dmat")
+    found = history(tmp_path)
     assert [epoch["epoch"] for epoch in found] == [1, 2, 3, 4, 5, 6, 7]
-    for epoch, expected in zip(found, history(tmp_path / "calm" / "models" / "dmat"), strict=True):
+    for epoch, expected in zip(found, history(tmp_path / "calm"), strict=True):
         losses = {k: v for k, v in epoch.items() if not k.endswith("accuracy")}
         assert losses == pytest.approx({k: expected[k] for k in losses}, rel=5e-4), "no example is left out, none comes twice"
         # rounding decides for examples whose two likeliest classes are equally likely

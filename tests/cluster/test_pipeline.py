@@ -112,6 +112,8 @@ def test_mlflow_holds_every_stage(finished):
     dmat = runs["train: dmat"]
     assert dmat.data.params["objective.image.weight"] == "0.5"
     assert float(dmat.data.params["objective.image.eps"]) == config.objective.image.eps
+    assert 0 <= dmat.data.metrics["system/cpu_utilization_percentage"] <= 100
+    assert dmat.data.metrics["system/system_memory_usage_megabytes"] > 100
     losses = client.get_metric_history(dmat.info.run_id, "train_loss")
     assert [m.step for m in losses] == [1, 2, 3]
     stored = [a.path for a in client.list_artifacts(dmat.info.run_id, "checkpoint")]

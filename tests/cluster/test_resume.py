@@ -11,24 +11,17 @@ from pathlib import Path
 
 import pytest
 import ray
-from small import DMAT, ROOT, SMALL, finish, free_ports, settings, start_job, train_workers, wait_for
+from searches import tuned
+from small import DMAT, ROOT, SMALL, finish, free_ports, history, same_training, settings, start_job, train_workers, wait_for
 
-from dmat_ray.cluster import jobs
+from dmat_ray.cluster import jobs, tune
+from dmat_ray.cluster.search_plan import Plan
+from dmat_ray.cluster.train import training_folder
+from dmat_ray.errors import UserError
+from dmat_ray.lease import exclusive
+from dmat_ray.storage import at
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
-
-
-def history(output: Path) -> list[dict[str, float]]:
-    """Each epoch's metrics of the model, but for the speed."""
-    run = json.loads((output / "models" / "dmat" / "run.json").read_text())
-    return [{k: v for k, v in epoch.items() if k != "examples_per_second"} for epoch in run["history"]]
-
-
-def same_training(output: Path, calm: Path) -> None:
-    """Every metric of every epoch is that of the undisturbed run, up to float rounding."""
-    assert [h["epoch"] for h in history(output)] == [1, 2, 3]
-    for found, expected in zip(history(output), history(calm), strict=True):
-        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 def test_killed_driver_of_a_training_goes_on_from_a_checkpoint_that_is_whole(tmp_path, finished):
@@ -49,6 +42,21 @@ def test_killed_driver_of_a_training_goes_on_from_a_checkpoint_that_is_whole(tmp
     assert "epoch 1/3" not in resumed
     assert "epoch 3/3" in resumed
     same_training(tmp_path, finished.output)
+
+
+def test_a_job_that_is_submitted_twice_is_refused(tmp_path, finished, say):
+    """While the first is at work; a process that was killed leaves its lease, which nobody heeds (the tests around this one)."""
+    finished.copy_set(tmp_path)
+    training, searching = settings(tmp_path, preset=("demo", "dmat")), tuned(tmp_path)
+    for folder, again in (
+        (training_folder([training]), lambda: jobs.train([training], say)),
+        (Plan(searching, say).folder, lambda: tune.search(searching, say)),
+    ):
+        with (
+            exclusive(at(folder)),
+            pytest.raises(UserError, match=rf"'{folder}' is being written by process {os.getpid()} on .*; wait until it ends"),
+        ):
+            again()
 
 
 def test_worker_killed_within_an_epoch_is_replaced_and_training_goes_on(tmp_path, finished):

@@ -1,67 +1,28 @@
 """`ray job submit` against a head node on loopback, which lets in only who has its token."""
 
 import json
-import os
+import re
 import secrets
-import shutil
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import psutil
 import pytest
-from small import SMALL, free_ports, wait_until_answers
+from heads import Head
+from small import DMAT, ROOT, SMALL, history, same_training, wait_for
+
+from dmat_ray.cluster import gauges
 
 pytestmark = pytest.mark.cluster
-ROOT = Path(__file__).parents[2]
-RAY = str(Path(sys.executable).parent / "ray")
-
-
-def wait_for_agent(environment: dict[str, str]) -> None:
-    """The dashboard answers before the node's agent takes jobs."""
-    for _ in range(40):
-        done = subprocess.run(
-            [RAY, "job", "submit", "--no-wait", "--", "true"], env=environment, capture_output=True, check=False
-        )
-        if done.returncode == 0:
-            return
-        time.sleep(1)
-    raise AssertionError(done.stdout.decode() + done.stderr.decode())
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory) -> Iterator[dict[str, str]]:
-    """A head node with its dashboard; yields the environment in which `ray job` finds it."""
-    gcs, dashboard, client, agent = free_ports(4)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    secret = tmp_path_factory.mktemp("secret") / "token"
-    secret.write_text(secrets.token_hex(32))
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(secret)}
-    environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-    # the folder of Ray's sockets must have a short path
-    folder = Path("/tmp") / f"dmat_{os.getpid()}"
-    command = [RAY, "start", "--head", "--block", "--num-cpus=6", "--node-ip-address=127.0.0.1", f"--port={gcs}"]
-    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]
-    # the agent's usual port is taken by the Ray that the other tests share
-    command += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}", "--disable-usage-stats"]
-    log = (tmp_path_factory.mktemp("head") / "log").open("w")
-    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    url = f"http://127.0.0.1:{dashboard}"
-    try:
-        wait_until_answers(f"{url}/api/gcs_healthz", process, Path(log.name))
-        wait_for_agent({**environment, "RAY_API_SERVER_ADDRESS": url})
-        yield {**environment, "RAY_API_SERVER_ADDRESS": url}
-    finally:
-        # asked to end it would take half a minute
-        ours = [process, *psutil.Process(process.pid).children(recursive=True)]
-        for one in ours:
-            one.kill()
-        process.wait(timeout=400)
-        shutil.rmtree(folder, ignore_errors=True)
+def head(tmp_path_factory) -> Iterator[Head]:
+    variables = {"RAY_JOB_STOP_WAIT_TIME_S": "60", "RAY_metrics_report_interval_ms": "1000"}
+    with Head(tmp_path_factory.mktemp("head"), cpus=6, **variables) as running:
+        yield running
 
 
 def status(url: str, headers: dict[str, str]) -> int:
@@ -75,33 +36,58 @@ def status(url: str, headers: dict[str, str]) -> int:
 
 def test_who_has_no_token_is_refused(head):
     """By the dashboard, and so by the command line that asks it."""
-    jobs = f"{head['RAY_API_SERVER_ADDRESS']}/api/jobs/"
-    token = Path(head["RAY_AUTH_TOKEN_PATH"]).read_text()
+    jobs = f"{head.url}/api/jobs/"
+    token = Path(head.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
     assert status(jobs, {}) == 401
     assert status(jobs, {"Authorization": f"Bearer {secrets.token_hex(32)}"}) == 403
     assert status(jobs, {"Authorization": f"Bearer {token}"}) == 200
-    wrong = {k: v for k, v in head.items() if k != "RAY_AUTH_TOKEN_PATH"} | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    refused = submit(wrong, "-c", "print('inside')")
+    refused = head.run("-c", "print('inside')", RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_AUTH_TOKEN_PATH="")
     assert refused.returncode != 0
     assert "inside" not in refused.stdout
     assert "token" in (refused.stdout + refused.stderr).lower()
 
 
-def submit(head: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
-    """`ray job submit --working-dir . -- python ...`, as the README says it."""
-    full = [RAY, "job", "submit", "--working-dir", ".", "--", sys.executable, *command]
-    return subprocess.run(full, cwd=ROOT, env=head, capture_output=True, text=True, timeout=500, check=False)
-
-
-def test_submitted_jobs_train_and_fail_as_they_should(head, finished, tmp_path):
+def test_a_training_that_is_stopped_goes_on_within_its_epoch(head, finished, tmp_path):
+    """`ray job stop` sends SIGTERM. Submitted again it ends where an undisturbed training does; its exit codes are told."""
     finished.copy_set(tmp_path)
-    done = submit(
-        head, "jobs/train.py", "--preset", "demo", "dmat", "--output", str(tmp_path), *SMALL, "--cluster.train_workers", "1"
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "demo_dmat: epoch 2/2" in done.stdout
-    run = json.loads((tmp_path / "models" / "demo_dmat" / "run.json").read_text())
-    assert run["epoch"] == 2
-    failed = submit(head, "jobs/train.py", "--output", str(tmp_path / "nothing"), *SMALL)
+    with head.scraped() as seen:
+        stop_and_go_on(head, finished, tmp_path)
+    assert_watched(seen, tmp_path)
+
+
+def stop_and_go_on(head: Head, finished: Any, tmp_path: Path) -> None:
+    script = ["jobs/train.py", "--preset", "demo", "dmat", "--name", "dmat", "--output", str(tmp_path), *SMALL, *DMAT]
+    first = head.start(tmp_path / "first", *script, name="first")
+    wait_for(lambda: "epoch 1/3" in (tmp_path / "first").read_text(), first)
+    head.ray("job", "stop", "first")
+    first.wait(timeout=400)
+    said = (tmp_path / "first").read_text()
+    assert "asked to stop (SIGTERM)" in said
+    assert "stopped; the same command goes on from the checkpoint" in said
+    assert not (tmp_path / "models").exists()
+
+    second = head.run(*script)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert re.search(r"going on with epoch \d, after step \d", second.stdout), second.stdout
+    assert "epoch 1/3" not in second.stdout
+    same_training(tmp_path, finished.output)
+
+
+def assert_watched(seen: dict[str, dict[str, set[float]]], output: Path) -> None:
+    """Prometheus saw the training's numbers, and the dashboard draws nothing that is not there."""
+    epochs = history(output)
+    for name, key in (("loss", "train_loss"), ("learning_rate", "lr"), ("epoch", "epoch")):
+        values = seen[f"ray_dmat_ray_{name}"]["dmat"]
+        assert all(any(value == pytest.approx(e[key], rel=1e-4) for e in epochs) for value in values)
+    assert seen["ray_dmat_ray_accuracy"].keys() >= {"dmat, held out, clean", "dmat, training, image"}
+    board = json.loads((ROOT / "deploy" / "grafana.json").read_text())
+    drawn = {n for p in board["panels"] for t in p["targets"] for n in re.findall(r"\bray_\w+", t["expr"])}
+    ours = {f"ray_{name}" for name in gauges.GAUGES} | {f"ray_{name}_total" for name in gauges.COUNTERS}
+    assert ours <= drawn
+    assert drawn - ours <= seen.keys()
+
+
+def test_a_job_that_fails_says_so(head, tmp_path):
+    failed = head.run("jobs/train.py", "--output", str(tmp_path / "nothing"), *SMALL)
     assert failed.returncode != 0
     assert "there is no on-manifold set" in failed.stdout

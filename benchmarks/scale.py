@@ -1,13 +1,15 @@
-"""How projection on Ray scales with actors, what Ray adds to it, and whether memory grows with the set.
+"""How projection and training scale with nodes, what Ray adds to projection, and whether memory grows with the set.
 
-    python benchmarks/projection_scaling.py scaling --actors 1 2 4 --shards 40 --seconds 2
-    python benchmarks/projection_scaling.py overhead --shards 16 --steps 100
-    python benchmarks/projection_scaling.py memory --shards 40 400
+    python benchmarks/scale.py nodes --nodes 1 2 4 8
+    python benchmarks/scale.py overhead --shards 16 --steps 100
+    python benchmarks/scale.py memory --shards 40 400
 
-`scaling` and `memory` put a stand-in in place of the projector, which sleeps and returns random codes, so that one machine can
-play many GPUs: what is measured is everything around it (reading, decoding, moving, writing, the driver). `overhead` runs the
-real projector, once bare in a loop over images that are in memory, and once as an actor that is given them by Ray, both with one
-CPU thread, after what each needs to start.
+`nodes` and `memory` put stand-ins in place of what computes, so that one machine can play many GPUs: a projector that sleeps
+so many seconds a shard and returns random codes, a training step that trains on its images as they are and sleeps until it
+has taken so many seconds an example. What is measured is everything around them: reading, decoding, moving, writing,
+gradients, reports, the driver. A node is a raylet of its own with two CPUs, beside a head that computes nothing. `overhead`
+runs the real projector, once bare in a loop over images that are in memory, and once as an actor that is given them by Ray,
+both with one CPU thread, after what each needs to start.
 """
 
 import argparse
@@ -28,6 +30,8 @@ from dmat_ray.config import Config
 from dmat_ray.data import set_format, set_writer
 from dmat_ray.data.sources import Listing, list_examples
 from dmat_ray.storage import at
+
+EXAMPLES = 1600  # that the step's stand-in is trained on
 
 
 def settings(output: Path, *options: object) -> Config:
@@ -103,18 +107,84 @@ def run(config: Config, listing: Listing, projector: type) -> list[float]:
     return moments
 
 
-def scaling(args: argparse.Namespace, root: Path) -> None:
-    """Share of the ideal rate, from the moment when every actor has finished two shards to the last shard but one round."""
-    print(f"{args.shards} shards, {args.seconds} s each")
-    for actors in args.actors:
-        options = ("--cluster.projection_actors", actors, "--cluster.projection_actors_min", actors, "--cluster.num_cpus", 8)
-        config = settings(root / f"{actors}", *options, "--projection.shard_size", 50)
-        with connected(config.cluster):
-            moments = run(config, repeated(list_examples(config.data), 50 * args.shards), stand_in(args.seconds))
-        first, last = 2 * actors, len(moments) - actors
-        ideal = (last - first) * args.seconds / actors
-        efficiency = ideal / (moments[last - 1] - moments[first - 1])
-        print(f"{actors} actors: {50 / args.seconds * actors * efficiency:.1f} images/s, efficiency {efficiency:.1%}")
+def nodes(args: argparse.Namespace, root: Path) -> None:
+    """Node-seconds an image, and an example of an epoch, beside the stand-ins' own; for clusters of several sizes."""
+    from ray.cluster_utils import Cluster
+
+    small = ("--data.train_limit", EXAMPLES, "--data.test_limit", 20, "--projection.lpips", 0, "--projection.steps", 1)
+    prepared = settings(root / "set", *small)
+    from dmat_ray.cluster import jobs
+
+    jobs.project(prepared, lambda line: None)
+    print(f"a shard of 50 images takes {args.shard_seconds} s, an example of training {args.example_seconds} s")
+    for count in args.nodes:
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        for _ in range(count):
+            cluster.add_node(num_cpus=2)
+        where = ("--cluster.address", cluster.address)
+        try:
+            config = settings(root / f"{count}", *where, "--cluster.train_workers", count)
+            with connected(config.cluster):
+                projecting = projected(config, args, count)
+                training = trained(config, args, count, str(root / "set" / "on_manifold_set"))
+        finally:
+            cluster.shutdown()
+        print(
+            f"{count} node{'s' if count > 1 else ''}: "
+            f"{1000 * projecting:.1f} ms an image, {args.shard_seconds / 50 / projecting:.1%} of the ideal rate; "
+            f"{1000 * training:.1f} ms an example of an epoch, {args.example_seconds / training:.1%}",
+            flush=True,
+        )
+
+
+def projected(config: Config, args: argparse.Namespace, actors: int) -> float:
+    """Actor-seconds an image, from when every actor has finished two shards to the last shard but one round."""
+    config = config.model_copy(
+        update={"cluster": config.cluster.model_copy(update={"projection_actors": actors, "projection_actors_min": actors})}
+    )
+    config = config.model_copy(update={"projection": config.projection.model_copy(update={"shard_size": 50})})
+    shards = args.shards * actors
+    moments = run(config, repeated(list_examples(config.data), 50 * shards), stand_in(args.shard_seconds))
+    first, last = 2 * actors, len(moments) - actors
+    return float(actors * (moments[last - 1] - moments[first - 1]) / (50 * (last - first)))
+
+
+def trained(config: Config, args: argparse.Namespace, workers: int, place: str) -> float:
+    """Worker-seconds an example of an epoch that is not the first, checkpoint and report included; batches of 20 a worker."""
+    from dmat_ray.cluster import workers as ray_train
+    from dmat_ray.cluster.events import listen
+
+    options = ("--preset", "demo", "standard", "--training.batch_size", 20 * workers, "--training.epochs", 3)
+    plain = ("--training.val_examples", 0, "--cluster.train_workers", workers, "--output", config.output)
+    given, _ = cli.parse("", [str(o) for o in (*options, *plain)])
+    moments: list[float] = []
+
+    def note(event: dict[str, Any]) -> None:
+        if "metrics" in event:
+            moments.append(time.monotonic())
+
+    with listen(note) as mailbox:
+        told = {"configs": [given.to_json()], "set": place, "mailbox": mailbox, "example_seconds": args.example_seconds}
+        cluster = given.cluster.model_copy(update={"address": config.cluster.address})
+        ray_train.fit(sleepy_worker, told, cluster, Path(config.output).resolve() / "train" / "scale", keep=1)
+    return (moments[2] - moments[0]) / 2 * workers / EXAMPLES
+
+
+def sleepy_worker(told: dict[str, Any]) -> None:
+    """What every worker runs: the real loop, whose steps sleep first."""
+    from dmat_ray.cluster import train
+    from dmat_ray.training_step import TrainingStep
+
+    plain = TrainingStep.__call__
+
+    def sleepy(self: TrainingStep, batch: Any, *rest: Any) -> Any:
+        began = time.monotonic()
+        found = plain(self, batch, *rest)
+        time.sleep(max(0.0, told["example_seconds"] * len(batch) - (time.monotonic() - began)))
+        return found
+
+    TrainingStep.__call__ = sleepy  # type: ignore[method-assign]
+    train.worker(told)
 
 
 def overhead(args: argparse.Namespace, root: Path) -> None:
@@ -149,15 +219,16 @@ def overhead(args: argparse.Namespace, root: Path) -> None:
 
 
 def memory(args: argparse.Namespace, root: Path) -> None:
-    """Peak memory of the driver and of the largest of Ray's workers, for sets of several sizes."""
+    """Peak memory of the driver, of the largest of Ray's workers and of the object store, for sets of several sizes."""
     for shards in args.shard_counts:
         config = settings(root / f"{shards}", "--projection.shard_size", 50)
-        peak = {"driver": 0, "worker": 0}
+        peak = {"driver": 0, "worker": 0, "store": 0}
         stop = threading.Event()
 
         def watch(peak: dict[str, int] = peak, stop: threading.Event = stop) -> None:
             own = psutil.Process()
             while not stop.wait(0.2):
+                peak["store"] = max(peak["store"], in_object_store())
                 peak["driver"] = max(peak["driver"], own.memory_full_info().uss)
                 for child in own.children(recursive=True):
                     try:
@@ -173,17 +244,26 @@ def memory(args: argparse.Namespace, root: Path) -> None:
             run(config, listing, stand_in(0.0))
             stop.set()
             thread.join()
-        print(f"{50 * shards} images: driver {peak['driver'] / 2**20:.0f} MiB, largest worker {peak['worker'] / 2**20:.0f} MiB")
+        mib = {name: f"{value / 2**20:.0f} MiB" for name, value in peak.items()}
+        print(f"{50 * shards} images: driver {mib['driver']}, largest worker {mib['worker']}, object store {mib['store']}")
+
+
+def in_object_store() -> int:
+    """Bytes that Ray's object store holds on this machine."""
+    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+    return int(get_memory_info_reply(get_state_from_address()).store_stats.object_store_bytes_used)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sections = parser.add_subparsers(required=True)
-    part = sections.add_parser("scaling")
-    part.add_argument("--actors", type=int, nargs="+", default=[1, 2, 4])
-    part.add_argument("--shards", type=int, default=40)
-    part.add_argument("--seconds", type=float, default=2.0, help="time that the stand-in takes a shard")
-    part.set_defaults(section=scaling)
+    part = sections.add_parser("nodes")
+    part.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8])
+    part.add_argument("--shards", type=int, default=12, help="shards a node")
+    part.add_argument("--shard-seconds", type=float, default=4.0, help="time that the projector's stand-in takes a shard")
+    part.add_argument("--example-seconds", type=float, default=0.02, help="time that the step's stand-in takes an example")
+    part.set_defaults(section=nodes)
     part = sections.add_parser("overhead")
     part.add_argument("--shards", type=int, default=16)
     part.add_argument("--steps", type=int, default=100)

@@ -1,0 +1,105 @@
+"""The shipped cluster with Ray's own autoscaler: the pipeline is submitted to a head without machines, and those that come go.
+
+Machines are processes of this one, with GPUs that are only said to be there.
+"""
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from heads import Head, shipped_cluster
+from small import DMAT, SMALL, same_training, wait_for
+
+pytestmark = pytest.mark.cluster
+
+
+@contextmanager
+def counted(head: Head) -> Iterator[list[int]]:
+    """How many machines there were, whenever that changed."""
+    counts, stop = [len(head.machines())], threading.Event()
+
+    def look() -> None:
+        while not stop.wait(1):
+            there = len(head.machines())
+            if there != counts[-1]:
+                counts.append(there)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield counts
+    finally:
+        stop.set()
+        thread.join()
+
+
+def lose(machine: psutil.Process) -> None:
+    """All of its processes at once."""
+    for process in [machine, *machine.children(recursive=True)]:
+        process.kill()
+
+
+def test_a_pipeline_outlives_its_machines_and_its_head(finished, tmp_path):
+    """A machine goes in every stage, at a random moment, and the head in the second; what comes out is what a calm run gives."""
+    moments = random.Random(20)
+    output, cluster = tmp_path / "output", shipped_cluster(cpus=2, idle_seconds=5, gpu_spot=2, gpu_on_demand=2)
+    script = ["jobs/pipeline.py", "--preset", "demo", "--methods", "dmat", "--output", str(output), *SMALL, *DMAT]
+    script += ["--cluster.gpus_per_worker", "1", "--cluster.train_workers", "2"]
+    variables = {"DMAT_RAY_LOGICAL_GPUS": "1", "RAY_worker_niceness": "0"}
+
+    def lose_one(condition: Callable[[], bool], within: float) -> None:
+        wait_for(condition, job)
+        time.sleep(moments.uniform(0, within))
+        lose(moments.choice(list(head.machines().values())))
+
+    with Head(tmp_path / "first", cluster=cluster, **variables) as head, counted(head) as machines:
+        log = tmp_path / "first.log"
+        said = log.read_text
+        job = head.start(log, *script, name="first")
+        lose_one(lambda: any((output / "on_manifold_set" / "shards").rglob("*.parquet")), within=0.5)
+        lose_one(lambda: "dmat: epoch 1/3" in said(), within=2)
+        wait_for(lambda: "dmat: epoch 2/3" in said(), job)
+        wait_for(lambda: any((output / "train").rglob("checkpoint_*/run.json")), job)
+        head.kill()
+        assert job.wait(timeout=400) != 0
+    assert machines[0] == 0, "none before there is work"
+    assert max(machines) == 2
+    assert said().count("dmat: epoch 1/3") == 1
+
+    with Head(tmp_path / "second", cluster=cluster, **variables) as head, counted(head) as machines:
+        log = tmp_path / "second.log"
+        said = log.read_text
+        job = head.start(log, *script, name="second")
+        lose_one(lambda: any((output / "evaluation").rglob("*.parquet")), within=5)
+        assert job.wait(timeout=400) == 0, said()
+        wait_for_none(machines)
+    assert "the on-manifold set is whole and unchanged, nothing to do" in said()
+    assert "dmat: going on with epoch" in said()
+    assert "dmat: epoch 1/3" not in said()
+    assert (machines[0], max(machines)) == (0, 2)
+
+    assert rows(output / "on_manifold_set" / "shards").equals(rows(finished.output / "on_manifold_set" / "shards"))
+    same_training(output, finished.output)
+    calm = pq.read_table(finished.output / "evaluation" / "rows.parquet").drop_columns(["seconds"])
+    ours = pq.read_table(output / "evaluation" / "rows.parquet").drop_columns(["seconds"])
+    assert ours.equals(calm.filter(pc.equal(calm["model"], "dmat")))
+
+
+def rows(folder: Path) -> object:
+    """A set by plain pyarrow, whatever its files are called."""
+    return pq.read_table(folder).sort_by("id")
+
+
+def wait_for_none(machines: list[int], seconds: float = 120) -> None:
+    """Until the last machine has gone."""
+    end = time.monotonic() + seconds
+    while machines[-1] > 0:
+        assert time.monotonic() < end, "machines without work stay"
+        time.sleep(0.5)
