@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dmat_ray.errors import UserError
-from dmat_ray.storage import Location
+from dmat_ray.storage import Location, at
 
 FILE = "writer.json"
 BEATS_UNTIL_DEAD = 4
@@ -38,7 +38,8 @@ def _started(pid: int) -> str | None:
     """When a process started, in ticks since the machine did; None if there is none or the system does not say."""
     try:
         # the second field, in brackets, may hold spaces; the 22nd is the start
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return None if fields[0] in ("Z", "X") else fields[19]  # dead, and nobody has asked how it ended
     except (OSError, IndexError):
         return None
 
@@ -133,6 +134,16 @@ class Lease:
 def _refusal(file: Location, found: dict[str, Any] | None) -> str:
     who = f"process {found['pid']} on {found['machine'].split('/')[0]}, since {found['since']}" if found else "another run"
     return f"'{file.parent}' is being written by {who}; wait until it ends, or give another --output"
+
+
+@contextmanager
+def sole(folder: Path) -> Iterator[Lease]:
+    """Like `exclusive`, for a folder that may be removed meanwhile: the lease lies beside it."""
+    beside = folder.with_name(f".{folder.name}.lease")
+    with exclusive(at(beside)) as lease:
+        yield lease
+    with suppress(OSError):
+        beside.rmdir()
 
 
 @contextmanager

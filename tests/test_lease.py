@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dmat_ray.errors import UserError
-from dmat_ray.lease import exclusive
+from dmat_ray.lease import exclusive, sole
 from dmat_ray.storage import at
 
 # holds the folder until its input ends; says what happens
@@ -142,3 +143,29 @@ def test_a_file_of_another_kind_is_left_alone(tmp_path: Path, content: str) -> N
     with pytest.raises(UserError, match="is not what a run writes there; remove it if no run"), exclusive(at(tmp_path)):
         pass
     assert (tmp_path / "writer.json").read_text() == content
+
+
+def test_a_folder_whose_lease_lies_beside_it_may_be_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    with sole(folder) as held:
+        shutil.rmtree(folder)
+        with pytest.raises(UserError, match="is being written by process"), sole(folder):
+            pass
+        held.check()
+    assert list(tmp_path.iterdir()) == [], "nothing is left"
+
+
+def test_a_process_that_has_ended_unnoticed_holds_nothing(tmp_path: Path) -> None:
+    """Killed, and its parent has not asked for it: a zombie, which the system still lists."""
+    folder = at(tmp_path / "work")
+    code = "import sys, time; from dmat_ray import lease; from dmat_ray.storage import at\n"
+    code += "with lease.exclusive(at(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    os.kill(process.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    with exclusive(folder):
+        pass
+    process.wait()

@@ -16,10 +16,9 @@ from dmat_ray.cluster.session import connected
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
 from dmat_ray.files import text_digest
-from dmat_ray.lease import exclusive
+from dmat_ray.lease import sole
 from dmat_ray.manifold import encoder_trainer, generators
 from dmat_ray.manifold.encoder import CARD, FOLDER, load_encoder, read_card, save_encoder
-from dmat_ray.storage import at
 
 RUN_NAME = "encoder"
 USEFUL = 0.8  # share of the error of the mean w, above which a start is not worth its name
@@ -79,14 +78,14 @@ def train(config: Config, folder: Path, command: str, say: Callable[[str], None]
     if others:
         say(f"'{storage}' holds unfinished trainings of other settings, which this one leaves: " + ", ".join(others))
     began = time.monotonic()
-    with tracking.tracked(config, "", "train_encoder") as run:
+    with sole(storage / name) as lease, tracking.tracked(config, "", "train_encoder") as run:
 
         def handle(event: dict[str, Any]) -> None:
             metrics = event["metrics"]
             run.metrics(metrics, step=round(metrics["kimg"] * 1000))
             say(describe(metrics, config.encoder.kimg))
 
-        with exclusive(at(storage / name)), listen(handle) as mailbox:
+        with listen(handle) as mailbox:
             settings = {"config": config.to_json(), "mailbox": mailbox}
             result = workers.fit(worker, settings, config.cluster, storage / name, keep=2)
         assert result.checkpoint is not None
@@ -104,10 +103,11 @@ def train(config: Config, folder: Path, command: str, say: Callable[[str], None]
             "fresh_samples": errors,
             "versions": versions(),
         }
+        lease.check()
         save_encoder(folder, encoder, card)
         run.artifact(folder, "encoder")
         run.metrics({f"fresh_{key}": value for key, value in errors.items()}, step=round(config.encoder.kimg * 1000))
-    shutil.rmtree(storage / name, ignore_errors=True)
+        shutil.rmtree(storage / name, ignore_errors=True)
     return card
 
 

@@ -5,9 +5,11 @@ neither credentials nor a shared disk for it.
 """
 
 import contextlib
+import os
 import signal
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,12 +21,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dmat_ray.errors import UserError
 
+DEAF_S = 60.0  # without a question from workers: they look every other second, or after every step
+
 
 class _Mailbox:
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
         self.user_error: UserError | None = None
         self.stopping = False
+        self.asked: float | None = None  # when a worker last asked
 
     def put(self, event: dict[str, Any]) -> None:
         self.events.append(event)
@@ -39,7 +44,11 @@ class _Mailbox:
         self.stopping = True
 
     def is_stopping(self) -> bool:
+        self.asked = time.monotonic()
         return self.stopping
+
+    def is_asked(self) -> bool:
+        return self.asked is not None and time.monotonic() - self.asked < DEAF_S
 
     def take(self) -> list[dict[str, Any]]:
         events, self.events = self.events, []
@@ -65,10 +74,10 @@ def is_stopping(mailbox: str) -> bool:
 
 
 @contextmanager
-def heed_sigterm(say: Callable[[str], None]) -> Iterator[threading.Event]:
+def heed_sigterm() -> Iterator[threading.Event]:
     """Inside, the first SIGTERM only sets the event, which `listen` passes on; the second ends the process as it otherwise would.
 
-    In other threads than the main one nothing changes.
+    Raises SystemExit at the end if there was one. In other threads than the main one nothing changes.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -79,13 +88,14 @@ def heed_sigterm(say: Callable[[str], None]) -> Iterator[threading.Event]:
     def note(number: int, frame: FrameType | None) -> None:
         asked.set()
         signal.signal(signal.SIGTERM, before)
-        say("asked to stop (SIGTERM): writing a checkpoint first; a second SIGTERM stops at once")
 
     signal.signal(signal.SIGTERM, note)
     try:
         yield asked
     finally:
         signal.signal(signal.SIGTERM, before)
+    if asked.is_set():
+        raise SystemExit(128 + signal.SIGTERM)
 
 
 @contextmanager
@@ -115,7 +125,7 @@ def listen(
 ) -> Iterator[str]:
     """Calls `handle` in a thread for every event sent to the mailbox whose name this yields; all are handled at exit.
 
-    Workers are told when `asked` is set (see `is_stopping`).
+    Workers are told when `asked` is set (see `is_stopping`); if there are none that listen, this process is sent SIGTERM again.
     Raises the UserError that a worker has left there (see `no_retry_of_user_errors`), whatever the body raises.
     """
     name = f"dmat_ray_events_{uuid.uuid4().hex[:12]}"
@@ -140,9 +150,15 @@ def listen(
         while not stop.wait(interval_s):
             with contextlib.suppress(ray.exceptions.RayError):
                 drain()
-                if asked is not None and asked.is_set() and not told:
-                    ray.get(actor.stop.remote(), timeout=60)
-                    told = True
+                if asked is not None and asked.is_set():
+                    if not told:
+                        handle({"text": "asked to stop (SIGTERM): writing a checkpoint first; a second SIGTERM stops at once"})
+                        ray.get(actor.stop.remote(), timeout=60)
+                        told = True
+                    if not ray.get(actor.is_asked.remote(), timeout=60):
+                        handle({"text": "no worker is at a step: stopping at once"})
+                        os.kill(os.getpid(), signal.SIGTERM)
+                        return
 
     thread = threading.Thread(target=loop, daemon=True)
     thread.start()

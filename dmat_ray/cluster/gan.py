@@ -23,13 +23,12 @@ from dmat_ray.config import Config, DataConfig
 from dmat_ray.data.sources import list_examples, read_pixels, versions_of_images
 from dmat_ray.errors import UserError
 from dmat_ray.files import read_json, text_digest, write_json
-from dmat_ray.lease import exclusive
+from dmat_ray.lease import sole
 from dmat_ray.manifold import quality
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.gan_trainer import DEAD_END, check_images, check_workers, result_of, train_generator
 from dmat_ray.manifold.generators import CARD, WEIGHTS, save_generator
 from dmat_ray.manifold.samples import sample_grid
-from dmat_ray.storage import at
 
 SAMPLES = "samples.png"
 PIXELS, LABELS, REJECTED = "images.npy", "labels.npy", "rejected.json"
@@ -191,7 +190,7 @@ def train(config: Config, folder: Path, command: str, say: Callable[[str], None]
             + ", ".join(others)
         )
     grids = folder.with_name(f"{folder.name}_samples") / name
-    with tracking.tracked(config, "", "train_generator") as run:
+    with sole(storage / name) as lease, tracking.tracked(config, "", "train_generator") as run:
 
         def handle(event: dict[str, Any]) -> None:
             if "samples" in event:
@@ -205,7 +204,7 @@ def train(config: Config, folder: Path, command: str, say: Callable[[str], None]
             for line in [describe(metrics, config.gan.kimg), *_warnings(metrics, config)]:
                 say(line)
 
-        with exclusive(at(storage / name)), listen(handle) as mailbox:
+        with listen(handle) as mailbox:
             settings = {"config": config.to_json(), "mailbox": mailbox, "images": str(cache.folder)}
             result = workers.fit(worker, settings, config.cluster, storage / name, keep=2)
         assert result.checkpoint is not None
@@ -226,10 +225,11 @@ def train(config: Config, folder: Path, command: str, say: Callable[[str], None]
             "versions": versions(),
         }
         save_generator(partial, generator, card)
+        lease.check()
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         run.artifact(folder, "generator")
         run.metrics({f"kept_{key}": float(value) for key, value in kept.items()}, step=round(kept["kimg"] * 1000))
-    for leftover in (storage / name, cache.folder):
-        shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in (storage / name, cache.folder):
+            shutil.rmtree(leftover, ignore_errors=True)
     return folder

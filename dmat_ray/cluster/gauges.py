@@ -5,10 +5,13 @@ them.
 """
 
 import contextlib
+import threading
+import time
 from collections.abc import Mapping
 from functools import cache
 
 import psutil
+import ray
 import torch
 from ray.util.metrics import Counter, Gauge
 
@@ -34,10 +37,36 @@ COUNTERS = {
 GPU_MEMORY = "system/gpu_0_memory_usage_megabytes"
 
 
+AGAIN_S = 3.0
+
+_values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+
+
 @cache
 def _gauge(name: str) -> Gauge:
     about, labels = GAUGES[name]
     return Gauge(name, description=about, tag_keys=labels)
+
+
+def _set(name: str, value: float, tags: Mapping[str, str]) -> None:
+    """Set a gauge, now and again: Ray forgets one that has not been set for two of its reports, some 20 s."""
+    _values[name, tuple(tags.items())] = value
+    _gauge(name).set(value, dict(tags))
+    _keep()
+
+
+@cache
+def _keep() -> None:
+    """Start the thread that sets gauges again, once."""
+
+    def again() -> None:
+        while True:
+            time.sleep(AGAIN_S)
+            if ray.is_initialized():
+                for (name, tags), value in list(_values.items()):
+                    _gauge(name).set(value, dict(tags))
+
+    threading.Thread(target=again, daemon=True, name="gauges").start()
 
 
 @cache
@@ -52,15 +81,15 @@ def training(model: str, metrics: Mapping[str, float], machine: Mapping[str, flo
     named = {"epoch": "epoch", "train_loss": "loss", "lr": "learning_rate", "examples_per_second": "examples_per_second"}
     for key, name in named.items():
         if key in metrics:
-            _gauge(f"dmat_ray_{name}").set(metrics[key], tags)
+            _set(f"dmat_ray_{name}", metrics[key], tags)
     for key, value in metrics.items():
         if key.startswith("val_"):
-            _gauge("dmat_ray_accuracy").set(value, {**tags, "of": f"held out, {key.removeprefix('val_')}"})
+            _set("dmat_ray_accuracy", value, {**tags, "of": f"held out, {key.removeprefix('val_')}"})
         elif key.startswith("train_") and key.endswith("_accuracy"):
             of = key.removeprefix("train_").removesuffix("_accuracy")
-            _gauge("dmat_ray_accuracy").set(value, {**tags, "of": f"training, {of}"})
+            _set("dmat_ray_accuracy", value, {**tags, "of": f"training, {of}"})
     if GPU_MEMORY in machine:
-        _gauge("dmat_ray_gpu_memory_bytes").set(1e6 * machine[GPU_MEMORY], tags)
+        _set("dmat_ray_gpu_memory_bytes", 1e6 * machine[GPU_MEMORY], tags)
 
 
 def projected(images: int, rejected: int) -> None:
@@ -77,13 +106,13 @@ def evaluated(model: str) -> None:
 
 def tested(model: str, set_name: str, attack: str, accuracy: float) -> None:
     """Result of an evaluation, a share of 1."""
-    _gauge("dmat_ray_test_accuracy").set(accuracy, {"model": model, "set": set_name, "attack": attack})
+    _set("dmat_ray_test_accuracy", accuracy, {"model": model, "set": set_name, "attack": attack})
 
 
 def trial(search: str, name: str, values: Mapping[str, float]) -> None:
     """Objectives of a trial, shares of 1."""
     for objective, value in values.items():
-        _gauge("dmat_ray_trial_objective").set(value, {"search": search, "trial": name, "objective": objective})
+        _set("dmat_ray_trial_objective", value, {"search": search, "trial": name, "objective": objective})
 
 
 def of_machine(device: torch.device) -> dict[str, float]:
@@ -95,8 +124,8 @@ def of_machine(device: torch.device) -> dict[str, float]:
         "system/system_memory_usage_percentage": memory.percent,
     }
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        found |= {GPU_MEMORY: (total - free) / 1e6, "system/gpu_0_memory_usage_percentage": 100 * (1 - free / total)}
-        with contextlib.suppress(ModuleNotFoundError, RuntimeError):  # without NVIDIA's library for it
+        with contextlib.suppress(Exception):  # NVIDIA's library may be absent, or forbidden to answer; no training ends for that
+            free, total = torch.cuda.mem_get_info(device)
+            found |= {GPU_MEMORY: (total - free) / 1e6, "system/gpu_0_memory_usage_percentage": 100 * (1 - free / total)}
             found["system/gpu_0_utilization_percentage"] = float(torch.cuda.utilization(device))
     return found

@@ -26,7 +26,6 @@ PARENT = "mlflow.parentRunId"
 EPOCH = "epoch"  # a metric of trainings
 FRONT = "pareto_front"  # a tag of trials and of models
 KINDS = {"create", "metrics", "artifact", "text", "tag", "register", "finish"}
-CLOSED = (401, 403)  # which a password that is renewed may open again
 PAUSES_S = (0.5, 1, 2, 5, 10)
 Entry = dict[str, Any]
 
@@ -57,7 +56,7 @@ class Outbox:
         try:
             self._client.search_experiments(max_results=1)
         except Exception as error:  # of many kinds, by the sort of place
-            if _status(error) in CLOSED:
+            if _status(error) in (401, 403):
                 raise UserError(
                     f"MLflow at tracking.uri '{uri}' does not let us in: {_reason(error)}; give MLFLOW_TRACKING_USERNAME and "
                     "MLFLOW_TRACKING_PASSWORD in the environment"
@@ -239,15 +238,17 @@ def _refused(error: Exception) -> bool:
     """Whether sending it again can only fail again."""
     status = _status(error)
     if status is not None:
-        return 400 <= status < 500 and status not in (*CLOSED, 408, 429)
+        return 400 <= status < 500 and status not in (401, 408, 429)  # a password may be renewed
     return isinstance(error, FileNotFoundError) or not isinstance(error, OSError)
 
 
 def _status(error: Exception) -> int | None:
-    """Of HTTP, of an answer of MLflow's."""
+    """Of HTTP, of what MLflow's server or a store of artifacts has answered; None if nobody has."""
     from mlflow.exceptions import MlflowException
 
-    return int(error.get_http_status_code()) if isinstance(error, MlflowException) else None
+    if isinstance(error, MlflowException):
+        return int(error.get_http_status_code())
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _reason(error: Exception) -> str:

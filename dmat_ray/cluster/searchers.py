@@ -122,7 +122,7 @@ def resources(alone: bool, cluster: ClusterConfig, at_once: int, *, turns: bool 
     need = session.worker_resources(cluster)
     if not alone:
         # never all of it: Ray Train's own helpers, those of other jobs too, take thousandths, and a training waits for them
-        return {"node:__internal_head__": int(9e3 / at_once) / 1e4 if turns else 0.001}
+        return {"node:__internal_head__": (int(1e4 / (at_once + 1)) + 1) / 1e4 if turns else 0.001}
     if turns and session.is_own(cluster):
         # of what is free now, or nobody would ever have room
         need["CPU"] = max(need["CPU"], int(1e4 * ray.available_resources().get("CPU", 0) / at_once) / 1e4)

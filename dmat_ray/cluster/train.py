@@ -3,7 +3,6 @@
 import contextlib
 import json
 import shutil
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.data import manifold_set
 from dmat_ray.errors import UserError
 from dmat_ray.files import text_digest
-from dmat_ray.lease import exclusive
+from dmat_ray.lease import sole
 from dmat_ray.manifold import generators
-from dmat_ray.models import model_folder, publish, set_digest
-from dmat_ray.storage import at, set_folder
+from dmat_ray.models import is_trained, model_folder, publish, set_digest
+from dmat_ray.storage import set_folder
 from dmat_ray.trainer import describe, train
 
 
@@ -93,7 +92,10 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
     set_path, folder = set_folder(todo[0]), training_folder(todo)
     first, epochs = todo[0], {c.name: c.training.epochs for c in todo}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(exclusive(at(folder)))  # the same job, submitted twice
+        lease = stack.enter_context(sole(folder))  # the same job may have been submitted twice
+        if all(map(is_trained, todo)):
+            say("another job has meanwhile trained this")
+            return
         runs = {c.name: stack.enter_context(tracking.tracked(c, c.name, "train", parent)) for c in todo}
 
         def handle(event: dict[str, Any]) -> None:
@@ -105,20 +107,25 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
             gauges.training(name, metrics, event["machine"])
             say(describe(name, metrics, epochs[name]))
 
-        asked = stack.enter_context(heed_sigterm(say))
+        asked = stack.enter_context(heed_sigterm())
         mailbox = stack.enter_context(listen(handle, asked))
         count = session.worker_count(first.cluster)
         say(f"starting {count if isinstance(count, int) else ' to '.join(map(str, count))} workers to train {', '.join(epochs)}")
         settings = {"configs": [c.to_json() for c in todo], "set": str(set_path), "mailbox": mailbox}
         keep = 2 if len(todo) == 1 else None
         workers.fit(worker, settings, first.cluster, folder, keep=keep, elastic=True)
-        if asked.is_set():
+        final = {config.name: _final_checkpoint(folder, config) for config in todo}
+        if asked.is_set() and None in final.values():
             say("stopped; the same command goes on from the checkpoint")
-            raise SystemExit(128 + signal.SIGTERM)
+            return  # which is where the signal takes effect
+        lease.check()
         for config in todo:
-            publish(_final_checkpoint(folder, config), model_folder(config))
+            found = final[config.name]
+            if found is None:
+                raise RuntimeError(f"Ray Train finished, but '{folder}' holds no final checkpoint of {config.name}")
+            publish(found, model_folder(config))
             runs[config.name].artifact(model_folder(config), "checkpoint")
-    shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def training_folder(todo: list[Config]) -> Path:
@@ -134,10 +141,10 @@ def _key(config: Config) -> str:
     return text_digest(text)[:8]
 
 
-def _final_checkpoint(folder: Path, config: Config) -> Path:
+def _final_checkpoint(folder: Path, config: Config) -> Path | None:
     for found in stored_checkpoints(folder):
         with contextlib.suppress(UserError):
             run = checkpoint.require_whole(found, checkpoint.RUN)
             if run["config"]["name"] == config.name and run["finished"]:
                 return found
-    raise RuntimeError(f"Ray Train finished, but '{folder}' holds no final checkpoint of {config.name}")
+    return None

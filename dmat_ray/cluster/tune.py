@@ -295,6 +295,11 @@ def search(config: Config, say: Callable[[str], None], *, resume: bool = False) 
     Raises UserError for a space, an objective or machines that do not fit, and if no trial gives a result.
     """
     plan = Plan(config, say)
+    with exclusive(at(plan.folder)):
+        return _search(plan, say, resume=resume)
+
+
+def _search(plan: Plan, say: Callable[[str], None], *, resume: bool) -> champion.Found:
     config, tune = plan.config, plan.config.tune
     if plan.is_finished(resume=resume):
         found_before = champion.read(plan.folder)
@@ -307,7 +312,6 @@ def search(config: Config, say: Callable[[str], None], *, resume: bool = False) 
     at_once = searchers.trials_at_once(tune, config.cluster, alone=plan.work.is_alone)
     name = plan.folder.name
     with (
-        exclusive(at(plan.folder)),
         tracking.tracked(config, name, "tune", key=f"tune/{name}/{plan.id}") as parent,
         LiveTable(tune.objective, name) as live,
     ):

@@ -1,7 +1,6 @@
 """One real Ray for all tests of this folder, and what several of them start from."""
 
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ from dmat_ray.config import ClusterConfig, Config
 # before any test module imports ray, which reads some of these once and for all
 os.environ.setdefault("RAY_worker_niceness", "0")  # other tests run at the same time, and must not have all of the machine
 prepare_environment()
-# for test_secrets.py to look for; servers without users ignore them
-os.environ |= {"MLFLOW_TRACKING_USERNAME": "planted", "MLFLOW_TRACKING_PASSWORD": secrets.token_hex(20)}
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ import psutil
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from ray.autoscaler._private.util import prepare_config
-from small import ROOT, free_ports, wait_until_answers
+from small import ROOT, free_ports, processes_below, wait_until_answers
 
 RAY = str(Path(sys.executable).parent / "ray")
 OF_RAY = {"Component", "JobId", "NodeAddress", "SessionName", "Version", "WorkerId", "ClusterName", "Source", "NodeId"}
@@ -35,6 +35,21 @@ def shipped_cluster(cpus: int, idle_seconds: int, **most: int) -> dict[str, Any]
             kind["resources"]["CPU"] = cpus
     types["ray.head.default"] = types.pop(cluster["head_node_type"])  # the name that the provider has for it
     return cluster | {"head_node_type": "ray.head.default", "idle_timeout_minutes": idle_seconds / 60}
+
+
+def kill_all(pids: Sequence[int]) -> None:
+    """These processes, and all below them, at once."""
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for one in [process := psutil.Process(pid), *process.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+
+
+def _mentions(process: psutil.Process, text: str) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return any(text in word for word in process.cmdline())
+    return False
 
 
 class Head:
@@ -97,11 +112,10 @@ class Head:
 
     def kill(self) -> None:
         """With all of its machines; asked to end it would take half a minute."""
-        if self.process.poll() is None:
-            for one in [self.process, *psutil.Process(self.process.pid).children(recursive=True)]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    one.kill()
+        kill_all([self.process.pid])
         self.process.wait()
+        # what it started and left, if it had ended by itself
+        kill_all([p.pid for p in psutil.process_iter() if _mentions(p, str(self._sockets))])
         shutil.rmtree(self._sockets, ignore_errors=True)
 
     def _wait_for_agent(self) -> None:
@@ -142,9 +156,9 @@ class Head:
             )
 
     @contextlib.contextmanager
-    def scraped(self) -> Iterator[dict[str, dict[str, set[float]]]]:
-        """What Prometheus would see of the head every second: name -> labels but for Ray's own -> values."""
-        seen: dict[str, dict[str, set[float]]] = {}
+    def scraped(self) -> Iterator[dict[str, dict[str, list[tuple[float, float]]]]]:
+        """What Prometheus would see of the head every second: name -> labels but for Ray's own -> when, and the value."""
+        seen: dict[str, dict[str, list[tuple[float, float]]]] = {}
         stop = threading.Event()
 
         def look() -> None:
@@ -153,7 +167,7 @@ class Head:
                     for family in text_string_to_metric_families(answer.read().decode()):
                         for sample in family.samples:
                             labels = ", ".join(v for k, v in sorted(sample.labels.items()) if k not in OF_RAY)
-                            seen.setdefault(sample.name, {}).setdefault(labels, set()).add(sample.value)
+                            seen.setdefault(sample.name, {}).setdefault(labels, []).append((time.monotonic(), sample.value))
 
         thread = threading.Thread(target=look)
         thread.start()
@@ -163,9 +177,15 @@ class Head:
             stop.set()
             thread.join()
 
+    def hosts(self, title: str) -> dict[str, psutil.Process]:
+        """Those of its machines that have a process of this title."""
+        return {node: raylet for node, raylet in self.machines().items() if processes_below(raylet.pid, title)}
+
     def machines(self) -> dict[str, psutil.Process]:
         """The raylets of its machines that are alive, without the head's, by node id, in the order of their start."""
         found = {}
+        if self.process.poll() is not None:
+            return found
         for process in psutil.Process(self.process.pid).children(recursive=True):
             try:
                 if "raylet" in process.name() and process.status() != psutil.STATUS_ZOMBIE:

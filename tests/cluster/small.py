@@ -1,5 +1,7 @@
 """Settings small enough for two cores, and servers on loopback."""
 
+import base64
+import contextlib
 import json
 import os
 import shutil
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -115,8 +118,10 @@ class MlflowServer:
         self._command += ["--backend-store-uri", database or f"sqlite:///{folder / 'm.db'}"]
         self._command += ["--artifacts-destination", str(folder / "artifacts")]
         self._environment = dict(os.environ)
+        self._first = urllib.request.Request(f"{self.url}/api/2.0/mlflow/experiments/search?max_results=1")
         if password is not None:
             self._command += ["--app-name", "basic-auth"]
+            self._first.add_header("Authorization", f"Basic {base64.b64encode(f'admin:{password}'.encode()).decode()}")
             self._environment |= {"MLFLOW_FLASK_SERVER_SECRET_KEY": password[::-1], "MLFLOW_AUTH_ADMIN_PASSWORD": password}
 
     def start(self) -> None:
@@ -126,6 +131,9 @@ class MlflowServer:
                 self._command, stdout=log, stderr=log, start_new_session=True, cwd=self.folder, env=self._environment
             )
         wait_until_answers(f"{self.url}/health", self._process, self.folder / "log")
+        # the first question takes as long as what it has to import, on a busy machine longer than clients wait
+        with contextlib.suppress(urllib.error.HTTPError):
+            urllib.request.urlopen(self._first, timeout=240)
 
     def kill(self) -> None:
         """With all of its workers: the session that it was started in is its own."""

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from heads import Head, shipped_cluster
+from heads import Head, kill_all, shipped_cluster
 from small import DMAT, SMALL, same_training, wait_for
 
 pytestmark = pytest.mark.cluster
@@ -40,12 +39,6 @@ def counted(head: Head) -> Iterator[list[int]]:
         thread.join()
 
 
-def lose(machine: psutil.Process) -> None:
-    """All of its processes at once."""
-    for process in [machine, *machine.children(recursive=True)]:
-        process.kill()
-
-
 def test_a_pipeline_outlives_its_machines_and_its_head(finished, tmp_path):
     """A machine goes in every stage, at a random moment, and the head in the second; what comes out is what a calm run gives."""
     moments = random.Random(20)
@@ -54,17 +47,23 @@ def test_a_pipeline_outlives_its_machines_and_its_head(finished, tmp_path):
     script += ["--cluster.gpus_per_worker", "1", "--cluster.train_workers", "2"]
     variables = {"DMAT_RAY_LOGICAL_GPUS": "1", "RAY_worker_niceness": "0"}
 
-    def lose_one(condition: Callable[[], bool], within: float) -> None:
+    def lose_one(title: str, condition: Callable[[], bool], within: float) -> None:
+        """Of those that are at work, and have begun to give something."""
         wait_for(condition, job)
         time.sleep(moments.uniform(0, within))
-        lose(moments.choice(list(head.machines().values())))
+        kill_all([moments.choice(list(head.hosts(title).values())).pid])
+
+    def files(place: str) -> int:
+        return len(list((output / place).rglob("*.parquet")))
 
     with Head(tmp_path / "first", cluster=cluster, **variables) as head, counted(head) as machines:
         log = tmp_path / "first.log"
         said = log.read_text
         job = head.start(log, *script, name="first")
-        lose_one(lambda: any((output / "on_manifold_set" / "shards").rglob("*.parquet")), within=0.5)
-        lose_one(lambda: "dmat: epoch 1/3" in said(), within=2)
+        lose_one("ShardProjector", lambda: files("on_manifold_set") > 0, within=0.2)
+        assert files("on_manifold_set") < 4, "of 4 shards"
+        lose_one("RayTrainWorker", lambda: "dmat: epoch 1/3" in said(), within=1)
+        assert "dmat: epoch 3/3" not in said()
         wait_for(lambda: "dmat: epoch 2/3" in said(), job)
         wait_for(lambda: any((output / "train").rglob("checkpoint_*/run.json")), job)
         head.kill()
@@ -77,7 +76,8 @@ def test_a_pipeline_outlives_its_machines_and_its_head(finished, tmp_path):
         log = tmp_path / "second.log"
         said = log.read_text
         job = head.start(log, *script, name="second")
-        lose_one(lambda: any((output / "evaluation").rglob("*.parquet")), within=5)
+        lose_one("MapBatches", lambda: files("evaluation") > 0, within=5)
+        assert not (output / "evaluation" / "rows.parquet").exists()
         assert job.wait(timeout=400) == 0, said()
         wait_for_none(machines)
     assert "the on-manifold set is whole and unchanged, nothing to do" in said()

@@ -18,7 +18,7 @@ from dmat_ray.cluster import jobs, tune
 from dmat_ray.cluster.search_plan import Plan
 from dmat_ray.cluster.train import training_folder
 from dmat_ray.errors import UserError
-from dmat_ray.lease import exclusive
+from dmat_ray.lease import exclusive, sole
 from dmat_ray.storage import at
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
@@ -48,14 +48,11 @@ def test_a_job_that_is_submitted_twice_is_refused(tmp_path, finished, say):
     """While the first is at work; a process that was killed leaves its lease, which nobody heeds (the tests around this one)."""
     finished.copy_set(tmp_path)
     training, searching = settings(tmp_path, preset=("demo", "dmat")), tuned(tmp_path)
-    for folder, again in (
-        (training_folder([training]), lambda: jobs.train([training], say)),
-        (Plan(searching, say).folder, lambda: tune.search(searching, say)),
+    for lease, again in (
+        (sole(training_folder([training])), lambda: jobs.train([training], say)),
+        (exclusive(at(Plan(searching, say).folder)), lambda: tune.search(searching, say)),
     ):
-        with (
-            exclusive(at(folder)),
-            pytest.raises(UserError, match=rf"'{folder}' is being written by process {os.getpid()} on .*; wait until it ends"),
-        ):
+        with lease, pytest.raises(UserError, match=rf"is being written by process {os.getpid()} on .*; wait until it ends"):
             again()
 
 

@@ -2,12 +2,16 @@
 
 import os
 import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 from mlflow import MlflowClient
-from small import MlflowServer, settings, start_job
+from small import ROOT, SMALL, MlflowServer, settings
 
 from dmat_ray.cluster import tracking
 from dmat_ray.errors import UserError
@@ -15,24 +19,50 @@ from dmat_ray.errors import UserError
 pytestmark = pytest.mark.cluster
 
 
-def test_secrets_of_the_environment_are_written_nowhere(finished, tmp_path):
-    """Neither by a pipeline nor by a job that fails on a store: not to files, not to MLflow, not to Ray's logs."""
-    job = start_job("project.py", tmp_path, "--data.source", "s3://absent/photos")
-    (tmp_path / "said").write_text(job.communicate(timeout=400)[0])
-    assert job.returncode == 2
-    planted = [os.environ[name].encode() for name in ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD")]
-    logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
-    for folder, known in ((finished.output, b"mnist5k"), (tmp_path, b"s3://absent/photos"), (logs, b"ray")):
-        files = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-        assert any(known in content for content in files.values()), "what is no secret is found in this way"
-        assert [file for file, content in files.items() if any(secret in content for secret in planted)] == []
-
-
 @pytest.fixture(scope="module")
-def closed(tmp_path_factory) -> tuple[MlflowServer, str]:
+def closed(tmp_path_factory) -> Iterator[tuple[MlflowServer, str]]:
     password = secrets.token_hex(16)
     with MlflowServer(tmp_path_factory.mktemp("mlflow"), password=password) as server:
         yield server, password
+
+
+def test_secrets_of_the_environment_are_written_nowhere(closed, store, finished, tmp_path):
+    """In no file, line or log of Ray: not by a job that uses them, for its images and MLflow, nor by one whose own are wrong."""
+    server, password = closed
+    place = finished.output / "on_manifold_set"
+    shared = {f"set/{file.relative_to(place)}": file.read_bytes() for file in files(place)}
+    store.put("planted", shared)
+    logs = Path(tempfile.mkdtemp(prefix="dmat_", dir="/tmp"))  # a short path, for Ray's sockets
+    secret = os.environ["AWS_SECRET_ACCESS_KEY"]
+    environment = {
+        **os.environ,
+        "MLFLOW_TRACKING_USERNAME": "admin",
+        "MLFLOW_TRACKING_PASSWORD": password,
+        "RAY_TMPDIR": str(logs),
+    }
+    options = ["--preset", "demo", "standard", "--output", str(tmp_path), "--manifold_set", "s3://planted/set", *SMALL]
+    options += ["--tracking.uri", server.url, "--training.epochs", "1", "--cluster.train_workers", "1"]
+    wrong = {"MLFLOW_TRACKING_PASSWORD": password[:-1] + "x", "AWS_SECRET_ACCESS_KEY": secret[:-1] + "x"}
+    said = []
+    for changed, code in (({}, 0), (wrong, 2)):
+        command = [sys.executable, str(ROOT / "jobs" / "train.py"), *options, "--name", f"with_{len(changed)}_wrong"]
+        done = subprocess.run(
+            command, cwd=ROOT, env={**environment, **changed}, capture_output=True, text=True, timeout=400, check=False
+        )
+        said.append(done.stdout + done.stderr)
+        assert done.returncode == code, said[-1]
+    planted = [password.encode()[:-1], secret.encode()[:-1]]
+    (tmp_path / "said").write_text("".join(said))
+    for folder, known in ((tmp_path, b"with_0_wrong"), (logs, b"with_0_wrong"), (server.folder, b"with_0_wrong")):
+        content = {file: file.read_bytes() for file in files(folder)}
+        assert any(known in text for text in content.values()), "what is no secret is found in this way"
+        assert [file for file, text in content.items() if any(one in text for one in planted)] == []
+    shutil.rmtree(logs, ignore_errors=True)
+
+
+def files(folder: Path) -> list[Path]:
+    """All files below a folder."""
+    return [file for file in folder.rglob("*") if file.is_file()]
 
 
 def test_an_mlflow_server_with_users_asks_for_the_password(closed, tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from small import ROOT, settings
 
-from dmat_ray.cluster import spaces
-from dmat_ray.config import Config, TuneConfig
+from dmat_ray.cluster import searchers, spaces
+from dmat_ray.config import ClusterConfig, Config, TuneConfig
 from dmat_ray.errors import UserError
 
 IMPORTS = "from ray import tune\nfrom dmat_ray.cluster.spaces import simplex, times\n"
@@ -209,3 +209,12 @@ def test_descriptions_tell_spaces_apart(tmp_path, config):
     found = [str(load(tmp_path, config, text).description()) for text in texts]
     assert len(set(found)) == len(texts)
     assert found[0] == str(load(tmp_path, config, texts[0]).description())
+
+
+@pytest.mark.parametrize("at_once", range(1, searchers.MOST_NESTED + 1))
+def test_so_many_trials_of_several_workers_fit_on_the_head_and_no_more(at_once):
+    """Ray counts in ten thousandths, and has one head node; its helpers for as many trainings must find room beside them."""
+    (share,) = searchers.resources(False, ClusterConfig(), at_once, turns=True).values()
+    units = round(10_000 * share)
+    assert units == pytest.approx(10_000 * share)
+    assert at_once * units + 10 * at_once <= 10_000 < (at_once + 1) * units
