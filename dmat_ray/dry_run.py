@@ -14,6 +14,9 @@ from dmat_ray.data.set_reader import read_manifest
 from dmat_ray.data.sources import list_examples
 from dmat_ray.manifold import generators
 from dmat_ray.storage import set_folder
+from dmat_ray.types import Generator
+
+_counted: dict[tuple[str, int], estimate.Passes] = {}  # the networks of a space are often one
 
 
 def sizes(config: Config) -> tuple[dict[str, int], int]:
@@ -27,19 +30,37 @@ def sizes(config: Config) -> tuple[dict[str, int], int]:
 
 
 def stages(
-    config: Config, *, project: bool = False, train: Sequence[Config] = (), models: int = 0, trials: int = 0
+    config: Config,
+    *,
+    project: bool = False,
+    train: Sequence[Config] = (),
+    models: int = 0,
+    trials: int = 0,
+    corners: Sequence[Config] = (),
 ) -> list[estimate.Stage]:
-    """Projection, trainings of these settings, evaluation of so many models, so many trials of the settings' own training."""
+    """Projection, trainings of these settings, evaluation of so many models, so many trials, each the dearest of `corners`."""
     counts, classes = sizes(config)
     generator = generators.load_configured(config.generator, "cpu")
     one = estimate.passes(config, generator, classes)
     found = [estimate.project(config, one, sum(counts.values()))] if project else []
     found += [estimate.train(method, one, generator, counts["train"]) for method in train]
     if trials:
-        found.append(estimate.search(config, one, generator, counts["train"], trials))
+        kinds = {corner.fingerprint(): corner for corner in corners}.values()
+        each = [estimate.train(kind, _passes(kind, generator, classes), generator, counts["train"]) for kind in kinds]
+        dearest = max(each, key=lambda stage: stage.flops)
+        found.append(estimate.search(config, dearest, trials))
+        if config.tune.confirm_seeds:
+            found.append(estimate.confirm(config, dearest))
     if models:
         found.append(estimate.evaluate(config, one, counts["test"], models))
     return found
+
+
+def _passes(config: Config, generator: Generator, classes: int) -> estimate.Passes:
+    key = (config.classifier.fingerprint(), classes)
+    if key not in _counted:
+        _counted[key] = estimate.passes(config, generator, classes)
+    return _counted[key]
 
 
 def text(config: Config, found: Sequence[estimate.Stage]) -> str:

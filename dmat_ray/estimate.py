@@ -8,7 +8,7 @@ threats, batch norm) is not counted.
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -164,8 +164,13 @@ def evaluate(config: Config, one: Passes, images: int, models: int) -> Stage:
     return Stage("evaluate", images, work, images * models * each, config.cluster.evaluation_actors)
 
 
-def search(config: Config, one: Passes, generator: Generator, images: int, trials: int) -> Stage:
+def search(config: Config, each: Stage, trials: int) -> Stage:
     """Every trial with all of its epochs; schedulers end most of them sooner. What trials are judged by is not counted."""
-    epochs = {"training": config.training.model_copy(update={"epochs": config.tune.epochs})}
-    each = train(config.model_copy(update=epochs), one, generator, images)
-    return Stage("search", images, f"{trials} trials, {config.tune.epochs} epochs", trials * each.flops, each.workers)
+    return replace(each, name="search", work=f"{trials} trials, {config.tune.epochs} epochs", flops=trials * each.flops)
+
+
+def confirm(config: Config, each: Stage) -> Stage:
+    """The best settings and those of the start, trained anew with several seeds; `each` is a trial."""
+    count, epochs = 2 * config.tune.confirm_seeds, config.training.epochs
+    flops = count * each.flops * epochs / config.tune.epochs
+    return replace(each, name="confirm", work=f"{count} trainings, {epochs} epochs", flops=flops)

@@ -1,7 +1,7 @@
 """Search settings with Ray Tune: attack budgets, mixing ratios, the optimizer, or any space of your own.
 
-    python jobs/tune.py --preset demo dmat --output runs/demo --space tune_spaces/mixing_ratio.py
-    python jobs/tune.py --preset demo dmat --output runs/demo --space tune_spaces/mixing_ratio.py --resume
+    python jobs/tune.py --preset demo dmat --output runs/demo --space tune_spaces/mixing_ratio.py --cluster.train_workers 1
+    ... --resume
 
 Trials train on the on-manifold set of the output folder and are judged on held-out training images by the same attacks,
 whatever they train on (tune.suites). The best model and its Pareto neighbours end up in OUTPUT/models and in MLflow's registry,
@@ -19,7 +19,11 @@ from dmat_ray.errors import UserError
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--space", metavar="FILE", help="short for --tune.space")
-    parser.add_argument("--resume", action="store_true", help="go on with a search that was killed, or whose budget was used up")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with a search that was killed, or whose budget was used up; begins one if there is none",
+    )
     parser.add_argument("--max-gpu-hours", metavar="N", help="short for --tune.max_gpu_hours")
     parser.add_argument("--max-wall-time", metavar="TIME", help="30m, 8h: for --tune.max_wall_minutes")
     cli.dry_run(parser)
@@ -47,9 +51,12 @@ def main() -> None:
     from dmat_ray.cluster.session import connected
 
     if given.dry_run:
-        trials = search_plan.Plan(config, print).trials
-        models = 1 if config.tune.evaluate else 0
-        print(dry_run.text(config, dry_run.stages(config, trials=trials, models=models)))
+        plan = search_plan.Plan(config, print)
+        models = champion.MOST_NEIGHBOURS + 2 * config.tune.confirm_seeds if config.tune.evaluate else 0
+        corners = list(plan.space.corners(plan.base, config.tune.epochs))
+        print(dry_run.text(config, dry_run.stages(config, trials=plan.trials, corners=corners, models=models)))
+        print("what judges trials after every epoch is not in it")
+        print(plan.told())
         return
     with connected(config.cluster, config.output):
         found = tune.search(config, jobs.Speaker().stage("tune"), resume=given.resume)

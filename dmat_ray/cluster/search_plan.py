@@ -63,6 +63,13 @@ class Plan:
             None if config.tune.scheduler == "pbt" else 2,
         )
 
+    def told(self) -> str:
+        """What is drawn, from where to where, and what trials are judged by: a few lines."""
+        lines = [f"search: {self.trials} trials of {self.config.tune.epochs} epochs, each drawn from"]
+        lines += [f"  {key}: {value}" for key, value in self.space.description().items() if key != "presets" or value]
+        lines.append(f"judged by {', '.join(self.columns)} of {', '.join(self.config.tune.suites)}")
+        return "\n".join([*lines, f"raising {' and '.join(self.config.tune.objective)}"])
+
     @property
     def trials(self) -> int:
         """How many there will be, unless a budget ends them."""
@@ -99,8 +106,6 @@ class Plan:
     def is_finished(self, *, resume: bool) -> bool:
         """Whether the search is there and done. Raises UserError for another one that is there, or one that is not to go on."""
         if not (self.folder / SEARCH).is_file():
-            if resume:
-                raise UserError(f"there is no search in '{self.folder}' to resume")
             return False
         before, now = read_json(self.folder / SEARCH)["identity"], self.identity
         other = "give it another name by --tune.name"

@@ -17,7 +17,7 @@ is a constant. Every bound is tried against the settings before anything starts.
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +27,7 @@ import numpy as np
 import ray.tune
 from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform, Quantized, Uniform
 
-from dmat_ray import cli, presets
+from dmat_ray import classifiers, cli, presets
 from dmat_ray.config import Config, TuneConfig
 from dmat_ray.errors import UserError
 
@@ -42,6 +42,8 @@ FIXED = {
     "training.checkpoint_every": "a trial may end after any epoch",
     "training.checkpoint_minutes": "a trial may end after any epoch",
 }
+
+IDLE = ("training.lr", "training.lr_warmup")  # with a piecewise schedule
 
 
 @dataclass(frozen=True)
@@ -123,19 +125,22 @@ class Space:
         shared = {", ".join(keys): f"simplex {s.total:g} {s.least:g}" for keys, s in self.simplexes.items()}
         return {"presets": list(self.presets), **drawn, **shared, **{k: repr(v) for k, v in self.constants.items()}}
 
-    def check(self, base: Mapping[str, Any], epochs: int) -> None:
-        """Raise UserError for a domain that reaches beyond what its setting allows."""
+    def corners(self, base: Mapping[str, Any], epochs: int) -> Iterator[Config]:
+        """Trials at both ends of every domain, at every choice and at every corner of a simplex, the others at their first.
+
+        Raises UserError for a domain that reaches beyond what its setting allows.
+        """
         first = {name: _ends(name, domain)[0] for name, domain in self.domains.items()}
         middle = {_share(key): 0.5 for keys in self.simplexes for key in keys[:-1]}
         tried: list[dict[str, Any]] = [{**first, **middle}]
         tried += [{**first, **middle, name: value} for name, domain in self.domains.items() for value in _ends(name, domain)]
         for sample in tried:
-            trial_config(base, self.settings(sample), "probe", epochs)
+            yield trial_config(base, self.settings(sample), "probe", epochs)
         for keys, domain in self.simplexes.items():
             high = domain.total - (len(keys) - 1) * domain.least
             for chosen in keys:
                 weights = {key: high if key == chosen else domain.least for key in keys}
-                trial_config(base, {**self.settings({**first, **middle}), **weights}, "probe", epochs)
+                yield trial_config(base, {**self.settings({**first, **middle}), **weights}, "probe", epochs)
 
 
 def trial_config(base: Mapping[str, Any], settings: Mapping[str, Any], name: str, epochs: int) -> Config:
@@ -202,9 +207,19 @@ def load(path: str, config: Config) -> tuple[Space, dict[str, Any]]:
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"tune.space '{path}' gives {twice[0]} twice")
     if not domains and not simplexes:
-        raise UserError(f"tune.space '{path}' has constants only: there is nothing to search")
+        lists = [f"; of the list for {key}, tune.choice() draws" for key, value in constants.items() if isinstance(value, list)]
+        raise UserError(f"tune.space '{path}' has constants only: there is nothing to search{''.join(lists[:1])}")
     space = Space(path, layers, domains, simplexes, constants)
-    space.check(base, config.tune.epochs)
+    corners = list(space.corners(base, config.tune.epochs))
+    idle = [key for key in IDLE if key in domains]
+    if idle and all(one.training.schedule == "piecewise" for one in corners):
+        raise UserError(
+            f"tune.space '{path}': {idle[0]} means nothing for training.schedule piecewise, whose rates are training.lr_values; "
+            'add "training.schedule": "cosine" to the space'
+        )
+    if "classifier.name" in domains:
+        for one in {corner.classifier.fingerprint(): corner.classifier for corner in corners}.values():
+            classifiers.build(one, 3, 2)
     return space, base
 
 
@@ -234,7 +249,14 @@ def _require_searchable(path: str, key: Any) -> None:
 def _relative(path: str, key: str, domain: Times, base: Mapping[str, Any]) -> Domain:
     value: Any = base
     for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
+        if not isinstance(value, Mapping) or part not in value:
+            raise UserError(
+                f"tune.space '{path}': there is no setting {key} before the search, to which times() is relative; correct the "
+                "name, or give the setting in a preset"
+            )
+        value = value[part]
+    if isinstance(value, int):
+        raise UserError(f"tune.space '{path}': {key} is a whole number; times() is for others, tune.randint(low, high) for these")
     if not isinstance(value, float) or value <= 0 or not 0 < domain.low < domain.high:
         raise UserError(
             f"tune.space '{path}': {key} is {value!r} before the search; times(low, high) needs a number above 0 there"

@@ -12,12 +12,11 @@ from ray.tune.experiment.trial import Trial as TuneTrial
 
 from dmat_ray import trials
 from dmat_ray.cluster import abandoned, champion, gauges, searchers, session, tracking
-from dmat_ray.cluster.search_plan import Plan
+from dmat_ray.cluster.search_plan import SEARCH, Plan
 from dmat_ray.cluster.trial import DIVERGED, run, state_of
 from dmat_ray.config import Config
 from dmat_ray.files import read_json, write_json
-from dmat_ray.lease import exclusive
-from dmat_ray.storage import at
+from dmat_ray.lease import sole
 from dmat_ray.trials import Trial
 from dmat_ray.trials_table import LiveTable, shown
 from dmat_ray.yardstick import PREFIX
@@ -295,12 +294,14 @@ def search(config: Config, say: Callable[[str], None], *, resume: bool = False) 
     Raises UserError for a space, an objective or machines that do not fit, and if no trial gives a result.
     """
     plan = Plan(config, say)
-    with exclusive(at(plan.folder)):
+    with sole(plan.folder):
         return _search(plan, say, resume=resume)
 
 
 def _search(plan: Plan, say: Callable[[str], None], *, resume: bool) -> champion.Found:
     config, tune = plan.config, plan.config.tune
+    if resume and not (plan.folder / SEARCH).is_file():
+        say(f"there is no search in '{plan.folder}' yet: beginning one")
     if plan.is_finished(resume=resume):
         found_before = champion.read(plan.folder)
         left = plan.left_of(found_before.to_json())

@@ -49,9 +49,7 @@ class TuneConfig(Section):
         description="random; grid: every combination, of continuous domains grid_points values each; tpe: Optuna's tree of "
         "Parzen estimators; nsga2: Optuna's genetic search for several objectives",
     )
-    grid_points: int = Field(
-        4, ge=2, description="grid: values of a continuous domain; of a simplex steps along an edge, less one"
-    )
+    grid_points: int = Field(4, ge=2, description="grid: values of a continuous domain, and along an edge of a simplex")
     scheduler: Literal["none", "asha", "median", "pbt"] = Field(
         "asha",
         description="what ends trials early: none; asha (arXiv 1810.05934); median: worse than the median of the others; pbt "

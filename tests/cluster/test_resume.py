@@ -18,8 +18,7 @@ from dmat_ray.cluster import jobs, tune
 from dmat_ray.cluster.search_plan import Plan
 from dmat_ray.cluster.train import training_folder
 from dmat_ray.errors import UserError
-from dmat_ray.lease import exclusive, sole
-from dmat_ray.storage import at
+from dmat_ray.lease import sole
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 
@@ -50,7 +49,7 @@ def test_a_job_that_is_submitted_twice_is_refused(tmp_path, finished, say):
     training, searching = settings(tmp_path, preset=("demo", "dmat")), tuned(tmp_path)
     for lease, again in (
         (sole(training_folder([training])), lambda: jobs.train([training], say)),
-        (exclusive(at(Plan(searching, say).folder)), lambda: tune.search(searching, say)),
+        (sole(Plan(searching, say).folder), lambda: tune.search(searching, say)),
     ):
         with lease, pytest.raises(UserError, match=rf"is being written by process {os.getpid()} on .*; wait until it ends"):
             again()

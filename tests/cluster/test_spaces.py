@@ -175,6 +175,11 @@ def test_a_change_stays_inside_the_space(tmp_path, config):
         ('SPACE = {"objective.image.eps": 0.1}', "nothing to search"),
         ('SPACE = {"objective.image.eps": times(2, 0.5)}', "times.low, high. needs"),
         ('SPACE = {"training.lr_warmup": times(0.5, 2)}', "is 0.0 before the search"),
+        ('SPACE = {"objective.image.epss": times(0.5, 2)}', "there is no setting objective.image.epss before the search"),
+        ('SPACE = {"objective.image.steps": times(0.5, 2)}', "is a whole number; .* tune.randint"),
+        ('SPACE = {"objective.image.eps": [0.1, 0.2]}', "of the list for objective.image.eps, tune.choice"),
+        ('SPACE = {"training.lr": times(0.5, 2)}', "training.lr means nothing for training.schedule piecewise"),
+        ('SPACE = {"classifier.name": tune.choice(["digits_cnn", "resnet19"])}', "resnet19"),
         ('SPACE = {"generator.path": tune.choice(["a", "b"])}', "'generator.path' cannot be searched"),
         ('SPACE = {"training.epochs": tune.randint(1, 4)}', "training.epochs cannot be searched: tune.epochs"),
         ('SPACE = {"training.seed": tune.randint(1, 4)}', "training.seed cannot be searched"),
@@ -199,12 +204,12 @@ def test_a_missing_file_is_named(config):
 
 def test_descriptions_tell_spaces_apart(tmp_path, config):
     texts = [
-        'SPACE = {"training.lr": tune.uniform(0.1, 1)}',
-        'SPACE = {"training.lr": tune.uniform(0.1, 2)}',
-        'SPACE = {"training.lr": tune.loguniform(0.1, 1)}',
-        'SPACE = {"training.lr": tune.quniform(0.1, 1, 0.1)}',
-        'SPACE = {"training.lr": tune.choice([0.1, 1.0])}',
-        'SPACE = {"training.lr": tune.uniform(0.1, 1), "training.schedule": "cosine"}',
+        'SPACE = {"training.weight_decay": tune.uniform(0.1, 1)}',
+        'SPACE = {"training.weight_decay": tune.uniform(0.1, 2)}',
+        'SPACE = {"training.weight_decay": tune.loguniform(0.1, 1)}',
+        'SPACE = {"training.weight_decay": tune.quniform(0.1, 1, 0.1)}',
+        'SPACE = {"training.weight_decay": tune.choice([0.1, 1.0])}',
+        'SPACE = {"training.weight_decay": tune.uniform(0.1, 1), "training.schedule": "cosine"}',
     ]
     found = [str(load(tmp_path, config, text).description()) for text in texts]
     assert len(set(found)) == len(texts)

@@ -120,7 +120,8 @@ def test_a_trial_of_two_workers_is_a_ray_train_run(finished, tmp_path, say, line
         if "epoch 1/2" in line:
             max(processes_below(os.getpid(), "TrainController"), key=lambda process: process.create_time()).kill()
 
-    found = tune.search(config, say_and_kill)
+    found = tune.search(config, say_and_kill, resume=True)
+    assert any("there is no search in" in line and "yet: beginning one" in line for line in lines)
     (trial,) = found.trials
     assert (trial.status, trial.epochs, found.best, found.front) == ("finished", 2, trial.name, [trial.name])
     assert [h["epoch"] for h in trial.history] == [1, 2]

@@ -50,14 +50,8 @@ def test_a_search_that_cannot_work_is_refused(finished, tmp_path, say, more, mes
     finished.copy_set(tmp_path)
     with pytest.raises(UserError, match=message):
         tune.search(tuned(tmp_path, *more), say)
-    assert not (tmp_path / "tune").exists()
+    assert not (tmp_path / "tune" / "little").exists()
     assert not (tmp_path / "mlflow.db").exists()
-
-
-def test_nothing_to_resume_is_said(finished, tmp_path, say):
-    finished.copy_set(tmp_path)
-    with pytest.raises(UserError, match=r"there is no search in .* to resume"):
-        tune.search(tuned(tmp_path), say, resume=True)
 
 
 def test_a_dry_run_knows_how_many_trials_there_will_be(finished, tmp_path, say):
