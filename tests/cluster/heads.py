@@ -166,7 +166,9 @@ class Head:
                 with contextlib.suppress(OSError), urllib.request.urlopen(self._metrics, timeout=10) as answer:
                     for family in text_string_to_metric_families(answer.read().decode()):
                         for sample in family.samples:
-                            labels = ", ".join(v for k, v in sorted(sample.labels.items()) if k not in OF_RAY)
+                            labels = ", ".join(
+                                v for k, v in sorted(sample.labels.items()) if k not in OF_RAY and not k.startswith("otel_")
+                            )
                             seen.setdefault(sample.name, {}).setdefault(labels, []).append((time.monotonic(), sample.value))
 
         thread = threading.Thread(target=look)

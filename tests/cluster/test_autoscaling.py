@@ -69,7 +69,7 @@ def test_a_pipeline_outlives_its_machines_and_its_head(finished, tmp_path):
         head.kill()
         assert job.wait(timeout=400) != 0
     assert machines[0] == 0, "none before there is work"
-    assert max(machines) == 2
+    assert max(machines) >= 2, "one for each worker; a new one may come before one that is idle has gone"
     assert said().count("dmat: epoch 1/3") == 1
 
     with Head(tmp_path / "second", cluster=cluster, **variables) as head, counted(head) as machines:
@@ -83,7 +83,8 @@ def test_a_pipeline_outlives_its_machines_and_its_head(finished, tmp_path):
     assert "the on-manifold set is whole and unchanged, nothing to do" in said()
     assert "dmat: going on with epoch" in said()
     assert "dmat: epoch 1/3" not in said()
-    assert (machines[0], max(machines)) == (0, 2)
+    assert machines[0] == 0
+    assert max(machines) >= 2
 
     assert rows(output / "on_manifold_set" / "shards").equals(rows(finished.output / "on_manifold_set" / "shards"))
     same_training(output, finished.output)

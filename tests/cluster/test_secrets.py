@@ -36,12 +36,14 @@ def test_secrets_of_the_environment_are_written_nowhere(closed, store, finished,
     secret = os.environ["AWS_SECRET_ACCESS_KEY"]
     environment = {
         **os.environ,
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "240",  # passwords are slow to check, on purpose
         "MLFLOW_TRACKING_USERNAME": "admin",
         "MLFLOW_TRACKING_PASSWORD": password,
         "RAY_TMPDIR": str(logs),
     }
     options = ["--preset", "demo", "standard", "--output", str(tmp_path), "--manifold_set", "s3://planted/set", *SMALL]
     options += ["--tracking.uri", server.url, "--training.epochs", "1", "--cluster.train_workers", "1"]
+    options += ["--tracking.patience_s", "240"]
     wrong = {"MLFLOW_TRACKING_PASSWORD": password[:-1] + "x", "AWS_SECRET_ACCESS_KEY": secret[:-1] + "x"}
     said = []
     for changed, code in (({}, 0), (wrong, 2)):
