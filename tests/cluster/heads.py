@@ -140,7 +140,7 @@ class Head:
         """Submit a script of this project and wait for its end."""
         environment = {**self.environment, **variables}
         return subprocess.run(
-            self.command(*words), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False
+            self.command(*words), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1000, check=False
         )
 
     def start(self, output: Path, *words: str, name: str) -> "subprocess.Popen[str]":

@@ -61,7 +61,7 @@ def test_a_training_that_is_stopped_goes_on_within_its_epoch(head, finished, tmp
     wait_for(lambda: any((tmp_path / "train").rglob("checkpoint_*/run.json")), first)
     token = Path(head.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
     assert status(f"{head.url}/api/jobs/first/stop", {"Authorization": f"Bearer {token}"}, method="POST") == 200
-    first.wait(timeout=400)
+    first.wait(timeout=800)
     said = (tmp_path / "first").read_text()
     assert "asked to stop (SIGTERM)" in said
     assert "stopped; the same command goes on from the checkpoint" in said
