@@ -51,6 +51,7 @@ def test_who_has_no_token_is_refused(head):
     assert "token" in (refused.stdout + refused.stderr).lower()
 
 
+@pytest.mark.timeout(2400)
 def test_a_training_that_is_stopped_goes_on_within_its_epoch(head, finished, tmp_path):
     """`ray job stop` sends SIGTERM. Submitted again it ends where a training ends that nobody stops, and Ray is not there."""
     finished.copy_set(tmp_path)
