@@ -132,15 +132,18 @@ class Space:
         """
         first = {name: _ends(name, domain)[0] for name, domain in self.domains.items()}
         middle = {_share(key): 0.5 for keys in self.simplexes for key in keys[:-1]}
-        tried: list[dict[str, Any]] = [{**first, **middle}]
-        tried += [{**first, **middle, name: value} for name, domain in self.domains.items() for value in _ends(name, domain)]
-        for sample in tried:
-            yield trial_config(base, self.settings(sample), "probe", epochs)
+        start = self.settings({**first, **middle})
+        tried: list[dict[str, Any]] = [{}]
+        tried += [{name: value} for name, domain in self.domains.items() for value in _ends(name, domain)]
         for keys, domain in self.simplexes.items():
             high = domain.total - (len(keys) - 1) * domain.least
-            for chosen in keys:
-                weights = {key: high if key == chosen else domain.least for key in keys}
-                yield trial_config(base, {**self.settings({**first, **middle}), **weights}, "probe", epochs)
+            tried += [{key: high if key == chosen else domain.least for key in keys} for chosen in keys]
+        for changed in tried:
+            try:
+                yield trial_config(base, {**start, **changed}, "probe", epochs)
+            except UserError as error:
+                where = ", ".join(f"{key} = {_python(value)}" for key, value in changed.items()) or "all settings at their first"
+                raise UserError(f"tune.space '{self.path}' reaches where trials cannot go, with {where}: {error}") from None
 
 
 def trial_config(base: Mapping[str, Any], settings: Mapping[str, Any], name: str, epochs: int) -> Config:
