@@ -70,6 +70,16 @@ class Head:
         self.environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
     def __enter__(self) -> "Head":
+        for left in (2, 1, 0):
+            try:
+                self._start()
+                break
+            except AssertionError:  # Ray gives its processes 30 s to start, which may be too few on a busy machine
+                if not left:
+                    raise
+        return self
+
+    def _start(self) -> None:
         gcs, dashboard, client, agent, metrics = free_ports(5)
         # the folder of Ray's sockets must have a short path
         self._sockets = Path("/tmp") / f"dmat_{os.getpid()}_{gcs}"
@@ -105,7 +115,6 @@ class Head:
         except BaseException:
             self.kill()
             raise
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.kill()
