@@ -19,6 +19,12 @@ from dmat_ray.errors import UserError
 pytestmark = pytest.mark.cluster
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passwords are slow to check, on purpose, and a busy machine takes longer than clients wait."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "240")
+
+
 @pytest.fixture(scope="module")
 def closed(tmp_path_factory) -> Iterator[tuple[MlflowServer, str]]:
     password = secrets.token_hex(16)
@@ -37,7 +43,6 @@ def test_secrets_of_the_environment_are_written_nowhere(closed, store, finished,
     secret = os.environ["AWS_SECRET_ACCESS_KEY"]
     environment = {
         **os.environ,
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "240",  # passwords are slow to check, on purpose
         "MLFLOW_TRACKING_USERNAME": "admin",
         "MLFLOW_TRACKING_PASSWORD": password,
         "RAY_TMPDIR": str(logs),
