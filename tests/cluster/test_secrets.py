@@ -76,7 +76,7 @@ def files(folder: Path) -> list[Path]:
 def test_an_mlflow_server_with_users_asks_for_the_password(closed, tmp_path, monkeypatch):
     """Started as docs/guide.md says."""
     server, password = closed
-    config = settings(tmp_path, "--tracking.uri", server.url)
+    config = settings(tmp_path, "--tracking.uri", server.url, "--tracking.experiment", "closed")
     for wrong in (None, "guessed"):
         for name, value in (("USERNAME", "admin"), ("PASSWORD", wrong)):
             if wrong is None:
