@@ -5,7 +5,7 @@ import difflib
 import torch
 from torch import Tensor, nn
 
-from dmat_ray import batch_norm
+from dmat_ray import batch_norm, wide_resnet
 from dmat_ray.config import ClassifierConfig
 from dmat_ray.errors import UserError
 
@@ -87,6 +87,8 @@ def _network(name: str, channels: int, num_classes: int) -> nn.Module:
         return DigitsCNN(channels, num_classes)
     if name == PROGRAM:
         raise UserError(f"classifier.name '{PROGRAM}' stands for a program that was imported; it is not built or trained here")
+    if (wide := wide_resnet.build(name, channels, num_classes)) is not None:
+        return wide
     if name.startswith("timm/"):
         return _timm(name.removeprefix("timm/"), channels, num_classes)
     import torchvision  # four seconds of imports, which the small network does without
@@ -94,7 +96,8 @@ def _network(name: str, channels: int, num_classes: int) -> nn.Module:
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         raise UserError(
-            f"classifier.name '{name}' is not known; choose 'digits_cnn', timm/NAME, or a torchvision model: {', '.join(known)}"
+            f"classifier.name '{name}' is not known; choose 'digits_cnn', 'wrn-DEPTH-WIDTH', timm/NAME, or a torchvision model: "
+            f"{', '.join(known)}"
         )
     network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
     if channels == 1:

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from dmat_ray import classifiers
+from dmat_ray import classifiers, wide_resnet
+from dmat_ray.attack_view import AttackView
 from dmat_ray.config import ClassifierConfig
 from dmat_ray.errors import UserError
 
@@ -25,8 +28,60 @@ def test_normalisation_is_inside_the_classifier() -> None:
         torch.testing.assert_close(network(x), network.network((x - mean) / std))
 
 
+@pytest.mark.parametrize(
+    ("name", "millions"), [("wrn-40-1", 0.6), ("wrn-40-2", 2.2), ("wrn-40-4", 8.9), ("wrn-16-8", 11.0), ("wrn-28-10", 36.5)]
+)
+def test_wide_resnets_have_the_published_size(name: str, millions: float) -> None:
+    """Table 4 and 5 of arXiv 1605.07146."""
+    with torch.device("meta"):
+        network = wide_resnet.build(name, 3, 10)
+    assert network is not None
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == millions
+
+
+def test_a_wide_resnet_is_what_its_paper_draws() -> None:
+    """Batch norm and activation before each convolution, features of groups, and a residual that the last group adds."""
+    torch.manual_seed(0)
+    network = classifiers.build(ClassifierConfig(name="wrn-16-2"), 3, 10).eval().double()
+    x = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        state = {name.removeprefix("network."): value for name, value in network.state_dict().items()}
+        h = F.conv2d((x - 0.5) / 0.5, state["0.weight"], padding=1)
+        for k in range(1, 7):
+            stride = 2 if k in (3, 5) else 1
+
+            def norm(h: Tensor, which: str, k: int = k) -> Tensor:
+                keys = ("running_mean", "running_var", "weight", "bias")
+                return F.relu(F.batch_norm(h, *(state[f"{k}.{which}.{key}"] for key in keys)))
+
+            active = norm(h, "bn1")
+            moved = F.conv2d(active, state[f"{k}.conv1.weight"], stride=stride, padding=1)
+            moved = F.conv2d(norm(moved, "bn2"), state[f"{k}.conv2.weight"], padding=1)
+            shortcut = state.get(f"{k}.shortcut.weight")
+            h = moved + (h if shortcut is None else F.conv2d(active, shortcut, stride=stride))
+            assert h.shape == (2, 32 * 2 ** ((k - 1) // 2), 32 // 2 ** ((k - 1) // 2), 32 // 2 ** ((k - 1) // 2))
+        h = F.relu(F.batch_norm(h, *(state[f"7.{key}"] for key in ("running_mean", "running_var", "weight", "bias"))))
+        expected = F.linear(h.mean(dim=(2, 3)), state["11.weight"], state["11.bias"])
+        torch.testing.assert_close(network(x), expected)
+
+
+def test_attacks_see_the_same_wide_resnet() -> None:
+    torch.manual_seed(0)
+    network = classifiers.build(ClassifierConfig(name="wrn-10-1"), 3, 10)
+    network(torch.rand(64, 3, 32, 32))  # moves the running statistics
+    view = AttackView(network.eval())
+    assert len(view.folded) == 3  # the batch norm between the two convolutions of each block
+    x = torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(view(x), network(x), atol=1e-4, rtol=1e-4)
+
+
 def test_a_network_that_cannot_be_built() -> None:
-    with pytest.raises(UserError, match=r"classifier\.name 'resnet19' is not known; choose 'digits_cnn', timm.*resnet18"):
+    with pytest.raises(UserError, match=r"wrn-11-2.*6 n \+ 4 layers"):
+        classifiers.build(ClassifierConfig(name="wrn-11-2"), 3, 5)
+    with pytest.raises(
+        UserError, match=r"classifier\.name 'resnet19' is not known; choose 'digits_cnn', 'wrn-DEPTH-WIDTH', timm.*resnet18"
+    ):
         classifiers.build(ClassifierConfig(name="resnet19"), 3, 5)
     with pytest.raises(UserError, match=r"classifier\.mean has 2 values, images have 3 channel"):
         classifiers.build(ClassifierConfig(name="digits_cnn", mean=(0.1, 0.2)), 3, 5)

@@ -1,0 +1,219 @@
+"""A study: generator, on-manifold set, every method with several seeds, evaluation; what docs/results/ is made of.
+
+    python benchmarks/study.py --preset demo benchmarks/studies/mnist.yaml --processes 2
+    python benchmarks/study.py --preset cifar10 benchmarks/studies/cifar10.yaml --data.source DIR --processes 8
+
+DIR holds CIFAR-10's own binary files. Needs no Ray: one machine, with or without a GPU, on which `--processes` trainings or
+evaluations run at a time. Whatever is finished is kept, so the same command goes on where it was stopped. OUTPUT then holds the
+generator, on_manifold_set, models/METHOD-SEED, rows/METHOD-SEED.parquet (the format of an evaluation's rows), and study.json with
+versions and run times, which `benchmarks/study_report.py` makes tables of.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+
+from dmat_ray import checkpoint, cli, evaluation
+from dmat_ray.cluster.shard_projector import build_projector, project_shard
+from dmat_ray.cluster.shard_tasks import pack, read_shard, unpack
+from dmat_ray.config import Config
+from dmat_ray.data import manifold_set, set_writer
+from dmat_ray.data.set_format import MANIFEST
+from dmat_ray.data.sources import list_examples, read_pixels
+from dmat_ray.files import read_json, write_json
+from dmat_ray.local import LocalContext
+from dmat_ray.manifold import generators
+from dmat_ray.manifold.gan_trainer import train_generator
+from dmat_ray.manifold.samples import sample_grid
+from dmat_ray.storage import at, set_folder
+
+HERE = Path(__file__).resolve().parent
+METHODS = ("standard", "at", "om_at_fgsm", "om_at", "dmat", "trades", "dmat_trades", "joint", "dmat_plus", "joint_plus")
+BEGAN = time.monotonic()
+
+
+def main() -> None:
+    config, given = cli.parse(str(__doc__), add=_arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(config.cluster.threads_per_worker if device.type == "cpu" else 4)
+    if given.evaluate is not None:
+        _evaluate(config, given.evaluate, device)
+        return
+    study = _Study(config, given, device)
+    study.stage("generator", study.generator)
+    if given.until == "generator":
+        return
+    study.stage("projection", study.project)
+    study.stage("training", study.train)
+    if given.until == "training":
+        return
+    study.stage("evaluation", study.evaluate)
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trained", nargs="+", default=list(METHODS), metavar="PRESET", help="methods")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of every method")
+    parser.add_argument("--processes", type=int, default=1, help="trainings or evaluations at a time")
+    parser.add_argument("--until", choices=["generator", "training"], help="where to stop")
+    parser.add_argument("--evaluate", help=argparse.SUPPRESS)  # a model's name: what this script tells its own processes
+
+
+class _Study:
+    def __init__(self, config: Config, given: argparse.Namespace, device: torch.device) -> None:
+        self.config, self.given, self.device = config, given, device
+        self.folder = Path(config.output).resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.settings = self.folder / "settings.yaml"  # for the processes of this study
+        self.settings.write_text(yaml.safe_dump(config.to_json()))
+
+    def stage(self, name: str, work: Callable[[], Any]) -> None:
+        """Do the work, and note its time and what it says of itself, unless nothing was to be done."""
+        began = time.monotonic()
+        say(f"{name} ...")
+        told = work()
+        if told is None:
+            return
+        path = self.folder / "study.json"
+        notes = read_json(path) if path.is_file() else {}
+        card = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+        earlier = notes.get(name, {}).get("seconds", 0.0)  # of the part that was done before it was stopped
+        notes[name] = {"seconds": round(earlier + time.monotonic() - began, 1), "machine": card, **told}
+        write_json(path, {**notes, "config": self.config.to_json(), "versions": checkpoint.versions(), "seeds": self.given.seeds})
+
+    def generator(self) -> dict[str, Any] | None:
+        """Train the generator that the settings name, if it is one of this study's own."""
+        folder = Path(self.config.generator.path)
+        if not folder.is_relative_to(self.folder) or (folder / "generator.safetensors").is_file():
+            return None
+        rows = list_examples(self.config.data).rows("train")
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            starts = range(0, rows.num_rows, 500)
+            parts = pool.map(lambda start: read_pixels(rows.slice(start, 500), self.config.data), starts)
+            pixels = np.stack([image for part in parts for image in part])
+        images, labels = torch.from_numpy(pixels).to(self.device), torch.from_numpy(rows["label"].to_numpy()).to(self.device)
+        history: list[dict[str, float]] = []
+
+        def told(metrics: Any) -> None:
+            history.append(dict(metrics))
+            say(", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+
+        context = LocalContext(self.folder / "gan", told)
+        generator = train_generator(self.config.gan, images, labels, context)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "samples.png").write_bytes(sample_grid(generator, self.config.gan.seed))
+        best = min((m for m in history if "fid" in m), key=lambda m: m["fid"], default={})
+        about = {"training": self.config.gan.model_dump(mode="json"), "data": self.config.data.model_dump(mode="json")}
+        generators.save_generator(folder, generator, {**about, "quality": best, "versions": checkpoint.versions()})
+        return {"images": len(images), "history": history, "kept": best}
+
+    def project(self) -> dict[str, Any] | None:
+        """Make the on-manifold set, a shard at a time."""
+        config, folder = self.config, set_folder(self.config)
+        if (folder / MANIFEST).is_file():
+            return None
+        listing = list_examples(config.data)
+        settings = {
+            "data": config.data.model_dump(mode="json"),
+            "projection": config.projection.model_dump(mode="json"),
+            "generator_sha256": generators.fingerprint(config.generator.path),
+            "generator_precision": config.generator.precision,
+            "class_names": list(listing.class_names),
+        }
+        set_writer.begin(folder, settings)
+        shards = set_writer.plan(listing, config.projection.shard_size)
+        todo = set_writer.unfinished(shards, set_writer.read_records(folder))
+        projector = build_projector(config, self.device)
+        for number, shard in enumerate(todo, 1):
+            row = read_shard(pack(shard.name, shard.rows, {}, 0.0), data=config.data.model_dump(mode="json"))
+            name, table, rejected, _ = unpack(project_shard(projector, row, config.projection, list(listing.class_names)))
+            set_writer.write_shard(folder, name, table, rejected)
+            say(f"{number} of {len(todo)} shards, mean L1 {np.mean(table['l1'].to_numpy()):.4f}")
+        generator, size = projector.generator, projector.generator.resolution
+        described = {
+            "shapes": {"on_manifold": [generator.channels, size, size], "w": [generator.num_ws, generator.w_dim]},
+            "lpips_is_perceptual": config.projection.lpips_weights != "random",
+            "versions": checkpoint.versions(),
+        }
+        manifest = set_writer.finish(folder, settings, shards, set_writer.read_records(folder), described)
+        return {key: manifest[key] for key in ("splits", "usable", "means")}
+
+    def train(self) -> dict[str, Any] | None:
+        """Every method and seed, by jobs/train_local.py."""
+        todo = [name for name in self.names() if not (self.folder / "models" / name / checkpoint.RUN).is_file()]
+        return self._all(todo, self._training, "trained")
+
+    def evaluate(self) -> dict[str, Any] | None:
+        """Every model, in a process of its own."""
+        (self.folder / "rows").mkdir(exist_ok=True)
+        todo = [name for name in self.names() if not (self.folder / "rows" / f"{name}.parquet").is_file()]
+        script = [str(HERE / "study.py"), "--preset", str(self.settings), "--evaluate"]
+        return self._all(todo, lambda name: [*script, name], "evaluated")
+
+    def names(self) -> list[str]:
+        """Of models: a seed's methods before the next seed's."""
+        return [f"{Path(m).stem}-{seed}" for seed in range(self.given.seeds) for m in self.given.trained]
+
+    def _training(self, name: str) -> list[str]:
+        method, seed = name.rsplit("-", 1)
+        preset = next(m for m in self.given.trained if Path(m).stem == method)
+        own = HERE / "studies" / "methods" / f"{preset}.yaml"
+        layers = ["--preset", str(self.settings), str(own) if own.is_file() else preset]
+        # as published, one step is a fifth longer than the radius
+        step = ["--objective.latent.step_size", str(1.2 * self.config.objective.latent.eps)] if method == "om_at_fgsm" else []
+        return [str(HERE.parent / "jobs" / "train_local.py"), *layers, "--name", name, "--training.seed", seed, *step]
+
+    def _all(self, names: list[str], command: Callable[[str], list[str]], done: str) -> dict[str, Any] | None:
+        if not names:
+            return None
+        (self.folder / "logs").mkdir(exist_ok=True)
+
+        def one(name: str) -> float:
+            began = time.monotonic()
+            with (self.folder / "logs" / f"{name}-{done}.txt").open("w") as log:
+                path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH", "")]))
+                environment = {**os.environ, "PYTHONPATH": path}
+                subprocess.run(
+                    [sys.executable, *command(name)], stdout=log, stderr=subprocess.STDOUT, check=True, env=environment
+                )
+            say(f"{done} {name} in {time.monotonic() - began:.0f} s")
+            return round(time.monotonic() - began, 1)
+
+        with ThreadPoolExecutor(self.given.processes) as pool:
+            return {"processes": self.given.processes, "each": dict(zip(names, pool.map(one, names), strict=True))}
+
+
+def _evaluate(config: Config, name: str, device: torch.device) -> None:
+    """The rows of one model."""
+    folder = Path(config.output).resolve()
+    data = manifold_set.open_set(set_folder(config), "test")
+    generator = generators.load_configured(config.generator, device)
+
+    def load(model: str) -> torch.nn.Module:
+        return checkpoint.load_classifier(folder / "models" / model, device)[0]
+
+    evaluator = evaluation.Evaluator(config.evaluation, data, generator, load, [name], device)
+    rows = evaluation.evaluate_here(evaluator)
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows, sink, compression="zstd")
+    at(folder / "rows" / f"{name}.parquet").write_bytes(sink.getvalue())
+
+
+def say(text: str) -> None:
+    """A line with the seconds since the start."""
+    print(f"{time.monotonic() - BEGAN:6.0f} s  {text}", flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)
