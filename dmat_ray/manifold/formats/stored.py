@@ -14,33 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# under their old names too: whoever builds these records refuses and shows with them
+from dmat_ray.manifold.formats.refusal import RefusedError as RefusedError
+from dmat_ray.manifold.formats.refusal import shown as shown
+
 NUMPY_TYPES = {
     "f2": torch.float16, "f4": torch.float32, "f8": torch.float64, "i1": torch.int8, "i2": torch.int16, "i4": torch.int32,
     "i8": torch.int64, "u1": torch.uint8, "b1": torch.bool,
 }  # fmt: skip
 LARGEST = 2**63 - 1
 Reader = Callable[[int, int], bytes | bytearray | memoryview]
-
-
-class RefusedError(Exception):
-    """Why a file is not read; `checkpoints.read` makes it a UserError with the file's name."""
-
-
-def shown(value: object, length: int = 80) -> str:
-    """A value out of a foreign file, safe to print: one line, printable, short. Of what may be large, only its type."""
-    if isinstance(value, str):
-        text = value[: length + 1]
-    elif isinstance(value, int) and value.bit_length() > 128:
-        text = f"a number of {value.bit_length()} bits"
-    elif value is None or isinstance(value, int | float | torch.dtype):
-        text = str(value)
-    elif isinstance(value, tuple | list) and len(value) <= 8 and all(isinstance(v, int | float) for v in value):
-        inner = ", ".join(shown(v) for v in value)
-        text = f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"
-    else:
-        text = f"a {type(value).__name__}"
-    line = "".join(c if c.isprintable() else "?" for c in text)
-    return line if len(line) <= length else line[: length - 3] + "..."
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
