@@ -8,8 +8,8 @@ import pyarrow as pa
 import torch
 from torch import nn
 
+from dmat_ray.data.folder_source import EXTENSIONS
 from dmat_ray.data.pixels import to_unit
-from dmat_ray.data.sources import EXTENSIONS
 from dmat_ray.errors import UserError
 from dmat_ray.storage import at
 

@@ -210,7 +210,7 @@ def read_rows(place: Location, rows: Sequence[int], column: str, below: Location
                 found.update(_read_group(file, k, int(ends[k]), inside, columns, place))
             found.update((int(row), f"cannot be read: the file has {ends[-1]} rows now") for row in wanted[wanted >= ends[-1]])
     except (pa.ArrowException, OSError, _ColumnError) as error:
-        found.update((int(row), _reason(error, place)) for row in wanted)
+        found.update((int(row), reason(error, place)) for row in wanted)
     return [_content(found[row], place, below, max_bytes) for row in rows]
 
 
@@ -228,7 +228,7 @@ def _read_group(
             if start > wanted[-1]:
                 return
     except (pa.ArrowException, OSError) as error:
-        yield from ((int(row), _reason(error, place)) for row in wanted[wanted >= start])
+        yield from ((int(row), reason(error, place)) for row in wanted[wanted >= start])
 
 
 def _value(scalar: pa.Scalar) -> Any:
@@ -266,10 +266,10 @@ def read_file(place: Location, max_bytes: int) -> bytes | str:
                 return f"has {size} bytes, more than any image of data.max_pixels"
             return bytes(file.read())
     except OSError as error:
-        return _reason(error, place)
+        return reason(error, place)
 
 
-def _reason(error: Exception, place: Location) -> str:
+def reason(error: Exception, place: Location) -> str:
     """Why an image cannot be read. Raises UserError if that says nothing of the image, but of the storage."""
     require_not_of_storage(error, place)
     return f"cannot be read: {_one_line(error)}"

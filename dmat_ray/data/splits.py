@@ -1,0 +1,30 @@
+"""Which images go to the test split, and which are taken when not all are."""
+
+import numpy as np
+
+from dmat_ray.errors import UserError
+
+
+def split_by_class(labels: np.ndarray, test_share: float, seed: int) -> np.ndarray:
+    """True for what goes to the test split: a seeded shuffle inside each class, `test_share` of it (rounded, 1 or more)."""
+    in_test = np.zeros(len(labels), bool)
+    by_class = np.argsort(labels, kind="stable")
+    values, starts = np.unique(labels[by_class], return_index=True)
+    for label, members in zip(values, np.split(by_class, starts[1:]), strict=True):
+        order = np.random.default_rng([seed, int(label)]).permutation(members)
+        in_test[order[: max(1, round(len(order) * test_share))]] = True
+    return in_test
+
+
+def limited(members: np.ndarray, labels: np.ndarray, limit: int | None, num_classes: int, split: str) -> np.ndarray:
+    """At most `limit` of the members, taking the classes in turn (members come shuffled)."""
+    if limit is None or limit >= len(members):
+        return members
+    if limit < num_classes:
+        raise UserError(f"data.{split}_limit {limit} cannot hold all {num_classes} classes; raise it")
+    by_class = np.argsort(labels, kind="stable")
+    _, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
+    depth = np.empty(len(labels), np.int64)
+    depth[by_class] = np.arange(len(labels)) - np.repeat(starts, counts)
+    chosen: np.ndarray = members[np.lexsort((labels, depth))[:limit]]
+    return chosen
