@@ -41,6 +41,7 @@ from dmat_ray.storage import at, set_folder
 
 HERE = Path(__file__).resolve().parent
 METHODS = ("standard", "at", "om_at_fgsm", "om_at", "dmat", "trades", "dmat_trades", "joint", "dmat_plus", "joint_plus")
+STAGES = ("generator", "projection", "models")
 BEGAN = time.monotonic()
 
 
@@ -52,21 +53,17 @@ def main() -> None:
         _evaluate(config, given.evaluate, device)
         return
     study = _Study(config, given, device)
-    study.stage("generator", study.generator)
-    if given.until == "generator":
-        return
-    study.stage("projection", study.project)
-    study.stage("training", study.train)
-    if given.until == "training":
-        return
-    study.stage("evaluation", study.evaluate)
+    for name in STAGES:
+        study.stage(name, getattr(study, name))
+        if name == given.until:
+            return
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trained", nargs="+", default=list(METHODS), metavar="PRESET", help="methods")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of every method")
     parser.add_argument("--processes", type=int, default=1, help="trainings or evaluations at a time")
-    parser.add_argument("--until", choices=["generator", "training"], help="where to stop")
+    parser.add_argument("--until", choices=STAGES, help="where to stop")
     parser.add_argument("--evaluate", help=argparse.SUPPRESS)  # a model's name: what this script tells its own processes
 
 
@@ -102,7 +99,7 @@ class _Study:
             starts = range(0, rows.num_rows, 500)
             parts = pool.map(lambda start: read_pixels(rows.slice(start, 500), self.config.data), starts)
             pixels = np.stack([image for part in parts for image in part])
-        images, labels = torch.from_numpy(pixels).to(self.device), torch.from_numpy(rows["label"].to_numpy()).to(self.device)
+        images, labels = torch.from_numpy(pixels), torch.tensor(rows["label"].to_pylist())
         history: list[dict[str, float]] = []
 
         def told(metrics: Any) -> None:
@@ -118,7 +115,7 @@ class _Study:
         generators.save_generator(folder, generator, {**about, "quality": best, "versions": checkpoint.versions()})
         return {"images": len(images), "history": history, "kept": best}
 
-    def project(self) -> dict[str, Any] | None:
+    def projection(self) -> dict[str, Any] | None:
         """Make the on-manifold set, a shard at a time."""
         config, folder = self.config, set_folder(self.config)
         if (folder / MANIFEST).is_file():
@@ -149,17 +146,24 @@ class _Study:
         manifest = set_writer.finish(folder, settings, shards, set_writer.read_records(folder), described)
         return {key: manifest[key] for key in ("splits", "usable", "means")}
 
-    def train(self) -> dict[str, Any] | None:
-        """Every method and seed, by jobs/train_local.py."""
-        todo = [name for name in self.names() if not (self.folder / "models" / name / checkpoint.RUN).is_file()]
-        return self._all(todo, self._training, "trained")
+    def models(self) -> dict[str, Any] | None:
+        """Train every method with every seed by jobs/train_local.py, and evaluate it in a process of its own."""
+        folder = self.folder
+        for name in ("logs", "rows"):
+            (folder / name).mkdir(exist_ok=True)
+        todo = [name for name in self.names() if not (folder / "rows" / f"{name}.parquet").is_file()]
+        if not todo:
+            return None
 
-    def evaluate(self) -> dict[str, Any] | None:
-        """Every model, in a process of its own."""
-        (self.folder / "rows").mkdir(exist_ok=True)
-        todo = [name for name in self.names() if not (self.folder / "rows" / f"{name}.parquet").is_file()]
-        script = [str(HERE / "study.py"), "--preset", str(self.settings), "--evaluate"]
-        return self._all(todo, lambda name: [*script, name], "evaluated")
+        def one(name: str) -> list[float]:
+            times = [self._run(self._training(name), f"{name}-training")]
+            evaluation = [str(HERE / "study.py"), "--preset", str(self.settings), "--evaluate", name]
+            times.append(self._run(evaluation, f"{name}-evaluation"))
+            say(f"{name}: trained in {times[0]:.0f} s, evaluated in {times[1]:.0f} s")
+            return times
+
+        with ThreadPoolExecutor(self.given.processes) as pool:
+            return {"processes": self.given.processes, "each": dict(zip(todo, pool.map(one, todo), strict=True))}
 
     def names(self) -> list[str]:
         """Of models: a seed's methods before the next seed's."""
@@ -174,24 +178,15 @@ class _Study:
         step = ["--objective.latent.step_size", str(1.2 * self.config.objective.latent.eps)] if method == "om_at_fgsm" else []
         return [str(HERE.parent / "jobs" / "train_local.py"), *layers, "--name", name, "--training.seed", seed, *step]
 
-    def _all(self, names: list[str], command: Callable[[str], list[str]], done: str) -> dict[str, Any] | None:
-        if not names:
-            return None
-        (self.folder / "logs").mkdir(exist_ok=True)
-
-        def one(name: str) -> float:
-            began = time.monotonic()
-            with (self.folder / "logs" / f"{name}-{done}.txt").open("w") as log:
-                path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH", "")]))
-                environment = {**os.environ, "PYTHONPATH": path}
-                subprocess.run(
-                    [sys.executable, *command(name)], stdout=log, stderr=subprocess.STDOUT, check=True, env=environment
-                )
-            say(f"{done} {name} in {time.monotonic() - began:.0f} s")
-            return round(time.monotonic() - began, 1)
-
-        with ThreadPoolExecutor(self.given.processes) as pool:
-            return {"processes": self.given.processes, "each": dict(zip(names, pool.map(one, names), strict=True))}
+    def _run(self, command: list[str], log: str) -> float:
+        """A process of this study; returns its seconds."""
+        began = time.monotonic()
+        path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH", "")]))
+        with (self.folder / "logs" / f"{log}.txt").open("w") as file:
+            subprocess.run(
+                [sys.executable, *command], stdout=file, stderr=file, check=True, env={**os.environ, "PYTHONPATH": path}
+            )
+        return round(time.monotonic() - began, 1)
 
 
 def _evaluate(config: Config, name: str, device: torch.device) -> None:
