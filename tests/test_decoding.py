@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torchvision
 from PIL import Image, ImageOps
 
 from dmat_ray.data.decoding import READERS, decode, encode
@@ -317,3 +318,23 @@ def test_encode_and_to_unit() -> None:
         pixels = rng.integers(0, 256, (channels, N, N), dtype=np.uint8)
         np.testing.assert_array_equal(decode(encode(pixels), N, channels), pixels)
         np.testing.assert_allclose(to_unit(pixels).numpy() * 255, pixels, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(40, 24), (20, 50), (12, 12)])
+def test_other_ways_to_bring_an_image_to_size(size: tuple[int, int]) -> None:
+    picture = Image.fromarray(noise(size[1], size[0], 3).astype(np.uint8))
+    content = encoded(picture)
+    stretched = decode(content, N, 3, resize="stretch")
+    theirs = np.asarray(torchvision.transforms.Resize((N, N))(picture)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(stretched, theirs, "torchvision's, as published")
+    padded = decode(content, N, 3, resize="pad")
+    scale = min(1, N / max(size))
+    inner = picture.resize((round(size[0] * scale), round(size[1] * scale)), Image.Resampling.LANCZOS)
+    whole = ImageOps.pad(inner, (N, N)) if scale < 1 else ImageOps.expand(inner, 2)
+    np.testing.assert_array_equal(padded, np.asarray(whole).transpose(2, 0, 1))
+    np.testing.assert_array_equal(decode(content, N, 3), decode(content, N, 3, resize="crop"))
+
+
+def test_digits_on_black_are_those_of_the_package() -> None:
+    digit = noise(28, 28).astype(np.uint8)
+    np.testing.assert_array_equal(decode(encode(digit[None]), 32, 1, resize="pad")[0], np.pad(digit, 2))

@@ -139,8 +139,10 @@ def test_the_official_test_set_is_the_test_split_unless_told_otherwise(cifar10: 
     assert [id.split("-")[0] for id in listing.table["id"].to_pylist()] == listing.table["split"].to_pylist()
     assert Counter(listing.table["split"].to_pylist()) == {"train": 200, "test": 40}
     mixed, _ = listed(cifar10, official_split=False, test_share=0.25)
-    assert Counter(mixed.table["split"].to_pylist()) == {"train": 180, "test": 60}
+    assert Counter(mixed.table["split"].to_pylist()) == {"train": 150, "test": 50}
     assert set(mixed.rows("test")["label"].to_pylist()) == set(range(10))
+    assert mixed.ignored == "the test set of CIFAR-10, binary version (data.official_split)"
+    assert all(id.startswith("train-") for id in mixed.table["id"].to_pylist())
     limits, config = listed(cifar10, train_limit=30, test_limit=20)
     assert Counter(limits.rows("train")["label"].to_pylist()) == dict.fromkeys(range(10), 3)
     assert Counter(limits.rows("test")["label"].to_pylist()) == dict.fromkeys(range(10), 2)

@@ -58,7 +58,9 @@ def _listing(config: Config) -> tuple[pa.Table, str]:
     rows = list_examples(config.data, labelled=labelled).rows("train")
     columns = rows["id"].to_pylist(), rows["label"].to_pylist(), versions_of_images(rows, config.data)
     lines = [f"{id}\t{label}\t{version}" for id, label, version in zip(*columns, strict=True)]
-    return rows, text_digest("\n".join([f"{config.data.resolution} {config.data.channels}", *lines]))
+    # without a word for the default, which was there before the setting
+    resize = "" if config.data.resize == "crop" else f" {config.data.resize}"
+    return rows, text_digest("\n".join([f"{config.data.resolution} {config.data.channels}{resize}", *lines]))
 
 
 def prepare_images(config: Config, storage: Path) -> ImageCache:

@@ -33,7 +33,7 @@ from dmat_ray.storage import Location
 # into which of two valleys a search goes. The encoder counts by its weights, not by its folder.)
 HARMLESS = {"batch_size", "compile", "encoder"}
 # Settings that came after sets had been made without them: such a set is still that of their defaults.
-LATER = {"official_split"}
+LATER = {"resize", "official_split", "classes", "balanced"}
 SAY_EVERY_S, SILENT_S = 5.0, 300.0
 REJECTED_SAID = 20  # the others are in the manifest
 VISIBLE_S = 90.0  # a shared disk may be that late in showing a new file to another machine

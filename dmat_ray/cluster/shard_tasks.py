@@ -49,7 +49,7 @@ def read_shard(row: pa.Table, *, data: dict[str, Any]) -> pa.Table:
         try:
             if isinstance(content, str):
                 raise ValueError(content)
-            pixels.append(decode(content, config.resolution, config.channels, config.max_pixels))
+            pixels.append(decode(content, config.resolution, config.channels, config.max_pixels, config.resize))
         except ValueError as error:
             rejected[id] = str(error)
             continue

@@ -1,13 +1,36 @@
 """Settings of natural images."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from dmat_ray.config.base import Section
 
 # a command line brings text, which a Literal of numbers does not take
 Channels = Annotated[Literal[1, 3], BeforeValidator(lambda v: int(v) if v in ("1", "3") else v)]
+
+
+class ClassList(Section):
+    """A class that is made of some of a source's own: what it is called, and which they are."""
+
+    name: str = Field(min_length=1, description="name of the class")
+    members: tuple[tuple[str, ...], ...] = Field(
+        min_length=1,
+        description="the source's classes in it, each by the names it may have: of its folder, or its label in Parquet",
+    )
+
+
+def _class_lists(value: Any) -> Any:
+    """{dog: [n02085620, [n02085782, 152]]}, as files have it, to a list of classes, which keeps its order on every way."""
+    if not isinstance(value, dict):
+        return value
+    lists = []
+    for name, members in value.items():
+        if not isinstance(members, list | tuple):
+            raise ValueError(f"class '{name}' must be a list of folders or labels, not {members!r}")
+        named = [[str(n) for n in (m if isinstance(m, list | tuple) else [m])] for m in members]
+        lists.append({"name": str(name), "members": named})
+    return lists
 
 
 class DataConfig(Section):
@@ -18,13 +41,27 @@ class DataConfig(Section):
         description="'mnist5k' (5,000 embedded digits), a folder with one sub-folder a class, a Parquet file or a folder of "
         "them, or a folder with the files of CIFAR-10, CIFAR-100 or MNIST; folders and files may be s3:// and gs:// URLs",
     )
-    resolution: int = Field(
-        32, ge=8, le=1024, description="height and width in pixels; images of another size are scaled and cropped at the centre"
+    resolution: int = Field(32, ge=8, le=1024, description="height and width in pixels")
+    resize: Literal["crop", "stretch", "pad"] = Field(
+        "crop",
+        description="images of another size: scaled so that the shorter side fits and cropped at the centre; both sides scaled, "
+        "whatever becomes of the aspect (arXiv 2009.02470); or put on black, scaled only if larger",
     )
     channels: Channels = Field(1, description="1 (grey) or 3 (RGB)")
     test_share: float = Field(0.2, gt=0, lt=1, description="share of every class that goes to the test split")
-    official_split: bool = Field(
-        True, description="whether the test set that CIFAR and MNIST come with is the test split; false = split all by test_share"
+    official_split: bool | None = Field(
+        None,
+        description="true: the source's own test set is the test split (CIFAR's, MNIST's; Parquet files and folders named train "
+        "and test or val); false: its training part alone is split, by test_share; null: true for CIFAR and MNIST, and with "
+        "data.classes where there is one",
+    )
+    classes: Annotated[tuple[ClassList, ...], BeforeValidator(_class_lists)] = Field(
+        (),
+        description="classes made of the source's own, in the order of their labels, e.g. {pet: [cat, dog], bird: [hen]}; images "
+        "of no class are left out; empty = the source's own. Layer a file, such as preset mixed10_classes",
+    )
+    balanced: bool = Field(
+        False, description="as many images of every class in each split as the class with the fewest has there"
     )
     train_limit: int | None = Field(None, ge=1, description="at most this many training images, the classes in turn; null = all")
     test_limit: int | None = Field(None, ge=1, description="at most this many test images, the classes in turn; null = all")
@@ -42,3 +79,17 @@ class DataConfig(Section):
     )
     id_column: str | None = Field(None, description="Parquet: column of unique ids; null = file name and row")
     seed: int = Field(0, ge=0, description="seed of the split and of the subsets")
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        owner: dict[str, str] = {}
+        for one in self.classes:
+            for name in (name for names in one.members for name in names):
+                if name in owner:
+                    also = "twice in class" if owner[name] == one.name else f"in class '{owner[name]}' and in class"
+                    raise ValueError(f"classes: '{name}' is {also} '{one.name}'; an image has one label")
+                owner[name] = one.name
+        names = [one.name for one in self.classes]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"classes: two are called '{twice}'")
+        return self

@@ -52,28 +52,56 @@ MAX_PIXELS = DataConfig().max_pixels
 WHITE_16 = 65535
 
 
-def decode(content: bytes, resolution: int, channels: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode(content: bytes, resolution: int, channels: int, max_pixels: int = MAX_PIXELS, resize: str = "crop") -> np.ndarray:
     """Encoded image (PNG, JPEG, WebP, GIF, TIFF, BMP, netpbm) -> uint8 (channels, resolution, resolution).
 
     The first picture of several is taken and turned as its EXIF orientation says; what is transparent lies on white; colour
-    profiles are not applied. A smaller or larger image is scaled so that its shorter side fits, then cropped at the centre.
+    profiles are not applied. A smaller or larger image is brought to size as `data.resize` says: "crop" (scaled so that its
+    shorter side fits, then cropped at the centre), "stretch" (bilinear, as in the code of arXiv 2009.02470) or "pad".
     Raises ValueError with the reason, on one line, if it cannot be read or has more than `max_pixels`, which is known before
     it is decoded.
     """
     picture = _picture(content, "L" if channels == 1 else "RGB", max_pixels)
-    width, height = picture.size
-    if (width, height) != (resolution, resolution):
-        scale = resolution / min(width, height)
-        if 4 * min(width, height) < resolution:
-            raise ValueError(f"is {width}x{height} pixels, too small to be enlarged to {resolution}")
-        if max(width, height) > 50 * min(width, height):
-            raise ValueError(f"is {width}x{height} pixels, too narrow to crop a square from")
-        size = max(resolution, round(width * scale)), max(resolution, round(height * scale))
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
-        left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
-        picture = picture.crop((left, top, left + resolution, top + resolution))
+    if picture.size != (resolution, resolution):
+        picture = SIZED[resize](picture, resolution)
     pixels = np.asarray(picture, dtype=np.uint8)
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _cropped(picture: Image.Image, resolution: int) -> Image.Image:
+    _require_large_enough(picture, resolution)
+    width, height = picture.size
+    scale = resolution / min(width, height)
+    size = max(resolution, round(width * scale)), max(resolution, round(height * scale))
+    picture = picture.resize(size, Image.Resampling.LANCZOS)
+    left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
+    return picture.crop((left, top, left + resolution, top + resolution))
+
+
+def _stretched(picture: Image.Image, resolution: int) -> Image.Image:
+    _require_large_enough(picture, resolution)
+    return picture.resize((resolution, resolution), Image.Resampling.BILINEAR)
+
+
+def _padded(picture: Image.Image, resolution: int) -> Image.Image:
+    width, height = picture.size
+    scale = min(1.0, resolution / max(width, height))
+    if scale < 1:
+        picture = picture.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.LANCZOS)
+    whole = Image.new(picture.mode, (resolution, resolution))
+    whole.paste(picture, ((resolution - picture.width) // 2, (resolution - picture.height) // 2))
+    return whole
+
+
+SIZED = {"crop": _cropped, "stretch": _stretched, "pad": _padded}
+
+
+def _require_large_enough(picture: Image.Image, resolution: int) -> None:
+    width, height = picture.size
+    if 4 * min(width, height) < resolution:
+        raise ValueError(f"is {width}x{height} pixels, too small to be enlarged to {resolution}")
+    if max(width, height) > 50 * min(width, height):
+        raise ValueError(f"is {width}x{height} pixels, too narrow to crop a square from")
 
 
 def _picture(content: bytes, mode: str, max_pixels: int) -> Image.Image:

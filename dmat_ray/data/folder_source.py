@@ -5,6 +5,8 @@ import os
 import numpy as np
 import pyarrow as pa
 
+from dmat_ray.config import DataConfig
+from dmat_ray.data import parts
 from dmat_ray.data.items import Items
 from dmat_ray.errors import UserError
 from dmat_ray.storage import Location
@@ -17,25 +19,28 @@ def is_image(path: str) -> bool:
     return os.path.splitext(path)[1].lower() in EXTENSIONS
 
 
-def folder_items(root: Location, files: list[str], folders: list[str], labelled: bool) -> Items:
+def folder_items(root: Location, files: list[str], folders: list[str], config: DataConfig, labelled: bool) -> Items:
     """The images of a tree of these files and folders, in their order. Raises UserError for one without classes or images."""
     images = [path for path in files if is_image(path)]
-    classes = sorted(path for path in folders if "/" not in path)
+    above, test, unused = _parts(root, folders, config)
+    inside = [folder[len(part) :] for part in above for folder in folders if folder.startswith(part)]
+    classes = sorted({path for path in inside if path and "/" not in path})
     if not classes and not labelled and images:
         labels, names = [0] * len(images), [root.name]
     elif not classes:
         raise UserError(f"data.source '{root}' holds no sub-folders; put the images of each class into one of its own")
     else:
         number = {name: label for label, name in enumerate(classes)}
-        images = [path for path in images if "/" in path]
-        labels, names = [number[path.split("/", 1)[0]] for path in images], classes
-    others = sorted(set(files) - set(images))
-    ignored = ""
+        depth = above[0].count("/")
+        images = [path for path in images if path.startswith(above) and path.count("/") > depth]
+        labels, names = [number[path.split("/", depth + 1)[depth]] for path in images], classes
+    others = sorted(path for path in set(files) - set(images) if not path.startswith(unused))
+    ignored = [f"the folder '{part.rstrip('/')}' (data.official_split)" for part in unused]
     if others:
         why = "of no extension of images, or beside the class folders"
-        ignored = f"{len(others)} file{'s' if len(others) > 1 else ''} {why}, the first: '{text(others[0])}'"
+        ignored.append(f"{len(others)} file{'s' if len(others) > 1 else ''} {why}, the first: '{text(others[0])}'")
     empty = sorted(set(range(len(names))) - set(labels))
-    if empty:
+    if empty and not config.classes:
         raise UserError(f"class folder '{root / names[empty[0]]}' holds no images ({', '.join(sorted(EXTENSIONS))})")
     return Items(
         pa.array([text(path) for path in images], pa.string()),
@@ -43,8 +48,32 @@ def folder_items(root: Location, files: list[str], folders: list[str], labelled:
         pa.array([os.fsencode(path) for path in images], pa.binary()),
         pa.nulls(len(images), pa.int64()),
         tuple(text(name) for name in names),
-        ignored,
+        "; ".join(ignored),
+        in_test=np.array([path.startswith(test) for path in images]) if test else None,
     )
+
+
+def _parts(root: Location, folders: list[str], config: DataConfig) -> tuple[tuple[str, ...], str, tuple[str, ...]]:
+    """Where class folders lie ('' = in the source itself, else 'train/', 'val/'), which of these is the test part, and what of
+    the source is left aside. Raises UserError for a test part that is asked for and not there.
+    """
+    top = sorted(folder for folder in folders if "/" not in folder)
+    named = {name for one in config.classes for names in one.members for name in names}
+    found = parts.by_part(top, exactly=True) if (config.official_split or named) and not named.intersection(top) else None
+    if found is None:
+        if config.official_split:
+            raise UserError(f"data.official_split is true, but '{root}' has no folders 'train' and 'test' or 'val'")
+        return ("",), "", ()
+    with_classes = [part for part in (*found.test, *found.validation) if any(f.startswith(f"{part}/") for f in folders)]
+    train = f"{found.train[0]}/"
+    if config.official_split is False or not with_classes:
+        if config.official_split:
+            raise UserError(
+                f"data.official_split is true, but '{root}' has no folder 'test' or 'val' with one sub-folder a class"
+            )
+        return (train,), "", tuple(f"{part}/" for part in top if f"{part}/" != train)
+    test = f"{with_classes[0]}/"
+    return (train, test), test, tuple(f"{part}/" for part in top if f"{part}/" not in (train, test))
 
 
 def text(path: str) -> str:

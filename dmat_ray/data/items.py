@@ -10,7 +10,9 @@ import numpy as np
 class Items:
     """Everything that a source holds, in its order: columns of `sources.Listing.table`, and the names of the classes.
 
-    `ignored` says which files are no images ('' = none). `in_test` is the source's own split, if it has one.
+    `ignored` says what is not taken ('' = nothing). `in_test` is the source's own split, if it has one that is to be taken.
+    `also` are second names of the classes (numbers, where the first are names), '' for one that has none. `groups` are what a
+    split is stratified by besides the classes: an image's class in the source, where several of these are one here.
     """
 
     ids: Any
@@ -20,3 +22,5 @@ class Items:
     class_names: tuple[str, ...]
     ignored: str = ""
     in_test: np.ndarray | None = None
+    also: tuple[str, ...] | None = None
+    groups: np.ndarray | None = None

@@ -1,7 +1,7 @@
 """CIFAR-10, CIFAR-100, MNIST and what comes in MNIST's format, in the few files in which they are published.
 
 They are known by the names of their files. What is listed of an image is its file and the byte at which it begins there, so
-that any part of it is read without the rest. Both have a test set of their own, which is told as `Items.in_test`.
+that any part of it is read without the rest. All have a test set of their own, which is told as `Items.in_test`.
 
 Formats: www.cs.toronto.edu/~kriz/cifar.html (binary and Python versions); yann.lecun.com/exdb/mnist (idx).
 """
@@ -102,7 +102,7 @@ def is_packed(name: str) -> bool:
 
 
 def packed_items(root: Location, files: Sequence[str], found: Found, config: DataConfig) -> Items:
-    """All images of a data set: first its training, then its test files.
+    """All images of a data set: first its training, then its test files, which `data.official_split` false leaves aside.
 
     Raises UserError for files that are missing, damaged, cut short, or do not go together.
     """
@@ -112,7 +112,8 @@ def packed_items(root: Location, files: Sequence[str], found: Found, config: Dat
     coarse = config.label_column in COARSE and "CIFAR-100" in layout.title
     ids: list[str] = []
     labels, offsets, names, in_test = [], [], [], []
-    for split, parts in (("train", layout.train), ("test", layout.test)):
+    official = config.official_split is not False
+    for split, parts in (("train", layout.train), ("test", layout.test))[: 1 + official]:
         read = [_records(root, prefix + name, there, coarse) for name in parts]
         count = sum(len(part) for part, _ in read)
         ids += [f"{split}-{i:05d}" for i in range(count)]
@@ -134,7 +135,9 @@ def packed_items(root: Location, files: Sequence[str], found: Found, config: Dat
         pa.chunked_array(names, pa.binary()),
         pa.array(np.concatenate(offsets), pa.int64()),
         class_names,
-        in_test=np.concatenate(in_test),
+        "" if official else f"the test set of {layout.title} (data.official_split)",
+        in_test=np.concatenate(in_test) if official else None,
+        also=tuple(str(k) for k in range(len(class_names))),
     )
 
 

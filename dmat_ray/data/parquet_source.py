@@ -46,12 +46,16 @@ class _File:
 
 @dataclass(frozen=True)
 class Rows:
-    """All rows of some files in order: ids, labels 0 .. n-1 of the classes that occur, and the number of rows of each file."""
+    """All rows of some files in order: ids, labels 0 .. n-1 of the classes that occur, and the number of rows of each file.
+
+    `also` are the numbers that the files have for classes whose names are known.
+    """
 
     ids: pa.ChunkedArray
     labels: np.ndarray
     class_names: tuple[str, ...]
     counts: list[int]
+    also: tuple[str, ...] | None = None
 
 
 def list_rows(root: Location, names: Sequence[str], config: DataConfig, labelled: bool) -> Rows:
@@ -65,7 +69,7 @@ def list_rows(root: Location, names: Sequence[str], config: DataConfig, labelled
         _require_no_nulls(file, file.labels, "data.label_column", config.label_column)
         if file.ids is not None:
             _require_no_nulls(file, file.ids, "data.id_column", str(config.id_column))
-    labels, class_names = _classes(files, config.label_column)
+    labels, class_names, also = _classes(files, config.label_column, bool(config.classes))
     ids = [
         chunk
         for file in files
@@ -75,7 +79,13 @@ def list_rows(root: Location, names: Sequence[str], config: DataConfig, labelled
             else file.ids
         ).chunks
     ]
-    return Rows(pa.chunked_array(ids, pa.string()), labels, class_names, [len(file.labels) for file in files])
+    return Rows(pa.chunked_array(ids, pa.string()), labels, class_names, [len(file.labels) for file in files], also)
+
+
+def is_labelled(root: Location, name: str, config: DataConfig) -> bool:
+    """False for a file whose labels are kept secret, which are all negative then. Raises UserError like `list_rows`."""
+    labels = _read_file(root, name, config, True).labels
+    return not pa.types.is_integer(labels.type) or bool(len(labels) and pc.max(labels).as_py() >= 0)
 
 
 def _read_file(root: Location, name: str, config: DataConfig, labelled: bool) -> _File:
@@ -164,8 +174,13 @@ def _require_no_nulls(file: _File, column: pa.ChunkedArray, key: str, name: str)
         )
 
 
-def _classes(files: Sequence[_File], column: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels as 0 .. n-1 and their names; classes without images are left out."""
+def _classes(
+    files: Sequence[_File], column: str, unnamed: bool = False
+) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...] | None]:
+    """Labels as 0 .. n-1, their names, and their numbers where names are known; classes without images are left out.
+
+    `unnamed` lets numbers pass for which the metadata have no name, as -1 is for a test set whose labels are kept secret.
+    """
     for file in files:
         if file.labels.type != files[0].labels.type:
             raise UserError(
@@ -175,21 +190,22 @@ def _classes(files: Sequence[_File], column: str) -> tuple[np.ndarray, tuple[str
     labels = pa.chunked_array([chunk for file in files for chunk in file.labels.chunks], files[0].labels.type)
     if pa.types.is_string(labels.type):
         names = sorted(labels.unique().to_pylist())
-        return pc.index_in(labels, pa.array(names, pa.string())).to_numpy().astype(np.int64), tuple(names)
+        return pc.index_in(labels, pa.array(names, pa.string())).to_numpy().astype(np.int64), tuple(names), None
     numbers, places = np.unique(labels.to_numpy(), return_inverse=True)
     known = next((file for file in files if file.class_names is not None), None)
     if known is None or known.class_names is None:
-        return places, tuple(str(number) for number in numbers)
+        return places, tuple(str(number) for number in numbers), None
     for file in files:
         if file.class_names not in (None, known.class_names):
             raise UserError(f"the metadata of '{file.name}' name other classes for '{column}' than those of '{known.name}'")
     wrong = [int(number) for number in numbers if not 0 <= number < len(known.class_names)]
-    if wrong:
+    if wrong and not unnamed:
         raise UserError(
             f"label {wrong[0]} occurs in column '{column}', but the metadata of '{known.name}' name {len(known.class_names)} "
             f"classes (0 to {len(known.class_names) - 1}); remove the rows without a class"
         )
-    return places, tuple(known.class_names[number] for number in numbers)
+    named = tuple(str(number) if number in wrong else known.class_names[number] for number in numbers)
+    return places, named, tuple(str(number) for number in numbers)
 
 
 def read_rows(place: Location, rows: Sequence[int], column: str, below: Location, max_bytes: int) -> list[bytes | str]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dmat_ray.data.decoding import MAX_PIXELS, decode
+from dmat_ray.data.decoding import MAX_PIXELS, SIZED, decode
 from dmat_ray.data.set_format import MANIFEST, SHARDS, VERSION, schema
 from dmat_ray.errors import UserError
 from dmat_ray.files import text_digest
@@ -86,13 +86,20 @@ def max_pixels_of(manifest: dict[str, Any]) -> int:
     return max(said, MAX_PIXELS) if isinstance(said, int) else MAX_PIXELS
 
 
+def resize_of(manifest: dict[str, Any]) -> str:
+    """How natural images of this set are brought to size; sets that do not say were made when there was one way."""
+    said = manifest["data"].get("resize")
+    return said if said in SIZED else "crop"
+
+
 def decoded(table: pa.Table, manifest: dict[str, Any], where: str) -> np.ndarray:
     """The natural images (N, C, H, W) of a table of this set, uint8; raises UserError for one that cannot be read."""
     channels, resolution, _ = shape = manifest["shapes"]["on_manifold"]
-    pixels, most = np.empty((table.num_rows, *shape), np.uint8), max_pixels_of(manifest)
+    pixels = np.empty((table.num_rows, *shape), np.uint8)
+    most, resize = max_pixels_of(manifest), resize_of(manifest)
     for i, content in enumerate(pc.struct_field(table["image"], "bytes")):
         try:
-            pixels[i] = decode(content.as_py(), resolution, channels, most)
+            pixels[i] = decode(content.as_py(), resolution, channels, most, resize)
         except ValueError as error:
             raise UserError(f"{where}: the natural image of '{table['id'][i]}' {error}") from None
     return pixels

@@ -18,12 +18,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dmat_ray.config import DataConfig
-from dmat_ray.data import packed, parquet_source
+from dmat_ray.data import class_lists, packed, parquet_source, parts
 from dmat_ray.data.decoding import decode
 from dmat_ray.data.digits import DIGITS, digits
 from dmat_ray.data.folder_source import folder_items, is_image
 from dmat_ray.data.items import Items
-from dmat_ray.data.splits import limited, split_by_class
+from dmat_ray.data.splits import balanced, limited, split_by_class
 from dmat_ray.errors import UserError
 from dmat_ray.storage import Location, at
 
@@ -58,15 +58,18 @@ def list_examples(config: DataConfig, *, labelled: bool = True) -> Listing:
 
     With `labelled` False one class is enough, and a folder of images without sub-folders or Parquet without labels is one.
     """
+    if config.official_split and config.source == DIGITS:
+        raise UserError(f"data.official_split is true, but '{DIGITS}' has no test set of its own")
+    labelled = labelled or bool(config.classes)
     items = digits(config.resolution) if config.source == DIGITS else _items(config, labelled)
+    if config.classes:
+        items = class_lists.select(items, config.classes, config.source)
+    groups = items.labels if items.groups is None else items.groups
     if labelled and len(items.class_names) < 2:
         raise UserError(
             f"data.source '{config.source}' has one class only ('{items.class_names[0]}'); a classifier needs two or more"
         )
-    if items.in_test is not None and config.official_split:
-        in_test = items.in_test
-    else:
-        in_test = split_by_class(items.labels, config.test_share, config.seed)
+    in_test = split_by_class(groups, config.test_share, config.seed) if items.in_test is None else items.in_test
     order = np.random.default_rng([config.seed, len(items.labels)]).permutation(len(items.labels))
     chosen = []
     for split, limit in (("train", config.train_limit), ("test", config.test_limit)):
@@ -75,6 +78,8 @@ def list_examples(config: DataConfig, *, labelled: bool = True) -> Listing:
         if not counts.all():
             missing = items.class_names[int(counts.argmin())]
             raise UserError(f"class '{missing}' of '{config.source}' has no image in the {split} split; it needs two or more")
+        if config.balanced:
+            members = balanced(members, items.labels[members], groups[members])
         chosen.append(limited(members, items.labels[members], limit, len(items.class_names), split))
     taken = np.sort(np.concatenate(chosen))
     table = pa.table(
@@ -119,7 +124,7 @@ def _items(config: DataConfig, labelled: bool) -> Items:
         return _parquet(root, parquet, config, labelled)
     if not any("/" in path and is_image(path) for path in files) and (found := packed.find(files)) is not None:
         return packed.packed_items(root, files, found, config)
-    return folder_items(root, files, folders, labelled)
+    return folder_items(root, files, folders, config, labelled)
 
 
 def _is_parquet(path: str) -> bool:
@@ -128,12 +133,40 @@ def _is_parquet(path: str) -> bool:
 
 
 def _parquet(root: Location, names: list[str], config: DataConfig, labelled: bool) -> Items:
+    names, test, ignored = _parts(root, names, config)
     found = parquet_source.list_rows(root, names, config, labelled)
     if not len(found.labels):
         raise UserError(f"data.source '{root}' is Parquet without rows")
     files = [pa.repeat(pa.scalar(os.fsencode(name), pa.binary()), n) for name, n in zip(names, found.counts, strict=True)]
     rows = np.concatenate([np.arange(n, dtype=np.int64) for n in found.counts])
-    return Items(found.ids, found.labels, pa.chunked_array(files, pa.binary()), pa.array(rows), found.class_names)
+    in_test = np.repeat([name in test for name in names], found.counts) if test else None
+    return Items(
+        found.ids,
+        found.labels,
+        pa.chunked_array(files, pa.binary()),
+        pa.array(rows),
+        found.class_names,
+        ignored,
+        in_test,
+        found.also,
+    )
+
+
+def _parts(root: Location, names: list[str], config: DataConfig) -> tuple[list[str], set[str], str]:
+    """The files to be read, those of them that are the test part, and what is left aside."""
+    found = parts.by_part(names) if config.official_split or config.classes else None
+    test = []
+    if found and config.official_split is not False:
+        secret = found.test and found.validation and not parquet_source.is_labelled(root, found.test[0], config)
+        test = found.validation if secret else found.test or found.validation
+    if config.official_split and not test:
+        raise UserError(f"data.official_split is true, but no files of '{root}' are named train... and test... or validation...")
+    if found is None:
+        return names, set(), ""
+    taken = sorted([*found.train, *test], key=names.index)
+    unused = [name for name in names if name not in set(taken)]
+    told = f"{len(unused)} Parquet files of other parts, the first: '{unused[0]}' (data.official_split)" if unused else ""
+    return taken, set(test), told
 
 
 def read(rows: pa.Table, config: DataConfig) -> list[bytes | str]:
@@ -178,7 +211,7 @@ def read_pixels(rows: pa.Table, config: DataConfig) -> list[np.ndarray | str]:
         try:
             if isinstance(content, str):
                 raise ValueError(content)
-            found.append(decode(content, config.resolution, config.channels, config.max_pixels))
+            found.append(decode(content, config.resolution, config.channels, config.max_pixels, config.resize))
         except ValueError as error:
             found.append(str(error))
     return found

@@ -22,9 +22,26 @@ def limited(members: np.ndarray, labels: np.ndarray, limit: int | None, num_clas
         return members
     if limit < num_classes:
         raise UserError(f"data.{split}_limit {limit} cannot hold all {num_classes} classes; raise it")
-    by_class = np.argsort(labels, kind="stable")
-    _, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
-    depth = np.empty(len(labels), np.int64)
-    depth[by_class] = np.arange(len(labels)) - np.repeat(starts, counts)
-    chosen: np.ndarray = members[np.lexsort((labels, depth))[:limit]]
+    chosen: np.ndarray = members[np.lexsort((labels, _rank(labels)))[:limit]]
     return chosen
+
+
+def balanced(members: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Of these members (which come shuffled) as many of every class as the smallest class has, each group in proportion."""
+    least = np.unique(labels, return_counts=True)[1].min()
+    place = _rank(groups) + 0.5
+    share = place / np.bincount(groups)[groups]
+    order = np.lexsort((share, labels))
+    taken = np.zeros(len(members), bool)
+    taken[order[_rank(labels[order]) < least]] = True
+    chosen: np.ndarray = members[taken]
+    return chosen
+
+
+def _rank(values: np.ndarray) -> np.ndarray:
+    """How often the same value has come before each place."""
+    order = np.argsort(values, kind="stable")
+    _, starts, counts = np.unique(values[order], return_index=True, return_counts=True)
+    rank = np.empty(len(values), np.int64)
+    rank[order] = np.arange(len(values)) - np.repeat(starts, counts)
+    return rank

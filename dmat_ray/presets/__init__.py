@@ -24,8 +24,12 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def load(layers: list[str]) -> dict[str, Any]:
-    """Presets by name, or YAML files by path (anything with a dot or a slash), the later over the earlier."""
+def load(layers: list[str], above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Presets by name, or YAML files by path (anything with a dot or a slash), the later over the earlier.
+
+    Those that one names under `include` are layered first, and it over them; files are looked for beside it. Raises UserError
+    for one that does not exist, is no YAML of settings, or includes itself.
+    """
     merged: dict[str, Any] = {}
     for layer in layers:
         is_file = "/" in layer or "." in layer
@@ -33,11 +37,17 @@ def load(layers: list[str]) -> dict[str, Any]:
         if not path.is_file():
             choices = "" if is_file else f"; choose from {', '.join(names())}, or give the path of a YAML file"
             raise UserError(f"preset '{layer}' does not exist{choices}")
+        if layer in above:
+            raise UserError(f"preset '{layer}' includes itself ({' > '.join([*above, layer])})")
         try:
             values = yaml.safe_load(path.read_text()) or {}
         except yaml.YAMLError as error:
             raise UserError(f"preset '{layer}' is not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
             raise UserError(f"preset '{layer}' holds a {type(values).__name__}, not settings by section")
-        merged = merge(merged, values)
+        others = values.pop("include", None) or []
+        if not isinstance(others, list) or not all(isinstance(other, str) for other in others):
+            raise UserError(f"preset '{layer}': include is {others!r}; give a list of presets")
+        beside = [str(path.parent / other) if "/" in other or "." in other else other for other in others]
+        merged = merge(merge(merged, load(beside, (*above, layer))), values)
     return merged

@@ -1,0 +1,65 @@
+"""`data.classes`: classes that are made of a source's own, such as the ten of Mixed-10 of sixty of ImageNet's.
+
+A source's class is known by the name of its folder, or by its label in Parquet: the number, and the name that metadata give it.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from dmat_ray.config.data import ClassList
+from dmat_ray.data.items import Items
+from dmat_ray.errors import UserError
+
+
+def select(items: Items, lists: Sequence[ClassList], source: str) -> Items:
+    """The images of the classes in `lists`, labelled by these; `groups` tells which of a class's members an image is of.
+
+    Groups are numbered in the order of the lists, so that a folder and Parquet files of the same images have the same ones.
+    Raises UserError that names all members that the source lacks, or one of its classes that two lists claim by two names.
+    """
+    members = [(label, names) for label, one in enumerate(lists) for names in one.members]
+    group_of = {name: group for group, (_, names) in enumerate(members) for name in names}
+    also = items.also or ("",) * len(items.class_names)
+    groups = np.full(len(items.class_names), -1)
+    for k, (name, other) in enumerate(zip(items.class_names, also, strict=True)):
+        claimed = sorted({group_of[n] for n in (name, other) if n in group_of})
+        if len(claimed) > 1:
+            first, second = (lists[members[group][0]].name for group in claimed)
+            raise UserError(f"data.classes: class '{name}' ({other}) of '{source}' is named in '{first}' and in '{second}'")
+        groups[k] = claimed[0] if claimed else -1
+    group = groups[items.labels]
+    counts = np.bincount(group[group >= 0], minlength=len(members))
+    if missing := [place for place, count in enumerate(counts) if not count]:
+        told = ", ".join(f"'{members[place][1][0]}' (of '{lists[members[place][0]].name}')" for place in missing)
+        hint = _hint([name for place in missing for name in members[place][1]], [*items.class_names, *filter(None, also)])
+        raise UserError(
+            f"data.source '{source}' lacks {len(missing)} of the {len(members)} that data.classes names: {told}; {hint}"
+        )
+    keep = np.flatnonzero(group >= 0)
+    place, kept = pa.array(keep), group[keep]
+    others = len(group) - len(keep)
+    told = f"{others} images of {int((groups < 0).sum())} classes that data.classes does not name" if others else ""
+    return dataclasses.replace(
+        items,
+        ids=items.ids.take(place),
+        files=items.files.take(place),
+        rows=items.rows.take(place),
+        labels=np.array([label for label, _ in members], np.int64)[kept],
+        groups=kept,
+        class_names=tuple(one.name for one in lists),
+        also=None,
+        in_test=None if items.in_test is None else items.in_test[keep],
+        ignored="; ".join(filter(None, (told, items.ignored))),
+    )
+
+
+def _hint(missing: Sequence[str], known: Sequence[str]) -> str:
+    for name in missing[:20]:
+        if close := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+            return f"'{name}' may be meant for '{close[0]}'"
+    some = ", ".join(map(repr, known[:5]))
+    return f"it has {some}{f' and {len(known) - 5} more' if len(known) > 5 else ''}"
