@@ -5,11 +5,15 @@ from pathlib import Path
 from dmat_ray import cli, presets
 from dmat_ray.cluster.session import prepare_environment
 from dmat_ray.config import Config
+from dmat_ray.errors import UserError
 
 
 def main() -> None:
     config, given = cli.parse(str(__doc__), preset=["demo"], add=cli.dry_run)
     configs = [_method(config, name) for name in config.methods]
+    names = [method.name for method in configs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"two of methods = {', '.join(config.methods)} are models of the name '{twice}'; give one another `name`")
     if given.dry_run:
         from dmat_ray import dry_run
 
@@ -42,9 +46,10 @@ def main() -> None:
 
 
 def _method(config: Config, name: str) -> Config:
-    """The pipeline's settings with the objective's weights of a method's preset."""
-    layered = presets.merge(config.to_json(), presets.load([name]))
-    return cli.validate({**layered, "name": Path(name).stem})
+    """The pipeline's settings with those of a method's preset over them: weights of the objective, and what else it says."""
+    method = presets.load([name])
+    layered = presets.merge(config.to_json(), method)
+    return cli.validate({**layered, "name": method.get("name", Path(name).stem)})
 
 
 if __name__ == "__main__":
