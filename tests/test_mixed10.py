@@ -1,6 +1,8 @@
 """The presets of the paper's experiments: every number that arXiv 2009.02470 and its code give, in the resolved settings."""
 
+import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ from dmat_ray.config import Config, StyleGAN1Config
 from dmat_ray.errors import UserError
 from dmat_ray.schedules import learning_rate
 
-PIPELINE = Path(__file__).parents[1] / "jobs" / "pipeline.py"
+ROOT = Path(__file__).parents[1]
+PIPELINE = ROOT / "jobs" / "pipeline.py"
 
 
 def resolved(*layers: str) -> Config:
@@ -116,3 +119,30 @@ def test_includes_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("include: [nonsense]")
     with pytest.raises(UserError, match=r"preset 'nonsense' does not exist; choose from at, "):
         presets.load([str(tmp_path / "a.yaml")])
+
+
+def commands() -> list[list[str]]:
+    """The commands of docs/data.md, as words."""
+    fenced = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").split("```")[1::2]
+    blocks = [block for block in fenced if block.startswith("\n")]  # the others say that they are YAML
+    lines = "".join(blocks).strip().replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines if line]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_the_commands_of_the_documentation_are_ones_that_there_are(words: list[str]) -> None:
+    python, job, *arguments = words
+    assert python == "python"
+    own = runpy.run_path(str(ROOT / job))
+    add = own.get("add", cli.dry_run)
+    config, _ = cli.parse("A job.", arguments, preset=["demo"], add=add)
+    for name in config.methods:
+        assert name in presets.names()
+
+
+def test_documented_presets_are_the_methods_of_the_experiment() -> None:
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `(\w+)` \| .+ \| (\d+) \|$", text, re.MULTILINE)
+    assert [name for name, _ in table] == list(resolved("mixed10").methods)
+    for name, epochs in table:
+        assert resolved("mixed10", name).training.epochs == int(epochs)

@@ -78,11 +78,16 @@ def begin(folder: Location, settings: dict[str, Any]) -> None:
     before, now = _flat(old), _flat(settings)
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if changed:
-        told = ", and with ".join(f"{key} = {before.get(key)}, now it is {now.get(key)}" for key in changed)
+        told = ", and with ".join(f"{key} = {_shown(before, key)}, now it is {_shown(now, key)}" for key in changed)
         raise UserError(
             f"the on-manifold set '{folder}' was begun with {told}; give the old value{'s'[: len(changed) - 1]}, "
             "another --output, or remove the folder"
         )
+
+
+def _shown(flat: dict[str, Any], key: str) -> Any:
+    """The value of a setting, of which some are recorded only where they are not what they were before they could be set."""
+    return flat.get(key, "its default" if key.startswith("data.") else None)
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
