@@ -241,8 +241,11 @@ def _load_program(folder: Path, kind: Any, config: Config, device: torch.device)
 
 
 def require_same_config(old: dict[str, Any], new: Config, folder: Path) -> None:
-    """Raise UserError naming the first setting that differs and that would change what is trained."""
-    before_flat = _flat(old)
+    """Raise UserError naming the first setting that differs and that would change what is trained.
+
+    What `old` does not say came later, with what was done before as its default.
+    """
+    before_flat = _flat(Config().to_json()) | _flat(old)
     for name, value in relevant(new).items():
         if (before := before_flat.get(name, "absent")) != value:
             raise UserError(

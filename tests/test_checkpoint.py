@@ -164,3 +164,14 @@ def test_flat_settings_name_every_leaf(make_config: MakeConfig) -> None:
     assert flat["objective.image.eps"] == 0.1
     assert flat["gan.architecture.w_dim"] == 64
     assert not any(isinstance(value, dict) for value in flat.values())
+
+
+def test_settings_that_came_later_are_those_of_their_defaults(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config()
+    older = config.to_json()
+    for name in ("resize", "classes", "official_split", "balanced"):
+        del older["data"][name]
+    checkpoint.require_same_config(older, config, tmp_path)
+    other = config.model_copy(update={"data": config.data.model_copy(update={"resize": "pad"})})
+    with pytest.raises(UserError, match=r"was trained with data\.resize = crop, now it is pad"):
+        checkpoint.require_same_config(older, other, tmp_path)

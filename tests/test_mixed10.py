@@ -146,3 +146,9 @@ def test_documented_presets_are_the_methods_of_the_experiment() -> None:
     assert [name for name, _ in table] == list(resolved("mixed10").methods)
     for name, epochs in table:
         assert resolved("mixed10", name).training.epochs == int(epochs)
+
+
+def test_two_methods_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["pipeline.py", "--methods", "standard,mixed10_standard", "--dry-run"])
+    with pytest.raises(UserError, match="two of methods = standard, mixed10_standard are models of the name 'standard'"):
+        runpy.run_path(str(PIPELINE))["main"]()
