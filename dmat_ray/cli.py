@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from dmat_ray import presets, suites
 from dmat_ray.config import Config, EvaluationConfig, PerceptualThreat
@@ -118,6 +118,10 @@ def parse(
         return config.model_copy(update={"evaluation": with_absolute_weights(suites.resolved(config.evaluation))}), namespace
     except ValidationError as error:
         raise UserError(describe(error)) from None
+    except SettingsError as error:  # a list or a table whose text is no JSON, such as 0,.1 for 0,0.1
+        said = str(error).removesuffix(' from source "CliSettingsSource"')
+        why = "" if str(error.__cause__) in said else f": {error.__cause__}"
+        raise UserError(f"{said}{why}; write numbers with a digit before the point, and text in quotes") from None
 
 
 def dry_run(parser: argparse.ArgumentParser) -> None:

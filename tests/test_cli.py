@@ -59,6 +59,13 @@ def test_overrides_win_over_presets() -> None:
     assert config.objective.image.steps == parsed("--preset", "demo").objective.image.steps
 
 
+def test_a_list_that_is_none_is_an_error_of_the_user() -> None:
+    with pytest.raises(UserError, match=r'field "training": Expecting value: line 1 column 4 .*a digit before the point'):
+        cli.parse("job", ["--training.lr_values", "0,.1"])
+    with pytest.raises(UserError, match=r"training\.lr_values: Missing end delimiter"):
+        cli.parse("job", ["--training.lr_values", "[0,0.1"])
+
+
 def test_null_clears_a_limit(tmp_path: Path) -> None:
     path = tmp_path / "small.yaml"
     path.write_text("data: {train_limit: 100}\nobjective: {image: {step_size: 0.1}}\n")

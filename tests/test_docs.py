@@ -1,11 +1,15 @@
 """What the documents say of settings is what the settings are. `python tests/test_docs.py` writes the tables anew."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import get_args
 
 from dmat_ray.config import AttackRow, Row, Section
 
-PLACE = Path(__file__).parents[1] / "docs" / "evaluation.md"
+ROOT = Path(__file__).parents[1]
+PLACE = ROOT / "docs" / "evaluation.md"
 BEGIN, END = "<!-- fields: begin -->", "<!-- fields: end -->"
 SEARCHED = set(Row.model_fields)
 
@@ -50,6 +54,16 @@ def parts() -> tuple[str, str, str]:
 
 def test_the_fields_of_rows_are_documented() -> None:
     assert parts()[1].strip() == fields(), "python tests/test_docs.py"
+
+
+def test_the_plans_are_those_of_the_measured_rates() -> None:
+    told = subprocess.run(
+        [sys.executable, "benchmarks/plan.py", "--price", "3"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert told.stdout.strip() in (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    rates = {row["stage"]: row for row in json.loads((ROOT / "benchmarks" / "rates_h100.json").read_text())["rows"]}
+    days = 1_300_000 / rates["project paper, fast"]["images_per_second"] / 86_400
+    assert f"| 1,300,000 | projection, preset `paper` (1,000 steps) | {days:.0f} d |" in told.stdout
 
 
 if __name__ == "__main__":
