@@ -27,6 +27,8 @@ from dmat_ray.cli import validate
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
 from dmat_ray.files import read_json, sha256, text_digest, write_json
+from dmat_ray.folders import fetched
+from dmat_ray.storage import Location, Place, at
 from dmat_ray.types import RunContext
 
 MODEL, RUN, STATE = "model.safetensors", "run.json", "state.pt"
@@ -89,28 +91,29 @@ def seal(folder: Path, name: str, description: dict[str, Any]) -> None:
     write_json(folder / name, {**description, "sha256": digests})
 
 
-def require_whole(folder: Path, name: str) -> dict[str, Any]:
+def require_whole(folder: Place, name: str) -> dict[str, Any]:
     """What `seal` described; raises UserError if a file is missing or is not what was written."""
-    if not (folder / name).is_file():
+    if not (at(folder) / name).is_file():
         raise UserError(f"the checkpoint '{folder}' has no {name}")
-    description: dict[str, Any] = read_json(folder / name)
+    here = fetched(folder)
+    description: dict[str, Any] = read_json(here / name)
     if "sha256" not in description:
         raise UserError(f"the checkpoint '{folder}' is of an older version, whose trainings this one cannot go on with")
     for file, digest in description["sha256"].items():
-        if not (folder / file).is_file():
+        if not (here / file).is_file():
             raise UserError(f"the checkpoint '{folder}' has no {file}")
-        if sha256(folder / file) != digest:
+        if sha256(here / file) != digest:
             raise UserError(f"the checkpoint '{folder}' is damaged: its {file} is not what was written")
     return description
 
 
-def newest(context: RunContext, name: str) -> Path | None:
+def newest(context: RunContext, name: str) -> Location | None:
     """The newest checkpoint of a run that is whole, to go on from; None for a run without any.
 
     Says which ones are damaged; raises UserError if all of them are.
     """
     damaged = None
-    for folder in context.checkpoints():
+    for folder in map(at, context.checkpoints()):
         try:
             require_whole(folder, name)
         except UserError as error:
@@ -150,7 +153,7 @@ def is_full(error: BaseException) -> bool:
     return torchs or isinstance(error, SafetensorError)
 
 
-def no_space(error: BaseException, kept: Sequence[Path]) -> str:
+def no_space(error: BaseException, kept: Sequence[Path | str]) -> str:
     """What the user is told when a checkpoint cannot be written."""
     said = f"a checkpoint cannot be written ({str(error).splitlines()[0]}): is the disk full?"
     if not kept:
@@ -158,29 +161,29 @@ def no_space(error: BaseException, kept: Sequence[Path]) -> str:
     return f"{said} The last good one is '{kept[0]}'; free space and run again to go on from it"
 
 
-def read_run(folder: Path) -> dict[str, Any]:
+def read_run(folder: Place) -> dict[str, Any]:
     """run.json of a checkpoint; raises UserError if there is none or it is of another version."""
-    path = folder / RUN
+    path = at(folder) / RUN
     if not path.is_file():
         raise UserError(f"there is no trained model at '{folder}' (no {RUN}); train one with jobs/train.py")
-    run: dict[str, Any] = read_json(path)
+    run: dict[str, Any] = path.read_json()
     if run.get("version") != VERSION:
         raise UserError(f"the checkpoint '{folder}' has format version {run.get('version')}, this program reads {VERSION}")
     return run
 
 
-def digest(folder: Path) -> str:
+def digest(folder: Place) -> str:
     """Names a model by its files and by how it is built from them."""
     run = read_run(folder)
-    weights = sha256(folder / MODEL)  # of a program it holds the digest of its file
+    weights = sha256(fetched(folder) / MODEL)  # of a program it holds the digest of its file
     built = {key: run[key] for key in ("channels", "resolution", "class_names")}
     return text_digest(json.dumps([weights, built, run["config"]["classifier"]], sort_keys=True))
 
 
-def load_weights(folder: Path, network: nn.Module) -> None:
+def load_weights(folder: Place, network: nn.Module) -> None:
     """Fill `network`; raises UserError if the weights are another architecture's or damaged."""
     try:
-        missing, unexpected = network.load_state_dict(load_file(folder / MODEL), strict=False)
+        missing, unexpected = network.load_state_dict(load_file(fetched(folder) / MODEL), strict=False)
     except FileNotFoundError:
         raise UserError(f"the checkpoint '{folder}' has no {MODEL}") from None
     except (RuntimeError, SafetensorError) as error:
@@ -191,24 +194,25 @@ def load_weights(folder: Path, network: nn.Module) -> None:
         raise UserError(f"the weights in '{folder}' are of another architecture: {what}")
 
 
-def load_state(folder: Path) -> dict[str, Any]:
+def load_state(folder: Place) -> dict[str, Any]:
     """Optimiser state and progress of a checkpoint made while training."""
-    path = folder / STATE
+    path = fetched(folder) / STATE
     if not path.is_file():
         raise UserError(f"the checkpoint '{folder}' has no {STATE}: it can be evaluated, but training cannot go on from it")
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"'{path}' is damaged ({type(error).__name__}); remove the checkpoint to train anew") from None
+        damaged = at(folder) / STATE
+        raise UserError(f"'{damaged}' is damaged ({type(error).__name__}); remove the checkpoint to train anew") from None
     return state
 
 
-def load_classifier(folder: Path, device: torch.device | str = "cpu") -> tuple[classifiers.Classifier, dict[str, Any]]:
+def load_classifier(folder: Place, device: torch.device | str = "cpu") -> tuple[classifiers.Classifier, dict[str, Any]]:
     """A classifier, trained here or imported, in eval mode, and its run.json."""
     run = read_run(folder)
     config = validate(run["config"])
     if "program" in run:
-        network = _load_program(folder, run["program"], config, torch.device(device))
+        network = _load_program(fetched(folder), run["program"], config, torch.device(device))
     else:
         network = classifiers.build(config.classifier, run["channels"], len(run["class_names"]))
         load_weights(folder, network)
@@ -240,7 +244,7 @@ def _load_program(folder: Path, kind: Any, config: Config, device: torch.device)
     return classifiers.Classifier(program, config.classifier.mean, config.classifier.std)
 
 
-def require_same_config(old: dict[str, Any], new: Config, folder: Path) -> None:
+def require_same_config(old: dict[str, Any], new: Config, folder: Place) -> None:
     """Raise UserError naming the first setting that differs and that would change what is trained.
 
     What `old` does not say came later, with what was done before as its default.

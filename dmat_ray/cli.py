@@ -154,7 +154,7 @@ def with_absolute_weights(config: EvaluationConfig) -> EvaluationConfig:
     """The same with the files of weights that its rows name made absolute."""
 
     def absolute(value: str) -> str:
-        return value if value in ("pretrained", "random") else str(Path(value).resolve())
+        return value if value in ("pretrained", "random") or "://" in value else str(Path(value).resolve())
 
     rows = [
         row.model_copy(update={"weights": absolute(row.weights)}) if isinstance(row, PerceptualThreat) else row

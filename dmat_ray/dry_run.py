@@ -20,9 +20,12 @@ _counted: dict[tuple[str, int], estimate.Passes] = {}  # the networks of a space
 
 
 def sizes(config: Config) -> tuple[dict[str, int], int]:
-    """Images of each split, and classes: of the on-manifold set if it is finished, else of the source."""
+    """Images of each split, and classes: of the on-manifold set if it is finished, else of the source.
+
+    An output folder in an object store is not looked at.
+    """
     folder = set_folder(config)
-    if (folder / MANIFEST).is_file():
+    if (config.manifold_set or folder.local) and (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
         return dict(manifest["usable"]), len(manifest["class_names"])
     listing = list_examples(config.data)

@@ -1,10 +1,8 @@
-"""Digests, and JSON files and folders of this machine that are written whole or not at all."""
+"""Digests, and JSON files of this machine that are written whole or not at all."""
 
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +36,3 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"'{path}' is damaged: {error}") from None
-
-
-def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a fresh folder, then put that in the place of `folder`: no file of an older one stays."""
-    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
-    try:
-        write(partial)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        for left in (partial, old):
-            shutil.rmtree(left, ignore_errors=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dmat_ray.errors import UserError
-from dmat_ray.storage import Location, at
+from dmat_ray.storage import Location, Place, at
 
 FILE = "writer.json"
 BEATS_UNTIL_DEAD = 4
@@ -137,13 +137,15 @@ def _refusal(file: Location, found: dict[str, Any] | None) -> str:
 
 
 @contextmanager
-def sole(folder: Path) -> Iterator[Lease]:
+def sole(folder: Place) -> Iterator[Lease]:
     """Like `exclusive`, for a folder that may be removed meanwhile: the lease lies beside it."""
-    beside = folder.with_name(f".{folder.name}.lease")
-    with exclusive(at(beside)) as lease:
+    place = at(folder)
+    beside = place.parent / f".{place.name}.lease"
+    with exclusive(beside) as lease:
         yield lease
-    with suppress(OSError):
-        beside.rmdir()
+    if beside.local is not None:
+        with suppress(OSError):
+            beside.local.rmdir()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -12,9 +13,10 @@ from dmat_ray import checkpoint, classifiers
 from dmat_ray.cli import validate
 from dmat_ray.config import AutoAttackRow, Config, EvaluationConfig
 from dmat_ray.errors import UserError
-from dmat_ray.files import read_json, sha256, write_json
+from dmat_ray.files import sha256, write_json
+from dmat_ray.folders import fetched, holds_anything
 from dmat_ray.metrics import Results
-from dmat_ray.storage import at
+from dmat_ray.storage import Place, at
 from dmat_ray.units import VERSION
 
 STANDARD = {"apgd-ce", "apgd-t", "fab-t", "square"}  # parts of AutoAttack
@@ -73,14 +75,15 @@ It takes images in [0, 1]; the normalisation, mean {mean} and std {std}, belongs
 """
 
 
-def read_evaluation(folder: Path, name: str, model: Path) -> Results | None:
+def read_evaluation(folder: Place, name: str, model: Place) -> Results | None:
     """What the evaluation in `folder` says of a model; nothing if it has none, or was of another model of this name."""
-    if not (folder / DONE).is_file():
+    place = at(folder)
+    if not (place / DONE).is_file():
         return None
-    about = read_json(folder / DONE)
+    about = (place / DONE).read_json()
     if about.get("version") != VERSION or about.get("models", {}).get(name) != checkpoint.digest(model):
         return None
-    rows = pq.read_table(folder / ROWS)
+    rows = pq.read_table(pa.BufferReader((place / ROWS).read_bytes()))
     return Results(rows.filter(pc.equal(rows["model"], name)), EvaluationConfig.model_validate(about["evaluation"]))
 
 
@@ -193,13 +196,13 @@ def _table(results: Results | None) -> str:
     return "\n".join(lines)
 
 
-def require_ours(folder: Path) -> None:
+def require_ours(folder: Place) -> None:
     """Raise UserError if an export to `folder` would take the place of something that is no export."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
+    if holds_anything(folder) and not (at(folder) / CONFIG).is_file():
         raise UserError(f"'{folder}' is there and is no exported model; give another folder with --to, or remove it")
 
 
-def export(model: Path, name: str, evaluation: Path, folder: Path) -> None:
+def export(model: Place, name: str, evaluation: Place, folder: Path) -> None:
     """Write the model in the folder `model` to `folder`, for others; `evaluation` is where rows may lie.
 
     `model.safetensors` is the checkpoint's own: `mean`, `std` and, behind the prefix `network.`, the architecture's state dict.
@@ -209,10 +212,9 @@ def export(model: Path, name: str, evaluation: Path, folder: Path) -> None:
     config = validate(run["config"])
     results = read_evaluation(evaluation, name, model)
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(model / checkpoint.MODEL, folder / checkpoint.MODEL)
-    if "program" in run:
-        file = checkpoint.PROGRAMS[run["program"]]
-        shutil.copyfile(model / file, folder / file)
+    files = [checkpoint.MODEL, *([checkpoint.PROGRAMS[run["program"]]] if "program" in run else [])]
+    for file in files:
+        shutil.copyfile(fetched(model) / file, folder / file)
     about = config_json(run, config, network)
     about["sha256"] = {path.name: sha256(path) for path in sorted(folder.iterdir())}
     write_json(folder / CONFIG, about)

@@ -2,40 +2,51 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePath
 
 from dmat_ray import checkpoint, classifiers
 from dmat_ray.config import Config
 from dmat_ray.data import set_reader
 from dmat_ray.data.epochs import held_out_positions
 from dmat_ray.errors import UserError
+from dmat_ray.folders import fetched, replace_folder
 from dmat_ray.manifold import generators
-from dmat_ray.storage import set_folder
+from dmat_ray.storage import Location, Place, at, set_folder
 from dmat_ray.trainer import check_inputs
 
 
-def model_folder(config: Config) -> Path:
+def models_folder(config: Config) -> Location:
+    """Where trained models end up, each in a folder of its name."""
+    return at(config.output) / "models"
+
+
+def model_folder(config: Config) -> Location:
     """Where a trained model ends up."""
-    return Path(config.output).resolve() / "models" / config.name
+    return models_folder(config) / config.name
 
 
-def named_folders(config: Config, given: Sequence[str]) -> dict[str, Path]:
-    """Name -> folder of models given by their names under the output folder, or by folders.
+def named_folders(config: Config, given: Sequence[str]) -> Mapping[str, Location]:
+    """Name -> folder of models given by their names under the output folder, or by folders or URLs.
 
     Raises UserError for one that is no model, or for two of one name.
     """
-    root = Path(config.output).resolve() / "models"
-    found = {Path(name).name: (root / name if (root / name).is_dir() else Path(name)).resolve() for name in given}
+    root = models_folder(config)
+    found = {PurePath(name).name: _named(root, name) for name in given}
     if len(found) < len(given):
         raise UserError(f"two of the models have the same name: {', '.join(given)}")
     for name, folder in found.items():
         if not folder.is_dir() and name in given:  # a name, and no path
-            there = sorted(path.name for path in root.glob("*") if (path / checkpoint.RUN).is_file())
+            there = [folder.name for folder in root.folders() if (folder / checkpoint.RUN).is_file()]
             choices = f"; those of this output are {', '.join(there)}" if there else "; train one with jobs/train.py"
             raise UserError(f"there is no trained model at '{root / name}'{choices}")
         checkpoint.read_run(folder)
     return found
+
+
+def _named(root: Location, name: str) -> Location:
+    known = (root.local is not None or "/" not in name) and (root / name).is_dir()
+    return at(str(root / name) if known else name)
 
 
 def is_trained(config: Config) -> bool:
@@ -86,12 +97,12 @@ def untrained(configs: list[Config], say: Callable[[str], None], workers: int | 
     return todo
 
 
-def publish(source: Path, folder: Path) -> None:
+def publish(source: Place, folder: Location) -> None:
     """The model without its optimiser state, in place of an older one, whole or not at all."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    shutil.copy2(source / checkpoint.MODEL, partial / checkpoint.MODEL)
-    checkpoint.seal(partial, checkpoint.RUN, checkpoint.read_run(source))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+
+    def write(fresh: Path) -> None:
+        fresh.mkdir(parents=True)
+        shutil.copy2(fetched(source) / checkpoint.MODEL, fresh / checkpoint.MODEL)
+        checkpoint.seal(fresh, checkpoint.RUN, checkpoint.read_run(source))
+
+    replace_folder(folder, write)

@@ -59,6 +59,11 @@ def filesystem(scheme: str, bucket: str) -> fs.FileSystem:
     return _made(scheme, bucket, tuple(sorted(item for item in os.environ.items() if item[0].startswith(VARIABLES))))
 
 
+def scheme_of(found: fs.FileSystem) -> str:
+    """The scheme of URLs in this file system; '' if it is of this machine."""
+    return {"s3": "s3", "gcs": "gs"}.get(found.type_name, "")
+
+
 @functools.lru_cache(maxsize=64)
 def _made(scheme: str, bucket: str, variables: tuple[tuple[str, str], ...]) -> fs.FileSystem:
     if scheme == "gs":

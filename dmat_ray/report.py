@@ -1,8 +1,7 @@
 """What people look at: the table in the terminal, and one self-contained HTML page, with the same numbers as Markdown and CSV."""
 
 import io
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +11,12 @@ from rich.table import Table
 from dmat_ray import charts, checkpoint, figures, gallery, report_text, report_values
 from dmat_ray.checks import Finding
 from dmat_ray.config import Config
-from dmat_ray.data import manifold_set, set_reader
+from dmat_ray.data import manifold_set
 from dmat_ray.evaluation import Evaluator
 from dmat_ray.manifold import generators
 from dmat_ray.metrics import Results
 from dmat_ray.report_values import interval, per_cent
-from dmat_ray.storage import at
+from dmat_ray.storage import Location, Place, at
 from dmat_ray.units import chosen
 
 WIDTH = 110
@@ -57,13 +56,13 @@ def terminal_checks(findings: Sequence[Finding]) -> str:
 
 def write(
     config: Config,
-    set_folder: set_reader.Place,
-    models: dict[str, Path],
+    set_folder: Place,
+    models: Mapping[str, Place],
     results: Results,
     checked: tuple[list[dict[str, Any]], list[Finding]],
-    path: Path,
-) -> Path:
-    """Write the page of these results, and its siblings with the same stem, `.md` and `.csv`; the page comes last.
+    page: Place,
+) -> None:
+    """Write the page of these results, and its `siblings`; the page comes last.
 
     `models` maps names to folders, in the order of the table; `checked` is what the checks measured, and what they found.
     """
@@ -87,11 +86,12 @@ def write(
     tables, facts = report_values.tables(results, names), _facts(config, data.manifest, runs)
     good, every = report_text.passed(findings)
     title = config.tracking.experiment
-    at(path.with_suffix(".csv")).write_bytes(report_text.comma_separated(results, names).encode())
+    markdown, table = siblings(at(page))
+    table.write_bytes(report_text.comma_separated(results, names).encode())
     text = report_text.markdown(title, results, names, findings, facts, settings)
-    at(path.with_suffix(".md")).write_bytes(text.encode())
+    markdown.write_bytes(text.encode())
     figures.write_page(
-        at(path),
+        at(page),
         "report.html",
         title=title,
         models=names,
@@ -117,9 +117,14 @@ def write(
         manifest=data.manifest,
         facts=facts,
         config=settings,
-        siblings=[path.with_suffix(suffix).name for suffix in (".md", ".csv")],
+        siblings=[markdown.name, table.name],
     )
-    return path
+
+
+def siblings(page: Location) -> tuple[Location, Location]:
+    """Where a page's numbers go as Markdown, and as CSV."""
+    stem = page.name.removesuffix(".html")
+    return page.parent / f"{stem}.md", page.parent / f"{stem}.csv"
 
 
 def _facts(config: Config, manifest: dict[str, Any], runs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:

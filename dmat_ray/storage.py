@@ -1,278 +1,26 @@
-"""Files and folders on this machine or in an object store, by one small interface.
+"""Where things are: what settings name is a path, or the URL of a folder or file in an object store.
 
-A place is written as a path, or as a URL: `s3://bucket/folder`, `gs://bucket/folder`. pyarrow's file systems do the work;
-credentials, region and endpoint come from where they always do (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL,
-GOOGLE_APPLICATION_CREDENTIALS, the machine's role). What is written here appears whole or not at all.
+A place is written as a path, or as a URL: `s3://bucket/folder`, `gs://bucket/folder`. Credentials, region and endpoint come from
+where they always do (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, the machine's role).
 """
 
-import contextlib
 import errno
-import json
-import os
 import re
-import stat
-import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
 from urllib.parse import unquote
-
-import pyarrow as pa
-from pyarrow import fs
 
 from dmat_ray import object_store
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
+from dmat_ray.location import Location
+
+Place = str | Path | Location
 
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
-NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 # what is wrong with a file itself; all else (a stale handle, an input/output error, too many open files) is the machine's
 OF_THE_FILE = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL),
 )
-PARTIAL = re.compile(r"\.[0-9a-f]{16}\.partial")
-
-
-@dataclass(frozen=True)
-class Location:
-    """A file or folder. `key` is its path, for an object store with the bucket in front; `scheme` is '' on this machine."""
-
-    scheme: str
-    key: str
-
-    def __str__(self) -> str:
-        return f"{self.scheme}://{self.key}" if self.scheme else self.key
-
-    def __truediv__(self, name: str) -> "Location":
-        if self.scheme:  # a key is any text
-            return Location(self.scheme, f"{self.key}/{name}" if name else self.key)
-        return Location("", str(Path(self.key) / name))
-
-    @property
-    def name(self) -> str:
-        """The last part of the path."""
-        return PurePosixPath(self.key).name
-
-    @property
-    def parent(self) -> "Location":
-        """The folder that this lies in; of a bucket the bucket itself."""
-        return self if self.scheme and "/" not in self.key else Location(self.scheme, str(PurePosixPath(self.key).parent))
-
-    @property
-    def local(self) -> Path | None:
-        """The path, if this is on this machine."""
-        return None if self.scheme else Path(self.key)
-
-    def is_file(self) -> bool:
-        """True if there is a file of this name. Raises UserError or OSError if that cannot be found out."""
-        return bool(self._type() == fs.FileType.File)
-
-    def is_dir(self) -> bool:
-        """True if there is a folder of this name; in an object store, if any name begins with it. Raises like `is_file`."""
-        return bool(self._type() == fs.FileType.Directory)
-
-    def _type(self) -> Any:
-        if self.scheme:
-            with self._explained("looked at"):
-                return self._filesystem.get_file_info(self.key).type
-        # pyarrow knows no names that are not UTF-8, and pathlib takes what it may not look at for absent
-        try:
-            mode = os.stat(self.key).st_mode
-        except (FileNotFoundError, NotADirectoryError):
-            return fs.FileType.NotFound
-        if stat.S_ISDIR(mode):
-            return fs.FileType.Directory
-        return fs.FileType.File if stat.S_ISREG(mode) else fs.FileType.Unknown
-
-    def files(self) -> "list[Location]":
-        """The files that lie directly in this folder, sorted by name, hidden ones left out; none if it does not exist."""
-        if self.scheme:
-            found = [info.path for info in self._infos(recursive=False) if info.type == fs.FileType.File]
-            places = [Location(self.scheme, path) for path in sorted(found)]
-            return [place for place in places if not place.name.startswith(".")]
-        try:
-            with os.scandir(self.key) as entries:
-                names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file())
-        except FileNotFoundError:
-            return []
-        return [self / name for name in names]
-
-    def sweep(self) -> None:
-        """Remove from this folder what writers that were killed have left of their work; nobody may be writing here.
-
-        An object store shows nothing of it, but may keep it: parts of large objects, which a rule of the bucket can expire.
-        """
-        if self.local is not None and self.local.is_dir():
-            for path in self.local.iterdir():
-                if PARTIAL.fullmatch(path.name):
-                    path.unlink(missing_ok=True)
-
-    def tree(self) -> tuple[list[str], list[str]]:
-        """All files and all folders below this folder, as '/'-separated paths relative to it, in no order.
-
-        What is hidden (a name that begins with a dot) is left out with all that is in it, and so are links to folders below the
-        first level. Names that are not UTF-8 come as `os.fsdecode` makes them. An object store is listed once, not folder by
-        folder. Nothing if the folder does not exist; raises OSError or UserError for what may not be listed.
-        """
-        if not self.scheme:
-            return self._walk()
-        skip = len(self.key) + 1
-        found: tuple[list[str], list[str]] = [], []
-        for info in self._infos(recursive=True):
-            path = info.path[skip:].rstrip("/")
-            if not path.startswith(".") and "/." not in path:
-                found[info.type != fs.FileType.File].append(path)
-        return found
-
-    def _walk(self) -> tuple[list[str], list[str]]:
-        files: list[str] = []
-        folders: list[str] = []
-        todo = [""] if self.is_dir() else []
-        while todo:
-            prefix = todo.pop()
-            with os.scandir(os.path.join(self.key, prefix)) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_dir(follow_symlinks=not prefix):
-                        folders.append(prefix + entry.name)
-                        todo.append(f"{prefix}{entry.name}/")
-                    elif entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
-                        # a link to nothing is a file that cannot be read, and is told so
-                        files.append(prefix + entry.name)
-        return files, folders
-
-    def versions(self) -> dict[str, str]:
-        """Size and time of last change of all files of an object store below this name (or of this file), by key."""
-        if self.is_file():
-            infos = [self._filesystem.get_file_info(self.key)]
-        else:
-            infos = [info for info in self._infos(recursive=True) if info.type == fs.FileType.File]
-        return {info.path: f"{info.size} {info.mtime_ns}" for info in infos}
-
-    def _infos(self, *, recursive: bool) -> list[Any]:
-        with self._explained("listed"):
-            return list(self._filesystem.get_file_info(fs.FileSelector(self.key, allow_not_found=True, recursive=recursive)))
-
-    def open(self) -> Any:
-        """A seekable pyarrow file for reading, of which only what is asked for is fetched. Raises like `read_bytes`."""
-        if self.scheme:
-            with self._explained("read"):
-                return self._filesystem.open_input_file(self.key)
-        return pa.PythonFile(Path(self.key).open("rb"), mode="r")
-
-    def read_bytes(self) -> bytes:
-        """The whole file.
-
-        Raises FileNotFoundError, PermissionError, for a file of this machine another OSError, and UserError for an object store
-        that does not answer.
-        """
-        if not self.scheme:
-            return Path(self.key).read_bytes()
-        while True:
-            with self._explained("read"):
-                with self._filesystem.open_input_file(self.key) as file:
-                    content, version = cast(bytes, file.read()), file.metadata()
-                # its size is asked for first: had it been replaced before it was read, this would be a part of another file
-                with self._filesystem.open_input_file(self.key) as file:
-                    if file.metadata() == version:
-                        return content
-
-    def write_bytes(self, content: Any) -> None:
-        """Write the file, and the folders above it, in place of an older one: readers see the one or the other."""
-        if self.scheme:
-            with self._explained("written"):
-                stream = self._filesystem.open_output_stream(self.key)
-                stream.write(content)
-                stream.close()  # an object appears when it is closed; after an error it must not be
-            return
-        with self._partial(content, lasting=True) as partial:
-            partial.replace(self.key)
-
-    def create_bytes(self, content: bytes) -> bool:
-        """Write the file if there is none, and say whether it was written.
-
-        On this machine exactly one of several callers succeeds; an object store is asked first and then written to, so that two
-        callers may both do so within moments.
-        """
-        if self.scheme:
-            if self.is_file():
-                return False
-            self.write_bytes(content)
-            return True
-        with self._partial(content, lasting=False) as partial:
-            try:
-                os.link(partial, self.key)
-            except FileExistsError:
-                return partial.stat().st_nlink == 2  # a network file system may repeat a request that it has granted
-            except OSError as error:
-                if error.errno not in NO_LINKS:
-                    raise
-                with contextlib.suppress(FileExistsError), Path(self.key).open("xb") as file:  # a file system without links
-                    file.write(content)
-                    return True
-                return False
-        return True
-
-    @contextlib.contextmanager
-    def _partial(self, content: Any, *, lasting: bool) -> Iterator[Path]:
-        """A hidden file beside this one with its content to be, removed at the end. Errors name this file."""
-        path = Path(self.key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{uuid.uuid4().hex[:16]}.partial")
-        try:
-            with partial.open("xb") as file:
-                file.write(content)
-                if lasting:
-                    file.flush()
-                    os.fsync(file.fileno())  # a name must not outlive its content when the machine goes down
-            yield partial
-        except OSError as error:
-            if error.errno is None:
-                raise
-            raise OSError(error.errno, os.strerror(error.errno), self.key) from None
-        finally:
-            with contextlib.suppress(OSError):  # it is not there, or this folder is not ours
-                partial.unlink()
-
-    def unlink(self) -> None:
-        """Remove the file, if it is there."""
-        if not self.scheme:
-            Path(self.key).unlink(missing_ok=True)
-        elif self.is_file():
-            with self._explained("removed"), contextlib.suppress(FileNotFoundError):
-                self._filesystem.delete_file(self.key)
-
-    def read_json(self) -> Any:
-        """What `write_json` wrote; raises UserError for a damaged file."""
-        content = self.read_bytes()
-        try:
-            return json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"'{self}' is damaged: {error}") from None
-
-    def write_json(self, value: Any) -> None:
-        """JSON, written whole or not at all."""
-        self.write_bytes((json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
-
-    @property
-    def _filesystem(self) -> fs.FileSystem:
-        return object_store.filesystem(self.scheme, self.key.split("/", 1)[0])
-
-    @contextlib.contextmanager
-    def _explained(self, done: str) -> Iterator[None]:
-        """An object store's refusal in plain words: FileNotFoundError, PermissionError of a file to be read, else UserError."""
-        try:
-            yield
-        except FileNotFoundError:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self)) from None
-        except pa.ArrowInvalid as error:  # a key that pyarrow does not take
-            raise OSError(errno.EINVAL, str(error), str(self)) from None
-        except OSError as error:
-            if done == "read" and any(word in str(error) for word in object_store.REFUSALS):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self)) from None
-            raise UserError(f"'{self}' cannot be {done}: {object_store.explain(str(error))}") from None
 
 
 def require_not_of_storage(error: Exception, place: Location) -> None:
@@ -283,8 +31,11 @@ def require_not_of_storage(error: Exception, place: Location) -> None:
         raise UserError(f"'{place}' cannot be read: {error.strerror}") from None
 
 
-def at(place: "str | Path | Location") -> Location:
-    """The location that a setting names; a local path is made absolute. Raises UserError for a scheme that is not known."""
+def at(place: Place) -> Location:
+    """The location that a setting names; a local path is made absolute.
+
+    Raises UserError for a scheme that is not known, and for credentials in a URL: settings are written into models and reports.
+    """
     if isinstance(place, Location):
         return place
     text = str(place)
@@ -300,11 +51,41 @@ def at(place: "str | Path | Location") -> Location:
         raise UserError(
             f"'{text}' begins with {scheme}://; known are paths, {', '.join(f'{s}://' for s in object_store.SCHEMES)}"
         )
-    if not rest.split("/", 1)[0]:
+    bucket = rest.split("/", 1)[0]
+    if not bucket:
         raise UserError(f"'{text}' names no bucket")
+    if "@" in bucket:
+        raise UserError(f"a {scheme}:// URL holds credentials before its bucket; give them by environment, not in settings")
     return Location(scheme, str(PurePosixPath(rest)))
 
 
 def set_folder(config: Config) -> Location:
     """Where the on-manifold set lies: where the settings say, or in the output folder."""
     return at(config.manifold_set) if config.manifold_set else at(config.output) / "on_manifold_set"
+
+
+def tracking_uri(config: Config) -> str:
+    """The configured MLflow, or sqlite in the output folder; raises UserError if that is no folder of this machine."""
+    if config.tracking.uri:
+        return config.tracking.uri
+    folder = at(config.output)
+    if folder.local is None:
+        raise UserError(
+            f"output '{folder}' is in an object store, which cannot hold MLflow's database; give the address of an MLflow "
+            "server as --tracking.uri"
+        )
+    return f"sqlite:///{folder.local / 'mlflow.db'}"
+
+
+def local_output(config: Config, job: str) -> Path:
+    """The output folder, for a job that needs one on a disk; raises UserError for a URL."""
+    folder = at(config.output)
+    if folder.local is None:
+        raise UserError(
+            f"{job} cannot write to an object store, as output '{folder}' is: give a path that all nodes share as --output. Its "
+            f"inputs may be URLs (--manifold_set {set_folder(config)}), and what it makes may be copied there"
+        )
+    return folder.local
+
+
+__all__ = ["Location", "Place", "at", "local_output", "require_not_of_storage", "set_folder", "tracking_uri"]

@@ -18,6 +18,7 @@ from dmat_ray.errors import NotFiniteError, UserError
 from dmat_ray.pace import Pace
 from dmat_ray.rng import derive
 from dmat_ray.schedules import learning_rate
+from dmat_ray.storage import Place
 from dmat_ray.training_step import TrainingStep
 from dmat_ray.types import Generator, RunContext
 from dmat_ray.validation import Validator
@@ -109,7 +110,7 @@ class _Run:
         generator_sha256: str,
         context: RunContext,
         judged_by: EvaluationConfig | None,
-        branch_from: Path | None,
+        branch_from: Place | None,
     ) -> None:
         self.config, self.settings, self.source, self.context = config, config.training, source, context
         manifest, set_sha256 = source.manifest, digest(source.manifest)
@@ -140,7 +141,7 @@ class _Run:
         if abs(float(together) - mine) > 1e-9:
             raise UserError("workers found different checkpoints to go on from: output must be a folder that all of them share")
 
-    def _resume(self, folder: Path, *, branch: bool = False) -> None:
+    def _resume(self, folder: Place, *, branch: bool = False) -> None:
         run = checkpoint.require_whole(folder, checkpoint.RUN) if branch else checkpoint.read_run(folder)
         if not branch:
             checkpoint.require_same_config(run["config"], self.config, folder)
@@ -275,7 +276,7 @@ def train(
     context: RunContext,
     *,
     judged_by: EvaluationConfig | None = None,
-    branch_from: Path | None = None,
+    branch_from: Place | None = None,
 ) -> dict[str, float]:
     """Train a classifier on the training split `data`, in memory or streamed, and return the last epoch's metrics.
 

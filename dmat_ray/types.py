@@ -112,8 +112,11 @@ class RunContext(Protocol):
         With `wait` it returns when the checkpoint is where it will be kept. All workers must call it.
         """
 
-    def checkpoints(self) -> Sequence[Path]:
-        """The checkpoints that are kept, newest first: the first is the one to go on from, unless it is damaged."""
+    def checkpoints(self) -> Sequence[Path | str]:
+        """The checkpoints that are kept, newest first: the first is the one to go on from, unless it is damaged.
+
+        Folders of this machine, or URLs of an object store.
+        """
 
     def preempted(self) -> bool:
         """True if this machine will soon be taken away. All workers must ask, and all get the same answer."""

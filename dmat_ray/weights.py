@@ -12,6 +12,8 @@ import torch
 
 from dmat_ray.errors import UserError
 from dmat_ray.files import sha256
+from dmat_ray.folders import fetched
+from dmat_ray.storage import Location, at
 
 SHIPPED_GENERATORS = ("mnist32",)
 HOW_TO_GET_A_GENERATOR = (
@@ -51,17 +53,17 @@ KNOWN = {
 
 
 def locate(name: str, path: str, setting: str, alternative: str = "") -> Path:
-    """The file of `KNOWN[name]`: at `path`, or in the torch cache where `path` is 'pretrained'.
+    """The file of `KNOWN[name]`: at `path`, which may be a URL, or in the torch cache where `path` is 'pretrained'.
 
     `setting` is what the user would set, `alternative` ends the message. Raises UserError if the file is not there, or
     (in the torch cache, where the name is a promise) is another one.
     """
     weights = KNOWN[name]
     if path != "pretrained":
-        if not Path(path).is_file():
+        if not at(path).is_file():
             rest = f"; {alternative}" if alternative else ""
             raise UserError(f"{setting} '{path}' is no file; give 'pretrained' or a file with {weights.what}{rest}")
-        return Path(path)
+        return fetched(path)
     found = Path(torch.hub.get_dir()) / "checkpoints" / weights.file
     if not found.is_file():
         raise UserError(
@@ -75,6 +77,11 @@ def locate(name: str, path: str, setting: str, alternative: str = "") -> Path:
     return found
 
 
+def generator_place(path: str) -> Location:
+    """Folder of a shipped generator's name, or the user's path or URL."""
+    return at(Path(str(resources.files("dmat_ray") / "assets" / path)) if path in SHIPPED_GENERATORS else path)
+
+
 def generator_folder(path: str) -> Path:
-    """Folder of a shipped generator's name, or the user's path."""
-    return Path(str(resources.files("dmat_ray") / "assets" / path)) if path in SHIPPED_GENERATORS else Path(path)
+    """The same on this machine; raises FileNotFoundError for a URL where nothing is."""
+    return fetched(generator_place(path))

@@ -1,7 +1,6 @@
 """Attack trained models on on-manifold and natural test images: rows in Parquet, a table, report.html."""
 
 import argparse
-from pathlib import Path
 
 from dmat_ray import cli
 from dmat_ray.cluster.session import prepare_environment
@@ -17,13 +16,16 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     config, arguments = cli.parse(str(__doc__), preset=["demo"], add=add)
-    prepare_environment(config)
+    prepare_environment(config, tracked=not arguments.dry_run)
     from dmat_ray import dry_run, report
     from dmat_ray.cluster import jobs
-    from dmat_ray.models import named_folders
+    from dmat_ray.models import models_folder, named_folders
 
-    root = Path(config.output).resolve() / "models"
-    given = arguments.models or sorted(p.name for p in root.glob("[!.]*") if p.is_dir())
+    root = models_folder(config)
+    if arguments.dry_run and root.local is None:
+        given = arguments.models or config.methods  # what is in an object store is not looked at
+    else:
+        given = arguments.models or [folder.name for folder in root.folders()]
     if not given:
         raise UserError(f"there are no models under '{root}'; train one with jobs/train.py, or name folders with --models")
     if arguments.dry_run:
@@ -33,7 +35,7 @@ def main() -> None:
     results, findings = jobs.evaluate(config, models, jobs.Speaker().stage("evaluate"))
     print(report.terminal_table(results, list(models)))
     print(report.terminal_checks(findings))
-    print(f"report: {Path(config.output).resolve() / 'report.html'}")
+    print(f"report: {jobs.report_page(config)}")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ python jobs/export_model.py --output runs/demo --models dmat --register digits -
 """
 
 import argparse
-from pathlib import Path
 
 from dmat_ray import cli
 from dmat_ray.cluster.session import prepare_environment
-from dmat_ray.files import replace_folder
+from dmat_ray.folders import replace_folder
+from dmat_ray.storage import at
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -25,15 +25,14 @@ def main() -> None:
     from dmat_ray import model_export, models
     from dmat_ray.cluster import export, jobs
 
-    root = Path(config.output).resolve()
-    target = Path(arguments.to).resolve() if arguments.to else root / "exported"
+    root = at(config.output)
+    target = at(arguments.to) if arguments.to else root / "exported"
     found = models.named_folders(config, arguments.models)
     export.require_loggable(found, arguments.register, arguments.alias)
     say = jobs.Speaker().stage("export")
     for name, model in found.items():
         folder = target / name
         model_export.require_ours(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
         replace_folder(folder, lambda fresh, m=model, n=name: model_export.export(m, n, root / "evaluation", fresh))
         say(f"{name}: {folder}")
         export.log_model(config, name, model, folder, arguments.register, arguments.alias, say)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from dmat_ray import cli
 from dmat_ray.errors import UserError
-from dmat_ray.files import replace_folder
+from dmat_ray.folders import replace_folder
+from dmat_ray.storage import local_output
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +68,7 @@ def import_program(path: Path, card: Path | None, folder: Path) -> None:
 
 def main() -> None:
     config, arguments = cli.parse(str(__doc__), add=add)
-    path, folder = Path(arguments.checkpoint), Path(config.output).resolve() / "generator"
+    path, folder = Path(arguments.checkpoint), local_output(config, "jobs/import_generator.py") / "generator"
     if not path.exists():
         raise UserError(f"there is no checkpoint '{path}'")
     if (folder / "card.json").exists() and not arguments.overwrite:

@@ -15,7 +15,7 @@ from pathlib import Path
 from dmat_ray import cli, presets
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
-from dmat_ray.files import replace_folder
+from dmat_ray.folders import replace_folder
 from dmat_ray.storage import set_folder
 
 
@@ -38,12 +38,14 @@ def given_normalisation(config: Config, arguments: argparse.Namespace) -> tuple[
 def main() -> None:
     config, arguments = cli.parse(str(__doc__), add=add)
     config = cli.validate({**config.to_json(), "name": arguments.model})
-    folder = Path(config.output).resolve() / "models" / config.name
     if not config.name:
         raise UserError("--model needs a name")
-    if folder.exists() and not arguments.overwrite:
-        raise UserError(f"'{folder}' is there already; give another --model, or --overwrite")
     from dmat_ray import model_import
+    from dmat_ray.models import model_folder
+
+    folder = model_folder(config)
+    if (folder.is_dir() or folder.is_file()) and not arguments.overwrite:
+        raise UserError(f"'{folder}' is there already; give another --model, or --overwrite")
     from dmat_ray.data import set_reader
 
     channels, resolution = config.data.channels, config.data.resolution
@@ -58,7 +60,6 @@ def main() -> None:
         class_names, (channels, resolution, _) = tuple(manifest["class_names"]), manifest["shapes"]["on_manifold"]
     path, given = Path(arguments.checkpoint), given_normalisation(config, arguments)
     found = model_import.read_model(path, config.classifier, given, channels, resolution, len(class_names))
-    folder.parent.mkdir(parents=True, exist_ok=True)
     replace_folder(folder, lambda fresh: model_import.save_model(found, path, config, class_names, channels, resolution, fresh))
     shape = f"{resolution}x{resolution} images with {channels} channel(s)"
     print(f"{path.name}: {found.format} of {found.config.name}; {shape}, {len(class_names)} classes")

@@ -36,7 +36,7 @@ def main() -> None:
         folders = jobs.train(list(methods.values()), speaker.stage("train"), run)
         models = dict(zip(methods, folders, strict=True))
         results, findings = jobs.evaluate(config, models, speaker.stage("evaluate"), run)
-        page = Path(config.output).resolve() / "report.html"
+        page = jobs.report_page(config)
         run.artifact(page)
         say("done")
     print(report.terminal_table(results, list(models)))

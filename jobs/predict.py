@@ -5,7 +5,6 @@ python jobs/predict.py --output runs/demo --model dmat --images s3://bucket/phot
 """
 
 import argparse
-from pathlib import Path
 
 from dmat_ray import cli
 from dmat_ray.cluster.session import prepare_environment
@@ -21,12 +20,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     config, arguments = cli.parse(str(__doc__), preset=["demo"], add=add)
-    prepare_environment(config)
+    prepare_environment(config, tracked=False)
     from dmat_ray import models
     from dmat_ray.cluster import jobs
 
     ((name, model),) = models.named_folders(config, [arguments.model]).items()
-    target = at(arguments.to or Path(config.output).resolve() / "predictions" / f"{name}.parquet")
+    target = at(arguments.to or at(config.output) / "predictions" / f"{name}.parquet")
     if not target.name.endswith(".parquet"):
         raise UserError(f"--to '{target}' must end in .parquet")
     images = str(at(arguments.images))  # workers run in other folders

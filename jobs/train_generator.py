@@ -3,10 +3,10 @@
 import argparse
 import shlex
 import sys
-from pathlib import Path
 
 from dmat_ray import cli
 from dmat_ray.cluster.session import prepare_environment
+from dmat_ray.storage import local_output
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -15,13 +15,13 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     config, arguments = cli.parse(str(__doc__), preset=["mnist32_generator"], add=add)
+    output = local_output(config, "jobs/train_generator.py")
     prepare_environment(config)
     from dmat_ray.cluster import gan
     from dmat_ray.cluster.jobs import Speaker
     from dmat_ray.cluster.session import connected
 
     say = Speaker().stage("generator")
-    output = Path(config.output).resolve()
     folder = output / "generator"
     if not arguments.overwrite and gan.is_trained(config, folder):
         say("is trained already and unchanged, nothing to do")

@@ -8,8 +8,6 @@ stopped, and SIGTERM makes it write a checkpoint and stop with exit code 143. Se
 part in it, but for cluster.threads_per_worker. A checkpoint is written to OUTPUT/local/NAME, the model to OUTPUT/models/NAME.
 """
 
-from pathlib import Path
-
 from dmat_ray import cli
 
 
@@ -23,13 +21,13 @@ def main() -> None:
     from dmat_ray.errors import UserError
     from dmat_ray.local import LocalContext
     from dmat_ray.manifold import generators
-    from dmat_ray.storage import set_folder
+    from dmat_ray.storage import local_output, set_folder
     from dmat_ray.trainer import describe, train
 
     if config.training.loader != "memory":
         raise UserError("training.loader stream reads through Ray Data: use jobs/train.py, or set training.loader memory")
     torch.set_num_threads(config.cluster.threads_per_worker)
-    folder = Path(config.output).resolve() / "local" / config.name
+    folder = local_output(config, "jobs/train_local.py") / "local" / config.name
     context = LocalContext(
         folder, lambda metrics: context.say(describe(config.name, metrics, config.training.epochs)), heed_sigterm=True
     )

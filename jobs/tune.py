@@ -15,6 +15,7 @@ from dmat_ray import cli
 from dmat_ray.cluster.session import prepare_environment
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
+from dmat_ray.storage import local_output
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +46,7 @@ def _with_shorts(config: Config, given: argparse.Namespace) -> Config:
 def main() -> None:
     config, given = cli.parse(str(__doc__), preset=["demo", "dmat"], add=_arguments)
     config = _with_shorts(config, given)
+    local_output(config, "jobs/tune.py")
     prepare_environment(config)
     from dmat_ray import dry_run, trials_table
     from dmat_ray.cluster import champion, jobs, search_plan, tune

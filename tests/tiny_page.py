@@ -82,5 +82,6 @@ def write_page(
     looks = probes.units(names, config.evaluation, np.arange(len(data))) if check else []
     measurements = probes.joined((unit, probes.probe(evaluator, unit)) for unit in looks)
     findings = [WARNING, *checks.judge(results, measurements)] if check else []
-    path = report.write(config, set_folder, models, results, (measurements, findings), folder / "page" / "report.html")
+    path = folder / "page" / "report.html"
+    report.write(config, set_folder, models, results, (measurements, findings), path)
     return Written(path, results, findings, measurements, models)

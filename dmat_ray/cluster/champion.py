@@ -18,7 +18,7 @@ from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.errors import UserError
 from dmat_ray.files import read_json, write_json
 from dmat_ray.metrics import Results
-from dmat_ray.storage import set_folder
+from dmat_ray.storage import Location, at, set_folder
 from dmat_ray.trials import Trial
 from dmat_ray.trials_table import shown
 
@@ -119,21 +119,21 @@ def crown(
     return result
 
 
-def _publish(work: Work, name: str, config: Config) -> Path:
+def _publish(work: Work, name: str, config: Config) -> Location:
     state = state_of(work.trial_folder(name))
     assert state is not None, f"{name} has scores, so it had a checkpoint"
     folder = models.model_folder(config.model_copy(update={"name": name}))
-    models.publish(Path(state["folder"]), folder)
+    models.publish(state["folder"], folder)
     return folder
 
 
 def _judge(
-    config: Config, suite: EvaluationConfig, folders: Mapping[str, Path], where: Path, say: Callable[[str], None]
+    config: Config, suite: EvaluationConfig, folders: Mapping[str, Location], where: Path, say: Callable[[str], None]
 ) -> Scores:
     """Model -> "set/column" -> accuracy on test images."""
     whole = config.model_copy(update={"evaluation": suite})
-    evaluate.check(whole, set_folder(config), dict(folders))
-    rows, _ = evaluate.evaluate(whole, set_folder(config), dict(folders), where, say)
+    evaluate.check(whole, set_folder(config), folders)
+    rows, _ = evaluate.evaluate(whole, set_folder(config), folders, at(where), say)
     found: Scores = {}
     for (model, set_name, column), accuracy in Results(rows, suite).accuracies().items():
         found.setdefault(model, {})[f"{set_name}/{column}"] = accuracy.value
@@ -190,7 +190,7 @@ def _named_by_model(trial: Any) -> str:
 def _track(
     search: Plan,
     found: Found,
-    folders: Mapping[str, Path],
+    folders: Mapping[str, Location],
     runs: Mapping[str, tracking.Run],
     parent: tracking.Run,
     page: Path,

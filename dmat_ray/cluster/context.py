@@ -1,6 +1,7 @@
 """RunContext inside a Ray Train worker."""
 
-import shutil
+import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,22 +11,36 @@ import torch
 from ray.train import CheckpointUploadMode
 from torch import Tensor, nn
 
+from dmat_ray import object_store
 from dmat_ray.checkpoint import is_full, no_space
 from dmat_ray.cluster.events import is_stopping, send
 from dmat_ray.cluster.gauges import of_machine
 from dmat_ray.cluster.nodes import require_like_driver
 from dmat_ray.cluster.session import device_of_actor
 from dmat_ray.errors import UserError
+from dmat_ray.folders import put
 from dmat_ray.local import average_over_workers_, wrap_ddp
+from dmat_ray.storage import Location, Place, at
+
+WHOLE = re.compile(r"(checkpoint_[0-9][^/]*)/[^/]*\.json")
+UPLOAD_PAUSES_S = (10.0, 60.0)  # before a checkpoint is uploaded again, which the store did not take
 
 
 class StoppedError(Exception):
     """The driver was asked to stop, and a checkpoint has been written."""
 
 
-def stored_checkpoints(folder: Path) -> list[Path]:
-    """Ray Train's checkpoints in the folder of a training, the newest first; it keeps a file of a similar name beside them."""
-    return sorted(folder.glob("checkpoint_[0-9]*"), reverse=True)
+def stored_checkpoints(folder: Place) -> list[Location]:
+    """Ray Train's checkpoints in the folder of a training, the newest first; it keeps a file of a similar name beside them.
+
+    In an object store those that are written to their end, of which their JSON is the last.
+    """
+    place = at(folder)
+    if place.local is not None:
+        names = {path.name for path in place.local.glob("checkpoint_[0-9]*")}
+    else:
+        names = {match[1] for file in place.tree()[0] if (match := WHOLE.fullmatch(file))}
+    return [place / name for name in sorted(names, reverse=True)]
 
 
 class RayContext:
@@ -44,7 +59,9 @@ class RayContext:
         self._name, self._mailbox, self._noticed, self._wait = name, mailbox, False, wait
         self._stopping = False
         of_machine(self.device)  # the load that is told is that since the last time
-        self._storage = Path(context.get_storage().experiment_fs_path)
+        storage = context.get_storage()
+        self._filesystem = storage.storage_filesystem
+        self._storage = Location(object_store.scheme_of(self._filesystem), storage.experiment_fs_path)
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """See RunContext."""
@@ -72,22 +89,28 @@ class RayContext:
 
     def _upload(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
         """Copy to the storage; a checkpoint appears there whole or not at all. In a thread of its own, if training goes on."""
-        folder, partial = self._storage / name, self._storage / f".{name}.partial"
         try:
-            shutil.copytree(checkpoint.path, partial)
-            partial.rename(folder)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if not is_full(error):
+            self._put(Path(checkpoint.path), self._storage / name)
+        except (OSError, UserError) as error:
+            if not isinstance(error, UserError) and not is_full(error):
                 raise
-            text = no_space(error, self.checkpoints())
-            ray.get(ray.get_actor(self._mailbox).put_user_error.remote(UserError(text)))
-            raise UserError(text) from error
-        return ray.train.Checkpoint(str(folder), checkpoint.filesystem)
+            told = error if isinstance(error, UserError) else UserError(no_space(error, self.checkpoints()))
+            ray.get(ray.get_actor(self._mailbox).put_user_error.remote(told))
+            raise told from error
+        return ray.train.Checkpoint((self._storage / name).key, self._filesystem)
 
-    def checkpoints(self) -> Sequence[Path]:
+    def _put(self, folder: Path, place: Location) -> None:
+        for pause in UPLOAD_PAUSES_S:
+            try:
+                return put(folder, place)
+            except UserError as error:  # of an object store; a day's training should not end because it is away for a minute
+                self.say(f"warning: {error}; trying again in {pause:.0f} s")
+                time.sleep(pause)
+        return put(folder, place)
+
+    def checkpoints(self) -> Sequence[str]:
         """See RunContext. The storage is asked, for Ray tells only the worker that wrote one; it names them in order."""
-        return stored_checkpoints(self._storage)
+        return [str(place) for place in stored_checkpoints(self._storage)]
 
     def preempted(self) -> bool:
         """See RunContext: true once for each notice; Ray Train starts anew from the latest checkpoint when it comes to that.

@@ -1,9 +1,7 @@
 """Encoder training on Ray Train: workers on parts of each batch of samples, checkpoints, errors in MLflow."""
 
-import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +14,11 @@ from dmat_ray.cluster.session import connected
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
 from dmat_ray.files import text_digest
+from dmat_ray.folders import replace_folder
 from dmat_ray.lease import sole
 from dmat_ray.manifold import encoder_trainer, generators
 from dmat_ray.manifold.encoder import CARD, FOLDER, load_encoder, read_card, save_encoder
+from dmat_ray.storage import Location, at
 
 RUN_NAME = "encoder"
 USEFUL = 0.8  # share of the error of the mean w, above which a start is not worth its name
@@ -47,7 +47,7 @@ def describe(metrics: dict[str, float], kimg: float) -> str:
     )
 
 
-def is_trained(config: Config, folder: Path) -> bool:
+def is_trained(config: Config, folder: Location) -> bool:
     """True if `folder` holds the encoder that these settings make for this generator.
 
     Raises UserError if it holds another one, which training would replace.
@@ -65,16 +65,16 @@ def is_trained(config: Config, folder: Path) -> bool:
     )
 
 
-def train(config: Config, folder: Path, command: str, say: Callable[[str], None]) -> dict[str, Any]:
+def train(config: Config, folder: Location, command: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Train an encoder for `config.generator` and write it to `folder`; returns its card. Ray must be connected.
 
     A rerun after a crash goes on from the latest checkpoint.
     """
-    storage = Path(config.output).resolve() / "train"
+    storage = at(config.output) / "train"
     sha = generators.fingerprint(config.generator.path)
     digest = text_digest(f"{sha} {config.generator.precision} {config.encoder.fingerprint()}")[:12]
     name = f"encoder-{digest}-{config.cluster.train_workers}"
-    others = [p.name for p in storage.glob("encoder-*") if p.name != name]
+    others = [p.name for p in storage.folders() if p.name.startswith("encoder-") and p.name != name]
     if others:
         say(f"'{storage}' holds unfinished trainings of other settings, which this one leaves: " + ", ".join(others))
     began = time.monotonic()
@@ -91,7 +91,7 @@ def train(config: Config, folder: Path, command: str, say: Callable[[str], None]
         assert result.checkpoint is not None
         generator = generators.load_configured(config.generator)
         with result.checkpoint.as_directory() as found:
-            encoder = encoder_trainer.result_of(Path(found), config.encoder, generator, sha)
+            encoder = encoder_trainer.result_of(found, config.encoder, generator, sha)
         errors = result.return_value
         card = {
             "command": command,
@@ -104,16 +104,19 @@ def train(config: Config, folder: Path, command: str, say: Callable[[str], None]
             "versions": versions(),
         }
         lease.check()
-        save_encoder(folder, encoder, card)
+        if folder.local is not None:
+            save_encoder(folder.local, encoder, card)
+        else:
+            replace_folder(folder, lambda fresh: save_encoder(fresh, encoder, card))
         run.artifact(folder, "encoder")
         run.metrics({f"fresh_{key}": value for key, value in errors.items()}, step=round(config.encoder.kimg * 1000))
-        shutil.rmtree(storage / name, ignore_errors=True)
+        (storage / name).remove()
     return card
 
 
-def train_encoder(config: Config, overwrite: bool, command: str, say: Callable[[str], None]) -> Path:
+def train_encoder(config: Config, overwrite: bool, command: str, say: Callable[[str], None]) -> Location:
     """Encoder training with its session, tracked, unless the encoder is there. Returns its folder."""
-    folder = Path(config.output).resolve() / FOLDER
+    folder = at(config.output) / FOLDER
     encoder_trainer.check_workers(config.encoder, config.cluster.train_workers)
     if not overwrite and is_trained(config, folder):
         say("is trained already and unchanged, nothing to do")

@@ -5,8 +5,8 @@ is not done again, whatever was killed, and an attack that is added to a suite i
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -23,14 +23,14 @@ from dmat_ray.config import Config
 from dmat_ray.data import manifold_set, set_reader
 from dmat_ray.errors import UserError
 from dmat_ray.evaluation import Evaluator
-from dmat_ray.files import read_json, write_json
 from dmat_ray.manifold import generators
 from dmat_ray.metrics import Results
-from dmat_ray.storage import Location, at
+from dmat_ray.storage import Location, Place, at
 from dmat_ray.units import Unit
 
 ROWS, DONE, CHECKS, UNITS = "rows.parquet", "evaluation.json", "checks.json", "units"
 SAY_EVERY_S = 5.0
+READERS = 16  # files read at a time: an object store answers slowly, and many at once
 
 
 class UnitEvaluator:
@@ -39,10 +39,10 @@ class UnitEvaluator:
     def __init__(self, config: dict[str, Any], set_path: str, models: dict[str, str], folder: str) -> None:
         settings = Config.model_validate(config)
         torch.set_num_threads(settings.cluster.threads_per_worker)
-        self.folder, device = Path(folder), device_of_actor()
+        self.folder, device = at(folder), device_of_actor()
 
         def load(name: str) -> torch.nn.Module:
-            return checkpoint.load_classifier(Path(models[name]), device)[0]
+            return checkpoint.load_classifier(models[name], device)[0]
 
         data = manifold_set.open_set(set_path, "test")
         generator = generators.load_configured(settings.generator, device)
@@ -54,9 +54,9 @@ class UnitEvaluator:
             began = time.monotonic()
             unit = Unit.from_json(text)
             if unit.checks:
-                at(self.folder / name).write_json(probes.probe(self.evaluator, unit))
+                (self.folder / name).write_json(probes.probe(self.evaluator, unit))
             else:
-                at(self.folder / name).write_bytes(_as_parquet(self.evaluator.table(unit)))
+                (self.folder / name).write_bytes(_as_parquet(self.evaluator.table(unit)))
             seconds.append(time.monotonic() - began)
         return {"name": batch["name"], "seconds": np.array(seconds)}
 
@@ -67,7 +67,11 @@ def _as_parquet(table: pa.Table) -> bytes:
     return bytes(sink.getvalue())
 
 
-def fingerprint(config: Config, set_path: Location, models: dict[str, Path]) -> dict[str, Any]:
+def _read_parquet(file: Location) -> pa.Table:
+    return pq.read_table(pa.BufferReader(file.read_bytes()))
+
+
+def fingerprint(config: Config, set_path: Location, models: Mapping[str, Place]) -> dict[str, Any]:
     """What the rows depend on."""
     return {
         "version": units.VERSION,
@@ -78,24 +82,24 @@ def fingerprint(config: Config, set_path: Location, models: dict[str, Path]) -> 
     }
 
 
-def is_evaluated(config: Config, set_path: Location, models: dict[str, Path], folder: Path) -> bool:
+def is_evaluated(config: Config, set_path: Location, models: Mapping[str, Place], folder: Location) -> bool:
     """True if `folder` holds the rows of exactly this."""
     path = folder / DONE
-    return path.is_file() and read_json(path) == fingerprint(config, set_path, models)
+    return path.is_file() and path.read_json() == fingerprint(config, set_path, models)
 
 
-def read_rows(folder: Path) -> pa.Table:
+def read_rows(folder: Location) -> pa.Table:
     """The rows of a finished evaluation."""
-    return pq.read_table(folder / ROWS)
+    return _read_parquet(folder / ROWS)
 
 
-def read_checks(folder: Path) -> tuple[list[dict[str, Any]], list[Finding]]:
+def read_checks(folder: Location) -> tuple[list[dict[str, Any]], list[Finding]]:
     """Measurements and findings of a finished evaluation."""
-    content = read_json(folder / CHECKS)
+    content = (folder / CHECKS).read_json()
     return content["measurements"], [Finding(**finding) for finding in content["findings"]]
 
 
-def check(config: Config, set_path: Location, models: dict[str, Path]) -> None:
+def check(config: Config, set_path: Location, models: Mapping[str, Place]) -> None:
     """Raise UserError for a set, generator or model that is missing or does not fit the others. Needs no Ray."""
     data = manifold_set.open_set(set_path, "test")
     sha = generators.fingerprint(config.generator.path)
@@ -109,9 +113,8 @@ def check(config: Config, set_path: Location, models: dict[str, Path]) -> None:
 class _Work:
     """The units of an evaluation and their files."""
 
-    def __init__(self, config: Config, set_path: Location, models: dict[str, Path], folder: Path) -> None:
+    def __init__(self, config: Config, set_path: Location, models: Mapping[str, Place], folder: Location) -> None:
         self.config, self.set_path, self.models, self.folder = config, set_path, models, folder / UNITS
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.data = manifold_set.open_set(set_path, "test")
         self.positions = units.chosen(self.data, config.evaluation)
         self.facts = {k: v for k, v in fingerprint(config, set_path, models).items() if k != "evaluation"}
@@ -123,7 +126,7 @@ class _Work:
     def table(self, unit: Unit) -> pa.Table | None:
         """A unit's rows, if they are there and whole."""
         try:
-            return pq.read_table(self.folder / self.name(unit)).cast(evaluation.SCHEMA)
+            return _read_parquet(self.folder / self.name(unit)).cast(evaluation.SCHEMA)
         except (FileNotFoundError, pa.ArrowException, OSError):
             return None
 
@@ -132,7 +135,7 @@ class _Work:
         if not unit.checks:
             return self.table(unit) is not None
         try:
-            read_json(self.folder / self.name(unit))
+            (self.folder / self.name(unit)).read_json()
         except (FileNotFoundError, UserError):
             return False
         return True
@@ -161,14 +164,14 @@ class _Work:
 
 
 def evaluate(
-    config: Config, set_path: Location, models: dict[str, Path], folder: Path, say: Callable[[str], None]
+    config: Config, set_path: Location, models: Mapping[str, Place], folder: Location, say: Callable[[str], None]
 ) -> tuple[pa.Table, list[Finding]]:
     """Rows of every model, test set and attack, and what the checks found, after `check`; also written to `folder`.
 
     Ray must be connected.
     """
     settings = config.evaluation
-    (folder / DONE).unlink(missing_ok=True)
+    (folder / DONE).unlink()
     work = _Work(config, set_path, models, folder)
     rows, looks = evaluation.SCHEMA.empty_table(), probes.units(list(models), settings, work.positions)
     rounds = units.rounds(settings)
@@ -179,13 +182,15 @@ def evaluate(
         standing = units.still_standing(rows, settings, work.data, work.positions)
         attacks = units.units(list(models), names, settings, standing)
         both = [*attacks, *(looks if number == 0 else [])]
-        todo = [unit for unit in both if not work.is_done(unit)]
+        with ThreadPoolExecutor(READERS) as pool:
+            todo = [unit for unit, done in zip(both, pool.map(work.is_done, both), strict=True) if not done]
         what = f"round {number + 1} of {len(rounds)}: " if len(rounds) > 1 else ""
         if len(todo) < len(both):
             say(f"{what}{len(both) - len(todo)} of {len(both)} batches are there")
         if todo:
             _run_all(work, todo, what, say)
-        found = [table for unit in attacks if (table := work.table(unit)) is not None]
+        with ThreadPoolExecutor(READERS) as pool:
+            found = [table for table in pool.map(work.table, attacks) if table is not None]
         if len(found) < len(attacks):
             raise UserError(
                 f"{len(attacks) - len(found)} files that were written cannot be seen in '{work.folder}': output must be a folder "
@@ -193,11 +198,11 @@ def evaluate(
             )
         rows = pa.concat_tables([rows, *found])
     rows = rows.sort_by(evaluation.SORT)
-    measurements = probes.joined((unit, read_json(work.folder / work.name(unit))) for unit in looks)
+    measurements = probes.joined((unit, (work.folder / work.name(unit)).read_json()) for unit in looks)
     findings = checks.judge(Results(rows, settings), measurements)
-    at(folder / ROWS).write_bytes(_as_parquet(rows))
-    write_json(folder / CHECKS, {"measurements": measurements, "findings": [f.to_json() for f in findings]})
-    write_json(folder / DONE, fingerprint(config, set_path, models))
+    (folder / ROWS).write_bytes(_as_parquet(rows))
+    (folder / CHECKS).write_json({"measurements": measurements, "findings": [f.to_json() for f in findings]})
+    (folder / DONE).write_json(fingerprint(config, set_path, models))
     return rows, findings
 
 

@@ -1,6 +1,6 @@
 """Exported classifiers in MLflow: a model of its PyTorch flavour, with signature and example, registered if asked."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from dmat_ray import checkpoint, model_export
 from dmat_ray.cluster import tracking
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
+from dmat_ray.folders import fetched
+from dmat_ray.storage import Place, tracking_uri
 
 NAME = "model"  # of the model in its run
 TOLERANCE = 1e-4  # of the largest logit
@@ -33,7 +35,7 @@ def _server(uri: str) -> Iterator[None]:
         mlflow.set_tracking_uri(before)
 
 
-def require_loggable(models: dict[str, Path], register: str | None, alias: str | None) -> None:
+def require_loggable(models: Mapping[str, Place], register: str | None, alias: str | None) -> None:
     """Raise UserError for a registration that cannot be."""
     if alias and not register:
         raise UserError(f"--alias '{alias}' is an alias of a registered model; give --register NAME too")
@@ -48,7 +50,7 @@ def require_loggable(models: dict[str, Path], register: str | None, alias: str |
 
 
 def log_model(
-    config: Config, name: str, model: Path, exported: Path, register: str | None, alias: str | None, say: Callable[[str], None]
+    config: Config, name: str, model: Place, exported: Place, register: str | None, alias: str | None, say: Callable[[str], None]
 ) -> str | None:
     """Log a model and its exported files to MLflow; returns the URI that mlflow.pytorch.load_model takes.
 
@@ -61,8 +63,8 @@ def log_model(
             run.artifact(exported, "export")
             say(f"{name}: a TorchScript program is no pt2 model; its files are in MLflow, without a model of a flavour")
             return None
-        with _server(tracking.tracking_uri(config)):
-            return _log(run.id, name, network, about, exported, register, alias, say)
+        with _server(tracking_uri(config)):
+            return _log(run.id, name, network, about, fetched(exported), register, alias, say)
 
 
 def _log(

@@ -29,6 +29,7 @@ from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.gan_trainer import DEAD_END, check_images, check_workers, result_of, train_generator
 from dmat_ray.manifold.generators import CARD, WEIGHTS, save_generator
 from dmat_ray.manifold.samples import sample_grid
+from dmat_ray.storage import local_output
 
 SAMPLES = "samples.png"
 PIXELS, LABELS, REJECTED = "images.npy", "labels.npy", "rejected.json"
@@ -179,7 +180,7 @@ def train(config: Config, folder: Path, command: str, say: Callable[[str], None]
 
     A rerun after a crash goes on from the latest snapshot.
     """
-    storage = Path(config.output).resolve() / "train"
+    storage = local_output(config, "jobs/train_generator.py") / "train"
     cache = check(config, storage)
     if cache.rejected:
         name, reason = next(iter(cache.rejected.items()))
@@ -210,7 +211,7 @@ def train(config: Config, folder: Path, command: str, say: Callable[[str], None]
             settings = {"config": config.to_json(), "mailbox": mailbox, "images": str(cache.folder)}
             result = workers.fit(worker, settings, config.cluster, storage / name, keep=2)
         assert result.checkpoint is not None
-        generator, kept = result_of(Path(result.checkpoint.path), config.gan)
+        generator, kept = result_of(result.checkpoint.path, config.gan)
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

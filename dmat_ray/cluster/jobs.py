@@ -4,15 +4,14 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dmat_ray.cluster import tracking
 from dmat_ray.cluster.session import connected
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
-from dmat_ray.storage import Location, at, set_folder
+from dmat_ray.storage import Location, Place, at, set_folder, tracking_uri
 
 if TYPE_CHECKING:
     from dmat_ray.checks import Finding
@@ -82,7 +81,7 @@ def project(config: Config, say: Callable[[str], None], parent: "tracking.Run | 
     return manifest
 
 
-def train(configs: list[Config], say: Callable[[str], None], parent: "tracking.Run | None" = None) -> list[Path]:
+def train(configs: list[Config], say: Callable[[str], None], parent: "tracking.Run | None" = None) -> list[Location]:
     """Training, tracked. Returns the folders of the models."""
     from dmat_ray import models
     from dmat_ray.cluster import train as stage
@@ -95,7 +94,7 @@ def train(configs: list[Config], say: Callable[[str], None], parent: "tracking.R
 
 
 def evaluate(
-    config: Config, models: dict[str, Path], say: Callable[[str], None], parent: "tracking.Run | None" = None
+    config: Config, models: Mapping[str, Place], say: Callable[[str], None], parent: "tracking.Run | None" = None
 ) -> "tuple[Results, list[Finding]]":
     """Evaluation and report, tracked. Returns the rows, and what the checks found."""
     from dmat_ray import report
@@ -104,8 +103,7 @@ def evaluate(
     from dmat_ray.lease import exclusive
     from dmat_ray.metrics import Results
 
-    folder = Path(config.output).resolve() / "evaluation"
-    page = Path(config.output).resolve() / "report.html"
+    folder, page = at(config.output) / "evaluation", report_page(config)
     stage.check(config, set_folder(config), models)
     if stage.is_evaluated(config, set_folder(config), models, folder):
         results, checked = Results(stage.read_rows(folder), config.evaluation), stage.read_checks(folder)
@@ -116,8 +114,8 @@ def evaluate(
             report.write(config, set_folder(config), models, results, checked, page)
         return results, checked[1]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(exclusive(at(folder)))  # two evaluations must not mix their rows
-        page.unlink(missing_ok=True)  # a page of other rows must not pass for theirs, whenever this run may end
+        stack.enter_context(exclusive(folder))  # two evaluations must not mix their rows
+        page.unlink()  # a page of other rows must not pass for theirs, whenever this run may end
         stack.enter_context(connected(config.cluster, config.output, say))
         run = stack.enter_context(tracking.tracked(config, "", "evaluate", parent))
         rows, findings = stage.evaluate(config, set_folder(config), models, folder, say)
@@ -129,12 +127,17 @@ def evaluate(
             say(f"warning: {finding.model}: {finding.check}: {finding.text}")
         say("writing the report")
         report.write(config, set_folder(config), models, results, stage.read_checks(folder), page)
-        for file in (folder / stage.ROWS, folder / stage.CHECKS, page, page.with_suffix(".md"), page.with_suffix(".csv")):
+        for file in (folder / stage.ROWS, folder / stage.CHECKS, page, *report.siblings(page)):
             run.artifact(file)
     return results, findings
 
 
-def predict(config: Config, model: Path, images: str, target: Location, say: Callable[[str], None]) -> Any:
+def report_page(config: Config) -> Location:
+    """Where the report goes."""
+    return at(config.output) / "report.html"
+
+
+def predict(config: Config, model: Location, images: str, target: Location, say: Callable[[str], None]) -> Any:
     """Predictions for a folder of images, written to `target`. Returns their table."""
     from dmat_ray import prediction
     from dmat_ray.cluster import predict as stage
@@ -153,4 +156,4 @@ def ui_command(config: Config) -> str:
     # the working directory of a submitted job is nobody's but Ray's, and may be gone by now
     submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     python = sys.executable if submitted else os.path.relpath(sys.executable)
-    return f"{python} -m mlflow ui --backend-store-uri {tracking.tracking_uri(config)}"
+    return f"{python} -m mlflow ui --backend-store-uri {tracking_uri(config)}"

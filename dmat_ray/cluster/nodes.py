@@ -13,12 +13,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import dmat_ray
 from dmat_ray.errors import UserError
-from dmat_ray.storage import at
+from dmat_ray.storage import Location, at
 
 EXPECTED = "DMAT_RAY_EXPECTED"
 MARK = ".dmat_ray"  # in an output folder: by its content the folder is known on other machines
@@ -41,15 +40,14 @@ def packages() -> dict[str, str]:
 def expectation(output: str | None) -> str:
     """What processes of a job are to find, as text for their environment. The output folder gets a file to be known by.
 
-    Raises UserError if the folder cannot be written.
+    Raises UserError if it cannot be written.
     """
     told: dict[str, Any] = {"node": platform.node(), "packages": packages(), "output": None, "mark": None}
     if output is not None:
-        folder = Path(output).resolve()
+        folder = at(output)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            at(folder / MARK).create_bytes(secrets.token_hex(16).encode())
-            told |= {"output": str(folder), "mark": (folder / MARK).read_text()}
+            (folder / MARK).create_bytes(secrets.token_hex(16).encode())
+            told |= {"output": str(folder), "mark": (folder / MARK).read_bytes().decode()}
         except OSError as error:
             raise UserError(f"output '{output}' cannot be written: {error.strerror or error}; give another --output") from None
     return json.dumps(told)
@@ -61,21 +59,29 @@ def complaints(told: str) -> list[str]:
     found = packages()
     other = [f"{name} {found[name]} (the driver has {v})" for name, v in wanted["packages"].items() if found.get(name) != v]
     said = [f"node {node} has {', '.join(other)}; set up all nodes from one constraints.txt"] if other else []
-    if wanted["output"] is not None and not _bears(Path(wanted["output"]) / MARK, wanted["mark"]):
-        said.append(
-            f"output '{wanted['output']}' is not the same folder on node {node} as on the driver's, {wanted['node']}; give an "
-            "--output on a file system that all nodes share"
-        )
+    if wanted["output"] is not None:
+        said += _strange(at(wanted["output"]), wanted["mark"], node, wanted["node"])
     return said
 
 
-def _bears(path: Path, mark: str) -> bool:
+def _strange(output: Location, mark: str, node: str, driver: str) -> list[str]:
+    """What is wrong with the output as this node sees it, which bears a mark of the driver's."""
     end = time.monotonic() + SETTLING_S
-    while not path.is_file() or path.read_text() != mark:
+    while True:
+        try:
+            if (output / MARK).read_bytes().decode() == mark:
+                return []
+        except FileNotFoundError:
+            pass
+        except (OSError, UserError) as error:
+            if output.local is None:
+                return [f"node {node} cannot read what the driver's, {driver}, has written: {error}"]
         if time.monotonic() > end:
-            return False
+            break
         time.sleep(0.2)
-    return True
+    same = f"output '{output}' is not the same folder on node {node} as on the driver's, {driver}"
+    hint = "give an --output on a file system that all nodes share"
+    return [f"{same}; {hint if output.local else 'do both have one AWS_ENDPOINT_URL?'}"]
 
 
 def require_like_driver() -> None:

@@ -15,11 +15,12 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from dmat_ray.errors import UserError
 from dmat_ray.files import text_digest
+from dmat_ray.folders import fetched
+from dmat_ray.storage import Location
 
 KEY = "dmat_ray.key"
 PARENT = "mlflow.parentRunId"
@@ -37,7 +38,7 @@ class Outbox:
     before the server has made it. Raises UserError if the server does not answer at the start.
     """
 
-    def __init__(self, uri: str, folder: Path, patience_s: float) -> None:
+    def __init__(self, uri: str, folder: Location, patience_s: float) -> None:
         # its retries would hold the thread for minutes; ours go on for as long as the job does
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
@@ -65,7 +66,8 @@ class Outbox:
                 f"MLflow at tracking.uri '{uri}' does not answer: {_reason(error)}; start it, correct the address, or leave "
                 "tracking.uri out: then runs are kept in the output folder"
             ) from error
-        self._entries: deque[Entry] = deque(_read(self._file))
+        self._kept = self._file.is_file()  # of an earlier job; later of this one
+        self._entries: deque[Entry] = deque(_read(self._file) if self._kept else ())
         self._ids: dict[str, str] = {}
         self._epochs: dict[str, float] = {}  # the last that the server has of runs that were opened again
         self._change = threading.Condition()
@@ -89,11 +91,10 @@ class Outbox:
                 {**entry, "id": self._ids.get(entry["run"]), "parent_id": self._ids.get(entry.get("parent") or "")}
                 for entry in self._entries
             ]
-            partial = self._file.with_suffix(".partial")
             try:
-                partial.write_text("".join(json.dumps(entry) + "\n" for entry in left), encoding="utf-8")
-                partial.replace(self._file)
-            except OSError as error:
+                self._file.write_bytes("".join(json.dumps(entry) + "\n" for entry in left).encode())
+                self._kept = True
+            except (OSError, UserError) as error:
                 _warn(f"{len(left)} entries for MLflow cannot be kept in '{self._file}': {error}")
                 return
         _warn(f"{len(left)} entries for MLflow are kept in '{self._file}'; the next job with this output sends them")
@@ -134,9 +135,10 @@ class Outbox:
                 failures, self._down_since = 0, None
             with self._change:
                 self._entries.popleft()
-                if not self._entries:
-                    with contextlib.suppress(OSError):
-                        self._file.unlink(missing_ok=True)
+                if not self._entries and self._kept:
+                    with contextlib.suppress(OSError, UserError):
+                        self._file.unlink()
+                    self._kept = False
                 self._change.notify_all()
 
     def _send(self, entry: Entry) -> None:
@@ -189,7 +191,7 @@ class Outbox:
         self._client.log_batch(run_id, metrics=[Metric(k, v, entry["time"], entry["step"]) for k, v in values.items()])
 
     def _artifact(self, run_id: str, entry: Entry) -> None:
-        path = Path(entry["path"])
+        path = fetched(entry["path"])
         if path.is_dir():
             self._client.log_artifacts(run_id, str(path), entry["folder"])
         else:
@@ -255,19 +257,18 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _read(file: Path) -> list[Entry]:
+def _read(file: Location) -> list[Entry]:
     """What an earlier job could not send; a damaged line is left out and told."""
     entries: list[Entry] = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                entry = None
-            if isinstance(entry, dict) and entry.get("do") in KINDS and isinstance(entry.get("run"), str):
-                entries.append(entry)
-            else:
-                _warn(f"a line of '{file}' is damaged and left out")
+    for line in file.read_bytes().decode().splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if isinstance(entry, dict) and entry.get("do") in KINDS and isinstance(entry.get("run"), str):
+            entries.append(entry)
+        else:
+            _warn(f"a line of '{file}' is damaged and left out")
     return entries
 
 

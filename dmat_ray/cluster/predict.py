@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -29,7 +28,7 @@ class Predictor:
     def __init__(self, threads: int, model: str) -> None:
         torch.set_num_threads(threads)
         self.device = session.device_of_actor()
-        self.network, self.run = checkpoint.load_classifier(Path(model), self.device)
+        self.network, self.run = checkpoint.load_classifier(model, self.device)
 
     def __call__(self, row: pa.Table) -> pa.Table:
         _, table, rejected, _ = unpack(row)
@@ -40,7 +39,7 @@ class Predictor:
 
 
 def predict(
-    config: Config, model: Path, images: str, listing: pa.Table, target: Location, say: Callable[[str], None]
+    config: Config, model: Location, images: str, listing: pa.Table, target: Location, say: Callable[[str], None]
 ) -> pa.Table:
     """One row of `prediction.SCHEMA` for each image of a listing, in its order; also written to `target`, as Parquet.
 

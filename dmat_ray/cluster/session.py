@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dmat_ray.cluster import nodes
 from dmat_ray.config import ClusterConfig, Config
 from dmat_ray.errors import UserError
+from dmat_ray.storage import at, tracking_uri
 
 if TYPE_CHECKING:
     import torch
@@ -49,16 +50,14 @@ LOCAL_ENVIRONMENT = {
 LOGICAL = "DMAT_RAY_LOGICAL_GPUS"
 
 
-def prepare_environment(config: Config | None = None, cluster: ClusterConfig | None = None) -> None:
+def prepare_environment(config: Config | None = None, cluster: ClusterConfig | None = None, *, tracked: bool = True) -> None:
     """Set what is not set, for the cluster of `config`, or for `cluster`. Call it before ray is imported.
 
-    Raises UserError for an output that is no folder, or would be lost: a submitted job runs in a copy of its working directory.
+    Raises UserError for an output that would be lost, since a submitted job runs in a copy of its working directory, or that
+    cannot hold the database of a job that is `tracked`.
     """
-    if config is not None and "://" in config.output:
-        raise UserError(
-            f"output '{config.output}' is a URL; only images (data.source) and the on-manifold set (manifold_set) may lie in "
-            "object stores, output must be a folder"
-        )
+    if config is not None and tracked:
+        tracking_uri(config)
     if config is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         for name, place in (("output", config.output), ("manifold_set", config.manifold_set)):
             if place is not None and "://" not in place and not Path(place).is_absolute():
@@ -225,10 +224,10 @@ def connected(config: ClusterConfig, output: str | None = None, say: Callable[[s
         return
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     address = cluster_address(config)
+    told = nodes.expectation(output) if address is not None or (output is not None and at(output).local is None) else ""
     if address is None:
         _start(config)
     else:
-        told = nodes.expectation(output)
         _join(address, told)
     ray.data.DataContext.get_current().enable_progress_bars = False  # jobs print their own lines
     try:

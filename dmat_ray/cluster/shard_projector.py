@@ -14,7 +14,7 @@ from dmat_ray.data import set_format
 from dmat_ray.data.pixels import quantise
 from dmat_ray.manifold import encoder, generators
 from dmat_ray.manifold.projection import Projector
-from dmat_ray.storage import at
+from dmat_ray.storage import Location
 
 
 class ShardProjector:
@@ -69,6 +69,6 @@ def build_projector(config: Config, device: torch.device) -> Projector:
     return Projector(generator, config.projection, device, start)
 
 
-def encoder_folder(config: Config) -> Any:
+def encoder_folder(config: Config) -> Location:
     """The folder of the encoder that projection starts from."""
-    return encoder.locate_encoder(config.projection.encoder, at(config.output).local, config.generator.path)
+    return encoder.locate_encoder(config.projection.encoder, config.output, config.generator.path)

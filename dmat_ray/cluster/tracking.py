@@ -8,19 +8,16 @@ from typing import Any
 from dmat_ray.checkpoint import flatten_config
 from dmat_ray.cluster.outbox import Outbox, new_handle, now_ms
 from dmat_ray.config import Config
+from dmat_ray.storage import Place, at, tracking_uri
 
 _OUTBOXES: dict[tuple[str, str], Outbox] = {}
 
 
-def tracking_uri(config: Config) -> str:
-    """The configured server, or sqlite in the output folder."""
-    return config.tracking.uri or f"sqlite:///{Path(config.output).resolve() / 'mlflow.db'}"
-
-
 def _outbox(config: Config) -> Outbox:
     """The one of this process for this server and this output folder."""
-    folder = Path(config.output).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = at(config.output)
+    if folder.local is not None:
+        folder.local.mkdir(parents=True, exist_ok=True)
     key = (tracking_uri(config), str(folder))
     if key not in _OUTBOXES:
         _OUTBOXES[key] = Outbox(key[0], folder, config.tracking.patience_s)
@@ -45,9 +42,9 @@ class Run:
         """Log numbers at `step`."""
         self._put("metrics", values={_name(k): float(v) for k, v in values.items()}, step=step, time=now_ms())
 
-    def artifact(self, path: Path, folder: str | None = None) -> None:
+    def artifact(self, place: Place, folder: str | None = None) -> None:
         """Copy a file or a folder into the run's artifacts; it must stay until it is sent."""
-        self._put("artifact", path=str(path.resolve()), folder=folder)
+        self._put("artifact", path=str(at(place)), folder=folder)
 
     def text(self, name: str, content: str) -> None:
         """Keep a text as an artifact of this name."""
@@ -89,7 +86,7 @@ def open_run(config: Config, name: str, stage: str, parent: Run | None = None, *
             "do": "create",
             "run": handle,
             "experiment": config.tracking.experiment,
-            "artifacts": None if config.tracking.uri else (Path(config.output).resolve() / "mlartifacts").as_uri(),
+            "artifacts": None if config.tracking.uri else Path(str(at(config.output) / "mlartifacts")).as_uri(),
             "key": key or f"{stage}/{name}/{config.fingerprint()}",
             "reopen": key is not None,
             "name": f"{stage}: {name}" if name else stage,

@@ -2,9 +2,7 @@
 
 import contextlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,14 +19,14 @@ from dmat_ray.files import text_digest
 from dmat_ray.lease import sole
 from dmat_ray.manifold import generators
 from dmat_ray.models import is_trained, model_folder, publish, set_digest
-from dmat_ray.storage import set_folder
+from dmat_ray.storage import Location, at, set_folder
 from dmat_ray.trainer import describe, train
 
 
 class _NamedContext(RayContext):
     """Goes on from the group's checkpoints only if they belong to this run."""
 
-    def checkpoints(self) -> Sequence[Path]:
+    def checkpoints(self) -> Sequence[str]:
         found = super().checkpoints()
         names = [_run_name(folder) for folder in found]
         if self._name not in names:
@@ -38,7 +36,7 @@ class _NamedContext(RayContext):
         return [folder for folder, name in zip(found[:last], names[:last], strict=True) if name in (self._name, None)]
 
 
-def _run_name(folder: Path) -> str | None:
+def _run_name(folder: str) -> str | None:
     """Whose a checkpoint is; None for one that is damaged."""
     try:
         return str(checkpoint.read_run(folder)["config"]["name"])
@@ -76,7 +74,7 @@ def _train(settings: dict[str, Any]) -> None:
             generators.fingerprint(config.generator.path),
             context,
             judged_by=None if judged_by is None else EvaluationConfig.model_validate(judged_by),
-            branch_from=None if branch_from is None else Path(branch_from),
+            branch_from=branch_from,
         )
 
 
@@ -125,14 +123,14 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
                 raise RuntimeError(f"Ray Train finished, but '{folder}' holds no final checkpoint of {config.name}")
             publish(found, model_folder(config))
             runs[config.name].artifact(model_folder(config), "checkpoint")
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.remove()
 
 
-def training_folder(todo: list[Config]) -> Path:
+def training_folder(todo: list[Config]) -> Location:
     """Where Ray Train keeps what these models' training has come to, until it is finished."""
     label = todo[0].name if len(todo) == 1 else f"{len(todo)}_models"
     key = text_digest(" ".join(_key(config) for config in todo))[:12]
-    return Path(todo[0].output).resolve() / "train" / f"{label}-{key}"
+    return at(todo[0].output) / "train" / f"{label}-{key}"
 
 
 def _key(config: Config) -> str:
@@ -141,7 +139,7 @@ def _key(config: Config) -> str:
     return text_digest(text)[:8]
 
 
-def _final_checkpoint(folder: Path, config: Config) -> Path | None:
+def _final_checkpoint(folder: Location, config: Config) -> Location | None:
     for found in stored_checkpoints(folder):
         with contextlib.suppress(UserError):
             run = checkpoint.require_whole(found, checkpoint.RUN)

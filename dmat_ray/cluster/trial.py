@@ -30,6 +30,7 @@ from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.data import manifold_set
 from dmat_ray.errors import NotFiniteError, UserError
 from dmat_ray.files import read_json, text_digest, write_json
+from dmat_ray.folders import put
 from dmat_ray.manifold import generators
 from dmat_ray.trainer import train
 from dmat_ray.trials import metric, value
@@ -99,20 +100,16 @@ class _TrialContext:
         if checkpoint is not None:
             kept = stored_checkpoints(self._line.folder)
             number = int(kept[0].name.split("_")[1]) + 1 if kept else 0
-            folder = self._line.folder / f"checkpoint_{number:06d}"
-            partial = self._line.folder / f".{folder.name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(checkpoint, partial)
+            put(checkpoint, self._line.folder / f"checkpoint_{number:06d}")
             shutil.rmtree(checkpoint)
-            partial.rename(folder)
             for old in [] if self._keep is None else kept[self._keep - 1 :]:
-                shutil.rmtree(old, ignore_errors=True)
+                old.remove()
         if metrics:
             self._line.report(metrics)
 
-    def checkpoints(self) -> Sequence[Path]:
+    def checkpoints(self) -> Sequence[str]:
         """See RunContext."""
-        return stored_checkpoints(self._line.folder)
+        return [str(place) for place in stored_checkpoints(self._line.folder)]
 
     def preempted(self) -> bool:
         """See RunContext: a trial that loses its machine goes on from its last epoch."""
@@ -254,7 +251,7 @@ def keep_newest(folder: Path) -> None:
     for line in line_folders(folder):
         for kept in stored_checkpoints(line):
             if newest is not None and str(kept) != newest["folder"]:
-                shutil.rmtree(kept, ignore_errors=True)
+                kept.remove()
 
 
 def state_of(folder: Path) -> dict[str, Any] | None:

@@ -1,7 +1,6 @@
 """Ray Train's workers, as every stage that trains asks for them."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -9,13 +8,14 @@ import ray.train.torch
 
 from dmat_ray.cluster import session
 from dmat_ray.config import ClusterConfig
+from dmat_ray.storage import Place, at
 
 
 def fit(
     worker: Callable[[dict[str, Any]], Any],
     settings: dict[str, Any],
     cluster: ClusterConfig,
-    folder: Path,
+    folder: Place,
     *,
     keep: int | None,
     elastic: bool = False,
@@ -24,6 +24,7 @@ def fit(
 
     With `elastic` fewer will do, if `cluster.train_workers_min` says so. Ray must be connected.
     """
+    place = at(folder)
     return ray.train.torch.TorchTrainer(
         worker,
         train_loop_config=settings,
@@ -35,8 +36,9 @@ def fit(
             **({"elastic_resize_monitor_interval_s": cluster.resize_seconds} if elastic else {}),
         ),
         run_config=ray.train.RunConfig(
-            name=folder.name,
-            storage_path=str(folder.parent),
+            name=place.name,
+            storage_path=place.parent.key,
+            storage_filesystem=None if place.local else place.filesystem,
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=keep),
         ),

@@ -65,7 +65,7 @@ from dmat_ray.config.tuning import TuneConfig
 class Config(Section):
     """All settings of dmat_ray."""
 
-    output: str = Field("runs/default", min_length=1, description="folder that everything is written under")
+    output: str = Field("runs/default", min_length=1, description="folder or s3:// or gs:// URL that everything is written under")
     manifold_set: str | None = Field(
         None, min_length=1, description="the on-manifold set, a folder or an s3:// or gs:// URL; null = OUTPUT/on_manifold_set"
     )

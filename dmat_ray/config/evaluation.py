@@ -225,7 +225,7 @@ class EvaluationConfig(Section):
         "none", description="backbone of the LPIPS distance in the rows; none = left out"
     )
     lpips_weights: str = Field(
-        "pretrained", description="'pretrained' (torchvision's, from the torch cache), a file of them, or 'random'"
+        "pretrained", description="'pretrained' (torchvision's, from the torch cache), a file or URL of them, or 'random'"
     )
     check_examples: int = Field(
         100, ge=0, description="images, at most a batch, on which gradients, inputs and noise are looked at; 0 = not"

@@ -12,7 +12,7 @@ class GeneratorConfig(Section):
     """The generator whose range stands for the image manifold."""
 
     path: str = Field(
-        "mnist32", description="'mnist32' (shipped) or a folder written by train_generator.py or import_generator.py"
+        "mnist32", description="'mnist32' (shipped), or a folder or URL with what train_generator.py or import_generator.py wrote"
     )
     precision: Literal["reference", "fast", "bf16"] = Field(
         "reference",

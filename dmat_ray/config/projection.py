@@ -43,7 +43,7 @@ class ProjectionConfig(Section):
     lpips_weights: str = Field(
         "pretrained",
         description="'pretrained' (torchvision's, from the torch cache), 'random' (seeded, not perceptual), or a file "
-        "with the backbone's state dict",
+        "or URL of the backbone's state dict",
     )
     lpips_precision: Literal["float32", "bf16"] = Field("float32", description="arithmetic of that backbone")
     compile: bool = Field(False, description="torch.compile of generator and LPIPS: slow to start, for GPUs and large sets")
@@ -52,7 +52,8 @@ class ProjectionConfig(Section):
         description="first w: the mean, the closest (pixel L2) of `candidates` random samples, or what an encoder says",
     )
     encoder: str | None = Field(
-        None, description="folder written by train_encoder.py; null = OUTPUT/encoder if it is there, else the generator's own"
+        None,
+        description="folder or URL written by train_encoder.py; null = OUTPUT/encoder if it is there, else the generator's own",
     )
     candidates: int = Field(2048, ge=1, description="samples that start=nearest chooses from")
     batch_size: int = Field(10, ge=1, description="images optimised together")

@@ -140,7 +140,7 @@ class ClusterConfig(Section):
 class TrackingConfig(Section):
     """MLflow."""
 
-    uri: str | None = Field(None, description="tracking URI; null = sqlite in the output folder")
+    uri: str | None = Field(None, description="tracking URI; null = sqlite in the output folder, which then is no URL")
     experiment: str = Field("dmat_ray", min_length=1, description="experiment name")
     patience_s: float = Field(
         60.0,

@@ -12,9 +12,9 @@ import torch
 
 from dmat_ray.data.pixels import to_unit
 from dmat_ray.data.set_format import different_columns, from_lists, from_netpbm
-from dmat_ray.data.set_reader import Place, decoded, digest, read_manifest, read_shard, schema_of
+from dmat_ray.data.set_reader import decoded, digest, read_manifest, read_shard, schema_of
 from dmat_ray.errors import UserError
-from dmat_ray.storage import Location, at
+from dmat_ray.storage import Location, Place, at
 from dmat_ray.types import Batch
 
 

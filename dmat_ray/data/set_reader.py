@@ -7,7 +7,6 @@ written last, so that a set without one is unfinished by definition.
 import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,8 @@ from dmat_ray.data.decoding import MAX_PIXELS, SIZED, decode
 from dmat_ray.data.set_format import MANIFEST, SHARDS, VERSION, schema
 from dmat_ray.errors import UserError
 from dmat_ray.files import text_digest
-from dmat_ray.storage import Location, at, require_not_of_storage
+from dmat_ray.storage import Location, Place, at, require_not_of_storage
 
-Place = str | Path | Location
 READERS = 16  # files read at a time: an object store answers slowly, and many at once
 
 

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from dmat_ray.config import EncoderConfig
 from dmat_ray.errors import UserError
-from dmat_ray.files import read_json, sha256, write_json
+from dmat_ray.files import sha256, write_json
+from dmat_ray.folders import fetched
+from dmat_ray.storage import Location, Place, at
 from dmat_ray.types import Generator
-from dmat_ray.weights import generator_folder
+from dmat_ray.weights import generator_place
 
 FOLDER, WEIGHTS, CARD = "encoder", "encoder.safetensors", "encoder.json"
 VERSION = 1
@@ -123,15 +125,15 @@ def save_encoder(folder: Path, encoder: Encoder, card: dict[str, Any]) -> None:
     write_json(folder / CARD, whole)
 
 
-def read_card(folder: Path | str) -> dict[str, Any]:
+def read_card(folder: Place) -> dict[str, Any]:
     """encoder.json of a whole encoder; raises UserError for a folder that is missing, unfinished or of another version."""
-    path = Path(folder) / CARD
+    path = at(folder) / CARD
     if not path.parent.is_dir():
         raise UserError(f"there is no encoder at '{folder}'; {HOW_TO_GET_ONE}")
     if not path.is_file():
         raise UserError(f"'{folder}' holds no encoder, or an unfinished one (no {CARD}); {HOW_TO_GET_ONE}")
     try:
-        card = read_json(path)
+        card = path.read_json()
     except RecursionError:
         raise UserError(f"'{path}' is damaged: it is nested too deep") from None
     if not isinstance(card, dict):
@@ -143,19 +145,19 @@ def read_card(folder: Path | str) -> dict[str, Any]:
     return card
 
 
-def _architecture(card: dict[str, Any], folder: Path | str) -> dict[str, int]:
+def _architecture(card: dict[str, Any], folder: Place) -> dict[str, int]:
     """The sizes that a card gives, each a positive integer."""
     found = card.get("architecture")
     names = list(signature(Encoder).parameters)
     if not isinstance(found, dict) or sorted(found) != sorted(names):
-        raise UserError(f"'{Path(folder) / CARD}' is damaged: architecture must give {', '.join(names)}")
+        raise UserError(f"'{at(folder) / CARD}' is damaged: architecture must give {', '.join(names)}")
     for name, value in found.items():
         if type(value) is not int or not 1 <= value <= LARGEST:
-            raise UserError(f"'{Path(folder) / CARD}' is damaged: architecture.{name} is {str(value)[:80]}")
+            raise UserError(f"'{at(folder) / CARD}' is damaged: architecture.{name} is {str(value)[:80]}")
     return found
 
 
-def load_encoder(folder: Path | str, generator_sha256: str, device: torch.device | str = "cpu") -> Encoder:
+def load_encoder(folder: Place, generator_sha256: str, device: torch.device | str = "cpu") -> Encoder:
     """The encoder of a folder, frozen and in eval mode, for the generator of this fingerprint.
 
     Raises UserError for a folder that is missing, damaged or of another generator, and for weights that do not fit.
@@ -166,13 +168,13 @@ def load_encoder(folder: Path | str, generator_sha256: str, device: torch.device
             f"the encoder '{folder}' was trained for generator {str(card.get('generator_sha256'))[:12]}, but the one given is "
             f"{generator_sha256[:12]}; {HOW_TO_GET_ONE}"
         )
-    sizes, path = _architecture(card, folder), Path(folder) / WEIGHTS
+    sizes, path = _architecture(card, folder), fetched(folder) / WEIGHTS
     if not path.is_file():
         raise UserError(f"the encoder '{folder}' has no {WEIGHTS}; {HOW_TO_GET_ONE}")
     if (digest := sha256(path)) != card.get("weights_sha256"):
         raise UserError(
-            f"'{path}' is damaged or not the one that {CARD} was written for: its sha256 begins with {digest[:12]}, not "
-            f"{str(card.get('weights_sha256'))[:12]}; {HOW_TO_GET_ONE}"
+            f"'{at(folder) / WEIGHTS}' is damaged or not the one that {CARD} was written for: its sha256 begins with "
+            f"{digest[:12]}, not {str(card.get('weights_sha256'))[:12]}; {HOW_TO_GET_ONE}"
         )
     try:
         state = load_file(path)
@@ -192,29 +194,25 @@ def load_encoder(folder: Path | str, generator_sha256: str, device: torch.device
     return encoder.to(device).eval().requires_grad_(False)
 
 
-def fingerprint_encoder(folder: Path | str) -> str:
+def fingerprint_encoder(folder: Place) -> str:
     """sha256 of an encoder's weights; raises UserError if there are none."""
-    path = Path(folder) / WEIGHTS
+    path = at(folder) / WEIGHTS
     if not path.is_file():
         raise UserError(f"'{folder}' has no {WEIGHTS}; {HOW_TO_GET_ONE}")
-    return sha256(path)
+    return sha256(fetched(path))
 
 
-def locate_encoder(setting: str | None, output: Path | None, generator_path: str) -> Path:
-    """The encoder's folder: the setting, else OUTPUT/encoder, else the generator's own; raises UserError if there is none.
-
-    `output` is None where it is no folder of this machine.
-    """
+def locate_encoder(setting: str | None, output: Place, generator_path: str) -> Location:
+    """The encoder's folder: the setting, else OUTPUT/encoder, else the generator's own; raises UserError if there is none."""
     if setting is not None:
-        return Path(setting)
-    own, shipped = None if output is None else output / FOLDER, generator_folder(generator_path)
-    if own is not None and own.is_dir():
+        return at(setting)
+    own, shipped = at(output) / FOLDER, generator_place(generator_path)
+    if own.is_dir():
         return own
     if (shipped / WEIGHTS).is_file():
         return shipped
-    places = "" if own is None else f"in '{own}' nor "
     raise UserError(
-        f"projection.start is encoder, but there is none {places}beside the generator '{generator_path}'; "
+        f"projection.start is encoder, but there is none in '{own}' nor beside the generator '{generator_path}'; "
         "train one with jobs/train_encoder.py and the same --output, give its folder as --projection.encoder, or start "
         "without: --projection.start nearest"
     )

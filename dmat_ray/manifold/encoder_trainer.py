@@ -15,11 +15,11 @@ from torch import Tensor
 from dmat_ray import checkpoint
 from dmat_ray.config import EncoderConfig
 from dmat_ray.errors import UserError
-from dmat_ray.files import read_json
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.encoder import Encoder, as_stored, untrained
 from dmat_ray.manifold.gan import StepDraws
 from dmat_ray.rng import derive
+from dmat_ray.storage import Place, at
 from dmat_ray.types import RunContext
 
 PROGRESS = "encoder_progress.json"
@@ -150,11 +150,12 @@ def _report_checkpoint(context: RunContext, metrics: dict[str, float], progress:
     checkpoint.hand_over(context, metrics, write, wait=progress["step"] == progress["of"])
 
 
-def _read_checkpoint(folder: Path, about: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+def _read_checkpoint(folder: Place, about: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     """The step of a checkpoint and its tensors; raises UserError if it is damaged or of another training."""
-    if not (folder / PROGRESS).is_file():
+    path = at(folder) / PROGRESS
+    if not path.is_file():
         raise UserError(f"'{folder}' is no checkpoint of an encoder training (no {PROGRESS})")
-    progress = read_json(folder / PROGRESS)
+    progress = path.read_json()
     if progress["generator_sha256"] != about["generator_sha256"]:
         raise UserError(f"'{folder}' was trained for another generator; give another --output or remove it")
     if progress["config"] != about["config"]:
@@ -162,7 +163,7 @@ def _read_checkpoint(folder: Path, about: dict[str, Any]) -> tuple[int, dict[str
     return int(progress["step"]), checkpoint.load_state(folder)
 
 
-def result_of(folder: Path, config: EncoderConfig, generator: LatentGenerator, generator_sha256: str) -> Encoder:
+def result_of(folder: Place, config: EncoderConfig, generator: LatentGenerator, generator_sha256: str) -> Encoder:
     """The encoder of a finished training's last checkpoint, with its weights as they are stored."""
     about = {"config": config.model_dump(mode="json"), "generator_sha256": generator_sha256}
     encoder = untrained(config, generator)

@@ -19,13 +19,13 @@ from dmat_ray import checkpoint
 from dmat_ray.arithmetic import tf32
 from dmat_ray.config import GanConfig
 from dmat_ray.errors import UserError
-from dmat_ray.files import read_json
 from dmat_ray.manifold import gan
 from dmat_ray.manifold.augment import adapted, augment
 from dmat_ray.manifold.discriminator import Discriminator
 from dmat_ray.manifold.quality import Judge
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.rng import derive
+from dmat_ray.storage import Place, at
 from dmat_ray.types import RunContext
 
 PROGRESS = "gan.json"
@@ -272,18 +272,18 @@ def _restored(config: GanConfig, state: Any, device: torch.device) -> StyleGAN2:
     return generator.to(device).eval().requires_grad_(False)
 
 
-def read_progress(folder: Path, config: GanConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_progress(folder: Place, config: GanConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a checkpoint says of itself, and its tensors; raises UserError if it is damaged or of another training."""
-    path = folder / PROGRESS
+    path = at(folder) / PROGRESS
     if not path.is_file():
         raise UserError(f"'{folder}' is no checkpoint of a generator training (no {PROGRESS})")
-    progress: dict[str, Any] = read_json(path)
+    progress: dict[str, Any] = path.read_json()
     if progress["config"] != config.model_dump(mode="json"):
         raise UserError(f"'{folder}' was trained with other settings under gan.*; give another --output or remove it")
     return progress, checkpoint.load_state(folder)
 
 
-def result_of(folder: Path, config: GanConfig) -> tuple[StyleGAN2, dict[str, Any]]:
+def result_of(folder: Place, config: GanConfig) -> tuple[StyleGAN2, dict[str, Any]]:
     """The generator that a finished training's last checkpoint holds, and its quality and `diverged`."""
     progress, state = read_progress(folder, config)
     return _restored(config, state["best"], torch.device("cpu")), {**progress["best"], "diverged": progress["diverged"]}

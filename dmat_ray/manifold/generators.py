@@ -4,6 +4,7 @@
 a program (`decoder.pt`, `decoder.pt2`, see `exported`).
 """
 
+import contextlib
 import functools
 import json
 from pathlib import Path
@@ -53,9 +54,14 @@ def _kind(card: dict[str, Any]) -> str:
 
 
 def folder_of(path: str) -> Path:
-    """Folder of a shipped generator's name or of the user's path; raises UserError if it holds no generator."""
-    folder = weights.generator_folder(path)
-    if not (folder / CARD).is_file():
+    """Folder of a shipped generator's name, of the user's path, or of a copy of what his URL names.
+
+    Raises UserError if it holds no generator.
+    """
+    folder = None
+    with contextlib.suppress(FileNotFoundError):
+        folder = weights.generator_folder(path)
+    if folder is None or not (folder / CARD).is_file():
         raise UserError(f"generator.path '{path}' has no {CARD}; {weights.HOW_TO_GET_A_GENERATOR}")
     name = FILES.get(_kind(_card(folder, path)), WEIGHTS)
     if not (folder / name).is_file():

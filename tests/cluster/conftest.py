@@ -64,7 +64,7 @@ def finished(ray_session, tmp_path_factory) -> Finished:
             settings(Path(config.output), "--name", "standard", preset=("demo", "standard")),
             settings(Path(config.output), "--name", "dmat", *DMAT, preset=("demo", "dmat")),
         ]
-        models = dict(zip(("standard", "dmat"), jobs.train(configs, lines.append, run), strict=True))
+        models = {place.name: Path(str(place)) for place in jobs.train(configs, lines.append, run)}
         jobs.evaluate(config, models, lines.append, run)
     return Finished(config, models, lines)
 

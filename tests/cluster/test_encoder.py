@@ -85,7 +85,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory, generator_folder: Path) -> tu
 
 
 def test_the_job_makes_an_encoder_that_projection_finds(output: Path, generator_folder: Path) -> None:
-    folder = locate_encoder(None, output, str(generator_folder))
+    folder = locate_encoder(None, output, str(generator_folder)).local
     assert folder == output / "encoder"
     sha = generators.fingerprint(str(generator_folder))
     encoder, generator = load_encoder(folder, sha), generators.load_generator(str(generator_folder))

@@ -32,6 +32,8 @@ def test_relative_output_of_a_submitted_job_is_refused(monkeypatch, tmp_path):
         prepare_environment(settings(tmp_path, "--manifold_set", "sets/mine"))
 
 
-def test_an_output_that_is_a_url_is_refused():
-    with pytest.raises(UserError, match=r"output 's3://bucket/x' is a URL.*must be a folder"):
+def test_an_output_in_an_object_store_needs_an_mlflow_server():
+    with pytest.raises(UserError, match=r"'s3://bucket/x' is in an object store, .* MLflow server as --tracking\.uri"):
         prepare_environment(settings("s3://bucket/x"))
+    prepare_environment(settings("s3://bucket/x"), tracked=False)
+    prepare_environment(settings("s3://bucket/x", "--tracking.uri", "http://127.0.0.1:5000"))

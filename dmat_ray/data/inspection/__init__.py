@@ -13,8 +13,7 @@ import numpy as np
 from dmat_ray.data.inspection.checks import CHECKS, Check, Manifest, read_checked_manifest
 from dmat_ray.data.inspection.pixels import Pair, PixelReader, render_again
 from dmat_ray.data.inspection.rows import Reader, Rows, compare_with_manifest
-from dmat_ray.data.set_reader import Place
-from dmat_ray.storage import at
+from dmat_ray.storage import Place, at
 from dmat_ray.types import Generator
 
 __all__ = ["CHECKS", "Check", "Chosen", "Inspection", "Manifest", "Pair", "Rows", "choose", "inspect_set"]
