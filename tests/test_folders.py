@@ -13,7 +13,7 @@ import s3
 import torch
 from tiny_page import EVALUATION, save_models
 
-from dmat_ray import checkpoint, classifiers, folders, model_export, models, report
+from dmat_ray import checkpoint, classifiers, cli, folders, model_export, models, report, weights
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
 from dmat_ray.evaluation import Evaluator, evaluate_here
@@ -212,6 +212,16 @@ def test_a_generator_is_loaded_by_url(generator_folder: Path, place: Location) -
     assert torch.equal(here.synthesis(here.mapping(z)), there.synthesis(there.mapping(z)))
     with pytest.raises(UserError, match=rf"generator\.path '{place}x' has no card\.json"):
         generators.load_generator(f"{place}x")
+
+
+def test_a_file_of_weights_may_be_a_url(place: Location) -> None:
+    place.write_bytes(b"weights")
+    assert weights.locate("lpips_alex", str(place), "projection.lpips_weights").read_bytes() == b"weights"
+    with pytest.raises(UserError, match=rf"projection\.lpips_weights '{place}x' is no file"):
+        weights.locate("lpips_alex", f"{place}x", "projection.lpips_weights")
+    options = ["--evaluation.lpips_weights", str(place), "--projection.lpips_weights", str(place)]
+    config, _ = cli.parse("test", ["--preset", "demo", *options])
+    assert config.evaluation.lpips_weights == config.projection.lpips_weights == str(place)
 
 
 def test_a_report_and_an_export_by_url(

@@ -142,7 +142,8 @@ def _key(config: Config) -> str:
 def _final_checkpoint(folder: Location, config: Config) -> Location | None:
     for found in stored_checkpoints(folder):
         with contextlib.suppress(UserError):
-            run = checkpoint.require_whole(found, checkpoint.RUN)
+            run = checkpoint.read_run(found)
             if run["config"]["name"] == config.name and run["finished"]:
+                checkpoint.require_whole(found, checkpoint.RUN)  # all of it, which in an object store is a download
                 return found
     return None
