@@ -88,14 +88,14 @@ def is_evaluated(config: Config, set_path: Location, models: Mapping[str, Place]
     return path.is_file() and path.read_json() == fingerprint(config, set_path, models)
 
 
-def read_rows(folder: Location) -> pa.Table:
+def read_rows(folder: Place) -> pa.Table:
     """The rows of a finished evaluation."""
-    return _read_parquet(folder / ROWS)
+    return _read_parquet(at(folder) / ROWS)
 
 
-def read_checks(folder: Location) -> tuple[list[dict[str, Any]], list[Finding]]:
+def read_checks(folder: Place) -> tuple[list[dict[str, Any]], list[Finding]]:
     """Measurements and findings of a finished evaluation."""
-    content = (folder / CHECKS).read_json()
+    content = (at(folder) / CHECKS).read_json()
     return content["measurements"], [Finding(**finding) for finding in content["findings"]]
 
 
