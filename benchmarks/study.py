@@ -6,13 +6,14 @@
 DIR holds CIFAR-10's own binary files. Needs no Ray: one machine, with or without a GPU, on which `--processes` trainings or
 evaluations run at a time. Whatever is finished is kept, so the same command goes on where it was stopped. OUTPUT then holds the
 generator, on_manifold_set, models/METHOD-SEED, rows/METHOD-SEED.parquet (the format of an evaluation's rows), and study.json with
-versions and run times, which `benchmarks/study_report.py` makes tables of.
+versions and run times.
 """
 
 import argparse
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ from dmat_ray.config import Config
 from dmat_ray.data import manifold_set, set_writer
 from dmat_ray.data.set_format import MANIFEST
 from dmat_ray.data.sources import list_examples, read_pixels
+from dmat_ray.errors import UserError
 from dmat_ray.files import read_json, write_json
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators
@@ -72,26 +74,31 @@ class _Study:
         self.config, self.given, self.device = config, given, device
         self.folder = Path(config.output).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = threading.Lock()
         self.settings = self.folder / "settings.yaml"  # for the processes of this study
-        self.settings.write_text(yaml.safe_dump(config.to_json()))
+        values = {key: value for key, value in config.to_json().items() if key not in ("cluster", "tracking", "tune")}
+        if self.settings.is_file() and yaml.safe_load(self.settings.read_text()) != values:
+            raise UserError(f"the study in '{self.folder}' was begun with other settings; give another --output")
+        self.settings.write_text(yaml.safe_dump(values))
 
     def stage(self, name: str, work: Callable[[], Any]) -> None:
-        """Do the work, and note its time and what it says of itself, unless nothing was to be done."""
+        """Do the work, and note what it says of itself, unless nothing was to be done."""
         began = time.monotonic()
         say(f"{name} ...")
-        told = work()
-        if told is None:
-            return
-        path = self.folder / "study.json"
-        notes = read_json(path) if path.is_file() else {}
+        if (told := work()) is not None:
+            self.note(name, {"seconds": round(time.monotonic() - began, 1), **told})
+
+    def note(self, name: str, told: dict[str, Any]) -> None:
+        """Keep a fact in study.json, with the machine that it is of."""
         card = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-        earlier = notes.get(name, {}).get("seconds", 0.0)  # of the part that was done before it was stopped
-        notes[name] = {"seconds": round(earlier + time.monotonic() - began, 1), "machine": card, **told}
-        write_json(path, {**notes, "config": self.config.to_json(), "versions": checkpoint.versions(), "seeds": self.given.seeds})
+        with self.lock:
+            path = self.folder / "study.json"
+            notes = read_json(path) if path.is_file() else {}
+            write_json(path, {**notes, name: {"machine": card, "versions": checkpoint.versions(), **told}})
 
     def generator(self) -> dict[str, Any] | None:
         """Train the generator that the settings name, if it is one of this study's own."""
-        folder = Path(self.config.generator.path)
+        folder = Path(self.config.generator.path).resolve()
         if not folder.is_relative_to(self.folder) or (folder / "generator.safetensors").is_file():
             return None
         rows = list_examples(self.config.data).rows("train")
@@ -146,24 +153,22 @@ class _Study:
         manifest = set_writer.finish(folder, settings, shards, set_writer.read_records(folder), described)
         return {key: manifest[key] for key in ("splits", "usable", "means")}
 
-    def models(self) -> dict[str, Any] | None:
+    def models(self) -> None:
         """Train every method with every seed by jobs/train_local.py, and evaluate it in a process of its own."""
         folder = self.folder
         for name in ("logs", "rows"):
             (folder / name).mkdir(exist_ok=True)
         todo = [name for name in self.names() if not (folder / "rows" / f"{name}.parquet").is_file()]
-        if not todo:
-            return None
 
-        def one(name: str) -> list[float]:
-            times = [self._run(self._training(name), f"{name}-training")]
+        def one(name: str) -> None:
+            trained = self._run(self._training(name), f"{name}-training")
             evaluation = [str(HERE / "study.py"), "--preset", str(self.settings), "--evaluate", name]
-            times.append(self._run(evaluation, f"{name}-evaluation"))
-            say(f"{name}: trained in {times[0]:.0f} s, evaluated in {times[1]:.0f} s")
-            return times
+            evaluated = self._run(evaluation, f"{name}-evaluation")
+            say(f"{name}: trained in {trained:.0f} s, evaluated in {evaluated:.0f} s")
+            self.note(name, {"trained_s": trained, "evaluated_s": evaluated, "processes": self.given.processes})
 
         with ThreadPoolExecutor(self.given.processes) as pool:
-            return {"processes": self.given.processes, "each": dict(zip(todo, pool.map(one, todo), strict=True))}
+            list(pool.map(one, todo))
 
     def names(self) -> list[str]:
         """Of models: a seed's methods before the next seed's."""

@@ -9,6 +9,7 @@ import errno
 import json
 import pickle
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ HARMLESS = (
     *("output", "manifold_set", "name", "methods", "evaluation", "tune", "cluster", "tracking", "gan", "encoder"),
     *("generator.recompute", "training.compile", "training.checkpoint_every", "training.checkpoint_minutes"),
 )
+MORE_WEIGHT = re.compile(r"objective\.more\..+\.weight")
 
 
 def versions() -> dict[str, str]:
@@ -249,12 +251,12 @@ def require_same_config(old: dict[str, Any], new: Config, folder: Place) -> None
 
     What `old` does not say came later, with what was done before as its default.
     """
-    before_flat = _flat(Config().to_json()) | _flat(old)
-    for name, value in relevant(new).items():
-        if (before := before_flat.get(name, "absent")) != value:
+    before, now = _relevant(_flat(Config().to_json()) | _flat(old)), _relevant(_flat(new.to_json()))
+    for name in dict.fromkeys([*now, *before]):
+        if before.get(name, "absent") != now.get(name, "absent"):
             raise UserError(
-                f"'{folder}' was trained with {name} = {before}, now it is {value}; go on with the old value, or train under "
-                "another --name"
+                f"'{folder}' was trained with {name} = {before.get(name, 'absent')}, now it is {now.get(name, 'absent')}; go on "
+                "with the old value, or train under another --name"
             )
 
 
@@ -266,8 +268,14 @@ def ancestor(run: dict[str, Any], config: Config) -> dict[str, Any]:
 
 
 def relevant(config: Config) -> dict[str, Any]:
-    """Dotted name -> value of the settings that change what is trained."""
-    return {k: v for k, v in _flat(config.to_json()).items() if k not in HARMLESS and k.split(".")[0] not in HARMLESS}
+    """Dotted name -> value of the settings that change what is trained; those that came late only if they do."""
+    return _relevant(_flat({**config.to_json(), "data": config.data.settled()}))
+
+
+def _relevant(flat: dict[str, Any]) -> dict[str, Any]:
+    # a term of no weight may lie ready in a preset
+    idle = tuple(name.removesuffix("weight") for name, value in flat.items() if MORE_WEIGHT.fullmatch(name) and not value)
+    return {k: v for k, v in flat.items() if k not in HARMLESS and k.split(".")[0] not in HARMLESS and not k.startswith(idle)}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

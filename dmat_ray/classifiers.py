@@ -78,11 +78,12 @@ def build(config: ClassifierConfig, channels: int, num_classes: int) -> Classifi
     Its batch norm knows of terms, see `batch_norm`.
     """
     require_normalisation(config, channels)
-    network = _network(config.name, channels, num_classes)
-    return Classifier(batch_norm.prepare(network), config.mean, config.std)
+    built = network(config.name, channels, num_classes)
+    return Classifier(batch_norm.prepare(built), config.mean, config.std)
 
 
-def _network(name: str, channels: int, num_classes: int) -> nn.Module:
+def network(name: str, channels: int, num_classes: int) -> nn.Module:
+    """The bare network of this name: normalised x_BCHW -> logits_BK. Raises UserError for an unknown name."""
     if name == "digits_cnn":
         return DigitsCNN(channels, num_classes)
     if name == PROGRAM:
@@ -99,10 +100,10 @@ def _network(name: str, channels: int, num_classes: int) -> nn.Module:
             f"classifier.name '{name}' is not known; choose 'digits_cnn', 'wrn-DEPTH-WIDTH', timm/NAME, or a torchvision model: "
             f"{', '.join(known)}"
         )
-    network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    built: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
     if channels == 1:
-        _take_grey(network)
-    return network
+        _take_grey(built)
+    return built
 
 
 def _timm(name: str, channels: int, num_classes: int) -> nn.Module:

@@ -79,12 +79,13 @@ def parse(
     argv: Sequence[str] | None = None,
     *,
     preset: Sequence[str] = (),
+    over: Sequence[str] = (),
     add: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> tuple[Config, argparse.Namespace]:
     """The Config that a command line describes, and the job's own arguments that `add` put on the parser.
 
-    `preset` names the layers used when none are given. Raises UserError for a wrong value, exits with 2 for an
-    unknown option.
+    `preset` names the layers used when none are given; those of `over` lie on them, below what the command line sets. Raises
+    UserError for a wrong value, exits with 2 for an unknown option.
     """
     parser = _Parser(
         description=description,
@@ -103,7 +104,7 @@ def parse(
         add(parser)
     arguments, source = _source(parser)
     namespace = parser.parse_args(argv)
-    layers = presets.load(namespace.preset)
+    layers = presets.load([*namespace.preset, *over])
     layers.setdefault("name", "_".join(part.rsplit("/", 1)[-1].removesuffix(".yaml") for part in namespace.preset))
 
     class Layered(arguments):  # type: ignore[misc, valid-type]

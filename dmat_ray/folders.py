@@ -37,12 +37,11 @@ def fetched(place: Place) -> Path:
         files = {f"{place.name}/{file.name}": file for file in place.files()} or {place.name: place}
         versions = {path: file.version() for path, file in files.items()}
         copy = _copies() / text_digest(f"{place} {versions}")[:32]
-        if not _holds(copy, versions):
-            with _alone(copy.parent):
-                if not _holds(copy, versions) and not _download(files, versions, copy):
-                    continue
-        os.utime(copy)
-        return copy / place.name
+        if _holds(copy, versions):
+            return copy / place.name
+        with _alone(copy.parent):
+            if _holds(copy, versions) or _download(files, versions, copy):
+                return copy / place.name
 
 
 def _copies() -> Path:
@@ -56,8 +55,9 @@ def _copies() -> Path:
 
 
 def _holds(copy: Path, versions: dict[str, str]) -> bool:
-    """Whether all is there; what cleans temporary folders may have taken a part."""
+    """Whether all is there, which is asked for now; what cleans temporary folders may have taken a part."""
     with contextlib.suppress(FileNotFoundError):
+        os.utime(copy)  # first: nobody sweeps it from now on
         return all((copy / path).stat().st_size == int(version.split()[0]) for path, version in versions.items())
     return False
 
@@ -88,6 +88,17 @@ def _download(files: dict[str, Location], versions: dict[str, str], copy: Path) 
         return True
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def fetched_input(place: Place, what: str) -> Path:
+    """`fetched`, of a file or folder that a user has named; raises UserError if it is not there."""
+    try:
+        path = fetched(place)
+    except FileNotFoundError:
+        path = None
+    if path is None or not path.exists():
+        raise UserError(f"there is no {what} '{place}'")
+    return path
 
 
 def holds_anything(folder: Place) -> bool:
@@ -130,7 +141,12 @@ def replace_folder(place: Place, write: Callable[[Path], None]) -> None:
 
 
 def _replace_here(folder: Path, write: Callable[[Path], None]) -> None:
-    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
+    partial, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))
+    # one that was killed on its way has left these
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for left in (partial, old):
+        shutil.rmtree(left, ignore_errors=True)
     try:
         write(partial)
         if folder.exists():

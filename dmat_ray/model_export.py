@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dmat_ray import checkpoint, classifiers
+from dmat_ray import checkpoint, classifiers, wide_resnet
 from dmat_ray.cli import validate
 from dmat_ray.config import AutoAttackRow, Config, EvaluationConfig
 from dmat_ray.errors import UserError
@@ -34,7 +34,7 @@ first.weight, first.in_channels = torch.nn.Parameter(first.weight[:, :1]), 1
 BUILDS = {
     "torchvision": "network = torchvision.models.get_model({name!r}, weights=None, num_classes={classes})\n",
     "timm": "network = timm.create_model({name!r}, num_classes={classes}, in_chans={channels})\n",
-    "dmat_ray": "network = dmat_ray.classifiers.DigitsCNN({channels}, {classes})\n",
+    "dmat_ray": "network = dmat_ray.classifiers.network({name!r}, {channels}, {classes})\n",
 }
 LOADS = {
     "torchscript": 'network = torch.jit.load("program.pt")\n',
@@ -101,7 +101,7 @@ def architecture(run: dict[str, Any], config: Config) -> dict[str, Any]:
     name, classes, channels = config.classifier.name, len(run["class_names"]), run["channels"]
     if "program" in run:
         return {"library": "torch", "name": run["program"], "file": checkpoint.PROGRAMS[run["program"]]}
-    if name == "digits_cnn":
+    if name == "digits_cnn" or wide_resnet.NAME.fullmatch(name):
         return {"library": "dmat_ray", "name": name, "arguments": {"channels": channels, "num_classes": classes}}
     if name.startswith("timm/"):
         arguments = {"num_classes": classes, "in_chans": channels}

@@ -54,7 +54,7 @@ def at(place: Place) -> Location:
     bucket = rest.split("/", 1)[0]
     if not bucket:
         raise UserError(f"'{text}' names no bucket")
-    if "@" in bucket:
+    if "@" in bucket or ":" in bucket:  # a secret may hold a slash, and then the @ comes later
         raise UserError(f"a {scheme}:// URL holds credentials before its bucket; give them by environment, not in settings")
     return Location(scheme, str(PurePosixPath(rest)))
 

@@ -18,6 +18,7 @@ def main() -> None:
     config, arguments = cli.parse(str(__doc__), preset=["demo"], add=add)
     prepare_environment(config, tracked=not arguments.dry_run)
     from dmat_ray import dry_run, report
+    from dmat_ray.checkpoint import RUN
     from dmat_ray.cluster import jobs
     from dmat_ray.models import models_folder, named_folders
 
@@ -25,7 +26,8 @@ def main() -> None:
     if arguments.dry_run and root.local is None:
         given = arguments.models or config.methods  # what is in an object store is not looked at
     else:
-        given = arguments.models or [folder.name for folder in root.folders()]
+        # one that is half published, in an object store, or its empty folder, has no such file
+        given = arguments.models or [folder.name for folder in root.folders() if (folder / RUN).is_file()]
     if not given:
         raise UserError(f"there are no models under '{root}'; train one with jobs/train.py, or name folders with --models")
     if arguments.dry_run:

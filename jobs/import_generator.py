@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dmat_ray import cli
 from dmat_ray.errors import UserError
-from dmat_ray.folders import replace_folder
+from dmat_ray.folders import fetched_input, replace_folder
 from dmat_ray.storage import local_output
 
 
@@ -68,9 +68,8 @@ def import_program(path: Path, card: Path | None, folder: Path) -> None:
 
 def main() -> None:
     config, arguments = cli.parse(str(__doc__), add=add)
-    path, folder = Path(arguments.checkpoint), local_output(config, "jobs/import_generator.py") / "generator"
-    if not path.exists():
-        raise UserError(f"there is no checkpoint '{path}'")
+    folder = local_output(config, "jobs/import_generator.py") / "generator"
+    path = fetched_input(arguments.checkpoint, "checkpoint")
     if (folder / "card.json").exists() and not arguments.overwrite:
         raise UserError(f"'{folder}' holds a generator already; give another --output, or --overwrite")
     if folder.exists() and not folder.is_dir():
@@ -80,7 +79,7 @@ def main() -> None:
     from dmat_ray.manifold.formats import exported
 
     if path.is_file() and exported.is_program(path):
-        card = Path(arguments.card) if arguments.card else None
+        card = fetched_input(arguments.card, "card") if arguments.card else None
         replace_folder(folder, lambda fresh: import_program(path, card, fresh))
     elif arguments.card:
         raise UserError(

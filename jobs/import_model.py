@@ -10,12 +10,11 @@ names, no set is needed, and the shape is that of --data.channels and --data.res
 """
 
 import argparse
-from pathlib import Path
 
 from dmat_ray import cli, presets
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
-from dmat_ray.folders import replace_folder
+from dmat_ray.folders import fetched_input, replace_folder
 from dmat_ray.storage import set_folder
 
 
@@ -50,7 +49,7 @@ def main() -> None:
 
     channels, resolution = config.data.channels, config.data.resolution
     if arguments.classes:
-        class_names = model_import.read_class_names(Path(arguments.classes))
+        class_names = model_import.read_class_names(fetched_input(arguments.classes, "file of class names"))
     else:
         if not set_folder(config).is_dir():
             raise UserError(
@@ -58,7 +57,7 @@ def main() -> None:
             )
         manifest = set_reader.read_manifest(set_folder(config))
         class_names, (channels, resolution, _) = tuple(manifest["class_names"]), manifest["shapes"]["on_manifold"]
-    path, given = Path(arguments.checkpoint), given_normalisation(config, arguments)
+    path, given = fetched_input(arguments.checkpoint, "checkpoint"), given_normalisation(config, arguments)
     found = model_import.read_model(path, config.classifier, given, channels, resolution, len(class_names))
     replace_folder(folder, lambda fresh: model_import.save_model(found, path, config, class_names, channels, resolution, fresh))
     shape = f"{resolution}x{resolution} images with {channels} channel(s)"

@@ -1,5 +1,7 @@
 """All stages: project, train every method, evaluate, report. Stages whose output is whole and unchanged are skipped."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from dmat_ray import cli, presets
@@ -7,10 +9,16 @@ from dmat_ray.cluster.session import prepare_environment
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
 
+WEIGHT = re.compile(r"objective\..*weight")
+
 
 def main() -> None:
     config, given = cli.parse(str(__doc__), preset=["demo"], add=cli.dry_run)
-    configs = [_method(config, name) for name in config.methods]
+    if weights := sorted(name for name, value in vars(given).items() if value is not None and WEIGHT.fullmatch(name)):
+        raise UserError(
+            f"{weights[0]} is what tells methods apart; give it in a preset of your own, and that one's path in --methods"
+        )
+    configs = [_method(name) for name in config.methods]
     names = [method.name for method in configs]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"two of methods = {', '.join(config.methods)} are models of the name '{twice}'; give one another `name`")
@@ -45,11 +53,10 @@ def main() -> None:
     print(f"MLflow: {jobs.ui_command(config)}")
 
 
-def _method(config: Config, name: str) -> Config:
-    """The pipeline's settings with those of a method's preset over them: weights of the objective, and what else it says."""
-    method = presets.load([name])
-    layered = presets.merge(config.to_json(), method)
-    return cli.validate({**layered, "name": method.get("name", Path(name).stem)})
+def _method(name: str, argv: Sequence[str] | None = None) -> Config:
+    """The pipeline's settings with those of a method's preset between its presets and its options."""
+    config, _ = cli.parse(str(__doc__), argv, preset=["demo"], over=[name], add=cli.dry_run)
+    return cli.validate({**config.to_json(), "name": presets.load([name]).get("name", Path(name).stem)})
 
 
 if __name__ == "__main__":

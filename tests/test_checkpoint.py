@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dmat_ray import checkpoint, classifiers
+from dmat_ray import checkpoint, classifiers, presets
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
 
@@ -175,3 +175,20 @@ def test_settings_that_came_later_are_those_of_their_defaults(make_config: MakeC
     other = config.model_copy(update={"data": config.data.model_copy(update={"resize": "pad"})})
     with pytest.raises(UserError, match=r"was trained with data\.resize = crop, now it is pad"):
         checkpoint.require_same_config(older, other, tmp_path)
+    with pytest.raises(UserError, match=r"was trained with data\.resize = pad, now it is crop"):
+        checkpoint.require_same_config(other.to_json(), config, tmp_path)
+    # and what names a training is as it was before them
+    assert not {"data.resize", "data.classes", "data.official_split", "data.balanced"} & checkpoint.relevant(config).keys()
+    assert checkpoint.relevant(other)["data.resize"] == "pad"
+
+
+def test_a_term_of_no_weight_is_no_other_training(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config()
+    idle = Config.model_validate(presets.merge(config.to_json(), {"objective": {"more": {"joint": {"threat": "joint"}}}}))
+    assert checkpoint.relevant(idle) == checkpoint.relevant(config)
+    checkpoint.require_same_config(config.to_json(), idle, tmp_path)
+    checkpoint.require_same_config(idle.to_json(), config, tmp_path)
+    working = Config.model_validate(presets.merge(idle.to_json(), {"objective": {"more": {"joint": {"weight": 1}}}}))
+    for old, new, told in ((working, config, "joint, now it is absent"), (config, working, "absent, now it is joint")):
+        with pytest.raises(UserError, match=rf"objective\.more\.joint\.threat = {told}"):
+            checkpoint.require_same_config(old.to_json(), new, tmp_path)

@@ -143,6 +143,8 @@ def test_what_is_not_there_and_what_is_not_ours(server: s3.Server, place: Locati
     assert keys(server, place) == []
     with pytest.raises(UserError, match="holds credentials") as told:
         at("s3://KEY:SECRET@bucket/run")
+    with pytest.raises(UserError, match="holds credentials"):
+        at("s3://KEY:SEC/RET@bucket/run")
     assert "SECRET" not in str(told.value)
 
 
@@ -271,3 +273,28 @@ def test_a_report_and_an_export_by_url(
     with pytest.raises(UserError, match="is there and is no exported model"):
         model_export.require_ours(place / "exported")
     assert folders.holds_anything(place / "exported")
+
+
+def test_a_folder_is_replaced_after_a_kill_in_the_middle(tmp_path: Path) -> None:
+    """What it left is no hindrance, and the older one is not lost."""
+    above = tmp_path / "above"
+    folder = above / "model"
+    for left, name in ((".model.partial", "half"), (".model.old", "older")):
+        (above / left).mkdir(parents=True)
+        (above / left / name).write_text("x")
+
+    def fails(fresh: Path) -> None:
+        fresh.mkdir()
+        raise UserError("no")
+
+    with pytest.raises(UserError, match="no"):
+        replace_folder(folder, fails)
+    assert [path.name for path in above.rglob("*")] == ["model", "older"]
+    (above / ".model.partial").mkdir()
+
+    def writes(fresh: Path) -> None:
+        fresh.mkdir()
+        (fresh / "newer").write_text("x")
+
+    replace_folder(folder, writes)
+    assert [path.name for path in above.rglob("*")] == ["model", "newer"]

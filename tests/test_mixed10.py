@@ -23,8 +23,8 @@ def resolved(*layers: str) -> Config:
 @pytest.fixture(scope="module")
 def methods() -> dict[str, Config]:
     """What pipeline.py trains, by name."""
-    config, method = resolved("mixed10"), runpy.run_path(str(PIPELINE))["_method"]
-    found = [method(config, name) for name in config.methods]
+    method = runpy.run_path(str(PIPELINE))["_method"]
+    found = [method(name, ["--preset", "mixed10", "--data.source", "imagenet"]) for name in resolved("mixed10").methods]
     return {one.name: one for one in found}
 
 
@@ -152,3 +152,15 @@ def test_two_methods_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("sys.argv", ["pipeline.py", "--methods", "standard,mixed10_standard", "--dry-run"])
     with pytest.raises(UserError, match="two of methods = standard, mixed10_standard are models of the name 'standard'"):
         runpy.run_path(str(PIPELINE))["main"]()
+
+
+def test_the_command_line_comes_last_in_a_pipeline_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = runpy.run_path(str(PIPELINE))
+    assert own["_method"]("mixed10_standard", ["--preset", "mixed10"]).training.epochs == 40
+    given = ["--preset", "mixed10", "--training.epochs", "30"]
+    methods = [own["_method"](name, given) for name in ("mixed10_standard", "mixed10_om_fgsm", "dmat")]
+    assert [(m.name, m.training.epochs) for m in methods] == [("standard", 30), ("om_fgsm", 30), ("dmat", 30)]
+    assert [m.objective.latent.weight for m in methods] == [0, 1, 0.5]
+    monkeypatch.setattr("sys.argv", ["pipeline.py", "--objective.image.weight", "6", "--dry-run"])
+    with pytest.raises(UserError, match=r"objective\.image\.weight is what tells methods apart"):
+        own["main"]()

@@ -97,7 +97,7 @@ def by_its_readme(folder: Path, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> T
 
 @pytest.mark.parametrize(
     ("name", "channels", "resolution"),
-    [("resnet18", 3, 32), ("resnet18", 1, 32), ("digits_cnn", 1, 32), ("timm/mobilenetv3_small_050", 1, 32)],
+    [("resnet18", 3, 32), ("resnet18", 1, 32), ("digits_cnn", 1, 32), ("wrn-10-1", 3, 32), ("timm/mobilenetv3_small_050", 1, 32)],
 )
 def test_the_readme_rebuilds_the_network(
     trained: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, name: str, channels: int, resolution: int

@@ -111,19 +111,20 @@ def test_mnist_is_what_torchvision_reads(tmp_path: Path, name: str, compressed: 
 
 
 def test_the_folder_above_and_other_names_of_the_files_will_do(tmp_path: Path) -> None:
-    files.idx(tmp_path / "MNIST" / "raw", TRAIN_DIGITS, TEST_DIGITS)
-    files.idx(tmp_path / "MNIST" / "raw", TRAIN_DIGITS, TEST_DIGITS, compressed=True)
+    # whose name must not be taken for a part of theirs
+    files.idx(tmp_path / "images" / "raw", TRAIN_DIGITS, TEST_DIGITS)
+    files.idx(tmp_path / "images" / "raw", TRAIN_DIGITS, TEST_DIGITS, compressed=True)
     above, config = listed(tmp_path, resolution=28, channels=1)
     assert {os.fsdecode(f) for f in above.table["file"].to_pylist()} == {
-        f"MNIST/raw/{part}-images-idx3-ubyte" for part in ("train", "t10k")
+        f"images/raw/{part}-images-idx3-ubyte" for part in ("train", "t10k")
     }
     expected = pictures(above.table, config)
-    for path in list((tmp_path / "MNIST" / "raw").iterdir()):
+    for path in list((tmp_path / "images" / "raw").iterdir()):
         if path.suffix == ".gz":
             path.unlink()
         else:
             path.rename(path.with_name(path.name.replace("-idx", ".idx")))
-    other, config = listed(tmp_path / "MNIST" / "raw", resolution=28, channels=1)
+    other, config = listed(tmp_path / "images" / "raw", resolution=28, channels=1)
     assert other.table.select(["id", "split", "label", "row"]).equals(above.table.select(["id", "split", "label", "row"]))
     np.testing.assert_array_equal(pictures(other.table, config), expected)
 

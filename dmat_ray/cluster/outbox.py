@@ -191,7 +191,10 @@ class Outbox:
         self._client.log_batch(run_id, metrics=[Metric(k, v, entry["time"], entry["step"]) for k, v in values.items()])
 
     def _artifact(self, run_id: str, entry: Entry) -> None:
-        path = fetched(entry["path"])
+        try:
+            path = fetched(entry["path"])
+        except UserError as error:  # of an object store, which is no refusal of MLflow's
+            raise OSError(str(error)) from None
         if path.is_dir():
             self._client.log_artifacts(run_id, str(path), entry["folder"])
         else:

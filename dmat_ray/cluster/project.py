@@ -32,8 +32,6 @@ from dmat_ray.storage import Location
 # What may change over a half-finished set: the quality of results does not depend on it. (w itself may, where rounding decides
 # into which of two valleys a search goes. The encoder counts by its weights, not by its folder.)
 HARMLESS = {"batch_size", "compile", "encoder"}
-# Settings that came after sets had been made without them: such a set is still that of their defaults.
-LATER = {"resize", "official_split", "classes", "balanced"}
 SAY_EVERY_S, SILENT_S = 5.0, 300.0
 REJECTED_SAID = 20  # the others are in the manifest
 VISIBLE_S = 90.0  # a shared disk may be that late in showing a new file to another machine
@@ -44,7 +42,7 @@ PASSING = ["OSError", "cannot be written", "cannot be read"]
 def settings_of(config: Config, listing: Listing) -> dict[str, Any]:
     """What a set depends on: two runs with equal settings make the same set."""
     settings = {
-        "data": _data_settings(config),
+        "data": {k: v for k, v in config.data.settled().items() if k != "max_rejected"},
         "projection": config.projection.model_dump(mode="json", exclude=HARMLESS),
         "generator_sha256": generators.fingerprint(config.generator.path),
         "generator_precision": config.generator.precision,
@@ -55,12 +53,6 @@ def settings_of(config: Config, listing: Listing) -> dict[str, Any]:
     if config.projection.start == "encoder":
         settings["encoder_sha256"] = encoder.fingerprint_encoder(encoder_folder(config))
     return settings
-
-
-def _data_settings(config: Config) -> dict[str, Any]:
-    defaults = type(config.data)()
-    later = {name for name in LATER if getattr(config.data, name) == getattr(defaults, name)}
-    return config.data.model_dump(mode="json", exclude={"max_rejected", *later})
 
 
 def _digest(listing: Listing) -> str:

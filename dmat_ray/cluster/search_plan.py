@@ -18,7 +18,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.files import read_json, write_json
 from dmat_ray.manifold import generators
 from dmat_ray.models import untrained
-from dmat_ray.storage import set_folder
+from dmat_ray.storage import local_output, set_folder
 from dmat_ray.yardstick import columns
 
 SEARCH, RESULT = "search.json", "result.json"
@@ -26,14 +26,14 @@ SEARCH, RESULT = "search.json", "result.json"
 
 def search_folder(config: Config) -> Path:
     """Where a search keeps everything but the models it publishes."""
-    return Path(config.output).resolve() / "tune" / (config.tune.name or Path(config.tune.space).stem)
+    return local_output(config, "jobs/tune.py") / "tune" / (config.tune.name or Path(config.tune.space).stem)
 
 
 class Plan:
     """A search that can work. Raises UserError for a space, an objective or a set that do not fit."""
 
     def __init__(self, config: Config, say: Callable[[str], None]) -> None:
-        self.config = config.model_copy(update={"output": str(Path(config.output).resolve())})
+        self.config = config.model_copy(update={"output": str(local_output(config, "jobs/tune.py"))})
         self.folder = search_folder(config)
         self.space, self.base = spaces.load(config.tune.space, self.config)
         probe = spaces.trial_config(self.base, self.space.constants, "probe", config.tune.epochs)

@@ -10,6 +10,10 @@ from dmat_ray.config.base import Section
 Channels = Annotated[Literal[1, 3], BeforeValidator(lambda v: int(v) if v in ("1", "3") else v)]
 
 
+# what is done without a word on them, which names of sets and trainings must not change with
+LATER: dict[str, Any] = {"resize": "crop", "official_split": None, "classes": [], "balanced": False}
+
+
 class ClassList(Section):
     """A class that is made of some of a source's own: what it is called, and which they are."""
 
@@ -79,6 +83,11 @@ class DataConfig(Section):
     )
     id_column: str | None = Field(None, description="Parquet: column of unique ids; null = file name and row")
     seed: int = Field(0, ge=0, description="seed of the split and of the subsets")
+
+    def settled(self) -> dict[str, Any]:
+        """As JSON, without what came when sets and models had been made without it, where it is at its default."""
+        values = self.model_dump(mode="json")
+        return {k: v for k, v in values.items() if k not in LATER or v != LATER[k]}
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":

@@ -1,11 +1,14 @@
 """Settings of the classifier, its training and the cluster."""
 
+import re
 from typing import Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
 from dmat_ray.config.base import Section
+
+PASSWORD = re.compile(r"(?!file:|sqlite:)[a-z+]+://[^/@]+:[^@]+@", re.IGNORECASE)
 
 
 class ClassifierConfig(Section):
@@ -150,7 +153,8 @@ class TrackingConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "TrackingConfig":
-        if self.uri is not None and urlsplit(self.uri).password:
+        # a password may hold a slash, which ends what urlsplit looks at
+        if self.uri is not None and (urlsplit(self.uri).password or PASSWORD.match(self.uri)):
             # the message must not repeat the password
             raise ValueError(
                 "uri holds a password, and settings are written into checkpoints and reports; give it by environment "

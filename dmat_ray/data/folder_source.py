@@ -55,11 +55,18 @@ def folder_items(root: Location, files: list[str], folders: list[str], config: D
 
 def _parts(root: Location, folders: list[str], config: DataConfig) -> tuple[tuple[str, ...], str, tuple[str, ...]]:
     """Where class folders lie ('' = in the source itself, else 'train/', 'val/'), which of these is the test part, and what of
-    the source is left aside. Raises UserError for a test part that is asked for and not there.
+    the source is left aside. Raises UserError for a test part that is asked for and not there, and where it is not clear.
     """
     top = sorted(folder for folder in folders if "/" not in folder)
     named = {name for one in config.classes for names in one.members for name in names}
-    found = parts.by_part(top, exactly=True) if (config.official_split or named) and not named.intersection(top) else None
+    found = None if named.intersection(top) else parts.by_part(top, exactly=True)
+    if found and config.official_split is None and not named:
+        if not found.rest and all(any(f.startswith(f"{part}/") for f in folders) for part in top):
+            raise UserError(
+                f"'{root}' has the folders {', '.join(map(repr, top))}, which look like parts of a data set, not like classes; "
+                "give --data.official_split true to take its own test part, or false to split its training part"
+            )
+        found = None
     if found is None:
         if config.official_split:
             raise UserError(f"data.official_split is true, but '{root}' has no folders 'train' and 'test' or 'val'")

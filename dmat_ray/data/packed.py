@@ -203,7 +203,8 @@ def _binary(place: Location, before: int, which: int) -> tuple[np.ndarray, tuple
 
 def _idx(root: Location, name: str, there: set[str]) -> tuple[np.ndarray, tuple[int, int]]:
     place = root / name
-    plain = name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    folder, separator, base = name.rpartition("/")
+    plain = folder + separator + base.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
     label_name = next((n for n in (plain, f"{plain}.gz") if n in there), None)
     if label_name is None:
         raise UserError(f"data.source '{root}' holds '{name}', but no '{plain}' (or .gz), which would say its labels")

@@ -154,7 +154,7 @@ def _parquet(root: Location, names: list[str], config: DataConfig, labelled: boo
 
 def _parts(root: Location, names: list[str], config: DataConfig) -> tuple[list[str], set[str], str]:
     """The files to be read, those of them that are the test part, and what is left aside."""
-    found = parts.by_part(names) if config.official_split or config.classes else None
+    found = parts.by_part(names) if config.official_split is not None or config.classes else None
     test = []
     if found and config.official_split is not False:
         secret = found.test and found.validation and not parquet_source.is_labelled(root, found.test[0], config)

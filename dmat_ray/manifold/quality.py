@@ -96,7 +96,7 @@ def check(config: QualityConfig, channels: int, resolution: int, labels: Tensor)
         if len(torch.unique(labels)) < 2:
             raise UserError("gan.quality.network 'classifier' needs images of two classes or more; choose 'inception' or 'none'")
     elif config.network != "none":
-        run = checkpoint.read_run(Path(config.network))
+        run = checkpoint.read_run(config.network)
         if "program" in run:
             raise UserError(f"gan.quality.network '{config.network}' is an imported program, whose features cannot be had")
         if (run["channels"], run["resolution"]) != (channels, resolution):
@@ -115,7 +115,7 @@ def feature_network(config: QualityConfig, images: Tensor, labels: Tensor, devic
         return inception_features(locate("inception", config.weights, "gan.quality.weights"), device)
     if config.network == "classifier":
         return classifier_features(train_classifier(images, labels, int(labels.max()) + 1, config.epochs, device))
-    return classifier_features(checkpoint.load_classifier(Path(config.network), device)[0])
+    return classifier_features(checkpoint.load_classifier(config.network, device)[0])
 
 
 class Judge:
