@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchrun import run_two_workers
 
-from dmat_ray import weights
+from dmat_ray import pace, weights
 from dmat_ray.config import DataConfig, EncoderConfig
 from dmat_ray.data.sources import list_examples, read_pixels
 from dmat_ray.errors import UserError
@@ -220,6 +222,39 @@ def test_a_killed_training_goes_on_with_the_very_numbers(tmp_path: Path, generat
     assert len(rest) == 30 - step // 10
     killed = torch.load(tmp_path / "killed" / "result0.pt", weights_only=True)["encoder"]
     assert all(torch.equal(whole[key], killed[key]) for key in whole)
+
+
+def test_sigterm_leaves_a_checkpoint_within_an_interval(
+    generator: StyleGAN2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(kimg=0.48)
+    reports: list[dict[str, float]] = []
+    expected = train_encoder(
+        config, generator, SHA, LocalContext(tmp_path / "whole", lambda m: reports.append(dict(m)))
+    ).state_dict()
+    before, step = signal.getsignal(signal.SIGTERM), encoder_trainer._Training.step
+
+    def signalled(self: Any, i: int) -> None:
+        step(self, i)
+        if i == 14:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(encoder_trainer._Training, "step", signalled)
+    monkeypatch.setattr(pace, "LOOK_S", 0.0)
+    told: list[dict[str, float]] = []
+    try:
+        context = LocalContext(tmp_path / "stopped", lambda m: told.append(dict(m)), heed_sigterm=True)
+        with pytest.raises(SystemExit) as ended:
+            train_encoder(config, generator, SHA, context)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143
+    assert json.loads((tmp_path / "stopped" / "checkpoint" / "encoder_progress.json").read_text())["step"] == 14
+    monkeypatch.setattr(encoder_trainer._Training, "step", step)
+    context = LocalContext(tmp_path / "stopped", lambda m: told.append(dict(m)))
+    state = train_encoder(config, generator, SHA, context).state_dict()
+    assert timeless(told) == timeless(reports)
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
 
 
 def test_two_workers_train_on_the_samples_of_one(

@@ -1,6 +1,8 @@
 """The loop of generator training: killed and resumed, collapsed, adapted, and in several precisions."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -12,11 +14,12 @@ import torch
 from torch import Tensor
 from torchrun import run_two_workers
 
+from dmat_ray import pace
 from dmat_ray.config import GanConfig, StyleGAN2Config
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import gan, gan_trainer
-from dmat_ray.manifold.gan_trainer import _Training, read_progress, result_of, train_generator
+from dmat_ray.manifold.gan_trainer import _Training, is_finished, read_progress, result_of, train_generator
 
 SHAPE = {"resolution": 8, "z_dim": 8, "w_dim": 8, "mapping_layers": 2, "channel_base": 64, "channel_max": 8, "noise": True}
 
@@ -71,6 +74,35 @@ def test_a_killed_training_goes_on_with_the_very_numbers(tmp_path: Path) -> None
     assert timeless(kept + rest) == timeless(lines)
     one, two = (torch.load(tmp_path / name / "result0.pt", weights_only=True) for name in ("whole", "killed"))
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_sigterm_leaves_a_checkpoint_within_an_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(ada_target=0.6, ada_kimg=0.5, path_length=2.0, kimg=0.24)
+    expected, reports = train(config, tmp_path / "whole")
+    before, step = signal.getsignal(signal.SIGTERM), _Training.step
+
+    def signalled(self: _Training, i: int, *given: Any) -> None:
+        step(self, i, *given)
+        if i == 13:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(_Training, "step", signalled)
+    monkeypatch.setattr(pace, "LOOK_S", 0.0)
+    told: list[dict[str, float]] = []
+    try:
+        context = LocalContext(tmp_path / "stopped", lambda m: told.append(dict(m)), heed_sigterm=True)
+        with pytest.raises(SystemExit) as ended:
+            train_generator(config, *some_images(), context)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143
+    assert read_progress(tmp_path / "stopped" / "checkpoint", config)[0]["step"] == 13
+    assert not is_finished(tmp_path / "stopped" / "checkpoint")
+    monkeypatch.setattr(_Training, "step", step)
+    state, rest = train(config, tmp_path / "stopped")
+    assert timeless(told + rest) == timeless(reports)
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+    assert is_finished(tmp_path / "stopped" / "checkpoint")
 
 
 def test_two_workers_on_different_parts_of_a_batch_stay_equal(tmp_path: Path) -> None:

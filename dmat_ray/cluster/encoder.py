@@ -2,14 +2,15 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from dmat_ray.checkpoint import versions
 from dmat_ray.cluster import tracking, workers
-from dmat_ray.cluster.context import RayContext
-from dmat_ray.cluster.events import listen, no_retry_of_user_errors
+from dmat_ray.cluster.context import RayContext, StoppedError
+from dmat_ray.cluster.events import heed_sigterm, listen, no_retry_of_user_errors
 from dmat_ray.cluster.session import connected
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
@@ -28,7 +29,7 @@ def worker(settings: dict[str, Any]) -> dict[str, float] | None:
     """What every Ray Train worker runs; the last checkpoint holds the result. Rank 0 returns its errors on fresh samples."""
     config = Config.model_validate(settings["config"])
     torch.set_num_threads(config.cluster.threads_per_worker)
-    with no_retry_of_user_errors(settings["mailbox"]) as go:
+    with no_retry_of_user_errors(settings["mailbox"]) as go, suppress(StoppedError):
         if go:
             context = RayContext(RUN_NAME, settings["mailbox"])
             generator = generators.load_configured(config.generator, context.device)
@@ -68,7 +69,7 @@ def is_trained(config: Config, folder: Location) -> bool:
 def train(config: Config, folder: Location, command: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Train an encoder for `config.generator` and write it to `folder`; returns its card. Ray must be connected.
 
-    A rerun after a crash goes on from the latest checkpoint.
+    A rerun after a crash goes on from the latest checkpoint. Sent SIGTERM it has one written, and raises SystemExit.
     """
     storage = at(config.output) / "train"
     sha = generators.fingerprint(config.generator.path)
@@ -78,17 +79,23 @@ def train(config: Config, folder: Location, command: str, say: Callable[[str], N
     if others:
         say(f"'{storage}' holds unfinished trainings of other settings, which this one leaves: " + ", ".join(others))
     began = time.monotonic()
-    with sole(storage / name) as lease, tracking.tracked(config, "", "train_encoder") as run:
+    with sole(storage / name) as lease, tracking.tracked(config, "", "train_encoder") as run, heed_sigterm() as asked:
 
         def handle(event: dict[str, Any]) -> None:
+            if "text" in event:
+                say(event["text"])
+                return
             metrics = event["metrics"]
             run.metrics(metrics, step=round(metrics["kimg"] * 1000))
             say(describe(metrics, config.encoder.kimg))
 
-        with listen(handle) as mailbox:
+        with listen(handle, asked) as mailbox:
             settings = {"config": config.to_json(), "mailbox": mailbox}
             result = workers.fit(worker, settings, config.cluster, storage / name, keep=2)
         assert result.checkpoint is not None
+        if asked.is_set() and result.return_value is None:
+            say("stopped; the same command goes on from the checkpoint")
+            return {}  # which is where the signal takes effect
         generator = generators.load_configured(config.generator)
         with result.checkpoint.as_directory() as found:
             encoder = encoder_trainer.result_of(found, config.encoder, generator, sha)

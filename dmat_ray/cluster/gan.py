@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dmat_ray.checkpoint import versions
 from dmat_ray.cluster import tracking, workers
-from dmat_ray.cluster.context import RayContext
-from dmat_ray.cluster.events import listen, no_retry_of_user_errors, send
+from dmat_ray.cluster.context import RayContext, StoppedError
+from dmat_ray.cluster.events import heed_sigterm, listen, no_retry_of_user_errors, send
 from dmat_ray.config import Config, DataConfig
 from dmat_ray.data.sources import list_examples, read_pixels, versions_of_images
 from dmat_ray.errors import UserError
@@ -26,7 +26,7 @@ from dmat_ray.files import read_json, text_digest, write_json
 from dmat_ray.lease import sole
 from dmat_ray.manifold import quality
 from dmat_ray.manifold.base import LatentGenerator
-from dmat_ray.manifold.gan_trainer import DEAD_END, check_images, check_workers, result_of, train_generator
+from dmat_ray.manifold.gan_trainer import DEAD_END, check_images, check_workers, is_finished, result_of, train_generator
 from dmat_ray.manifold.generators import CARD, WEIGHTS, save_generator
 from dmat_ray.manifold.samples import sample_grid
 from dmat_ray.storage import local_output
@@ -122,7 +122,7 @@ def worker(settings: dict[str, Any]) -> None:
     def show(average: LatentGenerator, kimg: float, quality: dict[str, float]) -> None:
         send(mailbox, {"kimg": kimg, "samples": sample_grid(average, config.gan.seed)})
 
-    with no_retry_of_user_errors(mailbox) as go:
+    with no_retry_of_user_errors(mailbox) as go, contextlib.suppress(StoppedError):
         if go:
             images, labels = ImageCache(Path(settings["images"]), "", {}).open()
             train_generator(config.gan, images, labels, RayContext(RUN_NAME, mailbox), show)
@@ -154,6 +154,8 @@ def is_trained(config: Config, folder: Path) -> bool:
 def check(config: Config, storage: Path) -> ImageCache:
     """Raise UserError for settings that do not fit the images; returns the decoded images. Needs no Ray."""
     check_workers(config.gan, config.cluster.train_workers)
+    if config.gan.quality.network != "classifier":  # before all images are decoded
+        quality.check(config.gan.quality, config.data.channels, config.data.resolution, torch.zeros(0))
     cache = prepare_images(config, storage)
     images, labels = cache.open()
     check_images(config.gan, images, labels)
@@ -178,7 +180,7 @@ def _warnings(metrics: dict[str, float], config: Config) -> list[str]:
 def train(config: Config, folder: Path, command: str, say: Callable[[str], None]) -> Path:
     """Train a generator on the training split of `config.data` and write it to `folder`. Ray must be connected.
 
-    A rerun after a crash goes on from the latest snapshot.
+    A rerun after a crash goes on from the latest snapshot. Sent SIGTERM it has a checkpoint written, and raises SystemExit.
     """
     storage = local_output(config, "jobs/train_generator.py") / "train"
     cache = check(config, storage)
@@ -193,9 +195,12 @@ def train(config: Config, folder: Path, command: str, say: Callable[[str], None]
             + ", ".join(others)
         )
     grids = folder.with_name(f"{folder.name}_samples") / name
-    with sole(storage / name) as lease, tracking.tracked(config, "", "train_generator") as run:
+    with sole(storage / name) as lease, tracking.tracked(config, "", "train_generator") as run, heed_sigterm() as asked:
 
         def handle(event: dict[str, Any]) -> None:
+            if "text" in event:
+                say(event["text"])
+                return
             if "samples" in event:
                 grids.mkdir(parents=True, exist_ok=True)
                 file = grids / f"samples-{round(event['kimg'] * 1000):09d}.png"
@@ -207,10 +212,13 @@ def train(config: Config, folder: Path, command: str, say: Callable[[str], None]
             for line in [describe(metrics, config.gan.kimg), *_warnings(metrics, config)]:
                 say(line)
 
-        with listen(handle) as mailbox:
+        with listen(handle, asked) as mailbox:
             settings = {"config": config.to_json(), "mailbox": mailbox, "images": str(cache.folder)}
             result = workers.fit(worker, settings, config.cluster, storage / name, keep=2)
         assert result.checkpoint is not None
+        if asked.is_set() and not is_finished(Path(result.checkpoint.path)):
+            say("stopped; the same command goes on from the checkpoint")
+            return folder  # which is where the signal takes effect
         generator, kept = result_of(result.checkpoint.path, config.gan)
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)

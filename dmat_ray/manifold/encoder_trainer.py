@@ -18,6 +18,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.encoder import Encoder, as_stored, untrained
 from dmat_ray.manifold.gan import StepDraws
+from dmat_ray.pace import Pace
 from dmat_ray.rng import derive
 from dmat_ray.storage import Place, at
 from dmat_ray.types import RunContext
@@ -79,12 +80,14 @@ class _Training:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold so that the next step is the one that would have come."""
-        return {"encoder": self.encoder.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {"encoder": self.encoder.state_dict(), "optimizer": self.optimizer.state_dict(), "sums": self.sums}
 
     def load(self, state: dict[str, Any]) -> None:
         """Back to where `state` was taken."""
         self.encoder.load_state_dict(state["encoder"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if "sums" in state:  # older checkpoints were written when they were zero
+            self.sums = state["sums"].to(self.context.device)
 
     def step(self, i: int) -> None:
         """Step `i`, counted from 1, on this worker's part of its samples."""
@@ -130,24 +133,31 @@ def train_encoder(config: EncoderConfig, generator: LatentGenerator, generator_s
     per_kimg = 1000 / config.batch_size
     # a last interval of a few steps would say little
     report_every = math.ceil(training.steps / max(1, round(config.kimg / config.report_kimg)))
-    began = time.monotonic()
+    began, pace = time.monotonic(), Pace(context, None)
     for i in range(first + 1, training.steps + 1):
         training.step(i)
         if i % report_every and i < training.steps:
+            if pace.looks() and pace.wants_checkpoint()[1]:
+                context.average_([training.sums])  # a checkpoint holds one worker's
+                progress = {**about, "step": i, "of": training.steps}
+                _report_checkpoint(context, {}, progress, training.state(), wait=True)
             continue
         speed = (i - first) * config.batch_size / (time.monotonic() - began)
         metrics = {"kimg": i / per_kimg, **training.report(), "images_per_second": speed}
-        _report_checkpoint(context, metrics, {**about, "step": i, "of": training.steps}, training.state())
+        progress = {**about, "step": i, "of": training.steps}
+        _report_checkpoint(context, metrics, progress, training.state(), wait=i == training.steps)
     training.encoder.load_state_dict(as_stored(training.encoder))
     return training.encoder.eval().requires_grad_(False)
 
 
-def _report_checkpoint(context: RunContext, metrics: dict[str, float], progress: dict[str, Any], state: dict[str, Any]) -> None:
+def _report_checkpoint(
+    context: RunContext, metrics: dict[str, float], progress: dict[str, Any], state: dict[str, Any], *, wait: bool
+) -> None:
     def write(folder: Path) -> None:
         torch.save(state, folder / checkpoint.STATE)
         checkpoint.seal(folder, PROGRESS, progress)
 
-    checkpoint.hand_over(context, metrics, write, wait=progress["step"] == progress["of"])
+    checkpoint.hand_over(context, metrics, write, wait=wait)
 
 
 def _read_checkpoint(folder: Place, about: dict[str, Any]) -> tuple[int, dict[str, Any]]:

@@ -24,6 +24,7 @@ from dmat_ray.manifold.augment import adapted, augment
 from dmat_ray.manifold.discriminator import Discriminator
 from dmat_ray.manifold.quality import Judge
 from dmat_ray.manifold.stylegan2 import StyleGAN2
+from dmat_ray.pace import Pace
 from dmat_ray.rng import derive
 from dmat_ray.storage import Place, at
 from dmat_ray.types import RunContext
@@ -173,6 +174,10 @@ class _Training:
         self.path_mean = self.path_mean.lerp(mean, PATH_DECAY)
         return (lengths - self.path_mean).square().mean() * (config.path_length * config.path_interval)
 
+    def agree(self) -> None:
+        """Give every worker the mean over workers of what is not the same on all, for a checkpoint within an interval."""
+        self.context.average_([self.sums, self.signs])
+
     def losses(self) -> dict[str, float]:
         """Means since the last call, over all workers."""
         self.context.average_([self.sums])
@@ -202,7 +207,8 @@ def train_generator(
     `labels` (N) are used if the architecture has classes, and by the judge of samples. Each worker works on its part of
     every batch; gradients are averaged over workers before each optimiser step. Losses go to `context.report` every
     `report_kimg`; every `snapshot_kimg` a checkpoint does, with the samples' quality, and `on_snapshot` is called on
-    rank 0. Goes on from the newest checkpoint, on one CPU worker with the very numbers of an uninterrupted run.
+    rank 0. One more is written when a machine is to be taken away, or the job is asked to stop. Goes on from the newest
+    checkpoint, on one CPU worker with the very numbers of an uninterrupted run.
     A training that diverges ends with the best snapshot so far, or with a UserError if there is none.
     """
     check_images(config, images, labels)
@@ -220,11 +226,16 @@ def train_generator(
     report_every = max(1, round(config.report_kimg * per_kimg))
     # a multiple, so that a snapshot's losses are means over a whole interval
     snapshot_every = report_every * max(1, round(config.snapshot_kimg / config.report_kimg))
-    began = time.monotonic()
+    began, pace = time.monotonic(), Pace(context, None)
     for i in range(first + 1, training.steps + 1):
         with tf32(config.precision != "float32"):
             training.step(i, images, labels)
         if i % report_every and i < training.steps:
+            if pace.looks() and pace.wants_checkpoint()[1]:
+                training.agree()
+                progress = {"step": i, "of": training.steps, "diverged": False, "best": best_quality, "history": history}
+                about = {"config": config.model_dump(mode="json"), **progress}
+                _report_checkpoint(context, {}, about, {**training.state(), "best": best}, wait=True)
             continue
         speed = (i - first) * config.batch_size / (time.monotonic() - began)
         metrics = {"kimg": i / per_kimg, **training.losses(), "images_per_second": speed}
@@ -252,18 +263,21 @@ def train_generator(
             "best": best_quality,
             "history": history,
         }
-        _report_checkpoint(context, metrics, progress, {**training.state(), "best": best})
+        state = {**training.state(), "best": best}
+        _report_checkpoint(context, metrics, progress, state, wait=progress["step"] == training.steps)
         if diverged:
             break
     return _restored(config, best, context.device)
 
 
-def _report_checkpoint(context: RunContext, metrics: dict[str, float], progress: dict[str, Any], state: dict[str, Any]) -> None:
+def _report_checkpoint(
+    context: RunContext, metrics: dict[str, float], progress: dict[str, Any], state: dict[str, Any], *, wait: bool
+) -> None:
     def write(folder: Path) -> None:
         torch.save(state, folder / checkpoint.STATE)
         checkpoint.seal(folder, PROGRESS, progress)
 
-    checkpoint.hand_over(context, metrics, write, wait=progress["step"] == progress["of"])
+    checkpoint.hand_over(context, metrics, write, wait=wait)
 
 
 def _restored(config: GanConfig, state: Any, device: torch.device) -> StyleGAN2:
@@ -281,6 +295,12 @@ def read_progress(folder: Place, config: GanConfig) -> tuple[dict[str, Any], dic
     if progress["config"] != config.model_dump(mode="json"):
         raise UserError(f"'{folder}' was trained with other settings under gan.*; give another --output or remove it")
     return progress, checkpoint.load_state(folder)
+
+
+def is_finished(folder: Place) -> bool:
+    """Whether a checkpoint is a training's last."""
+    progress = (at(folder) / PROGRESS).read_json()
+    return bool(progress["step"] == progress["of"])
 
 
 def result_of(folder: Place, config: GanConfig) -> tuple[StyleGAN2, dict[str, Any]]:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 from mlflow import MlflowClient
 from PIL import Image
@@ -108,6 +110,36 @@ def test_a_killed_worker_is_replaced_and_goes_on_with_the_very_numbers(tmp_path,
     monkeypatch.setattr(sys, "argv", ["train_generator.py", "--output", str(tmp_path), *OPTIONS])
     job.main()
     assert "is trained already and unchanged, nothing to do" in capsys.readouterr().out
+
+
+def test_sigterm_has_a_checkpoint_written_and_the_same_command_goes_on(tmp_path):
+    options = [*OPTIONS, "--gan.kimg", "6", "--gan.report_kimg", "2", "--gan.snapshot_kimg", "2"]
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, str(ROOT / "jobs" / "train_generator.py"), "--output", str(tmp_path), *options]
+    command += ["--cluster.address", address]
+
+    def start() -> "subprocess.Popen[str]":
+        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    process = start()
+    assert process.stdout is not None
+    said = []
+    while not (said and "2 of 6 thousand" in said[-1]):
+        said.append(process.stdout.readline())
+        assert said[-1], "".join(said)
+    process.send_signal(signal.SIGTERM)
+    said.append(process.communicate(timeout=300)[0])
+    assert process.returncode == 143, "".join(said)
+    assert "writing a checkpoint first" in said[-1]
+    assert "stopped; the same command goes on" in said[-1]
+    steps = [json.loads(p.read_text())["step"] for p in (tmp_path / "train").glob("generator-*/checkpoint_*/gan.json")]
+    assert max(steps) % 250, "within an interval"
+    again = start()
+    rest = again.communicate(timeout=300)[0]
+    assert again.returncode == 0, rest
+    assert "2 of 6 thousand" not in rest
+    assert "6 of 6 thousand" in rest
+    generators.load_generator(str(tmp_path / "generator"))
 
 
 def test_what_only_a_user_can_mend_is_not_tried_again(tmp_path):
