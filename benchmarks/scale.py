@@ -250,9 +250,11 @@ def memory(args: argparse.Namespace, root: Path) -> None:
 
 def in_object_store() -> int:
     """Bytes that Ray's object store holds on this machine."""
+    import ray
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
-    return int(get_memory_info_reply(get_state_from_address()).store_stats.object_store_bytes_used)
+    address = ray.get_runtime_context().gcs_address  # there may be other clusters on this machine
+    return int(get_memory_info_reply(get_state_from_address(address)).store_stats.object_store_bytes_used)
 
 
 def main() -> None:
