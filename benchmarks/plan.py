@@ -24,7 +24,7 @@ STAGES = (
 RENDERED, CODE = 3 * 256 * 256, 14 * 512 * 4
 ENCODED = 110_000  # of a JPEG of ImageNet, on average
 # of the driver of a projection: measured for 2,000 and for 20,000 images (docs/results.md)
-DRIVER_MIB, IMAGES = (423, 447), (2_000, 20_000)
+DRIVER_MIB, IMAGES = (623, 639), (2_000, 20_000)
 SHARD = 256
 
 
