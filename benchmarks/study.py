@@ -5,8 +5,9 @@
 
 DIR holds CIFAR-10's own binary files. Needs no Ray: one machine, with or without a GPU, on which `--processes` trainings or
 evaluations run at a time. Whatever is finished is kept, so the same command goes on where it was stopped. OUTPUT then holds the
-generator, on_manifold_set, models/METHOD-SEED, rows/METHOD-SEED.parquet (the format of an evaluation's rows), and study.json with
-versions and run times.
+generator, on_manifold_set, models/METHOD-SEED, rows/METHOD-SEED.parquet (the format of an evaluation's rows), clean/ (the same of
+all test images without an attack), with --autoattack SUITE autoattack/ (of the first seed's models), and study.json with versions
+and run times. A method is a preset of the package or an entry of benchmarks/studies/methods.yaml.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
-from dmat_ray import checkpoint, cli, evaluation
+from dmat_ray import checkpoint, cli, evaluation, suites
 from dmat_ray.cluster.shard_projector import build_projector, project_shard
 from dmat_ray.cluster.shard_tasks import pack, read_shard, unpack
 from dmat_ray.config import Config
@@ -52,7 +53,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(config.cluster.threads_per_worker if device.type == "cpu" else 4)
     if given.evaluate is not None:
-        _evaluate(config, given.evaluate, device)
+        for kind, settings in evaluations(config, given, given.evaluate).items():
+            _evaluate(config, kind, settings, given.evaluate, device)
         return
     study = _Study(config, given, device)
     for name in STAGES:
@@ -65,6 +67,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trained", nargs="+", default=list(METHODS), metavar="PRESET", help="methods")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of every method")
     parser.add_argument("--processes", type=int, default=1, help="trainings or evaluations at a time")
+    parser.add_argument(
+        "--autoattack", metavar="SUITE", help="of AutoAttack, run on the natural images of the first seed's models"
+    )
+    parser.add_argument("--autoattack-limit", type=int, default=100, help="test images of AutoAttack")
     parser.add_argument("--until", choices=STAGES, help="where to stop")
     parser.add_argument("--evaluate", help=argparse.SUPPRESS)  # a model's name: what this script tells its own processes
 
@@ -75,6 +81,7 @@ class _Study:
         self.folder = Path(config.output).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = threading.Lock()
+        self.own_methods: dict[str, Any] = yaml.safe_load((HERE / "studies" / "methods.yaml").read_text())
         self.settings = self.folder / "settings.yaml"  # for the processes of this study
         values = {key: value for key, value in config.to_json().items() if key not in ("cluster", "tracking", "tune")}
         if self.settings.is_file() and yaml.safe_load(self.settings.read_text()) != values:
@@ -139,11 +146,16 @@ class _Study:
         shards = set_writer.plan(listing, config.projection.shard_size)
         todo = set_writer.unfinished(shards, set_writer.read_records(folder))
         projector = build_projector(config, self.device)
-        for number, shard in enumerate(todo, 1):
+
+        def one(shard: set_writer.Shard) -> None:
             row = read_shard(pack(shard.name, shard.rows, {}, 0.0), data=config.data.model_dump(mode="json"))
             name, table, rejected, _ = unpack(project_shard(projector, row, config.projection, list(listing.class_names)))
             set_writer.write_shard(folder, name, table, rejected)
-            say(f"{number} of {len(todo)} shards, mean L1 {np.mean(table['l1'].to_numpy()):.4f}")
+            say(f"{name} of {len(shards)}, mean L1 {np.mean(table['l1'].to_numpy()):.4f}")
+
+        # threads: torch lets go of the interpreter while it computes
+        with ThreadPoolExecutor(self.given.processes if self.device.type == "cpu" else 1) as pool:
+            list(pool.map(one, todo))
         generator, size = projector.generator, projector.generator.resolution
         described = {
             "shapes": {"on_manifold": [generator.channels, size, size], "w": [generator.num_ws, generator.w_dim]},
@@ -156,29 +168,35 @@ class _Study:
     def models(self) -> None:
         """Train every method with every seed by jobs/train_local.py, and evaluate it in a process of its own."""
         folder = self.folder
-        for name in ("logs", "rows"):
+        for name in ("logs", "methods"):
             (folder / name).mkdir(exist_ok=True)
-        todo = [name for name in self.names() if not (folder / "rows" / f"{name}.parquet").is_file()]
+        for method, settings in self.own_methods.items():
+            (folder / "methods" / f"{method}.yaml").write_text(yaml.safe_dump(settings))
 
         def one(name: str) -> None:
-            trained = self._run(self._training(name), f"{name}-training")
-            evaluation = [str(HERE / "study.py"), "--preset", str(self.settings), "--evaluate", name]
-            evaluated = self._run(evaluation, f"{name}-evaluation")
-            say(f"{name}: trained in {trained:.0f} s, evaluated in {evaluated:.0f} s")
-            self.note(name, {"trained_s": trained, "evaluated_s": evaluated, "processes": self.given.processes})
+            if not (folder / "models" / name / checkpoint.RUN).is_file():
+                trained = self._run(self._training(name), f"{name}-training")
+                self.note(f"{name} training", {"seconds": trained, "processes": self.given.processes})
+                say(f"{name}: trained in {trained:.0f} s")
+            if not evaluations(self.config, self.given, name):
+                return
+            asked = ["--autoattack", self.given.autoattack] if self.given.autoattack else []
+            asked += ["--autoattack-limit", str(self.given.autoattack_limit), "--evaluate", name]
+            evaluated = self._run([str(HERE / "study.py"), "--preset", str(self.settings), *asked], f"{name}-evaluation")
+            self.note(f"{name} evaluation", {"seconds": evaluated, "processes": self.given.processes})
+            say(f"{name}: evaluated in {evaluated:.0f} s")
 
         with ThreadPoolExecutor(self.given.processes) as pool:
-            list(pool.map(one, todo))
+            list(pool.map(one, self.names()))
 
     def names(self) -> list[str]:
         """Of models: a seed's methods before the next seed's."""
-        return [f"{Path(m).stem}-{seed}" for seed in range(self.given.seeds) for m in self.given.trained]
+        return [f"{method}-{seed}" for seed in range(self.given.seeds) for method in self.given.trained]
 
     def _training(self, name: str) -> list[str]:
         method, seed = name.rsplit("-", 1)
-        preset = next(m for m in self.given.trained if Path(m).stem == method)
-        own = HERE / "studies" / "methods" / f"{preset}.yaml"
-        layers = ["--preset", str(self.settings), str(own) if own.is_file() else preset]
+        preset = str(self.folder / "methods" / f"{method}.yaml") if method in self.own_methods else method
+        layers = ["--preset", str(self.settings), preset]
         # as published, one step is a fifth longer than the radius
         step = ["--objective.latent.step_size", str(1.2 * self.config.objective.latent.eps)] if method == "om_at_fgsm" else []
         return [str(HERE.parent / "jobs" / "train_local.py"), *layers, "--name", name, "--training.seed", seed, *step]
@@ -194,9 +212,26 @@ class _Study:
         return round(time.monotonic() - began, 1)
 
 
-def _evaluate(config: Config, name: str, device: torch.device) -> None:
+def evaluations(config: Config, given: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Folder of rows -> settings over the study's, of what a model has not gone through yet."""
+    kinds: dict[str, Any] = {
+        "rows": {},
+        "clean": {"suites": [], "attacks": [{"threat": "clean", "name": "clean"}], "limit": None},
+    }
+    if given.autoattack and name.endswith("-0"):
+        suite = {"suites": [given.autoattack], "sets": ["natural"], "limit": given.autoattack_limit}
+        kinds["autoattack"] = {**kinds["clean"], **suite}
+    folder = Path(config.output).resolve()
+    return {kind: settings for kind, settings in kinds.items() if not (folder / kind / f"{name}.parquet").is_file()}
+
+
+def _evaluate(config: Config, kind: str, settings: dict[str, Any], name: str, device: torch.device) -> None:
     """The rows of one model."""
     folder = Path(config.output).resolve()
+    if settings:
+        rows = {**config.evaluation.model_dump(mode="json"), "summaries": [], "transfer": [], **settings}
+        config = cli.validate({**config.to_json(), "evaluation": rows})
+        config = config.model_copy(update={"evaluation": suites.resolved(config.evaluation)})
     data = manifold_set.open_set(set_folder(config), "test")
     generator = generators.load_configured(config.generator, device)
 
@@ -207,7 +242,8 @@ def _evaluate(config: Config, name: str, device: torch.device) -> None:
     rows = evaluation.evaluate_here(evaluator)
     sink = pa.BufferOutputStream()
     pq.write_table(rows, sink, compression="zstd")
-    at(folder / "rows" / f"{name}.parquet").write_bytes(sink.getvalue())
+    (folder / kind).mkdir(exist_ok=True)
+    at(folder / kind / f"{name}.parquet").write_bytes(sink.getvalue())
 
 
 def say(text: str) -> None:

@@ -1,28 +1,52 @@
-"""Tables of a study (`benchmarks/study.py`) as Markdown: mean and spread over seeds, and what the rows say to the paper's claims.
+"""Tables of a study (`benchmarks/study.py`) as Markdown: what was measured, and what it says to the paper's claims.
 
-    python benchmarks/study_report.py runs/study/mnist > docs/results/mnist.md
+    python benchmarks/study_report.py runs/study/mnist --pack benchmarks/results/mnist
+    python benchmarks/study_report.py benchmarks/results/mnist --page docs/results/mnist.md --headline README.md
 
-No number is typed by hand. A cell is the mean of the accuracies of a method's models, and the standard deviation over them. Of
-two methods the differences are taken seed by seed, on the same test images.
+No number is typed by hand. A cell is the mean over the models of a method and the half of its 95 % interval, which counts both
+draws: that of the test images (by the spread over images of the mean over models) and that of the seeds (by the spread of the
+models' accuracies). A difference of two methods is taken image by image and seed by seed, on the same images. --page writes the
+whole page, --headline the short table between the marks of a file. --pack keeps what the page is made of, without the models,
+in a folder that this script reads as it reads the study's own.
 """
 
 import argparse
-import statistics
+import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from dmat_ray import cli
+from dmat_ray import cli, suites
+from dmat_ray.config import EvaluationConfig
 from dmat_ray.errors import UserError
 from dmat_ray.files import read_json
 from dmat_ray.metrics import Results
 from dmat_ray.report_values import SET_NAMES, columns_described
 
-ORDER = ("standard", "at", "om_at_fgsm", "om_at", "dmat", "trades", "dmat_trades", "joint", "dmat_plus", "joint_plus")
+METHODS = ("standard", "at", "om_at_fgsm", "om_at", "dmat", "trades", "dmat_trades", "joint", "dmat_plus", "joint_plus", "best")
+ABLATIONS = {
+    "Share of the on-manifold term (0, ¼, ½, ¾, 1)": ("at", "dmat_latent_25", "dmat", "dmat_latent_75", "om_at"),
+    "Latent budget η in training (half, as it is, twice)": ("dmat_eta_03", "dmat", "dmat_eta_12"),
+    "Budget ε in training (half, as it is, twice)": ("dmat_eps_05", "dmat", "dmat_eps_20"),
+    "Steps of the attacks in training (1, 3, 10)": ("dmat_steps_1", "dmat", "dmat_steps_10"),
+    "The manifold: of a generator stopped early, and as it is": ("dmat_early", "dmat"),
+    "Data: projected images, and as many samples of the generator beside them": ("dmat", "dmat_sampled"),
+    "An average of weights and adversarial weight perturbation": ("dmat", "dmat_plus", "joint", "joint_plus"),
+}
+HEADLINE = ("clean", "PGD-50", "OM-PGD-50", "PGD-50 L2", "fog", "unseen mean", "worst")
+NAMES = {"mnist5k": "MNIST-5k", "cifar10": "CIFAR-10"}
+KEPT = ["model", "source", "set", "attack", "id", "label", "prediction", "correct"]
+BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 NEAR = 2.0  # points of accuracy that count as comparable
+Z = 1.959964  # of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -43,92 +67,194 @@ def claims(columns: list[str]) -> list[Claim]:
         Claim("DMAT has a better clean accuracy than AT", "dmat", "at", "clean"),
         Claim("DMAT is about as robust to L∞ as AT", "dmat", "at", image, comparable=True),
         Claim("DMAT is more robust to unseen attacks than AT", "dmat", "at", "unseen mean"),
-        Claim("DMAT is more robust to L2 than AT", "dmat", "at", "PGD-50 L2"),
-        Claim("DMAT is more robust to fog than AT", "dmat", "at", "fog"),
+        *(
+            Claim(f"DMAT is more robust to {c} than AT", "dmat", "at", c)
+            for c in ("PGD-50 L2", "fog", "snow", "elastic", "gabor", "jpeg L1", "jpeg", "PGD-50 L1", "stadv")
+        ),
         Claim("AT is not robust on the manifold, DMAT is more", "dmat", "at", latent),
         Claim("OM-AT is not robust to L∞, DMAT is more", "dmat", "om_at", image),
         Claim("OM-AT has a better clean accuracy than standard training", "om_at", "standard", "clean"),
         Claim("DMAT with TRADES is more robust to unseen attacks than TRADES", "dmat_trades", "trades", "unseen mean"),
-    ]
+        *(
+            Claim(f"{name} is more robust than DMAT in its worst case over all attacks", method, "dmat", "worst")
+            for method, name in (("joint", "The joint threat"), ("dmat_plus", "DMAT with averaged and perturbed weights"),
+                                 ("joint_plus", "The joint threat with both"), ("best", "Preset best"))
+        ),
+    ]  # fmt: skip
     return [claim for claim in found if claim.column in columns]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with the half of its 95 % interval, in points, and how many models are behind it."""
+
+    value: float
+    half: float
+    models: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.1f} ± {self.half:.1f}"
+
+
+def estimate(models: Sequence[np.ndarray]) -> Estimate:
+    """Of values in [-1, 1], a row a model of (N) examples, which are the same for all models."""
+    values = 100 * np.stack(models)
+    count, examples = values.shape
+    of_images = values.mean(axis=0).std(ddof=1) ** 2 / examples
+    of_seeds = values.mean(axis=1).std(ddof=1) ** 2 / count if count > 1 else 0.0
+    return Estimate(float(values.mean()), Z * math.sqrt(of_images + of_seeds), count)
 
 
 class Study:
     """A study's rows, by method and seed."""
 
     def __init__(self, folder: Path) -> None:
-        files = sorted((folder / "rows").glob("*.parquet"))
-        if not files:
+        if not (folder / "rows").is_dir():
             raise UserError(f"there are no rows in '{folder}'; run benchmarks/study.py")
         self.folder = folder
         self.config = cli.validate(yaml.safe_load((folder / "settings.yaml").read_text()))
-        self.results = Results(pa.concat_tables([pq.read_table(file) for file in files]), self.config.evaluation)
-        names = [file.stem.rsplit("-", 1) for file in files]
+        self.results = self._read("rows", {})
+        self.clean = self._read("clean", {"suites": [], "attacks": [{"threat": "clean", "name": "clean"}]})
+        names = [name.rsplit("-", 1) for name in self.results.models]
         self.seeds = {method: sorted(int(s) for m, s in names if m == method) for method, _ in names}
 
-    @property
+    def _read(self, kind: str, settings: dict[str, Any]) -> Results:
+        files = sorted((self.folder / kind).glob("*.parquet"))
+        if not files:
+            raise UserError(f"there are no rows in '{self.folder / kind}'; run benchmarks/study.py")
+        evaluation = self.config.evaluation.model_dump(mode="json")
+        evaluation |= {**({"summaries": [], "transfer": []} if settings else {}), **settings}
+        config = cli.validate({**self.config.to_json(), "evaluation": evaluation}).evaluation
+        return Results(pa.concat_tables([pq.read_table(file) for file in files]), config)
+
+    @cached_property
     def methods(self) -> list[str]:
-        """In the order of the tables."""
-        return sorted(self.seeds, key=lambda m: (ORDER.index(m) if m in ORDER else len(ORDER), m))
+        """Those of the main tables, in their order."""
+        return [method for method in METHODS if method in self.seeds]
 
-    def accuracies(self, method: str, set_name: str, column: str) -> list[float]:
-        """In percent, of each seed's model."""
-        return [100 * self.results.accuracy(f"{method}-{seed}", set_name, column).value for seed in self.seeds[method]]
+    def of_examples(self, method: str, seed: int, set_name: str, column: str) -> np.ndarray:
+        """Right or not, of each example; `clean` of all test images."""
+        results = self.clean if column == "clean" else self.results
+        return results.per_example(f"{method}-{seed}", set_name, column)
 
-    def table(self, set_name: str) -> list[str]:
-        """Methods by columns."""
-        columns = self.results.columns(set_name)
-        lines = [f"| method | seeds | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 2)]
-        for method in self.methods:
-            cells = [spread(self.accuracies(method, set_name, column)) for column in columns]
-            lines.append(f"| {method} | {len(self.seeds[method])} | {' | '.join(cells)} |")
+    def cell(self, method: str, set_name: str, column: str) -> Estimate:
+        return estimate([self.of_examples(method, seed, set_name, column) for seed in self.seeds[method]])
+
+    def difference(self, claim: Claim, set_name: str) -> Estimate | None:
+        """Of two methods, on the seeds that both have; None if there are none."""
+        both = sorted(set(self.seeds.get(claim.better, ())) & set(self.seeds.get(claim.than, ())))
+        better, than = (
+            [self.of_examples(method, seed, set_name, claim.column) for seed in both] for method in (claim.better, claim.than)
+        )
+        return estimate([a - b for a, b in zip(better, than, strict=True)]) if both else None
+
+    def table(self, methods: Sequence[str], set_name: str, columns: Sequence[str]) -> list[str]:
+        """Methods by columns, of each column the best in bold."""
+        cells = {(m, c): self.cell(m, set_name, c) for m in methods for c in columns}
+        best = {c: max(round(cells[m, c].value, 1) for m in methods) for c in columns}
+        lines = [f"| method | models | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 2)]
+        for m in methods:
+            shown = [f"**{cells[m, c]}**" if round(cells[m, c].value, 1) == best[c] else str(cells[m, c]) for c in columns]
+            lines.append(f"| {m} | {len(self.seeds[m])} | {' | '.join(shown)} |")
         return lines
 
     def verdicts(self, set_name: str) -> list[str]:
-        """Each claim with the differences behind it."""
-        lines = ["| claim | by | points, seed by seed | |", "|---|---|---|---|"]
+        """Each claim with the difference behind it."""
+        lines = ["| claim | column | difference in points | models | |", "|---|---|---|---|---|"]
         for claim in claims(self.results.columns(set_name)):
-            if claim.better not in self.seeds or claim.than not in self.seeds:
-                continue
-            both = sorted(set(self.seeds[claim.better]) & set(self.seeds[claim.than]))
-            better, than = (
-                dict(zip(self.seeds[m], self.accuracies(m, set_name, claim.column), strict=True))
-                for m in (claim.better, claim.than)
-            )
-            differences = [better[seed] - than[seed] for seed in both]
-            told = ", ".join(f"{d:+.1f}" for d in differences)
-            lines.append(f"| {claim.text} | {claim.column} | {told} | {verdict(differences, claim.comparable)} |")
+            if (found := self.difference(claim, set_name)) is not None:
+                shown = f"{found.value:+.1f} ± {found.half:.1f}"
+                told = verdict(found, claim.comparable)
+                lines.append(f"| {claim.text} | {claim.column} | {shown} | {found.models} | {told} |")
+        return lines
+
+    def autoattack(self) -> list[str]:
+        """The library's attacks, on the first seed's models."""
+        files = sorted((self.folder / "autoattack").glob("*.parquet"))
+        if not files:
+            return []
+        suite = "digits_autoattack" if self.config.data.source == "mnist5k" else "cifar10_autoattack"
+        config = suites.resolved(EvaluationConfig(suites=(suite,), sets=("natural",)))
+        results = Results(pa.concat_tables([pq.read_table(file) for file in files]), config)
+        columns = results.columns("natural")
+        lines = [f"| model | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
+        for method in (m for m in METHODS if f"{m}-0" in results.models):
+            cells = [results.accuracy(f"{method}-0", "natural", column) for column in columns]
+            shown = [f"{100 * c.value:.0f} ({100 * c.low:.0f} to {100 * c.high:.0f})" for c in cells]
+            lines.append(f"| {method}-0 | {' | '.join(shown)} |")
         return lines
 
 
-def verdict(differences: list[float], comparable: bool) -> str:
-    """Confirmed or not by all seeds, else mixed."""
-    met = [d > (-NEAR if comparable else 0.0) for d in differences]
-    return "confirmed" if all(met) else "not confirmed" if not any(met) else "mixed"
+def verdict(found: Estimate, comparable: bool) -> str:
+    """Confirmed or not where the whole interval says so, else open."""
+    bound = -NEAR if comparable else 0.0
+    if found.value - found.half > bound:
+        return "confirmed"
+    return "not confirmed" if found.value + found.half < bound else "open"
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    mean = statistics.fmean(values)
-    return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ± {statistics.stdev(values):.1f}"
+def headline(study: Study) -> list[str]:
+    """The short table."""
+    columns = [c for c in HEADLINE if c in study.results.columns("on_manifold")]
+    return study.table(study.methods, "on_manifold", columns)
+
+
+def put_between(path: Path, lines: list[str]) -> None:
+    """Replace what stands between a file's marks."""
+    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    path.write_text("\n".join([before + BEGIN, "", *lines, "", END + after]), encoding="utf-8")
+
+
+def pack(folder: Path, target: Path) -> None:
+    """All rows of a kind in one file, the columns that numbers are made of; settings without paths; notes."""
+    for kind in ("rows", "clean", "autoattack"):
+        if files := sorted((folder / kind).glob("*.parquet")):
+            (target / kind).mkdir(parents=True, exist_ok=True)
+            rows = pa.concat_tables([pq.read_table(file).select(KEPT) for file in files])
+            pq.write_table(rows, target / kind / "all.parquet", compression="zstd")
+    values = yaml.safe_load((folder / "settings.yaml").read_text())
+    slim = {"evaluation": values["evaluation"], "data": {"source": values["data"]["source"]}, "training": values["training"]}
+    (target / "settings.yaml").write_text(yaml.safe_dump({**slim, "objective": values["objective"]}))
+    notes = {name: note for name, note in read_json(folder / "study.json").items() if name not in ("generator",)}
+    (target / "study.json").write_text(json.dumps(notes, indent=1) + "\n")
 
 
 def page(study: Study) -> list[str]:
     """The whole page."""
     notes = read_json(study.folder / "study.json")
-    models = [notes[f"{m}-{s}"] for m in study.methods for s in study.seeds[m] if f"{m}-{s}" in notes]
-    trained, evaluated = sum(note["trained_s"] for note in models), sum(note["evaluated_s"] for note in models)
-    lines = [f"# {study.folder.name}", "", f"`python benchmarks/study_report.py {study.folder}`", ""]
-    count = sum(map(len, study.seeds.values()))
-    lines += [f"{count} models: {trained / 60:.0f} minutes of training and {evaluated / 60:.0f} of evaluation."]
-    if models:
-        first = models[0]
-        lines += [f"{first['processes']} at a time on {first['machine']}, torch {first['versions']['torch']}."]
+    took = {kind: [note for name, note in notes.items() if name.endswith(f" {kind}")] for kind in ("training", "evaluation")}
+    minutes = {kind: sum(note["seconds"] for note in found) / 60 for kind, found in took.items()}
+    first = took["training"][0]
+    lines = [f"# The study on {NAMES[study.config.data.source]}", ""]
+    lines += [
+        f"{sum(map(len, study.seeds.values()))} models: {minutes['training']:.0f} minutes of training and "
+        f"{minutes['evaluation']:.0f} of evaluation, {first['processes']} at a time on {first['machine']}, not quiet, "
+        f"torch {first['versions']['torch']}.",
+        "",
+        "Accuracy in %, ± the half of a 95 % interval that counts the draw of test images and that of seeds; the best in bold.",
+    ]
     for set_name in study.config.evaluation.sets:
-        count = len(study.results.ids(study.results.models[0], set_name))
-        lines += ["", f"## {count} {SET_NAMES[set_name]}", "", "Accuracy in %, mean and standard deviation over seeds.", ""]
-        lines += [*study.table(set_name), "", *study.verdicts(set_name)]
-    lines += ["", f"Comparable: less than {NEAR:g} points below. What the columns are:", ""]
+        count, clean = (len(r.ids(r.models[0], set_name)) for r in (study.results, study.clean))
+        lines += ["", f"## {count} {SET_NAMES[set_name]}", "", f"(`clean`: all {clean:,})", ""]
+        lines += study.table(study.methods, set_name, study.results.columns(set_name))
+        lines += ["", "What this says to the paper's claims:", "", *study.verdicts(set_name)]
+    lines += ["", f"Comparable: less than {NEAR:g} points below. Open: the interval holds both answers."]
+    if found := study.autoattack():
+        lines += [
+            "",
+            "## AutoAttack",
+            "",
+            "The library's standard version, L∞, on natural images; Wilson's 95 % interval.",
+            "",
+            *found,
+        ]
+    lines += ["", "## Ablations", "", f"On {SET_NAMES['on_manifold']}. One thing is changed of `dmat`, evaluation is the same."]
+    for title, methods in ABLATIONS.items():
+        if len(there := [m for m in methods if m in study.seeds]) > 1:
+            columns = [c for c in HEADLINE if c in study.results.columns("on_manifold")]
+            lines += ["", f"### {title}", "", *study.table(there, "on_manifold", columns)]
+    lines += ["", "## Columns", ""]
     lines += [f"- {name}: {text}" for name, text in columns_described(study.results).items()]
     return lines
 
@@ -136,7 +262,19 @@ def page(study: Study) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    print("\n".join(page(Study(parser.parse_args().folder))))
+    parser.add_argument("--page", type=Path, help="Markdown file to write")
+    parser.add_argument("--headline", type=Path, help="file that has the short table between its marks")
+    parser.add_argument("--pack", type=Path, help="folder to keep the rows in")
+    given = parser.parse_args()
+    if given.pack:
+        pack(given.folder, given.pack)
+    study = Study(given.folder)
+    if given.page:
+        given.page.write_text("\n".join(page(study)) + "\n", encoding="utf-8")
+    if given.headline:
+        put_between(given.headline, headline(study))
+    if not (given.page or given.headline or given.pack):
+        print("\n".join(page(study)))
 
 
 if __name__ == "__main__":

@@ -103,6 +103,19 @@ class Results:
         middle, low, high = (sum(getattr(a, end) for a in found) / divisor for end in ("value", "low", "high"))
         return Accuracy(middle, low, high, found[0].count)
 
+    def per_example(self, model: str, set_name: str, column: str) -> np.ndarray:
+        """(N) float64, whose mean is the number in a cell: 0 or 1, or of a mean the share of its attacks that an example stood."""
+        summary = next((s for s in self.config.summaries if s.name == column), None)
+        if summary is None:
+            return self.correct(model, set_name, column).astype(np.float64)
+        parts = self._parts(summary.of, set_name)
+        if summary.how == "worst":
+            return self.standing(model, set_name, parts).astype(np.float64)
+        if summary.how == "uar":
+            raise ValueError(f"'{column}' is a ratio of means, not a mean over examples")
+        found: np.ndarray = np.mean([self.per_example(model, set_name, part) for part in parts], axis=0)
+        return found
+
     def standing(self, model: str, set_name: str, names: Iterable[str]) -> np.ndarray:
         """Which examples are right on the clean image and under every one of some rows and groups, (N) bool."""
         standing = self.correct(model, set_name, self.clean)

@@ -86,6 +86,12 @@ def test_columns_are_what_counting_gives(answers: dict[str, dict[str, bool]]) ->
     found = {column: accuracy for (_, _, column), accuracy in results.accuracies().items()}
     assert {name: accuracy.value for name, accuracy in found.items()} == pytest.approx(expected)
     assert {accuracy.count for accuracy in found.values()} == {6}
+    for column in ("clean", "PGD", "both", "fog", "worst", "worst of alone", "mean"):
+        assert results.per_example("at", "natural", column).mean() == pytest.approx(expected[column]), column
+    each = [(answers["PGD"][id] + answers["fog"][id]) / 2 for id in sorted(IDS)]
+    assert results.per_example("at", "natural", "mean").tolist() == each
+    with pytest.raises(ValueError, match="'UAR' is a ratio"):
+        results.per_example("at", "natural", "UAR")
     assert results.curves("natural") == {"PGD": [0.05, 0.1, 0.2]}
     at = [results.at_eps("at", "natural", "PGD", eps).value for eps in (0.05, 0.1, 0.2)]
     assert at == pytest.approx([share["PGD @ 0.05"], share["PGD"], share["PGD @ 0.2"]])
