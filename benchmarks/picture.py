@@ -21,8 +21,8 @@ from dmat_ray.storage import set_folder
 from dmat_ray.units import applies
 
 SHOWN = {
-    "clean": "g(w)", "PGD-50": "L∞", "PGD-50 L2": "L2", "OM-PGD-50": "on the\nmanifold", "joint": "both", "fog": "fog", "snow": "snow",
-    "elastic": "elastic", "gabor": "Gabor", "jpeg L1": "JPEG", "stadv": "StAdv",
+    "clean": "g(w)", "PGD-50": "L∞", "PGD-50 L2": "L2", "OM-PGD-50": "on the\nmanifold", "joint": "both", "fog": "fog",
+    "snow": "snow", "elastic": "elastic", "gabor": "Gabor", "jpeg L1": "JPEG", "stadv": "StAdv",
 }  # fmt: skip
 INCH = 0.72
 

@@ -23,7 +23,7 @@ STAGES = (
 # bytes of an image in the on-manifold set: g(w) raw, w in float32; the source's own bytes come on top
 RENDERED, CODE = 3 * 256 * 256, 14 * 512 * 4
 ENCODED = 110_000  # of a JPEG of ImageNet, on average
-# of the driver of a projection: measured for 2,000 and for 20,000 images (docs/results.md)
+# of the driver of a projection: measured for 2,000 and for 20,000 images (docs/performance.md)
 DRIVER_MIB, IMAGES = (623, 639), (2_000, 20_000)
 SHARD = 256
 

@@ -145,18 +145,22 @@ class _Study:
         set_writer.begin(folder, settings)
         shards = set_writer.plan(listing, config.projection.shard_size)
         todo = set_writer.unfinished(shards, set_writer.read_records(folder))
-        projector = build_projector(config, self.device)
+        count = self.given.processes if self.device.type == "cpu" else 1
+        projectors = [build_projector(config, self.device) for _ in range(count)]  # one holds what it is at work on
 
         def one(shard: set_writer.Shard) -> None:
+            projector = projectors.pop()
             row = read_shard(pack(shard.name, shard.rows, {}, 0.0), data=config.data.model_dump(mode="json"))
             name, table, rejected, _ = unpack(project_shard(projector, row, config.projection, list(listing.class_names)))
+            projectors.append(projector)
             set_writer.write_shard(folder, name, table, rejected)
             say(f"{name} of {len(shards)}, mean L1 {np.mean(table['l1'].to_numpy()):.4f}")
 
         # threads: torch lets go of the interpreter while it computes
-        with ThreadPoolExecutor(self.given.processes if self.device.type == "cpu" else 1) as pool:
+        with ThreadPoolExecutor(count) as pool:
             list(pool.map(one, todo))
-        generator, size = projector.generator, projector.generator.resolution
+        generator = projectors[0].generator
+        size = generator.resolution
         described = {
             "shapes": {"on_manifold": [generator.channels, size, size], "w": [generator.num_ws, generator.w_dim]},
             "lpips_is_perceptual": config.projection.lpips_weights != "random",

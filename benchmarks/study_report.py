@@ -5,9 +5,9 @@
 
 No number is typed by hand. A cell is the mean over the models of a method and the half of its 95 % interval, which counts both
 draws: that of the test images (by the spread over images of the mean over models) and that of the seeds (by the spread of the
-models' accuracies). A difference of two methods is taken image by image and seed by seed, on the same images. --page writes the
-whole page, --headline the short table between the marks of a file. --pack keeps what the page is made of, without the models,
-in a folder that this script reads as it reads the study's own.
+models' accuracies, few as they are: Student's t by Welch and Satterthwaite). A difference of two methods is taken image by image
+and seed by seed, on the same images. --page writes the whole page, --headline the short table between the marks of a file. --pack
+keeps what the page is made of, without the models, in a folder that this script reads as it reads the study's own.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from scipy import stats
 
 from dmat_ray import cli, suites
 from dmat_ray.config import EvaluationConfig
@@ -46,7 +47,6 @@ NAMES = {"mnist5k": "MNIST-5k", "cifar10": "CIFAR-10"}
 KEPT = ["model", "source", "set", "attack", "id", "label", "prediction", "correct"]
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 NEAR = 2.0  # points of accuracy that count as comparable
-Z = 1.959964  # of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,12 @@ def estimate(models: Sequence[np.ndarray]) -> Estimate:
     count, examples = values.shape
     of_images = values.mean(axis=0).std(ddof=1) ** 2 / examples
     of_seeds = values.mean(axis=1).std(ddof=1) ** 2 / count if count > 1 else 0.0
-    return Estimate(float(values.mean()), Z * math.sqrt(of_images + of_seeds), count)
+    variance = of_images + of_seeds
+    if variance == 0:
+        return Estimate(float(values.mean()), 0.0, count)
+    # few seeds: Student's t with the degrees of freedom of a sum of two variances (Welch, Satterthwaite)
+    freedom = variance**2 / (of_images**2 / (examples - 1) + of_seeds**2 / max(count - 1, 1))
+    return Estimate(float(values.mean()), float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance), count)
 
 
 class Study:

@@ -1,0 +1,121 @@
+"""The study's scripts at a small size, its intervals against simulation, and the published pages against their rows."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import scipy.stats
+import torch
+
+from dmat_ray import checkpoint
+from dmat_ray.data import manifold_set
+from dmat_ray.data.pixels import quantise, to_unit
+from dmat_ray.manifold import generators
+from dmat_ray.storage import at
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import study_report  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def run(*command: str) -> str:
+    """What a script of benchmarks/ prints."""
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_an_interval_of_one_model_is_that_of_its_mean() -> None:
+    right = np.random.default_rng(0).random(300) < 0.8
+    found = study_report.estimate([right.astype(float)])
+    assert found.value == pytest.approx(100 * right.mean())
+    low, high = scipy.stats.t.interval(0.95, len(right) - 1, right.mean(), scipy.stats.sem(right))
+    assert found.half == pytest.approx(100 * (high - low) / 2)
+
+
+def test_an_interval_covers_the_truth_when_images_and_seeds_are_drawn() -> None:
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(400):
+        hardness, skill = rng.normal(0, 1, 200), rng.normal(0, 0.3, 3)
+        noise = rng.normal(0, 1, (3, 200))
+        right = (1 + skill[:, None] - hardness + noise > 0).astype(float)
+        # the sum of the three draws is normal with variance 1 + 0.09 + 1
+        truth = 100 * scipy.stats.norm.cdf(1 / np.sqrt(2.09))
+        found = study_report.estimate(list(right))
+        covered += abs(found.value - truth) <= found.half
+    assert 0.93 <= covered / 400 <= 0.99
+
+
+@pytest.mark.parametrize(
+    ("value", "half", "comparable", "told"),
+    [(3, 2, False, "confirmed"), (3, 4, False, "open"), (-3, 2, False, "not confirmed"), (-0.5, 1, True, "confirmed"),
+     (-3, 2, True, "open"), (-5, 2, True, "not confirmed")],
+)  # fmt: skip
+def test_a_claim_is_settled_only_by_the_whole_interval(value: float, half: float, comparable: bool, told: str) -> None:
+    assert study_report.verdict(study_report.Estimate(value, half, 3), comparable) == told
+
+
+def test_the_study_runs_goes_on_and_reports(tmp_path: Path) -> None:
+    output = tmp_path / "study"
+    command = [
+        "benchmarks/study.py", "--preset", "demo", "--output", str(output), "--data.train_limit", "60", "--data.test_limit", "20",
+        "--projection.steps", "3", "--projection.candidates", "100", "--training.epochs", "1", "--training.lr_epochs", "0,1",
+        "--training.lr_values", "0.05,0.01", "--training.val_examples", "0", "--evaluation.limit", "10",
+        "--evaluation.check_examples", "0", "--processes", "2", "--seeds", "1", "--trained",
+    ]  # fmt: skip
+    run(*command, "standard")
+    first = (output / "models" / "standard-0" / "model.safetensors").stat().st_mtime_ns
+    said = run(*command, "standard", "om_at_fgsm")
+    assert "om_at_fgsm-0: trained" in said
+    assert "standard-0" not in said
+    assert (output / "models" / "standard-0" / "model.safetensors").stat().st_mtime_ns == first
+    step = checkpoint.read_run(at(output / "models" / "om_at_fgsm-0"))["config"]["objective"]["latent"]
+    assert (step["steps"], step["step_size"]) == (1, pytest.approx(1.2 * 0.06))
+    assert (
+        pq.read_table(output / "clean" / "standard-0.parquet").num_rows == 40
+    )  # all 20 test images, on the manifold and natural
+
+    run("benchmarks/study_report.py", str(output), "--pack", str(tmp_path / "packed"))
+    here, packed = study_report.Study(output), study_report.Study(tmp_path / "packed")
+    assert study_report.page(packed) == study_report.page(here)
+    rows = pq.read_table(output / "rows" / "om_at_fgsm-0.parquet").to_pylist()
+    right = [row["correct"] for row in rows if (row["set"], row["attack"]) == ("on_manifold", "PGD-20")]
+    assert len(right) == 10
+    assert packed.cell("om_at_fgsm", "on_manifold", "PGD-20").value == pytest.approx(100 * np.mean(right))
+    assert str(tmp_path) not in (tmp_path / "packed" / "settings.yaml").read_text()
+
+    sampled = tmp_path / "sampled"
+    run(
+        "benchmarks/sampled_set.py", str(output / "on_manifold_set"), str(output / "models" / "standard-0"), str(sampled),
+        "--count", "30",
+    )  # fmt: skip
+    data = manifold_set.open_set(at(sampled), "train")
+    mine = np.array([str(id).startswith("sample-") for id in data.id])
+    assert (mine.sum(), (~mine).sum()) == (30, 60)
+    classifier = checkpoint.load_classifier(at(output / "models" / "standard-0"), CPU)[0].eval()
+    with torch.no_grad():
+        images = quantise(generators.load_configured(data_generator(), CPU).synthesis(torch.from_numpy(np.array(data.w[mine]))))
+        assert classifier(to_unit(images)).argmax(1).tolist() == data.label[mine].tolist()
+    assert np.abs(images.astype(int) - np.array(data.on_manifold[mine]).astype(int)).max() <= 1
+
+
+def data_generator():
+    """The demo's generator settings."""
+    from dmat_ray import cli
+
+    return cli.parse("", [], preset=["demo"])[0].generator
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "benchmarks" / "results").glob("*")))
+def test_published_results_are_what_their_rows_say(name: str) -> None:
+    study = study_report.Study(ROOT / "benchmarks" / "results" / name)
+    assert (ROOT / "docs" / "results" / f"{name}.md").read_text(encoding="utf-8") == "\n".join(study_report.page(study)) + "\n"
+    if name == "mnist":
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        assert "\n".join(study_report.headline(study)) in readme.split(study_report.BEGIN)[1].split(study_report.END)[0]
