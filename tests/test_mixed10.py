@@ -2,7 +2,6 @@
 
 import re
 import runpy
-import shlex
 from pathlib import Path
 
 import pytest
@@ -119,25 +118,6 @@ def test_includes_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("include: [nonsense]")
     with pytest.raises(UserError, match=r"preset 'nonsense' does not exist; choose from at, "):
         presets.load([str(tmp_path / "a.yaml")])
-
-
-def commands() -> list[list[str]]:
-    """The commands of docs/data.md, as words."""
-    fenced = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").split("```")[1::2]
-    blocks = [block for block in fenced if block.startswith("\n")]  # the others say that they are YAML
-    lines = "".join(blocks).strip().replace("\\\n", " ").splitlines()
-    return [shlex.split(line) for line in lines if line]
-
-
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_the_commands_of_the_documentation_are_ones_that_there_are(words: list[str]) -> None:
-    python, job, *arguments = words
-    assert python == "python"
-    own = runpy.run_path(str(ROOT / job))
-    add = own.get("add", cli.dry_run)
-    config, _ = cli.parse("A job.", arguments, preset=["demo"], add=add)
-    for name in config.methods:
-        assert name in presets.names()
 
 
 def test_documented_presets_are_the_methods_of_the_experiment() -> None:
