@@ -1,59 +1,84 @@
-"""What the documents say of settings is what the settings are. `python tests/test_docs.py` writes the tables anew."""
+"""What the documents say of settings is what the settings are. `python docs/tables.py` writes the tables anew."""
 
 import json
+import os
+import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args, get_origin
 
-from dmat_ray.config import AttackRow, Row, Section
+import pytest
+
+from dmat_ray.config import AttackRow, Config, Section
+from dmat_ray.config.attacks import AdversarialTerm
 
 ROOT = Path(__file__).parents[1]
-PLACE = ROOT / "docs" / "evaluation.md"
-BEGIN, END = "<!-- fields: begin -->", "<!-- fields: end -->"
-SEARCHED = set(Row.model_fields)
+WRITER = runpy.run_path(str(ROOT / "docs" / "tables.py"))
+SETTINGS = ROOT / "docs" / "configuration.md"
 
 
-def field(section: type[Section], name: str) -> str:
-    """A field with its choices and its default, in one cell's words."""
-    info = section.model_fields[name]
-    choices = [str(choice) for choice in get_args(info.annotation) if isinstance(choice, str)]
-    given = "" if info.is_required() else f" = {shown(info.default, 'pixel units' in str(info.description))}"
-    return f"`{name}`{given}" + (f" ({', '.join(choices)})" if 1 < len(choices) <= 8 else "")
+@pytest.mark.parametrize(("document", "name"), [(d, name) for d, tables in WRITER["TABLES"].items() for name in tables])
+def test_tables_are_what_the_settings_say(document: str, name: str) -> None:
+    between = WRITER["parts"]((ROOT / "docs" / document).read_text(encoding="utf-8"), name)[1]
+    assert between == WRITER["TABLES"][document][name](), "python docs/tables.py"
 
 
-def shown(value: object, levels: bool) -> str:
-    """A default as YAML has it; in pixel units as a fraction."""
-    if isinstance(value, float):
-        return f"{value * 255:g}/255" if levels else f"{value:.4g}"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "null" if value is None else {"": '""', "()": "[]"}.get(str(value), str(value))
+def fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting under a section, by its dotted name."""
+    for name, info in section.model_fields.items():
+        inner = info.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            yield from fields(inner, f"{prefix}{name}.")
+        elif name != "threat":
+            yield f"{prefix}{name}", info
 
 
-def fields() -> str:
-    """The fields of every search, then those of each threat."""
-    lines = ["| of every attack | |", "|---|---|"]
-    for name in (n for n in Row.model_fields if n not in ("threat", "name")):
-        lines.append(f"| {field(Row, name)} | {Row.model_fields[name].description} |")
-    lines += ["", "| `threat` | fields of its own |", "|---|---|"]
-    for row in get_args(get_args(AttackRow)[0]):
-        common = {"threat", "name"} | (SEARCHED if issubclass(row, Row) else set())
-        own = [name for name in row.model_fields if name not in common]
-        described = [f"{field(row, name)}: {row.model_fields[name].description}" for name in own]
-        lines.append(f"| `{row.model_fields['threat'].default}` | {'; '.join(described) or 'none'} |")
-    return "\n".join(lines)
+def test_every_setting_has_a_row_with_its_default() -> None:
+    rows = re.findall(r"^\| `(?:--)?([\w.]+)` \| (.+?) \| (.*?) \| .+ \|$", SETTINGS.read_text(encoding="utf-8"), re.MULTILINE)
+    found = {name: (taken, default) for name, taken, default in rows}
+    assert {name for name, _ in fields(Config)} <= found.keys()
+    # by hand
+    assert found["training.epochs"] == ("whole number, 1 or more", "`20`")
+    assert found["objective.image.eps"] == ("number or fraction, 0 or more", "`4/255`")
+    assert found["data.channels"] == ("`1`, `3`", "`1`")
+    assert found["training.lr_values"] == ("list of numbers", "`0,0.4,0.04,0.004,0.0004,0.0001`")
+    assert found["training.attack_precision"] == ("`float32`, `bf16`, or `null`", "`null`")
+    assert found["evaluation.sets"] == ("list of `on_manifold`, `natural`", "`on_manifold,natural`")
+    assert found["data.test_share"] == ("number, above 0, below 1", "`0.2`")
 
 
-def parts() -> tuple[str, str, str]:
-    """The document before, between and after the marks."""
-    before, rest = PLACE.read_text(encoding="utf-8").split(BEGIN)
-    between, after = rest.split(END)
-    return before, between, after
+def test_every_setting_is_described() -> None:
+    rows = get_args(get_args(AttackRow)[0])
+    terms = get_args(get_args(AdversarialTerm)[0])
+    for section in (Config, *rows, *terms):
+        for name, info in fields(section):
+            assert len(str(info.description or "").split()) >= 2, f"{section.__name__}.{name}"
+            if get_origin(info.annotation) is not dict and type(None) in get_args(info.annotation):
+                assert "null = " in info.description or "null: " in info.description, (
+                    f"{section.__name__}.{name}: what null means"
+                )
 
 
-def test_the_fields_of_rows_are_documented() -> None:
-    assert parts()[1].strip() == fields(), "python tests/test_docs.py"
+def test_variables_of_the_environment_are_ones_that_are_read() -> None:
+    """By our code, or by that of the packages that they belong to."""
+    table = SETTINGS.read_text(encoding="utf-8").split("## Environment")[1].split("<!--")[0]
+    named = re.findall(r"`([A-Z_0-9]+)`", table)
+    ours = "".join(path.read_text() for path in (ROOT / "dmat_ray").rglob("*.py"))
+    theirs = ("AWS_", "GOOGLE_", "RAY_AUTH_")
+    assert [name for name in named if name not in ours and not name.startswith(theirs) and name != "TMPDIR"] == []
+    assert {"DMAT_RAY_TRACEBACK", "AWS_ENDPOINT_URL", "TORCH_HOME"} <= set(named)
+    assert "tempfile" in (ROOT / "dmat_ray" / "folders.py").read_text()
+
+
+def test_the_writer_runs_as_a_script(tmp_path: Path) -> None:
+    """From any folder; it changes nothing where nothing has changed."""
+    before = SETTINGS.read_bytes()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, str(ROOT / "docs" / "tables.py")], cwd=tmp_path, check=True, env=environment)
+    assert SETTINGS.read_bytes() == before
 
 
 def test_the_plans_are_those_of_the_measured_rates() -> None:
@@ -64,8 +89,3 @@ def test_the_plans_are_those_of_the_measured_rates() -> None:
     rates = {row["stage"]: row for row in json.loads((ROOT / "benchmarks" / "rates_h100.json").read_text())["rows"]}
     days = 1_300_000 / rates["project paper, fast"]["images_per_second"] / 86_400
     assert f"| 1,300,000 | projection, preset `paper` (1,000 steps) | {days:.0f} d |" in told.stdout
-
-
-if __name__ == "__main__":
-    before, _, after = parts()
-    PLACE.write_text(f"{before}{BEGIN}\n{fields()}\n{END}{after}", encoding="utf-8")

@@ -153,7 +153,7 @@ class CorruptionRow(Section):
     threat: CliSuppress[Literal["corruption"]] = "corruption"
     name: str = Field(min_length=1, description="name of the column, unique in the suite")
     kind: Literal[Noise, Blur, Weather, Digital] = Field(description="what is done to the image")
-    severity: int = Field(ge=1, le=5, description="how much of it, as published for images of about that size")
+    severity: int = Field(ge=1, le=5, description="1 to 5: how much of it, as published for images of about that size")
 
 
 AttackRow = Annotated[
@@ -219,7 +219,8 @@ class EvaluationConfig(Section):
     batch_size: int = Field(100, ge=1, description="images attacked together")
     seed: int = Field(0, ge=0, description="seed of random starts")
     precision: Literal["float32", "bf16"] = Field(
-        "float32", description="of the network while it is attacked; what it says of the attacked image is always float32"
+        "float32",
+        description="arithmetic of the network while it is attacked; what it says of the attacked image is always float32",
     )
     lpips: Literal["none", "alex", "vgg"] = Field(
         "none", description="backbone of the LPIPS distance in the rows; none = left out"

@@ -105,7 +105,7 @@ class QualityConfig(Section):
         "starts), 'inception' (the usual one, needs `weights`), a folder of a trained classifier, or 'none'",
     )
     weights: str = Field("pretrained", description="file with Inception's weights; 'pretrained' = from the torch cache")
-    samples: int = Field(2000, ge=8, description="samples, and real images, that are compared")
+    samples: int = Field(2000, ge=8, description="how many samples are compared with as many real images")
     epochs: int = Field(8, ge=1, description="epochs that network 'classifier' is trained for")
     diversity_floor: float = Field(
         0.4,
@@ -137,7 +137,10 @@ class GanConfig(Section):
         ("translate", "scale", "tilt"), description="what is done, each by that probability, to all that the critic sees"
     )
     ada_target: float | None = Field(
-        None, gt=0, lt=1, description="adapt the probability until this is the mean sign of D on real images (paper: 0.6)"
+        None,
+        gt=0,
+        lt=1,
+        description="adapt the probability until this is the mean sign of D on real images (paper: 0.6); null = it stays as it is",
     )
     ada_kimg: float = Field(100.0, gt=0, description="thousands of images in which that probability may go from 0 to 1")
     precision: Literal["float32", "tf32", "bf16"] = Field(

@@ -45,7 +45,7 @@ class ProjectionConfig(Section):
         description="'pretrained' (torchvision's, from the torch cache), 'random' (seeded, not perceptual), or a file "
         "or URL of the backbone's state dict",
     )
-    lpips_precision: Literal["float32", "bf16"] = Field("float32", description="arithmetic of that backbone")
+    lpips_precision: Literal["float32", "bf16"] = Field("float32", description="arithmetic of the backbone of LPIPS")
     compile: bool = Field(False, description="torch.compile of generator and LPIPS: slow to start, for GPUs and large sets")
     start: Literal["mean", "nearest", "encoder"] = Field(
         "mean",

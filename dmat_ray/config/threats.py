@@ -86,8 +86,8 @@ class KaleidoscopeThreat(Section):
 
     threat: CliSuppress[Literal["kaleidoscope"]] = "kaleidoscope"
     eps: Fraction = Field(0.1, ge=0, le=1, description="largest change of a colour from the one drawn at random")
-    shapes: int = Field(40, ge=1, description="how many")
-    size: float = Field(15 / 224, gt=0, le=1, description="their diameter, as a share of the image's side")
+    shapes: int = Field(40, ge=1, description="how many shapes")
+    size: float = Field(15 / 224, gt=0, le=1, description="diameter of a shape, as a share of the image's side")
     transparency: float = Field(0.1, ge=0, lt=1, description="share of the image that shines through")
 
 

@@ -65,8 +65,12 @@ class TrainingConfig(Section):
         0.0, ge=0, description="adversarial weight perturbation: its norm as a share of each weight's (0.005 to 0.01); 0 = none"
     )
     awp_warmup: int = Field(0, ge=0, description="epochs before weights are perturbed")
-    precision: Precision = Field("float32", description="of the update; bf16 is torch's autocast, weights stay float32")
-    attack_precision: Precision | None = Field(None, description="of the network under attack; null = that of the update")
+    precision: Precision = Field(
+        "float32", description="arithmetic of the update; bf16 is torch's autocast, weights stay float32"
+    )
+    attack_precision: Precision | None = Field(
+        None, description="arithmetic of the network under attack; null = that of the update"
+    )
     channels_last: bool = Field(True, description="lay the classifier's activations out channels last, which is faster")
     compile: bool = Field(False, description="torch.compile the classifier, attacked and trained: minutes at first, pays on GPUs")
     keep: Literal["last", "best"] = Field(
@@ -102,7 +106,7 @@ class TrainingConfig(Section):
 
 
 class ClusterConfig(Section):
-    """What Ray may use."""
+    """What Ray may use: the cluster, workers and actors, and what each of them gets."""
 
     address: str | None = Field(
         None, description="address of a Ray cluster; null = that of the submitted job, else a Ray of its own on this machine"
@@ -125,7 +129,9 @@ class ClusterConfig(Section):
         None, gt=0, description="TFLOP/s that a worker keeps up, for the estimate of --dry-run; null = hours are not told"
     )
     price: float | None = Field(
-        None, ge=0, description="of an hour of one worker's machine, in any currency, for --dry-run; null = costs are not told"
+        None,
+        ge=0,
+        description="price of an hour of one worker's machine, in any currency, for --dry-run; null = costs are not told",
     )
     max_failures: int = Field(3, ge=0, description="worker failures a training survives")
 
@@ -141,10 +147,10 @@ class ClusterConfig(Section):
 
 
 class TrackingConfig(Section):
-    """MLflow."""
+    """Where MLflow keeps runs, their params, metrics and files."""
 
     uri: str | None = Field(None, description="tracking URI; null = sqlite in the output folder, which then is no URL")
-    experiment: str = Field("dmat_ray", min_length=1, description="experiment name")
+    experiment: str = Field("dmat_ray", min_length=1, description="name of the experiment in MLflow")
     patience_s: float = Field(
         60.0,
         ge=0,

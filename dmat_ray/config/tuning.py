@@ -79,8 +79,12 @@ class TuneConfig(Section):
         2, ge=0, description="how often a trial that failed goes on from its last checkpoint before it is given up"
     )
     seed: int = Field(0, ge=0, description="seed of what is drawn")
-    max_gpu_hours: float | None = Field(None, gt=0, description="GPU-hours after which the search ends with what it has")
-    max_wall_minutes: float | None = Field(None, gt=0, description="minutes after which the search ends with what it has")
+    max_gpu_hours: float | None = Field(
+        None, gt=0, description="GPU-hours after which the search ends with what it has; null = never"
+    )
+    max_wall_minutes: float | None = Field(
+        None, gt=0, description="minutes after which the search ends with what it has; null = never"
+    )
     evaluate: bool = Field(True, description="run `evaluation` on the test images for the best trial and its Pareto neighbours")
     confirm_seeds: int = Field(
         0,
