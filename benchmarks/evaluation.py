@@ -35,14 +35,13 @@ import numpy as np
 import torch
 from attack import quartiles, settled
 from generator import alternate, prepared, record, stopwatch
-from published_code import advex_attack, advex_uar, digit_network, digits, run_advex
+from published_code import ElasticRow, GaborRow, JpegRow, SnowRow, advex_attack, advex_uar, digit_network, digits, run_advex
 from torch import Tensor, nn
 
 from dmat_ray import threats
 from dmat_ray.attack import attack
 from dmat_ray.attack_view import AttackView
 from dmat_ray.config import FogRow, ImageRow, Row
-from dmat_ray.config.evaluation import ElasticRow, GaborRow, JpegRow, SnowRow
 from dmat_ray.errors import UserError
 from dmat_ray.types import Batch
 

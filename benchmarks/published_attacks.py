@@ -21,12 +21,22 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from published_code import TESTS, advex_attack, digit_network, digits, published, run_advex
+from published_code import (
+    TESTS,
+    ElasticRow,
+    GaborRow,
+    JpegRow,
+    SnowRow,
+    advex_attack,
+    digit_network,
+    digits,
+    published,
+    run_advex,
+)
 from torch import Tensor, nn
 
 from dmat_ray import threats
 from dmat_ray.config import FogRow, Row
-from dmat_ray.config.evaluation import ElasticRow, GaborRow, JpegRow, SnowRow
 from dmat_ray.errors import UserError
 from dmat_ray.rng import Draws
 from dmat_ray.threats.jpeg import CHROMA, LUMA

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from dmat_ray import checkpoint, classifiers
 from dmat_ray.config import ClassifierConfig, FogRow, ImageRow, Row
-from dmat_ray.config.evaluation import ElasticRow, GaborRow, JpegRow, SnowRow
+from dmat_ray.config.evaluation import ROWS
 from dmat_ray.errors import UserError
 from dmat_ray.types import Batch
 
+ElasticRow, GaborRow, JpegRow, SnowRow = (ROWS[name] for name in ("elastic", "gabor", "jpeg", "snow"))
 TESTS = Path(__file__).parent.parent / "tests"
 
 

@@ -178,8 +178,8 @@ def _origin(run: dict[str, Any], config: Config) -> str:
     if "source" in run:
         source = run["source"]
         return f"Imported from `{source['file']}` ({source['format']}, sha256 {source['sha256'][:16]}...), not trained here."
-    named = {"clean": config.objective.clean, **config.objective.adversarial}
-    weights = {key: term.weight for key, term in named.items()}
+    attacked = {key: term.weight for key, term in config.objective.adversarial.items()}
+    weights = {"clean": config.objective.clean.weight, **attacked}
     terms = ", ".join(f"{key} {weight:g}" for key, weight in weights.items() if weight > 0)
     return (
         f"Trained by dmat_ray {run['versions']['dmat_ray']} for {run.get('epoch', 0)} epochs; weights of its objective: {terms}."

@@ -112,7 +112,7 @@ def _of_gradients(network: nn.Module, batch: Batch) -> dict[str, Any]:
 
 def _of_attack(evaluator: Evaluator, unit: Unit, row: Row, batch: Batch) -> dict[str, Any]:
     """The course of one search, and what noise of the same budget does."""
-    threat = threats.build(row, evaluator.generator)  # type: ignore[arg-type]  # every Row is a threat's settings
+    threat = threats.build(row, evaluator.generator)
     losses, rights = [], []
     network = evaluator.network(unit.model)
     with frozen(network):
@@ -142,7 +142,7 @@ def _of_attack(evaluator: Evaluator, unit: Unit, row: Row, batch: Batch) -> dict
 
 def _of_restarts(evaluator: Evaluator, unit: Unit, row: Row, batch: Batch) -> list[float]:
     """Accuracy after one search, two, ... of the row, each from a start of its own."""
-    threat = threats.build(row, evaluator.generator)  # type: ignore[arg-type]
+    threat = threats.build(row, evaluator.generator)
     once = row.model_copy(update={"restarts": 1, "random_start": True})
     broken = []
     for k in range(RESTARTS):

@@ -12,7 +12,20 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dmat_ray import presets
-from dmat_ray.config import Config, ImageThreat, ObjectiveConfig, Section, StyleGAN2Config
+from dmat_ray.config import (
+    ON_MANIFOLD,
+    THREATS,
+    Config,
+    EvaluationConfig,
+    ImageThreat,
+    ObjectiveConfig,
+    Section,
+    StyleGAN2Config,
+    threats,
+)
+from dmat_ray.config.attacks import TERMS
+from dmat_ray.config.evaluation import ROWS
+from dmat_ray.threats import PIXELS
 
 NAMES = presets.names()
 COMBINATIONS = [[], *[[name] for name in NAMES], *[list(pair) for pair in itertools.permutations(NAMES, 2)]]
@@ -188,6 +201,23 @@ def test_kl_without_random_start_is_refused() -> None:
         ObjectiveConfig.model_validate(values)
     values["image"]["weight"] = 0
     assert ObjectiveConfig.model_validate(values).image.divergence == "kl"
+
+
+@pytest.mark.parametrize("values", [{"threat": "filter", "size": 4}, {"threat": "recolor", "grid": [1, 2, 2]}])
+def test_terms_and_rows_are_held_to_what_their_threat_says(values: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=r"odd size|two knots or more"):
+        ObjectiveConfig.model_validate({"more": {"mine": values}})
+    with pytest.raises(ValidationError, match=r"odd size|two knots or more"):
+        EvaluationConfig.model_validate({"attacks": [{"name": "mine", **values}]})
+
+
+def test_every_threat_is_a_term_a_row_and_built() -> None:
+    for threat in THREATS:
+        name = threats.named(threat)
+        assert issubclass(TERMS[name], threat)
+        assert issubclass(ROWS[name], threat)
+        assert threat in (*PIXELS, *ON_MANIFOLD)
+    assert list(TERMS) == list(ROWS) == [threats.named(threat) for threat in THREATS]
 
 
 def test_published_shape_of_w_plus() -> None:

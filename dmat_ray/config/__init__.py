@@ -15,7 +15,6 @@ from dmat_ray.config.attacks import (
     CleanTerm,
     FogTerm,
     ImageTerm,
-    JointTerm,
     LatentTerm,
     ObjectiveConfig,
     Term,
@@ -31,7 +30,6 @@ from dmat_ray.config.evaluation import (
     EvaluationConfig,
     FogRow,
     ImageRow,
-    JointRow,
     LatentRow,
     Row,
     Summary,
@@ -40,6 +38,7 @@ from dmat_ray.config.generators import GanConfig, GeneratorConfig, QualityConfig
 from dmat_ray.config.projection import EncoderConfig, ProjectionConfig
 from dmat_ray.config.threats import (
     ON_MANIFOLD,
+    THREATS,
     ElasticThreat,
     FilterThreat,
     FogThreat,
@@ -98,6 +97,7 @@ class Config(Section):
 __all__ = [
     "ON_CURVE",
     "ON_MANIFOLD",
+    "THREATS",
     "AdversarialTerm",
     "AttackConfig",
     "AttackRow",
@@ -124,8 +124,6 @@ __all__ = [
     "ImageRow",
     "ImageTerm",
     "ImageThreat",
-    "JointRow",
-    "JointTerm",
     "JointThreat",
     "JpegThreat",
     "KaleidoscopeThreat",

@@ -4,29 +4,14 @@ A threat's settings (its ball) and an attack's (the search) are separate classes
 are both joined in one flat model, so that `objective.image.eps` and a row of a suite read the same.
 """
 
-from typing import Annotated, Literal
+import functools
+import operator
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
 from dmat_ray.config.base import Fraction, Section
-from dmat_ray.config.threats import (
-    ElasticThreat,
-    FilterThreat,
-    FogThreat,
-    GaborThreat,
-    GlitchThreat,
-    ImageThreat,
-    JointThreat,
-    JpegThreat,
-    KaleidoscopeThreat,
-    LatentThreat,
-    PerceptualThreat,
-    PixelThreat,
-    RecolorThreat,
-    SnowThreat,
-    StAdvThreat,
-    WoodThreat,
-)
+from dmat_ray.config.threats import FogThreat, ImageThreat, LatentThreat, ThreatSettings, joined
 
 
 class AttackConfig(Section):
@@ -45,14 +30,14 @@ class AttackConfig(Section):
     )
 
 
-class Term(AttackConfig):
+class Term(AttackConfig, ThreatSettings):
     """One weighted term of a training objective."""
 
     weight: float = Field(0.0, ge=0, description="weight in the sum; 0 switches the term off")
     divergence: Literal["ce", "kl"] = Field("ce", description="ce: cross entropy; kl: KL to the clean output (TRADES)")
 
     @model_validator(mode="after")
-    def _check(self) -> "Term":
+    def _divergence_has_a_slope(self) -> "Term":  # not _check: that is the threats' own, which stands beside it
         if self.weight > 0 and self.divergence == "kl" and not self.random_start:
             raise ValueError("divergence=kl needs random_start: the gradient of KL is zero at the clean image")
         return self
@@ -70,77 +55,13 @@ class FogTerm(Term, FogThreat):
     """Worst case over fog."""
 
 
-class JointTerm(Term, JointThreat):
-    """Worst case over moves in W+ and in pixels together."""
+TERMS = joined(Term, [ImageTerm, LatentTerm, FogTerm])
+"""The terms there are, by the name of their threat."""
 
-
-class SnowTerm(Term, SnowThreat):
-    """Worst case over snow."""
-
-
-class GaborTerm(Term, GaborThreat):
-    """Worst case over Gabor noise."""
-
-
-class WoodTerm(Term, WoodThreat):
-    """Worst case over rings of wood."""
-
-
-class GlitchTerm(Term, GlitchThreat):
-    """Worst case over shifted stripes."""
-
-
-class KaleidoscopeTerm(Term, KaleidoscopeThreat):
-    """Worst case over coloured shapes."""
-
-
-class PixelTerm(Term, PixelThreat):
-    """Worst case over blocks of one colour."""
-
-
-class ElasticTerm(Term, ElasticThreat):
-    """Worst case over smooth flows."""
-
-
-class StAdvTerm(Term, StAdvThreat):
-    """Worst case over flows."""
-
-
-class JpegTerm(Term, JpegThreat):
-    """Worst case over a ball of DCT coefficients."""
-
-
-class RecolorTerm(Term, RecolorThreat):
-    """Worst case over maps of colours."""
-
-
-class PerceptualTerm(Term, PerceptualThreat):
-    """Worst case over a ball of LPIPS."""
-
-
-class FilterTerm(Term, FilterThreat):
-    """Worst case over small convolutions."""
-
-
-AdversarialTerm = Annotated[
-    ImageTerm
-    | LatentTerm
-    | FogTerm
-    | JointTerm
-    | SnowTerm
-    | GaborTerm
-    | WoodTerm
-    | GlitchTerm
-    | KaleidoscopeTerm
-    | PixelTerm
-    | ElasticTerm
-    | StAdvTerm
-    | JpegTerm
-    | RecolorTerm
-    | PerceptualTerm
-    | FilterTerm,
-    Field(discriminator="threat"),
-]
+if TYPE_CHECKING:
+    AdversarialTerm: TypeAlias = Term
+else:
+    AdversarialTerm = Annotated[functools.reduce(operator.or_, TERMS.values()), Field(discriminator="threat")]
 
 
 class CleanTerm(Section):
@@ -179,7 +100,7 @@ class ObjectiveConfig(Section):
             raise ValueError(f"more: '{min(taken)}' is the name of a term that is always there; choose another")
         if taken := self.more.keys() & {"", "robust"}:
             raise ValueError(f"more: '{min(taken)}' cannot be the name of a term; choose another")
-        if not any(term.weight > 0 for term in (self.clean, *self.adversarial.values())):
+        if self.clean.weight == 0 and not any(term.weight > 0 for term in self.adversarial.values()):
             names = ", ".join(["clean", *self.adversarial])
             raise ValueError(f"every term has weight 0; give at least one of {names} a weight, or name a preset such as dmat")
         return self

@@ -1,36 +1,20 @@
 """Settings of evaluation suites: rows, each a threat and a search, and columns that are made of them."""
 
-from typing import Annotated, Literal
+import functools
+import operator
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 from pydantic_settings import CliSuppress
 
 from dmat_ray.config.attacks import AttackConfig
 from dmat_ray.config.base import Fraction, Section
-from dmat_ray.config.threats import (
-    ON_MANIFOLD,
-    ElasticThreat,
-    FilterThreat,
-    FogThreat,
-    GaborThreat,
-    GlitchThreat,
-    ImageThreat,
-    JointThreat,
-    JpegThreat,
-    KaleidoscopeThreat,
-    LatentThreat,
-    PerceptualThreat,
-    PixelThreat,
-    RecolorThreat,
-    SnowThreat,
-    StAdvThreat,
-    WoodThreat,
-)
+from dmat_ray.config.threats import ON_MANIFOLD, FogThreat, ImageThreat, LatentThreat, ThreatSettings, joined
 
 ON_CURVE = " @ "  # between the name of a row and the eps of its curve
 
 
-class Row(AttackConfig):
+class Row(AttackConfig, ThreatSettings):
     """One attack of the evaluation table."""
 
     name: str = Field(min_length=1, description="name of the column, unique in the suite")
@@ -67,56 +51,8 @@ class FogRow(Row, FogThreat):
     """Fog attack."""
 
 
-class JointRow(Row, JointThreat):
-    """Attack over moves in W+ and in pixels together."""
-
-
-class SnowRow(Row, SnowThreat):
-    """Attack over snow."""
-
-
-class GaborRow(Row, GaborThreat):
-    """Attack over Gabor noise."""
-
-
-class WoodRow(Row, WoodThreat):
-    """Attack over rings of wood."""
-
-
-class GlitchRow(Row, GlitchThreat):
-    """Attack over shifted stripes."""
-
-
-class KaleidoscopeRow(Row, KaleidoscopeThreat):
-    """Attack over coloured shapes."""
-
-
-class PixelRow(Row, PixelThreat):
-    """Attack over blocks of one colour."""
-
-
-class ElasticRow(Row, ElasticThreat):
-    """Attack over smooth flows."""
-
-
-class StAdvRow(Row, StAdvThreat):
-    """Attack over flows."""
-
-
-class JpegRow(Row, JpegThreat):
-    """Attack over a ball of DCT coefficients."""
-
-
-class RecolorRow(Row, RecolorThreat):
-    """Attack over maps of colours."""
-
-
-class PerceptualRow(Row, PerceptualThreat):
-    """Attack over a ball of LPIPS."""
-
-
-class FilterRow(Row, FilterThreat):
-    """Attack over small convolutions."""
+ROWS = joined(Row, [ImageRow, LatentRow, FogRow])
+"""The rows that search a threat, by its name."""
 
 
 class AutoAttackRow(Section):
@@ -156,28 +92,12 @@ class CorruptionRow(Section):
     severity: int = Field(ge=1, le=5, description="1 to 5: how much of it, as published for images of about that size")
 
 
-AttackRow = Annotated[
-    CleanRow
-    | CorruptionRow
-    | AutoAttackRow
-    | ImageRow
-    | LatentRow
-    | FogRow
-    | JointRow
-    | SnowRow
-    | GaborRow
-    | WoodRow
-    | GlitchRow
-    | KaleidoscopeRow
-    | PixelRow
-    | ElasticRow
-    | StAdvRow
-    | JpegRow
-    | RecolorRow
-    | PerceptualRow
-    | FilterRow,
-    Field(discriminator="threat"),
-]
+if TYPE_CHECKING:
+    AttackRow: TypeAlias = CleanRow | CorruptionRow | AutoAttackRow | Row
+else:
+    AttackRow = Annotated[
+        functools.reduce(operator.or_, [CleanRow, CorruptionRow, AutoAttackRow, *ROWS.values()]), Field(discriminator="threat")
+    ]
 
 
 class Summary(Section):

@@ -140,7 +140,7 @@ class GanConfig(Section):
         None,
         gt=0,
         lt=1,
-        description="adapt the probability until this is the mean sign of D on real images (paper: 0.6); null = it stays as it is",
+        description="adapt the probability until this is the mean sign of D on real images (paper: 0.6); null = leave it",
     )
     ada_kimg: float = Field(100.0, gt=0, description="thousands of images in which that probability may go from 0 to 1")
     precision: Literal["float32", "tf32", "bf16"] = Field(

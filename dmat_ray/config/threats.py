@@ -1,14 +1,26 @@
 """Settings of threats: what an attack may change, and how far. Sources are named in the modules of `dmat_ray.threats`."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 from pydantic_settings import CliSuppress
 
 from dmat_ray.config.base import Fraction, Section
 
+S = TypeVar("S", bound=Section)
 
-class ImageThreat(Section):
+
+class ThreatSettings(Section):
+    """What an attack may change, and how far. Each says as `threat` what it is called, and as `eps` how far."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def threat(self) -> str: ...
+
+
+class ImageThreat(ThreatSettings):
     """Pixels moved inside a ball around x: clip(x + delta)."""
 
     threat: CliSuppress[Literal["image"]] = "image"
@@ -22,7 +34,7 @@ class ImageThreat(Section):
         return self
 
 
-class LatentThreat(Section):
+class LatentThreat(ThreatSettings):
     """A move along the manifold: g(w + lambda)."""
 
     threat: CliSuppress[Literal["latent"]] = "latent"
@@ -31,7 +43,7 @@ class LatentThreat(Section):
     scale: Literal["raw", "std"] = Field("raw", description="unit of eps: raw W, or the standard deviation of each w")
 
 
-class JointThreat(Section):
+class JointThreat(ThreatSettings):
     """One move along the manifold and in pixels: clip(g(w + lambda) + delta), both in L-infinity balls."""
 
     threat: CliSuppress[Literal["joint"]] = "joint"
@@ -40,7 +52,7 @@ class JointThreat(Section):
     scale: Literal["raw", "std"] = Field("raw", description="unit of latent_eps: raw W, or the standard deviation of each w")
 
 
-class FogThreat(Section):
+class FogThreat(ThreatSettings):
     """Diamond-square fog laid over the image; the attack chooses the noise of every level."""
 
     threat: CliSuppress[Literal["fog"]] = "fog"
@@ -48,7 +60,7 @@ class FogThreat(Section):
     wibble_decay: float = Field(2.0, gt=0, description="how much weaker each finer level is")
 
 
-class SnowThreat(Section):
+class SnowThreat(ThreatSettings):
     """Flakes of seven layers, blurred along their fall; the attack chooses the flakes."""
 
     threat: CliSuppress[Literal["snow"]] = "snow"
@@ -56,7 +68,7 @@ class SnowThreat(Section):
     budget: float = Field(0.2, gt=0, le=1, description="largest mean intensity of flakes in each region of 32x32 pixels")
 
 
-class GaborThreat(Section):
+class GaborThreat(ThreatSettings):
     """Gabor noise added to the image; the attack chooses the impulses that a random kernel spreads."""
 
     threat: CliSuppress[Literal["gabor"]] = "gabor"
@@ -64,7 +76,7 @@ class GaborThreat(Section):
     density: float = Field(1 / 14, gt=0, le=1, description="share of pixels with an impulse")
 
 
-class WoodThreat(Section):
+class WoodThreat(ThreatSettings):
     """Dark rings around the middle, as of wood; the attack bends them."""
 
     threat: CliSuppress[Literal["wood"]] = "wood"
@@ -73,7 +85,7 @@ class WoodThreat(Section):
     cells: int = Field(32, ge=2, description="side of the grid of displacements, at most that of the image")
 
 
-class GlitchThreat(Section):
+class GlitchThreat(ThreatSettings):
     """Stripes of rows whose colour channels are shifted sideways."""
 
     threat: CliSuppress[Literal["glitch"]] = "glitch"
@@ -81,7 +93,7 @@ class GlitchThreat(Section):
     lines: int = Field(56, ge=1, description="stripes, at most one a row")
 
 
-class KaleidoscopeThreat(Section):
+class KaleidoscopeThreat(ThreatSettings):
     """Translucent polygons and discs laid over the image; the attack chooses their colours."""
 
     threat: CliSuppress[Literal["kaleidoscope"]] = "kaleidoscope"
@@ -91,7 +103,7 @@ class KaleidoscopeThreat(Section):
     transparency: float = Field(0.1, ge=0, lt=1, description="share of the image that shines through")
 
 
-class PixelThreat(Section):
+class PixelThreat(ThreatSettings):
     """Blocks blended with their mean colour; the attack chooses how far each is."""
 
     threat: CliSuppress[Literal["pixel"]] = "pixel"
@@ -100,7 +112,7 @@ class PixelThreat(Section):
     size: float = Field(16 / 224, gt=0, le=1, description="side of a block, as a share of the image's side")
 
 
-class ElasticThreat(Section):
+class ElasticThreat(ThreatSettings):
     """Pixels displaced by a smooth flow."""
 
     threat: CliSuppress[Literal["elastic"]] = "elastic"
@@ -108,14 +120,14 @@ class ElasticThreat(Section):
     std: float = Field(3.0, gt=0, description="standard deviation of the smoothing in pixels")
 
 
-class StAdvThreat(Section):
+class StAdvThreat(ThreatSettings):
     """Pixels displaced each on its own."""
 
     threat: CliSuppress[Literal["stadv"]] = "stadv"
     eps: Fraction = Field(0.05, ge=0, le=1, description="largest displacement, in half image sides")
 
 
-class JpegThreat(Section):
+class JpegThreat(ThreatSettings):
     """Quantised DCT coefficients of the image moved inside a ball."""
 
     threat: CliSuppress[Literal["jpeg"]] = "jpeg"
@@ -123,7 +135,7 @@ class JpegThreat(Section):
     eps: Fraction = Field(0.125, ge=0, description="radius in quantisation steps (l1: 512 is the published 1024 at 256x256)")
 
 
-class RecolorThreat(Section):
+class RecolorThreat(ThreatSettings):
     """Colours moved by a smooth map of colours onto colours, in CIE-LUV."""
 
     threat: CliSuppress[Literal["recolor"]] = "recolor"
@@ -137,7 +149,7 @@ class RecolorThreat(Section):
         return self
 
 
-class PerceptualThreat(Section):
+class PerceptualThreat(ThreatSettings):
     """Pixels moved as far as LPIPS, unlearned and unsquared, allows."""
 
     threat: CliSuppress[Literal["perceptual"]] = "perceptual"
@@ -148,7 +160,7 @@ class PerceptualThreat(Section):
     )
 
 
-class FilterThreat(Section):
+class FilterThreat(ThreatSettings):
     """A small convolution, one kernel a channel, whose weights sum to 1."""
 
     threat: CliSuppress[Literal["filter"]] = "filter"
@@ -163,24 +175,44 @@ class FilterThreat(Section):
         return self
 
 
-ThreatSettings = (
-    ImageThreat
-    | LatentThreat
-    | JointThreat
-    | FogThreat
-    | SnowThreat
-    | GaborThreat
-    | WoodThreat
-    | GlitchThreat
-    | KaleidoscopeThreat
-    | PixelThreat
-    | ElasticThreat
-    | StAdvThreat
-    | JpegThreat
-    | RecolorThreat
-    | PerceptualThreat
-    | FilterThreat
+THREATS: tuple[type[ThreatSettings], ...] = (
+    ImageThreat,
+    LatentThreat,
+    FogThreat,
+    JointThreat,
+    SnowThreat,
+    GaborThreat,
+    WoodThreat,
+    GlitchThreat,
+    KaleidoscopeThreat,
+    PixelThreat,
+    ElasticThreat,
+    StAdvThreat,
+    JpegThreat,
+    RecolorThreat,
+    PerceptualThreat,
+    FilterThreat,
 )
+"""All threats. Each is a term of an objective and a row of an evaluation; `dmat_ray.threats` says what they do."""
 
 ON_MANIFOLD = (LatentThreat, JointThreat)
 """Threats that move w: they need on-manifold images and the generator."""
+
+
+def named(threat: type[ThreatSettings]) -> str:
+    """The name of a threat: what `threat` says in YAML."""
+    return str(threat.model_fields["threat"].default)
+
+
+def joined(search: type[S], written: Sequence[type[S]]) -> dict[str, type[S]]:
+    """Every threat together with a kind of search in one flat model, by the threat's name.
+
+    `written` are those that code needs to name; all others are made here.
+    """
+    found = {named(one): one for one in written}  # type: ignore[arg-type]
+    for threat in THREATS:
+        if named(threat) not in found:
+            name = threat.__name__.removesuffix("Threat") + search.__name__
+            both: Any = (search, threat)
+            found[named(threat)] = create_model(name, __base__=both, __doc__=threat.__doc__, __module__=search.__module__)
+    return {named(threat): found[named(threat)] for threat in THREATS}
