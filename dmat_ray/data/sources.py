@@ -9,6 +9,7 @@ spread it and set unreadable images aside.
 
 import hashlib
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ from dmat_ray.storage import Location, at
 
 READERS = 16  # files read at a time: what waits is the storage
 BYTES_A_PIXEL = 8  # of the largest file that is read: 16-bit RGBA, not compressed
+NAMED: dict[str, Callable[[int], Items]] = {DIGITS: digits}
+"""Sources that packages carry, by what `data.source` calls them; made for a resolution. Their `files` are the encoded images."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,8 @@ class Listing:
 
     `table` is in the source's order (folders: by class, then path; Parquet: by file, then row) and has the columns id (string,
     unique), split (string, 'train' or 'test'), label (int64, 0 .. classes - 1), file (binary: the path relative to the source; of
-    the digits the PNG itself) and row (int64: in a Parquet file the row, in a file of CIFAR or MNIST the byte at which the image
-    begins, else null).
+    a `NAMED` one the image itself) and row (int64: in a Parquet file the row, in a file of CIFAR or MNIST the byte at which the
+    image begins, else null).
 
     `found` is how many images the source holds, before the limits; `ignored` says which files are no images ('' = none).
     """
@@ -58,10 +61,10 @@ def list_examples(config: DataConfig, *, labelled: bool = True) -> Listing:
 
     With `labelled` False one class is enough, and a folder of images without sub-folders or Parquet without labels is one.
     """
-    if config.official_split and config.source == DIGITS:
-        raise UserError(f"data.official_split is true, but '{DIGITS}' has no test set of its own")
+    if config.official_split and config.source in NAMED:
+        raise UserError(f"data.official_split is true, but '{config.source}' has no test set of its own")
     labelled = labelled or bool(config.classes)
-    items = digits(config.resolution) if config.source == DIGITS else _items(config, labelled)
+    items = NAMED[config.source](config.resolution) if config.source in NAMED else _items(config, labelled)
     if config.classes:
         items = class_lists.select(items, config.classes, config.source)
     groups = items.labels if items.groups is None else items.groups
@@ -115,7 +118,8 @@ def _items(config: DataConfig, labelled: bool) -> Items:
             return _parquet(root, [""], config, labelled)
         files, folders = root.tree()
         if not files and not folders and not root.is_dir():
-            raise UserError(f"data.source '{root}' is neither '{DIGITS}' nor a folder or Parquet file that exists")
+            names = ", ".join(f"'{name}'" for name in NAMED)
+            raise UserError(f"data.source '{root}' is neither {names} nor a folder or Parquet file that exists")
     except OSError as error:
         raise UserError(f"data.source '{root}' cannot be listed: {error.strerror} ('{error.filename}')") from None
     # in the order of their parts: no character comes before the one that separates them
@@ -175,7 +179,7 @@ def read(rows: pa.Table, config: DataConfig) -> list[bytes | str]:
     Raises UserError for an object store that cannot be reached: that says nothing of the images.
     """
     names: list[Any] = rows["file"].to_pylist()
-    if config.source == DIGITS:
+    if config.source in NAMED:
         return names
     root, max_bytes = at(config.source), BYTES_A_PIXEL * config.max_pixels
     with ThreadPoolExecutor(READERS) as pool:
@@ -218,9 +222,9 @@ def read_pixels(rows: pa.Table, config: DataConfig) -> list[np.ndarray | str]:
 
 
 def versions_of_images(rows: pa.Table, config: DataConfig) -> list[str]:
-    """A text for each row that changes when its image does: of the digits a digest, else size and time of its file."""
+    """A text for each row that changes when its image does: of a `NAMED` source a digest, else size and time of its file."""
     names = rows["file"].to_pylist()
-    if config.source == DIGITS:
+    if config.source in NAMED:
         return [hashlib.sha256(content.hex().encode()).hexdigest() for content in names]
     root = at(config.source)
     keys = [(root / os.fsdecode(name)).key for name in names]

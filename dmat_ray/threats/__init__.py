@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from dmat_ray import config as settings
 from dmat_ray.config import ON_MANIFOLD, ThreatSettings
+from dmat_ray.config import threats as settings
 from dmat_ray.errors import UserError
 from dmat_ray.threats.color import Recolor
 from dmat_ray.threats.filter import Filter
