@@ -238,6 +238,14 @@ def _truncated_shard(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def _shard_elsewhere(folder: Path) -> None:
+    """A whole one, of the same rows, that is not the set's."""
+    name = "part-000001.parquet"
+    (folder / "shards" / name).rename(folder.parent / name)
+    shards = json.loads((folder / "manifest.json").read_text())["shards"]
+    edit_manifest(folder, shards={f"../../{name}" if key == name else key: rows for key, rows in shards.items()})
+
+
 def _other_version(folder: Path) -> None:
     edit_manifest(folder, version=99)
 
@@ -256,6 +264,7 @@ def _other_version(folder: Path) -> None:
         (_natural_image_damaged, "part-000001.parquet of .*: the natural image of 'example-.*' cannot be read"),
         (_other_count, "24 images to read in its train split, its manifest says 23"),
         (_list_as_manifest, "is damaged: it holds a list, not an object"),
+        (_shard_elsewhere, r"names a shard '\.\./\.\./part-000001\.parquet', which is no file of its own"),
         (_other_version, "format version 99, this program reads 2"),
     ],
 )

@@ -54,7 +54,9 @@ def digest(manifest: dict[str, Any]) -> str:
 
 
 def read_shard(folder: Location, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """A shard's table; raises UserError if it is missing or damaged."""
+    """A shard's table; raises UserError if it is missing or damaged, or its name leads out of the set's folder."""
+    if "/" in name or "\0" in name:
+        raise UserError(f"the set '{folder}' names a shard {name!r}, which is no file of its own; run jobs/project.py again")
     try:
         with (folder / SHARDS / name).open() as file:
             return pq.read_table(file, columns=None if columns is None else list(columns), page_checksum_verification=True)
