@@ -139,6 +139,13 @@ def test_wrong_files_are_described(tmp_path: Path, text: str, parts: list[str]) 
     assert [part for part in parts if part not in message] == [], message
 
 
+@pytest.mark.parametrize("uri", ["http://me:hunter/2@127.0.0.1:5000", "postgresql+psycopg://me:hunter/2@db/mlflow"])
+def test_a_password_in_the_tracking_uri_is_refused_and_not_repeated(uri: str) -> None:
+    with pytest.raises(UserError, match=r"tracking: uri holds a password.*MLFLOW_TRACKING_PASSWORD") as told:
+        parsed("--tracking.uri", uri)
+    assert "hunter" not in str(told.value)
+
+
 def test_empty_file_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "nothing.yaml"
     path.write_text("# only a comment\n")

@@ -20,7 +20,7 @@ from dmat_ray.storage import at, tracking_uri
 if TYPE_CHECKING:
     import torch
 
-# Read by Ray when it is imported or when a process starts; a user's own value wins.
+# Read by Ray and MLflow when they are imported or when a process starts; a user's own value wins.
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report blocks until it is polled, 2 s by default
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # two workers on two busy cores need more than the usual 60 s
@@ -28,6 +28,7 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # the C++ side writes advice for Ray's developers to the driver's terminal
     "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
     "TUNE_GLOBAL_CHECKPOINT_S": "1",  # what a search has learned must not be lost with the last 10 s
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # which lets a search that was interrupted pass for one that has ended

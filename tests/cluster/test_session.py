@@ -1,5 +1,7 @@
 """What a local Ray opens and where output may go."""
 
+import os
+
 import psutil
 import pytest
 from small import settings
@@ -20,6 +22,21 @@ def test_ray_listens_on_loopback_only():
             continue
     assert len(listening) >= 4
     assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
+
+
+def test_no_usage_is_told_to_the_makers_of_packages(monkeypatch):
+    """Nor anything fetched from them; who wants it says so."""
+    from mlflow.telemetry import utils
+
+    names = ("RAY_USAGE_STATS_ENABLED", "MLFLOW_DISABLE_TELEMETRY")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    prepare_environment()
+    assert [os.environ[name] for name in names] == ["0", "true"]
+    assert utils.is_telemetry_disabled()
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "false")
+    prepare_environment()
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "false"
 
 
 def test_relative_output_of_a_submitted_job_is_refused(monkeypatch, tmp_path):
