@@ -7,13 +7,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHROMIUM_STAMP := $(VENV)/.chromium
 POSTGRES_STAMP := $(VENV)/.postgres
+DOCS_STAMP := $(VENV)/.docs
 
-.PHONY: help demo test test-core test-cluster check format clean
+.PHONY: help demo test test-core test-cluster check docs format clean
 
 help:
 	@echo "make demo    digits -> StyleGAN manifold -> four classifiers -> attacks -> table, report, MLflow (CPU, minutes)"
 	@echo "make test    all tests, with a real local Ray and MLflow"
 	@echo "make check   ruff, mypy, and the direction of imports"
+	@echo "make docs    the documents as a site, in build/site; a broken link is an error"
 	@echo "make format  ruff format"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -61,9 +63,17 @@ check: $(STAMP)
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_imports.py
 
+# The tool that makes the site (extra docs) is not among what the other targets set up.
+$(DOCS_STAMP): pyproject.toml constraints.txt | $(STAMP)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[docs]'
+	@touch $(DOCS_STAMP)
+
+docs: $(DOCS_STAMP)
+	@$(BIN)/python docs/build_site.py
+
 format: $(STAMP)
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) runs build .cache .mypy_cache .ruff_cache .pytest_cache
