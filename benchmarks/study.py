@@ -28,16 +28,14 @@ import torch
 import yaml
 
 from dmat_ray import checkpoint, cli, evaluation, suites
-from dmat_ray.cluster.shard_projector import build_projector, project_shard
-from dmat_ray.cluster.shard_tasks import pack, read_shard, unpack
 from dmat_ray.config import Config
-from dmat_ray.data import manifold_set, set_writer
+from dmat_ray.data import manifold_set
 from dmat_ray.data.set_format import MANIFEST
 from dmat_ray.data.sources import list_examples, read_pixels
 from dmat_ray.errors import UserError
 from dmat_ray.files import read_json, write_json
 from dmat_ray.local import LocalContext
-from dmat_ray.manifold import generators
+from dmat_ray.manifold import generators, set_maker
 from dmat_ray.manifold.gan_trainer import train_generator
 from dmat_ray.manifold.samples import sample_grid
 from dmat_ray.storage import at, set_folder
@@ -134,39 +132,7 @@ class _Study:
         config, folder = self.config, set_folder(self.config)
         if (folder / MANIFEST).is_file():
             return None
-        listing = list_examples(config.data)
-        settings = {
-            "data": config.data.model_dump(mode="json"),
-            "projection": config.projection.model_dump(mode="json"),
-            "generator_sha256": generators.fingerprint(config.generator.path),
-            "generator_precision": config.generator.precision,
-            "class_names": list(listing.class_names),
-        }
-        set_writer.begin(folder, settings)
-        shards = set_writer.plan(listing, config.projection.shard_size)
-        todo = set_writer.unfinished(shards, set_writer.read_records(folder))
-        count = self.given.processes if self.device.type == "cpu" else 1
-        projectors = [build_projector(config, self.device) for _ in range(count)]  # one holds what it is at work on
-
-        def one(shard: set_writer.Shard) -> None:
-            projector = projectors.pop()
-            row = read_shard(pack(shard.name, shard.rows, {}, 0.0), data=config.data.model_dump(mode="json"))
-            name, table, rejected, _ = unpack(project_shard(projector, row, config.projection, list(listing.class_names)))
-            projectors.append(projector)
-            set_writer.write_shard(folder, name, table, rejected)
-            say(f"{name} of {len(shards)}, mean L1 {np.mean(table['l1'].to_numpy()):.4f}")
-
-        # threads: torch lets go of the interpreter while it computes
-        with ThreadPoolExecutor(count) as pool:
-            list(pool.map(one, todo))
-        generator = projectors[0].generator
-        size = generator.resolution
-        described = {
-            "shapes": {"on_manifold": [generator.channels, size, size], "w": [generator.num_ws, generator.w_dim]},
-            "lpips_is_perceptual": config.projection.lpips_weights != "random",
-            "versions": checkpoint.versions(),
-        }
-        manifest = set_writer.finish(folder, settings, shards, set_writer.read_records(folder), described)
+        manifest = set_maker.make(config, self.device, say)
         return {key: manifest[key] for key in ("splits", "usable", "means")}
 
     def models(self) -> None:

@@ -210,7 +210,20 @@ def load_state(folder: Place) -> dict[str, Any]:
 
 
 def load_classifier(folder: Place, device: torch.device | str = "cpu") -> tuple[classifiers.Classifier, dict[str, Any]]:
-    """A classifier, trained here or imported, in eval mode, and its run.json."""
+    """A classifier, trained here or imported, in eval mode, and its run.json.
+
+    It takes x_BCHW float in [0, 1], which it normalises itself, and puts out logits_BK; run.json has class_names, channels,
+    resolution, config, metrics, history. Raises UserError for a folder that holds none, or whose files do not fit together.
+
+    >>> from dmat_ray import load_classifier, load_images, make_set, settings, train
+    >>> sizes = {"train_limit": 300, "test_limit": 50}
+    >>> config = settings("demo", "dmat", output="runs/small", data=sizes, projection={"lpips": 0})
+    >>> _ = make_set(config)
+    >>> network, run = load_classifier(train(config))
+    >>> digits, _ = load_images("mnist5k", limit=50)
+    >>> run["class_names"][:3], int((network(digits.x_BCHW).argmax(dim=1) == digits.y_B).sum())  # of 50 digits
+    ()
+    """
     run = read_run(folder)
     config = validate(run["config"])
     if "program" in run:

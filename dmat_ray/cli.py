@@ -74,6 +74,41 @@ def _source(parser: argparse.ArgumentParser) -> tuple[type[BaseSettings], CliSet
     return Arguments, source
 
 
+def _layers(given: Sequence[str], over: Sequence[str] = ()) -> dict[str, Any]:
+    """The values of presets, and a name for the model, that of the presets."""
+    layers = presets.load([*given, *over])
+    layers.setdefault("name", "_".join(part.rsplit("/", 1)[-1].removesuffix(".yaml") for part in given))
+    return layers
+
+
+def _complete(values: dict[str, Any]) -> Config:
+    """The Config of these values, with the rows of its suites and absolute paths; raises as pydantic and `suites.resolved` do."""
+    config = with_absolute_paths(Config.model_validate(values))
+    return config.model_copy(update={"evaluation": with_absolute_weights(suites.resolved(config.evaluation))})
+
+
+def settings(*given: str, **sections: Any) -> Config:
+    """The Config of presets (names, or YAML files), layered left to right, and of `sections` over them, as a command line's.
+
+    Raises UserError for a preset, setting or value that there is not, by its dotted name.
+
+    >>> from dmat_ray import settings
+    >>> config = settings("demo", "dmat", objective={"image": {"eps": "8/255"}}, training={"epochs": 2})
+    >>> config.name, config.data.source, config.training.epochs
+    ('demo_dmat', 'mnist5k', 2)
+    >>> [(name, term.weight, round(term.eps, 4)) for name, term in config.objective.adversarial.items() if term.weight]
+    [('image', 0.5, 0.0314), ('latent', 0.5, 0.06)]
+    >>> settings("demo", training={"epoch": 2})
+    Traceback (most recent call last):
+    dmat_ray.errors.UserError: training.epoch: there is no such setting (found 2)
+    """
+    values = presets.merge(_layers(given), sections)
+    try:
+        return _complete(values)
+    except ValidationError as error:
+        raise UserError(describe(error)) from None
+
+
 def parse(
     description: str,
     argv: Sequence[str] | None = None,
@@ -104,8 +139,7 @@ def parse(
         add(parser)
     arguments, source = _source(parser)
     namespace = parser.parse_args(argv)
-    layers = presets.load([*namespace.preset, *over])
-    layers.setdefault("name", "_".join(part.rsplit("/", 1)[-1].removesuffix(".yaml") for part in namespace.preset))
+    layers = _layers(namespace.preset, over)
 
     class Layered(arguments):  # type: ignore[misc, valid-type]
         @classmethod
@@ -115,8 +149,7 @@ def parse(
             return source(parsed_args=namespace), init_settings
 
     try:
-        config = with_absolute_paths(Config.model_validate(Layered(**layers).model_dump()))
-        return config.model_copy(update={"evaluation": with_absolute_weights(suites.resolved(config.evaluation))}), namespace
+        return _complete(Layered(**layers).model_dump()), namespace
     except ValidationError as error:
         raise UserError(describe(error)) from None
     except SettingsError as error:  # a list or a table whose text is no JSON, such as 0,.1 for 0,0.1

@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import nn
 
+from dmat_ray.config import DataConfig
 from dmat_ray.data.folder_source import EXTENSIONS
 from dmat_ray.data.pixels import to_unit
 from dmat_ray.errors import UserError
@@ -61,6 +63,13 @@ def list_images(place: str) -> tuple[pa.Table, str]:
 
 def _text(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def read_as(run: dict[str, Any], data: DataConfig, images: str) -> DataConfig:
+    """How the images of a place are read for a model, of which `run` is run.json: as those that it has learned from."""
+    resize = run["config"]["data"].get("resize", "crop")
+    shape = {"channels": run["channels"], "resolution": run["resolution"], "resize": resize}
+    return data.model_copy(update={"source": images, "id_column": None, **shape})
 
 
 @torch.no_grad()

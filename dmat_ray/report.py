@@ -24,7 +24,15 @@ MOST_WARNINGS = 12  # that are shown at once
 
 
 def terminal_table(results: Results, models: list[str]) -> str:
-    """Accuracy in per cent, methods x columns, a block for each test set; many columns take several tables."""
+    """Accuracy in per cent, methods x columns, a block for each test set; many columns take several tables.
+
+    >>> from dmat_ray import evaluate, make_set, open_set, settings, terminal_table, train
+    >>> sizes = {"train_limit": 300, "test_limit": 50}
+    >>> config = settings("demo", "dmat", output="runs/small", data=sizes, projection={"lpips": 0})
+    >>> test = open_set(make_set(config), "test")
+    >>> results = evaluate({"dmat": train(config)}, test, "mnist32", "digits", sets=("on_manifold",))
+    >>> print(terminal_table(results, ["dmat"]))
+    """
     # markup would swallow a name such as "at [fast]"
     console = Console(width=WIDTH, force_terminal=False, color_system=None, record=True, markup=False, file=io.StringIO())
     room = WIDTH - max(len(name) for name in ("method", *models)) - 4

@@ -16,30 +16,10 @@ def main() -> None:
     import torch
     import torch.distributed
 
-    from dmat_ray import models
-    from dmat_ray.data import manifold_set
-    from dmat_ray.errors import UserError
-    from dmat_ray.local import LocalContext
-    from dmat_ray.manifold import generators
-    from dmat_ray.storage import local_output, set_folder
-    from dmat_ray.trainer import describe, train
+    from dmat_ray.local_stages import train
 
-    if config.training.loader != "memory":
-        raise UserError("training.loader stream reads through Ray Data: use jobs/train.py, or set training.loader memory")
     torch.set_num_threads(config.cluster.threads_per_worker)
-    folder = local_output(config, "jobs/train_local.py") / "local" / config.name
-    context = LocalContext(
-        folder, lambda metrics: context.say(describe(config.name, metrics, config.training.epochs)), heed_sigterm=True
-    )
-    todo = models.untrained([config], context.say, context.world_size)
-    if todo:
-        folder.mkdir(parents=True, exist_ok=True)
-        data = manifold_set.open_set(set_folder(config), "train")
-        generator = generators.load_configured(config.generator, context.device)
-        train(config, data, generator, generators.fingerprint(config.generator.path), context)
-        if context.rank == 0:
-            models.publish(context.checkpoints()[0], models.model_folder(config))
-            context.say(f"model in {models.model_folder(config)}")
+    train(config, heed_sigterm=True)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

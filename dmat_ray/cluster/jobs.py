@@ -40,17 +40,11 @@ def project(config: Config, say: Callable[[str], None], parent: "tracking.Run | 
     from dmat_ray.data.set_reader import read_manifest
     from dmat_ray.data.set_writer import begin, is_finished
     from dmat_ray.lease import exclusive
+    from dmat_ray.manifold import set_maker
 
-    if config.projection.lpips_weights == "random" and config.projection.lpips > 0:
-        say("LPIPS runs on a random backbone (projection.lpips_weights=random): it guides the search, it is not perceptual")
     folder = set_folder(config)
-    listing = stage.prepare(config)
-    settings = stage.settings_of(config, listing)
-    taken = listing.table.num_rows
-    if taken < listing.found:
-        say(f"taking {taken} of {listing.found} images (data.train_limit, data.test_limit)")
-    if listing.ignored:
-        say(f"not taken: {listing.ignored}")
+    listing = set_maker.prepare(config, say)
+    settings = set_maker.settings_of(config, listing)
     if is_finished(folder, settings):
         say("the on-manifold set is whole and unchanged, nothing to do")
         return read_manifest(folder)
@@ -68,16 +62,7 @@ def project(config: Config, say: Callable[[str], None], parent: "tracking.Run | 
         manifest = stage.project(config, folder, listing, lease, say)
         run.metrics({f"mean_{k}": v for k, v in manifest["means"].items()} | {"images": manifest["count"]}, step=0)
         run.text(MANIFEST, (folder / MANIFEST).read_bytes().decode())
-    counts = ", ".join(f"{n} {split}" for split, n in sorted(manifest["splits"].items()))
-    poor = manifest["status"].get("poor", 0)
-    rejected = len(manifest["rejected"])
-    l1 = manifest["means"]["l1"]
-    say(f"on-manifold set: {counts} images, mean |g(w) - x| {l1:.4f}, {poor} poor, {rejected} rejected, in '{folder}'")
-    if 2 * poor > manifest["count"]:
-        say(
-            f"warning: {poor} of {manifest['count']} images are poor (projection.poor_l1, projection.poor_lpips) and left out of "
-            "training; can this generator make such images?"
-        )
+    set_maker.tell(manifest, folder, say)
     return manifest
 
 

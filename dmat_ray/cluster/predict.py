@@ -46,9 +46,7 @@ def predict(
     Ray must be connected. Raises UserError for a model or storage that cannot be read, or a target that cannot be written.
     """
     run = checkpoint.read_run(model)
-    resize = run["config"]["data"].get("resize", "crop")  # what the model has learned from
-    shape = {"channels": run["channels"], "resolution": run["resolution"], "resize": resize}
-    data = config.data.model_copy(update={"source": images, "id_column": None, **shape})
+    data = prediction.read_as(run, config.data, images)
     session.await_machine(config.cluster, say)
     parts = _parts(listing, config.evaluation.batch_size)
     actors = min(config.cluster.evaluation_actors, len(parts))

@@ -12,68 +12,26 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray.data
-import torch
 
 from dmat_ray.checkpoint import versions
 from dmat_ray.cluster import gauges, session
-from dmat_ray.cluster.shard_projector import ShardProjector, build_projector, encoder_folder
+from dmat_ray.cluster.shard_projector import ShardProjector
 from dmat_ray.cluster.shard_tasks import as_bytes, read_shard, write_shard
 from dmat_ray.config import Config
 from dmat_ray.data import set_writer
 from dmat_ray.data.set_format import MANIFEST, SHARDS
 from dmat_ray.data.set_writer import Shard
-from dmat_ray.data.sources import Listing, list_examples
+from dmat_ray.data.sources import Listing
 from dmat_ray.errors import UserError
-from dmat_ray.files import text_digest
 from dmat_ray.lease import Lease
-from dmat_ray.manifold import encoder, generators
+from dmat_ray.manifold import set_maker
+from dmat_ray.manifold.set_maker import encoder_folder
 from dmat_ray.storage import Location
 
-# What may change over a half-finished set: the quality of results does not depend on it. (w itself may, where rounding decides
-# into which of two valleys a search goes. The encoder counts by its weights, not by its folder.)
-HARMLESS = {"batch_size", "compile", "encoder"}
 SAY_EVERY_S, SILENT_S = 5.0, 300.0
-REJECTED_SAID = 20  # the others are in the manifest
 VISIBLE_S = 90.0  # a shared disk may be that late in showing a new file to another machine
 # what a moment later may be gone: a refused connection, a storage that answers too slowly
 PASSING = ["OSError", "cannot be written", "cannot be read"]
-
-
-def settings_of(config: Config, listing: Listing) -> dict[str, Any]:
-    """What a set depends on: two runs with equal settings make the same set."""
-    settings = {
-        "data": {k: v for k, v in config.data.settled().items() if k != "max_rejected"},
-        "projection": config.projection.model_dump(mode="json", exclude=HARMLESS),
-        "generator_sha256": generators.fingerprint(config.generator.path),
-        "generator_precision": config.generator.precision,
-        "class_names": list(listing.class_names),
-        "examples": listing.table.num_rows,
-        "listing_sha256": _digest(listing),
-    }
-    if config.projection.start == "encoder":
-        settings["encoder_sha256"] = encoder.fingerprint_encoder(encoder_folder(config))
-    return settings
-
-
-def _digest(listing: Listing) -> str:
-    """Changes when an image is added, removed, renamed or relabelled.
-
-    Not when a file's content changes: a repaired image must not undo a half-finished set.
-    """
-    columns = (listing.table[name].to_pylist() for name in ("id", "split", "label"))
-    return text_digest("\n".join(f"{id}\t{split}\t{label}" for id, split, label in zip(*columns, strict=True)))
-
-
-def prepare(config: Config) -> Listing:
-    """Check everything a projection needs; returns the images. Needs no Ray, and writes nothing.
-
-    Raises UserError for data, a generator, an encoder or LPIPS weights that do not fit.
-    """
-    listing = list_examples(config.data)
-    # without what an actor computes at its start
-    cheap = config.projection.model_copy(update={"candidates": 1, "axes": "w"})
-    build_projector(config.model_copy(update={"projection": cheap}), torch.device("cpu"))
-    return listing
 
 
 def project(config: Config, folder: Location, listing: Listing, lease: Lease, say: Callable[[str], None]) -> dict[str, Any]:
@@ -105,35 +63,12 @@ def project(config: Config, folder: Location, listing: Listing, lease: Lease, sa
             rejected += summary["rejected"]
             if rejected > config.data.max_rejected * total:
                 break  # more work would not change that
-        records = set_writer.read_records(folder)
-    _require_few(set_writer.rejected_of(shards, records), total, config.data.max_rejected, say)
     lease.check()
-    generator = generators.load_configured(config.generator)
-    size = generator.resolution
-    described = {
-        "shapes": {"on_manifold": [generator.channels, size, size], "w": [generator.num_ws, generator.w_dim]},
-        "lpips_is_perceptual": config.projection.lpips_weights != "random",
-        "versions": {**versions(), "ray": ray.__version__},
-    }
-    return set_writer.finish(folder, settings_of(config, listing), shards, records, described)
+    return set_maker.finish(config, folder, listing, shards, {**versions(), "ray": ray.__version__}, say)
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _require_few(rejected: dict[str, str], total: int, share: float, say: Callable[[str], None]) -> None:
-    """Name the images that were rejected; raise UserError if they are too many."""
-    for id, reason in list(rejected.items())[:REJECTED_SAID]:
-        say(f"rejected: '{id}' {reason}")
-    if len(rejected) > REJECTED_SAID:
-        say(f"rejected: and {_count(len(rejected) - REJECTED_SAID, 'image')} more")
-    if len(rejected) > share * total or len(rejected) == total:
-        first, reason = next(iter(rejected.items()))
-        raise UserError(
-            f"{len(rejected)} of {total} images were rejected, more than data.max_rejected = {share}; "
-            f"the first: '{first}' {reason}. Repair or replace the files, or raise data.max_rejected, and run again"
-        )
 
 
 def _require_visible(folder: Location, name: str) -> None:

@@ -13,8 +13,7 @@ import pyarrow.compute as pc
 
 from dmat_ray.config import DataConfig
 from dmat_ray.data import set_format, set_reader, set_writer
-from dmat_ray.data.decoding import decode
-from dmat_ray.data.sources import read, read_pixels
+from dmat_ray.data.sources import read_images, read_pixels
 from dmat_ray.errors import UserError
 from dmat_ray.storage import Location, at
 
@@ -43,24 +42,8 @@ def unpack(row: pa.Table) -> tuple[str, pa.Table, dict[str, str], float]:
 def read_shard(row: pa.Table, *, data: dict[str, Any]) -> pa.Table:
     """A task: the images of a shard, encoded and decoded; those that cannot be read are set aside with the reason."""
     name, wanted, _, _ = unpack(row)
-    config = DataConfig.model_validate(data)
-    keep, contents, pixels, rejected = [], [], [], {}
-    for i, (id, content) in enumerate(zip(wanted["id"].to_pylist(), read(wanted, config), strict=True)):
-        try:
-            if isinstance(content, str):
-                raise ValueError(content)
-            pixels.append(decode(content, config.resolution, config.channels, config.max_pixels, config.resize))
-        except ValueError as error:
-            rejected[id] = str(error)
-            continue
-        keep.append(i)
-        contents.append(content)
-    shape = (config.channels, config.resolution, config.resolution)
-    chosen = wanted.select(["id", "split", "label"]).take(pa.array(keep, pa.int64()))
-    images = np.stack(pixels) if pixels else np.empty((0, *shape), np.uint8)
-    chosen = chosen.append_column("image", pa.array(contents, pa.large_binary()))
-    chosen = chosen.append_column("pixels", set_format.fixed_list(images, pa.uint8()))
-    return pack(name, chosen, rejected, 0.0)
+    images, rejected = read_images(wanted, DataConfig.model_validate(data))
+    return pack(name, images, rejected, 0.0)
 
 
 def read_pictures(row: pa.Table, *, data: dict[str, Any]) -> pa.Table:

@@ -62,6 +62,16 @@ def open_set(place: Place, split: str, *, include_poor: bool = False, only: Sequ
 
     Memory: what is kept, and a shard; as much again while rows are put in order, if shards do not come in the order of ids.
     Raises UserError if the set is not whole, or has no images of that split.
+
+    >>> import numpy as np
+    >>> from dmat_ray import load_generator, make_set, open_set, settings
+    >>> sizes = {"train_limit": 300, "test_limit": 50}
+    >>> config = settings("demo", "dmat", output="runs/small", data=sizes, projection={"lpips": 0})
+    >>> test = open_set(make_set(config), "test")
+    >>> batch = test.batch(np.arange(10), "on_manifold")
+    >>> again = load_generator("mnist32").synthesis(batch.w_BLD)
+    >>> batch.id[:2], batch.y_B.tolist(), (again - batch.x_BCHW).abs().max().item() < 1 / 255
+    ()
     """
     folder, manifest = at(place), read_manifest(place)
     shape, count = manifest["shapes"]["on_manifold"], manifest["splits" if include_poor else "usable"].get(split, 0)

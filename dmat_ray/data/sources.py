@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dmat_ray.config import DataConfig
-from dmat_ray.data import class_lists, packed, parquet_source, parts
+from dmat_ray.data import class_lists, packed, parquet_source, parts, set_format
 from dmat_ray.data.decoding import decode
 from dmat_ray.data.digits import DIGITS, digits
 from dmat_ray.data.folder_source import folder_items, is_image
@@ -219,6 +219,29 @@ def read_pixels(rows: pa.Table, config: DataConfig) -> list[np.ndarray | str]:
         except ValueError as error:
             found.append(str(error))
     return found
+
+
+def read_images(rows: pa.Table, config: DataConfig) -> tuple[pa.Table, dict[str, str]]:
+    """The images of (a part of) `Listing.table`, and {id: reason} of those that cannot be read. Raises like `read`.
+
+    The table has the columns id, split, label, image (as encoded) and pixels (uint8, C x H x W as one list).
+    """
+    keep, contents, pixels, rejected = [], [], [], {}
+    for i, (id, content) in enumerate(zip(rows["id"].to_pylist(), read(rows, config), strict=True)):
+        try:
+            if isinstance(content, str):
+                raise ValueError(content)
+            pixels.append(decode(content, config.resolution, config.channels, config.max_pixels, config.resize))
+        except ValueError as error:
+            rejected[id] = str(error)
+            continue
+        keep.append(i)
+        contents.append(content)
+    shape = (config.channels, config.resolution, config.resolution)
+    chosen = rows.select(["id", "split", "label"]).take(pa.array(keep, pa.int64()))
+    images = np.stack(pixels) if pixels else np.empty((0, *shape), np.uint8)
+    chosen = chosen.append_column("image", pa.array(contents, pa.large_binary()))
+    return chosen.append_column("pixels", set_format.fixed_list(images, pa.uint8())), rejected
 
 
 def versions_of_images(rows: pa.Table, config: DataConfig) -> list[str]:

@@ -156,7 +156,15 @@ def load_stylegan(path: str) -> StyleGAN1 | StyleGAN2:
 def load_generator(path: str, device: torch.device | str = "cpu", precision: str = "reference") -> LatentGenerator:
     """A frozen generator in eval mode, in one of GeneratorConfig's precisions.
 
+    `path` is mnist32 (shipped), or a folder or URL that train_generator.py or import_generator.py wrote.
     Raises UserError for a folder, card or weights that do not fit together, or a precision that the kind has not.
+
+    >>> import torch
+    >>> from dmat_ray import load_generator
+    >>> g = load_generator("mnist32")
+    >>> w = g.mapping(torch.randn(4, g.z_dim))
+    >>> w.shape, g.synthesis(w).shape
+    (torch.Size([4, 8, 64]), torch.Size([4, 1, 32, 32]))
     """
     if read_card(path)["kind"] in exported.FILES:
         if precision != "reference":

@@ -9,10 +9,11 @@ from PIL import Image
 from small import finish, settings, start_job
 
 from dmat_ray import presets
-from dmat_ray.cluster import jobs, project
+from dmat_ray.cluster import jobs
 from dmat_ray.data.manifold_set import open_set
 from dmat_ray.data.sources import list_examples
 from dmat_ray.errors import UserError
+from dmat_ray.manifold import set_maker
 
 pytestmark = pytest.mark.cluster
 
@@ -72,11 +73,11 @@ def test_a_tree_of_imagenet_becomes_a_set_of_mixed10(ray_session, tmp_path, say,
 
 def test_a_set_that_is_older_than_a_setting_is_that_of_its_default(tmp_path):
     config = settings(tmp_path)
-    told = project.settings_of(config, list_examples(config.data))["data"]
+    told = set_maker.settings_of(config, list_examples(config.data))["data"]
     # as they were before there was any other way to give data
     assert sorted(told) == [
         *("channels", "id_column", "image_column", "label_column", "max_pixels", "resolution", "seed", "source"),
         *("test_limit", "test_share", "train_limit"),
     ]
     other = config.model_copy(update={"data": config.data.model_copy(update={"balanced": True})})
-    assert project.settings_of(other, list_examples(other.data))["data"] == {**told, "balanced": True}
+    assert set_maker.settings_of(other, list_examples(other.data))["data"] == {**told, "balanced": True}

@@ -1,0 +1,86 @@
+"""Images as they lie on a disk or in an object store, for a notebook: with their labels, or to be given some."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from dmat_ray import checkpoint, inputs, prediction
+from dmat_ray.config import DataConfig
+from dmat_ray.data import sources
+from dmat_ray.data.pixels import to_unit
+from dmat_ray.errors import UserError
+from dmat_ray.storage import Place, at
+from dmat_ray.types import Batch
+
+
+def load_images(source: str = "mnist5k", split: str = "test", **data: Any) -> tuple[Batch, tuple[str, ...]]:
+    """Images of a source with their labels, and the names of the classes: what projection reads as well.
+
+    `source` is mnist5k, a folder with one sub-folder a class, or any other that `data.source` may be; `data` are further settings
+    of that section (resolution, channels, test_share, ...), and `limit` is train_limit or test_limit. The batch has ids, x_BCHW
+    (float32 in [0, 1]) and y_B (int64), on the CPU, and no w. Images that cannot be read are left out with a warning.
+    Raises UserError for a source that there is not, or of which more than max_rejected cannot be read.
+
+    >>> from dmat_ray import load_images
+    >>> digits, class_names = load_images("mnist5k", "train", limit=100)
+    >>> digits.x_BCHW.shape, digits.y_B.bincount().tolist(), class_names[:3]
+    (torch.Size([100, 1, 32, 32]), [], ())
+    """
+    if split not in ("train", "test"):
+        raise UserError(f"split is '{split}'; choose train or test")
+    if "limit" in data:
+        data[f"{split}_limit"] = data.pop("limit")
+    config = inputs.section(DataConfig, {"source": source, **data}, "data")
+    listing = sources.list_examples(config)
+    rows = listing.rows(split)
+    read = sources.read_pixels(rows, config)
+    bad = {id: what for id, what in zip(rows["id"].to_pylist(), read, strict=True) if isinstance(what, str)}
+    if bad:
+        first, reason = next(iter(bad.items()))
+        told = f"{len(bad)} of {len(read)} images cannot be read, the first: '{first}' {reason}"
+        if len(bad) > config.max_rejected * len(read):
+            raise UserError(f"{told}. Repair or replace the files, or raise max_rejected, which is {config.max_rejected}")
+        warnings.warn(told, stacklevel=2)
+    good = np.array([not isinstance(what, str) for what in read])
+    rows, pixels = rows.filter(pa.array(good)), np.stack([what for what in read if not isinstance(what, str)])
+    labels = torch.from_numpy(rows["label"].to_numpy().copy())
+    return Batch(rows["id"].to_pylist(), to_unit(pixels), labels), listing.class_names
+
+
+def predict(model: Place, images: Place, *, batch_size: int = 100, device: str = "cpu") -> pa.Table:
+    """Labels of all images below a folder or URL, as jobs/predict.py gives them: a row an image, in the order of paths.
+
+    `model` is a folder of a trained or imported classifier. The columns are path, prediction, class_name, probability, top5, and
+    reason, which is set for a file that cannot be read. Raises UserError for a model or images that there are not.
+
+    >>> from pathlib import Path
+    >>> from dmat_ray import make_set, predict, settings, train
+    >>> from dmat_ray.data.digits import digits
+    >>> for id, png in zip(*(column.to_pylist()[:2] for column in (digits(32).ids, digits(32).files))):
+    ...     Path("photos").mkdir(exist_ok=True)
+    ...     _ = Path(f"photos/{id}.png").write_bytes(png)
+    >>> sizes = {"train_limit": 300, "test_limit": 50}
+    >>> config = settings("demo", "dmat", output="runs/small", data=sizes, projection={"lpips": 0})
+    >>> _ = make_set(config)
+    >>> predict(train(config), "photos").select(["path", "class_name"]).to_pylist()
+    []
+    """
+    network, run = checkpoint.load_classifier(model, device)
+    listing, ignored = prediction.list_images(str(at(images)))
+    if ignored:
+        warnings.warn(f"not taken: {ignored}", stacklevel=2)
+    data = prediction.read_as(run, DataConfig(), str(at(images)))
+    tables = []
+    for start in range(0, listing.num_rows, batch_size):
+        rows = listing.slice(start, batch_size)
+        found = dict(zip(rows["id"].to_pylist(), sources.read_pixels(rows, data), strict=True))
+        read = {path: pixels for path, pixels in found.items() if not isinstance(pixels, str)}
+        pixels = np.stack(list(read.values())) if read else np.empty(0, np.uint8)
+        tables.append(prediction.predict(network, run["class_names"], list(read), pixels, torch.device(device)))
+        tables.append(prediction.unreadable({path: why for path, why in found.items() if isinstance(why, str)}))
+    table = pa.concat_tables(tables)
+    return table.take(pc.index_in(listing["id"], value_set=table["path"].combine_chunks()))

@@ -1,0 +1,139 @@
+"""What callers from Python give, checked where it comes in: each message names what was found, and the way out."""
+
+from typing import Any, TypeVar
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from dmat_ray.attack import frozen
+from dmat_ray.cli import describe
+from dmat_ray.config import Section
+from dmat_ray.errors import UserError
+from dmat_ray.types import Generator
+
+Kind = TypeVar("Kind", bound=Section)
+RENDERED_AGAIN = 16 / 255  # how far pixels of bf16 may be from those of a set, which are rounded to levels
+
+
+def shape_of(x: Tensor) -> str:
+    """A shape as messages have it."""
+    return f"({', '.join(map(str, x.shape))})"
+
+
+def require_images(x: Any, name: str = "x_BCHW", *, levels: bool = False) -> Tensor:
+    """Raise UserError unless these are images BCHW in [0, 1]; with `levels` uint8 will do, too."""
+    if not isinstance(x, Tensor):
+        raise UserError(f"{name} is a {type(x).__name__}, not a torch tensor; convert it, as by torch.from_numpy")
+    if x.dtype == torch.uint8 and not levels:
+        raise UserError(f"{name} is uint8, but images are float in [0, 1] here; give {name} / 255")
+    if not x.is_floating_point() and x.dtype != torch.uint8:
+        raise UserError(f"{name} is {_dtype(x)}, but images are float in [0, 1]{' or uint8' if levels else ''} here")
+    if x.dim() != 4 or len(x) == 0:
+        hint = f"; give {name}[None] for one image" if x.dim() == 3 else f"; give {name}[:, None]" if x.dim() == 2 else ""
+        raise UserError(f"{name} has the shape {shape_of(x)}, but must have images, channels, height, width{hint}")
+    if x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
+        raise UserError(f"{name} has the shape {shape_of(x)}, its channels last; give {name}.permute(0, 3, 1, 2)")
+    if x.is_floating_point():
+        low, high = (float(end) for end in x.detach().aminmax())
+        if not 0 <= low <= high <= 1:
+            hint = "; divide by 255" if low >= 0 and high > 2 else ""
+            if low < 0:
+                hint = "; undo their normalisation, which belongs inside the network"
+            raise UserError(f"{name} ranges from {low:.6g} to {high:.6g}, but images must lie in [0, 1]{hint}")
+    return x
+
+
+def require_made_by(generator: Generator, x_BCHW: Tensor, name: str = "x_BCHW") -> None:
+    """Raise UserError unless images have the shape of a generator's."""
+    shape = (generator.channels, generator.resolution, generator.resolution)
+    if tuple(x_BCHW.shape[1:]) != shape:
+        raise UserError(
+            f"{name} has images of {_by(x_BCHW.shape[1:])}, the generator makes {_by(shape)}; scale or pad them to that"
+        )
+
+
+def require_labels(y: Any, x_BCHW: Tensor, num_classes: int, name: str = "y_B") -> Tensor:
+    """Raise UserError unless these are int64 labels of these images, each below `num_classes`."""
+    if not isinstance(y, Tensor):
+        raise UserError(f"{name} is a {type(y).__name__}, not a torch tensor; give torch.tensor({name})")
+    if y.dtype != torch.int64:
+        way = f"{name}.argmax(dim=1)" if y.dim() == 2 else f"{name}.long()"
+        raise UserError(f"{name} is {_dtype(y)}, but labels are int64; give {way}")
+    if y.shape != x_BCHW.shape[:1]:
+        raise UserError(f"{name} has the shape {shape_of(y)}, but {len(x_BCHW)} images have as many labels, ({len(x_BCHW)},)")
+    if int(y.min()) < 0 or int(y.max()) >= num_classes:
+        raise UserError(
+            f"{name} ranges from {int(y.min())} to {int(y.max())}, but the network puts out {num_classes} classes, 0 to "
+            f"{num_classes - 1}"
+        )
+    return y
+
+
+def require_classifier(network: Any, x_BCHW: Tensor, name: str = "the network") -> int:
+    """Raise UserError unless a network takes such images and puts out a logit a class; returns the number of classes."""
+    if not isinstance(network, nn.Module):
+        raise UserError(f"{name} is a {type(network).__name__}, not a torch.nn.Module")
+    where = next(iter([*network.parameters(), *network.buffers()]), x_BCHW).device
+    if where != x_BCHW.device:
+        raise UserError(f"{name} is on {where}, the images are on {x_BCHW.device}; move one of them, as by .to('{where}')")
+    try:
+        with frozen(network), torch.no_grad():
+            logits = network(x_BCHW[:1])
+    except RuntimeError as error:
+        raise UserError(f"{name} cannot take images of {_by(x_BCHW.shape[1:])}: {str(error).splitlines()[0]}") from None
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
+        found = shape_of(logits) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise UserError(f"{name} puts out {found} for one image, but must put out one logit a class, (1, classes)")
+    return int(logits.shape[1])
+
+
+def require_codes(w: Any, x_BCHW: Tensor, generator: Generator, name: str = "w_BLD") -> Tensor:
+    """Raise UserError unless these are codes of these images, and the images are g(w): a move along the manifold begins there."""
+    if w is None:
+        raise UserError(
+            f"this threat moves w, and there is none; give {name} and its images g(w), as `project` or a set has them"
+        )
+    shape = (len(x_BCHW), generator.num_ws, generator.w_dim)
+    if not isinstance(w, Tensor) or tuple(w.shape) != shape:
+        found = shape_of(w) if isinstance(w, Tensor) else f"a {type(w).__name__}"
+        raise UserError(f"{name} has the shape {found}, but {len(x_BCHW)} codes of this generator have {shape}")
+    where = generator.w_mean.device
+    for what, value in ((name, w), ("x_BCHW", x_BCHW)):
+        if value.device != where:
+            raise UserError(f"{what} is on {value.device}, the generator is on {where}; move one of them, as by .to('{where}')")
+    with torch.no_grad():
+        rendered = generator.synthesis(w[:8])
+    far = float((rendered - x_BCHW[:8]).abs().max())
+    if not far <= RENDERED_AGAIN:
+        raise UserError(
+            f"x_BCHW is not g({name}): pixels differ by up to {far:.2g}; a move along the manifold begins there, so give the "
+            "images that `project` returns beside its w, not those that it was given"
+        )
+    return w
+
+
+def section(
+    kind: type[Kind], values: dict[str, Any], what: str, *, over: Kind | None = None, hidden: tuple[str, ...] = ("threat",)
+) -> Kind:
+    """Settings of a kind, checked, over others of it. Raises UserError that names what is wrong, and what there is.
+
+    Fields in `hidden` are not among what there is: the caller sets them.
+    """
+    if over is not None and not isinstance(over, kind):
+        raise UserError(f"{what} settings are a {type(over).__name__}; give a {kind.__name__}, a section of settings(...)")
+    before = {} if over is None else {name: getattr(over, name) for name in kind.model_fields}
+    try:
+        return kind.model_validate({**before, **values})
+    except ValidationError as error:
+        known = ", ".join(name for name in kind.model_fields if name not in hidden)
+        unknown = any(item["type"] == "extra_forbidden" for item in error.errors())
+        raise UserError(f"{what}: {describe(error)}" + (f"; it has {known}" if unknown else "")) from None
+
+
+def _dtype(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def _by(shape: Any) -> str:
+    return "x".join(map(str, shape))

@@ -1,0 +1,66 @@
+"""The stages from images to a model without Ray: in this process, or a training in each of several under torchrun."""
+
+import sys
+
+import torch
+
+from dmat_ray import models
+from dmat_ray.config import Config
+from dmat_ray.data import manifold_set
+from dmat_ray.errors import UserError
+from dmat_ray.local import LocalContext
+from dmat_ray.manifold import generators, set_maker
+from dmat_ray.storage import Location, local_output, set_folder
+from dmat_ray.trainer import describe
+from dmat_ray.trainer import train as training_loop
+
+
+def make_set(config: Config) -> Location:
+    """Project the images of `config.data` into an on-manifold set, and return its folder, OUTPUT/on_manifold_set.
+
+    The set that jobs/project.py makes; on a GPU if there is one. Lines go to standard error. A set that is there with these
+    settings is not made again, and one that was interrupted is finished. Raises UserError for data, a generator, an encoder or
+    LPIPS weights that do not fit, and for a folder that was begun with other settings.
+
+    >>> from dmat_ray import make_set, open_set, settings
+    >>> config = settings("demo", "dmat", "small", output="runs/small")
+    >>> train = open_set(make_set(config), "train")
+    >>> len(train), train.w.shape, round(train.manifest["means"]["l1"], 2)
+    (150, (150, 8, 64), 0.04)
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    set_maker.make(config, device, lambda line: print(line, file=sys.stderr, flush=True))
+    return set_folder(config)
+
+
+def train(config: Config, *, heed_sigterm: bool = False) -> Location:
+    """Train a classifier on the set that the settings name (see `make_set`), and return its folder, OUTPUT/models/NAME.
+
+    The same loop and the same model as of jobs/train.py; on a GPU if there is one. A line for every epoch goes to standard error.
+    A model that is there with these settings is not trained again; a training that was interrupted goes on from its newest
+    checkpoint, in OUTPUT/local/NAME. With `heed_sigterm` SIGTERM makes it write one and end the process with exit code 143.
+    Raises UserError for settings that do not fit the set, and NotFiniteError, with step and term, if training diverges.
+
+    >>> from dmat_ray import load_classifier, make_set, settings, train
+    >>> config = settings("demo", "dmat", "small", output="runs/small")
+    >>> _ = make_set(config)
+    >>> network, run = load_classifier(train(config))
+    >>> [round(run["history"][epoch]["train_image_accuracy"], 1) for epoch in (0, -1)]  # under its own attack
+    [0.1, 0.8]
+    """
+    if config.training.loader != "memory":
+        raise UserError("training.loader stream reads through Ray Data: use jobs/train.py, or set training.loader memory")
+    folder = local_output(config, "dmat_ray.train or jobs/train_local.py") / "local" / config.name
+    context = LocalContext(
+        folder, lambda metrics: context.say(describe(config.name, metrics, config.training.epochs)), heed_sigterm=heed_sigterm
+    )
+    model = models.model_folder(config)
+    if models.untrained([config], context.say, context.world_size):
+        folder.mkdir(parents=True, exist_ok=True)
+        data = manifold_set.open_set(set_folder(config), "train")
+        generator = generators.load_configured(config.generator, context.device)
+        training_loop(config, data, generator, generators.fingerprint(config.generator.path), context)
+        if context.rank == 0:
+            models.publish(context.checkpoints()[0], model)
+            context.say(f"model in {model}")
+    return model

@@ -1,0 +1,204 @@
+"""How the images of a source become an on-manifold set: what Ray's actors and a single process share, and the latter.
+
+Files and manifest are `dmat_ray.data.set_writer`'s, the search `projection`'s.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from dmat_ray.checkpoint import versions
+from dmat_ray.config import Config, ProjectionConfig
+from dmat_ray.data import set_format, set_writer, sources
+from dmat_ray.data.pixels import quantise
+from dmat_ray.data.set_format import MANIFEST, SHARDS
+from dmat_ray.data.set_reader import read_manifest
+from dmat_ray.data.set_writer import Shard
+from dmat_ray.data.sources import Listing
+from dmat_ray.errors import UserError
+from dmat_ray.files import text_digest
+from dmat_ray.lease import exclusive
+from dmat_ray.manifold import encoder, generators
+from dmat_ray.manifold.projection import Projector
+from dmat_ray.storage import Location, set_folder
+
+# What may change over a half-finished set: the quality of results does not depend on it. (w itself may, where rounding decides
+# into which of two valleys a search goes. The encoder counts by its weights, not by its folder.)
+HARMLESS = {"batch_size", "compile", "encoder"}
+REJECTED_SAID = 20  # the others are in the manifest
+
+
+def settings_of(config: Config, listing: Listing) -> dict[str, Any]:
+    """What a set depends on: two runs with equal settings make the same set."""
+    settings = {
+        "data": {k: v for k, v in config.data.settled().items() if k != "max_rejected"},
+        "projection": config.projection.model_dump(mode="json", exclude=HARMLESS),
+        "generator_sha256": generators.fingerprint(config.generator.path),
+        "generator_precision": config.generator.precision,
+        "class_names": list(listing.class_names),
+        "examples": listing.table.num_rows,
+        "listing_sha256": _digest(listing),
+    }
+    if config.projection.start == "encoder":
+        settings["encoder_sha256"] = encoder.fingerprint_encoder(encoder_folder(config))
+    return settings
+
+
+def _digest(listing: Listing) -> str:
+    """Changes when an image is added, removed, renamed or relabelled.
+
+    Not when a file's content changes: a repaired image must not undo a half-finished set.
+    """
+    columns = (listing.table[name].to_pylist() for name in ("id", "split", "label"))
+    return text_digest("\n".join(f"{id}\t{split}\t{label}" for id, split, label in zip(*columns, strict=True)))
+
+
+def prepare(config: Config, say: Callable[[str], None]) -> Listing:
+    """Check everything a projection needs; returns the images. Needs no Ray, and writes nothing.
+
+    Raises UserError for data, a generator, an encoder or LPIPS weights that do not fit.
+    """
+    if config.projection.lpips_weights == "random" and config.projection.lpips > 0:
+        say("LPIPS runs on a random backbone (projection.lpips_weights=random): it guides the search, it is not perceptual")
+    listing = sources.list_examples(config.data)
+    # without what an actor computes at its start
+    cheap = config.projection.model_copy(update={"candidates": 1, "axes": "w"})
+    build_projector(config.model_copy(update={"projection": cheap}), torch.device("cpu"))
+    taken = listing.table.num_rows
+    if taken < listing.found:
+        say(f"taking {taken} of {listing.found} images (data.train_limit, data.test_limit)")
+    if listing.ignored:
+        say(f"not taken: {listing.ignored}")
+    return listing
+
+
+def encoder_folder(config: Config) -> Location:
+    """The folder of the encoder that projection starts from."""
+    return encoder.locate_encoder(config.projection.encoder, config.output, config.generator.path)
+
+
+def build_projector(config: Config, device: torch.device) -> Projector:
+    """The projector that the settings describe, with its generator and encoder. Raises UserError for what does not fit."""
+    generator = generators.load_configured(config.generator, device)
+    generators.require_images(generator, config.generator.path, config.data.channels, config.data.resolution)
+    start = None
+    if config.projection.start == "encoder":
+        start = encoder.load_encoder(encoder_folder(config), generators.fingerprint(config.generator.path), device)
+    return Projector(generator, config.projection, device, start)
+
+
+def rows_of(projector: Projector, images: pa.Table, settings: ProjectionConfig, class_names: list[str]) -> pa.Table:
+    """The rows of the set for images as `sources.read_images` gives them."""
+    generator = projector.generator
+    shape = (generator.channels, generator.resolution, generator.resolution)
+    schema = set_format.schema(generator.channels, generator.resolution, generator.num_ws, generator.w_dim, class_names)
+    if images.num_rows == 0:
+        return schema.empty_table()
+    ids = images["id"].to_pylist()
+    pixels = set_format.from_lists(images["pixels"], shape).copy()  # Arrow's memory is read-only, of which torch would warn
+    found = projector.project(torch.from_numpy(pixels), ids)
+    l1, lpips = found.l1_B.numpy(), found.lpips_B.numpy()
+    poor = set_format.is_poor(l1, lpips, settings.poor_l1, settings.poor_lpips)
+    columns = {
+        "id": ids,
+        "split": images["split"].cast(pa.string()),
+        "label": images["label"].cast(pa.int64()),
+        "image": [{"bytes": content, "path": id} for content, id in zip(images["image"].to_pylist(), ids, strict=True)],
+        "on_manifold": set_format.to_netpbm(quantise(found.x_BCHW)),
+        "w": set_format.fixed_list(found.w_BLD.numpy(), pa.float32()),
+        "lpips": lpips,
+        "l1": l1,
+        "l2": found.l2_B.numpy(),
+        "steps": found.steps_B.numpy(),
+        "status": np.where(poor, "poor", "ok"),
+    }
+    return pa.table(columns, schema=schema)
+
+
+def _require_few(rejected: dict[str, str], total: int, share: float, say: Callable[[str], None]) -> None:
+    """Name the images that were rejected; raise UserError if they are too many."""
+    for id, reason in list(rejected.items())[:REJECTED_SAID]:
+        say(f"rejected: '{id}' {reason}")
+    if len(rejected) > REJECTED_SAID:
+        left = len(rejected) - REJECTED_SAID
+        say(f"rejected: and {left} image{'' if left == 1 else 's'} more")
+    if len(rejected) > share * total or len(rejected) == total:
+        first, reason = next(iter(rejected.items()))
+        raise UserError(
+            f"{len(rejected)} of {total} images were rejected, more than data.max_rejected = {share}; "
+            f"the first: '{first}' {reason}. Repair or replace the files, or raise data.max_rejected, and run again"
+        )
+
+
+def finish(
+    config: Config,
+    folder: Location,
+    listing: Listing,
+    shards: Sequence[Shard],
+    made_by: dict[str, str],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Write the manifest of a set whose shards are there, and return it; `made_by` are versions.
+
+    Raises UserError if more than `data.max_rejected` of the images is unreadable.
+    """
+    records = set_writer.read_records(folder)
+    _require_few(set_writer.rejected_of(shards, records), listing.table.num_rows, config.data.max_rejected, say)
+    generator = generators.load_configured(config.generator)
+    size = generator.resolution
+    described = {
+        "shapes": {"on_manifold": [generator.channels, size, size], "w": [generator.num_ws, generator.w_dim]},
+        "lpips_is_perceptual": config.projection.lpips_weights != "random",
+        "versions": made_by,
+    }
+    return set_writer.finish(folder, settings_of(config, listing), shards, records, described)
+
+
+def tell(manifest: dict[str, Any], folder: Location, say: Callable[[str], None]) -> None:
+    """Say what a set holds, and warn of one that is mostly poor."""
+    counts = ", ".join(f"{n} {split}" for split, n in sorted(manifest["splits"].items()))
+    poor = manifest["status"].get("poor", 0)
+    rejected = len(manifest["rejected"])
+    l1 = manifest["means"]["l1"]
+    say(f"on-manifold set: {counts} images, mean |g(w) - x| {l1:.4f}, {poor} poor, {rejected} rejected, in '{folder}'")
+    if 2 * poor > manifest["count"]:
+        say(
+            f"warning: {poor} of {manifest['count']} images are poor (projection.poor_l1, projection.poor_lpips) and left out of "
+            "training; can this generator make such images?"
+        )
+
+
+def make(config: Config, device: torch.device, say: Callable[[str], None]) -> dict[str, Any]:
+    """Make (or finish) the on-manifold set that the settings describe in this process, and return its manifest.
+
+    The same set as jobs/project.py makes: either takes the other's for whole and unchanged. Raises UserError like `prepare` and
+    `finish`, and for a folder that another process writes or that was begun with other settings.
+    """
+    folder, listing = set_folder(config), prepare(config, say)
+    settings = settings_of(config, listing)
+    if set_writer.is_finished(folder, settings):
+        say("the on-manifold set is whole and unchanged, nothing to do")
+        return read_manifest(folder)
+    with exclusive(folder) as lease:
+        set_writer.begin(folder, settings)
+        (folder / MANIFEST).unlink()
+        (folder / SHARDS).sweep()
+        shards = set_writer.plan(listing, config.projection.shard_size)
+        todo = set_writer.unfinished(shards, set_writer.read_records(folder))
+        projector = build_projector(config, device)
+        bad = 0
+        for number, shard in enumerate(todo, 1):
+            images, rejected = sources.read_images(shard.rows, config.data)
+            table = rows_of(projector, images, config.projection, list(listing.class_names))
+            lease.check()
+            set_writer.write_shard(folder, shard.name, table, rejected)
+            say(f"projected shard {number} of {len(todo)}")
+            if (bad := bad + len(rejected)) > config.data.max_rejected * listing.table.num_rows:
+                break  # more work would not change that
+        lease.check()
+        manifest = finish(config, folder, listing, shards, versions(), say)
+    tell(manifest, folder, say)
+    return manifest
