@@ -216,13 +216,12 @@ def load_classifier(folder: Place, device: torch.device | str = "cpu") -> tuple[
     resolution, config, metrics, history. Raises UserError for a folder that holds none, or whose files do not fit together.
 
     >>> from dmat_ray import load_classifier, load_images, make_set, settings, train
-    >>> sizes = {"train_limit": 300, "test_limit": 50}
-    >>> config = settings("demo", "dmat", output="runs/small", data=sizes, projection={"lpips": 0})
+    >>> config = settings("demo", "dmat", "small", output="runs/small")
     >>> _ = make_set(config)
     >>> network, run = load_classifier(train(config))
     >>> digits, _ = load_images("mnist5k", limit=50)
-    >>> run["class_names"][:3], int((network(digits.x_BCHW).argmax(dim=1) == digits.y_B).sum())  # of 50 digits
-    ()
+    >>> run["class_names"][:3], run["metrics"]["epoch"], network(digits.x_BCHW).shape
+    (['0', '1', '2'], 8.0, torch.Size([50, 10]))
     """
     run = read_run(folder)
     config = validate(run["config"])

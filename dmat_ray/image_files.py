@@ -28,7 +28,7 @@ def load_images(source: str = "mnist5k", split: str = "test", **data: Any) -> tu
     >>> from dmat_ray import load_images
     >>> digits, class_names = load_images("mnist5k", "train", limit=100)
     >>> digits.x_BCHW.shape, digits.y_B.bincount().tolist(), class_names[:3]
-    (torch.Size([100, 1, 32, 32]), [], ())
+    (torch.Size([100, 1, 32, 32]), [10, 10, 10, 10, 10, 10, 10, 10, 10, 10], ('0', '1', '2'))
     """
     if split not in ("train", "test"):
         raise UserError(f"split is '{split}'; choose train or test")
@@ -63,11 +63,10 @@ def predict(model: Place, images: Place, *, batch_size: int = 100, device: str =
     >>> for id, png in zip(*(column.to_pylist()[:2] for column in (digits(32).ids, digits(32).files))):
     ...     Path("photos").mkdir(exist_ok=True)
     ...     _ = Path(f"photos/{id}.png").write_bytes(png)
-    >>> sizes = {"train_limit": 300, "test_limit": 50}
-    >>> config = settings("demo", "dmat", output="runs/small", data=sizes, projection={"lpips": 0})
+    >>> config = settings("demo", "dmat", "small", output="runs/small")
     >>> _ = make_set(config)
     >>> predict(train(config), "photos").select(["path", "class_name"]).to_pylist()
-    []
+    [{'path': 'mnist5k-0000.png', 'class_name': '0'}, {'path': 'mnist5k-0001.png', 'class_name': '0'}]
     """
     network, run = checkpoint.load_classifier(model, device)
     listing, ignored = prediction.list_images(str(at(images)))

@@ -18,7 +18,7 @@ RENDERED_AGAIN = 16 / 255  # how far pixels of bf16 may be from those of a set, 
 
 def shape_of(x: Tensor) -> str:
     """A shape as messages have it."""
-    return f"({', '.join(map(str, x.shape))})"
+    return str(tuple(x.shape))
 
 
 def require_images(x: Any, name: str = "x_BCHW", *, levels: bool = False) -> Tensor:
@@ -128,7 +128,8 @@ def section(
     except ValidationError as error:
         known = ", ".join(name for name in kind.model_fields if name not in hidden)
         unknown = any(item["type"] == "extra_forbidden" for item in error.errors())
-        raise UserError(f"{what}: {describe(error)}" + (f"; it has {known}" if unknown else "")) from None
+        hint = f"; it has {known}" if unknown else ""
+        raise UserError(f"{what}: {describe(error).removeprefix('settings: ')}{hint}") from None
 
 
 def _dtype(x: Tensor) -> str:

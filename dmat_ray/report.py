@@ -27,11 +27,19 @@ def terminal_table(results: Results, models: list[str]) -> str:
     """Accuracy in per cent, methods x columns, a block for each test set; many columns take several tables.
 
     >>> from dmat_ray import evaluate, make_set, open_set, settings, terminal_table, train
-    >>> sizes = {"train_limit": 300, "test_limit": 50}
-    >>> config = settings("demo", "dmat", output="runs/small", data=sizes, projection={"lpips": 0})
+    >>> config = settings("demo", "dmat", "small", output="runs/small")
     >>> test = open_set(make_set(config), "test")
-    >>> results = evaluate({"dmat": train(config)}, test, "mnist32", "digits", sets=("on_manifold",))
-    >>> print(terminal_table(results, ["dmat"]))
+    >>> rows = [{"threat": "clean"}, {"threat": "stadv", "name": "StAdv", "eps": 0.2, "steps": 5}]
+    >>> results = evaluate({"dmat": train(config)}, test, "mnist32", config.evaluation, attacks=rows, summaries=(), limit=10)
+    >>> print(terminal_table(results, ["dmat"]))  # doctest: +ELLIPSIS
+    accuracy (%) on 10 on-manifold test images g(w)
+    ┏━━━━━━━━┳━━━━━━━┳━━━━━━━┓
+    ┃ method ┃ clean ┃ StAdv ┃
+    ┡━━━━━━━━╇━━━━━━━╇━━━━━━━┩
+    │ dmat   │ ... │ ... │
+    └────────┴───────┴───────┘
+    accuracy (%) on 10 natural test images x
+    ...
     """
     # markup would swallow a name such as "at [fast]"
     console = Console(width=WIDTH, force_terminal=False, color_system=None, record=True, markup=False, file=io.StringIO())

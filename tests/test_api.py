@@ -2,12 +2,51 @@
 
 import doctest
 import importlib
-from collections.abc import Iterator
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
 
 import dmat_ray
+from dmat_ray import (
+    api,
+    attack_images,
+    build_threat,
+    cli,
+    evaluate,
+    evaluation,
+    image_files,
+    inputs,
+    load_classifier,
+    load_images,
+    make_set,
+    open_set,
+    predict,
+    project,
+    settings,
+    train,
+)
+from dmat_ray.cluster import shard_tasks
+from dmat_ray.config import Config, EvaluationConfig
+from dmat_ray.data import set_writer
+from dmat_ray.errors import UserError
+from dmat_ray.manifold import set_maker
+from dmat_ray.manifold.starts import Nearest
+from dmat_ray.manifold.stylegan2 import StyleGAN2
+from dmat_ray.threats.balls import Ball
+from dmat_ray.types import Batch
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -26,4 +65,331 @@ def test_its_example_shows_what_it_does(name: str, folder: Path) -> None:
     for example in examples:
         runner.run(example)
     assert runner.summarize(verbose=False).failed == 0
-    assert runner.tries > 1
+    assert runner.tries > 1, f"{name} has no example"
+
+
+def test_the_page_of_the_api_does_what_it_says(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    code, shown = re.findall(r"```python\n(.*?)```\n.*?```\n(.*?)```", page, re.DOTALL)[0]
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/python.md", "exec"), names)
+    said = capsys.readouterr().out
+    assert re.sub(r"\d+\.\d+|\d+", "#", said).split() == re.sub(r"\d+\.\d+|\d+", "#", shown).split(), said
+    counts = {
+        line.split(":")[0]: int(line.split()[-1]) for line in said.splitlines() if line.startswith(("clean", "pixels", "w:"))
+    }
+    assert counts["pixels"] > counts["clean"], "an attack turns more digits than none"
+    assert counts["w"] > counts["clean"]
+
+
+def test_the_page_lists_all_names() -> None:
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    assert [name for name in dmat_ray.__all__ if f"| `{name}`" not in page] == []
+
+
+def in_fresh_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()
+
+
+def test_names_come_when_they_are_asked_for() -> None:
+    assert (
+        in_fresh_python("import sys, dmat_ray, dmat_ray.config; print(*{'torch', 'ray', 'pyarrow'} & sys.modules.keys())") == ""
+    )
+    assert (
+        in_fresh_python("import sys; from dmat_ray import settings; settings('demo'); print('torch' in sys.modules)") == "False"
+    )
+    code = "import sys; sys.modules['ray'] = None; from dmat_ray import *; print('torch' in sys.modules, train.__name__)"
+    assert in_fresh_python(code) == "True train"
+
+
+def test_names_are_listed_and_none_hides_a_module() -> None:
+    assert set(dmat_ray.__all__) <= set(dir(dmat_ray))
+    modules = {path.stem for path in (ROOT / "dmat_ray").iterdir()}
+    assert modules & set(dmat_ray.__all__) == set()
+    with pytest.raises(AttributeError, match="'dmat_ray' has no attribute 'trian'"):
+        dmat_ray.trian  # noqa: B018
+    assert (ROOT / "dmat_ray" / "py.typed").is_file()
+
+
+def test_settings_are_those_of_the_command_line() -> None:
+    options = ["--preset", "demo", "dmat", "--objective.image.eps", "8/255", "--training.epochs", "3", "--output", "runs/x"]
+    expected, _ = cli.parse("test", options)
+    assert settings("demo", "dmat", objective={"image": {"eps": "8/255"}}, training={"epochs": 3}, output="runs/x") == expected
+    assert len(expected.evaluation.attacks) > 5, "the suite's rows"
+    with pytest.raises(UserError, match="preset 'dmta' does not exist; choose from"):
+        settings("dmta")
+
+
+def by_hand(network: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+    """FGSM (arXiv 1412.6572)."""
+    x = x.clone().requires_grad_(True)
+    F.cross_entropy(network(x), y).backward()
+    assert x.grad is not None
+    return (x + eps * x.grad.sign()).clamp(0, 1).detach()
+
+
+def test_one_step_in_pixels_is_fgsm(small_net: nn.Module, make_batch: Callable[..., Batch]) -> None:
+    batch = make_batch(12)
+    small_net.eval()
+    expected = by_hand(small_net, batch.x_BCHW, batch.y_B, 0.05)
+    small_net.train()
+    threat = build_threat("image", eps=0.05)
+    found = attack_images(small_net, threat, batch.x_BCHW, batch.y_B, steps=1, step_size=0.05, random_start=False)
+    torch.testing.assert_close(found.x_BCHW, expected)
+    assert small_net.training, "it is left as it was"
+    assert torch.equal(found.broken_B, small_net.eval()(expected).argmax(dim=1) != batch.y_B)
+
+
+def test_a_step_along_the_manifold_is_that_of_w(
+    small_net: nn.Module, generator: StyleGAN2, make_batch: Callable[..., Batch]
+) -> None:
+    batch = make_batch(6)
+    assert batch.w_BLD is not None
+    w = batch.w_BLD.clone().requires_grad_(True)
+    F.cross_entropy(small_net.eval()(generator.synthesis(w)), batch.y_B).backward()
+    assert w.grad is not None
+    expected = generator.synthesis(batch.w_BLD + 0.1 * w.grad.sign())
+    threat = build_threat("latent", generator=generator, eps=0.1)
+    search = {"steps": 1, "step_size": 0.1, "random_start": False}
+    found = attack_images(small_net, threat, batch.x_BCHW, batch.y_B, batch.w_BLD, **search)
+    torch.testing.assert_close(found.x_BCHW, expected)
+
+
+def test_an_attack_does_not_depend_on_its_batches(small_net: nn.Module, make_batch: Callable[..., Batch]) -> None:
+    batch, threat = make_batch(10), build_threat("fog", eps=0.3)
+    whole, parts = (attack_images(small_net, threat, batch.x_BCHW, batch.y_B, batch_size=n, steps=2) for n in (100, 3))
+    torch.testing.assert_close(whole.x_BCHW, parts.x_BCHW)
+    assert torch.equal(whole.broken_B, parts.broken_B)
+    names = [f"other-{k}" for k in range(10)]
+    other = attack_images(small_net, threat, batch.x_BCHW, batch.y_B, ids=names, steps=2)
+    assert not torch.equal(whole.x_BCHW, other.x_BCHW), "random starts belong to names"
+
+
+class Brighter(Ball):
+    """A threat of one number an image."""
+
+    def start(self, batch: Batch, draws: Any) -> Tensor:
+        return self.within(draws, batch.x_BCHW.new_empty(len(batch), 1))
+
+    def render(self, batch: Batch, theta: Tensor) -> Tensor:
+        return (batch.x_BCHW + theta[:, :, None, None]).clamp(0, 1)
+
+
+def test_a_threat_of_ones_own_is_attacked_with(small_net: nn.Module, make_batch: Callable[..., Batch]) -> None:
+    batch = make_batch(8)
+    found = attack_images(small_net, Brighter("linf", 0.2), batch.x_BCHW, batch.y_B, steps=5)
+    assert found.theta.abs().max() <= 0.2
+    torch.testing.assert_close(found.x_BCHW, (batch.x_BCHW + found.theta[:, :, None, None]).clamp(0, 1))
+
+
+PROJECTION: dict[str, Any] = {"lpips": 0, "l1": 10, "l2": 50, "noise": 0, "start": "nearest", "candidates": 50}
+
+
+def test_projection_comes_closer_than_where_it_starts(generator: StyleGAN2) -> None:
+    rng = torch.Generator().manual_seed(3)
+    x = generator.synthesis(generator.mapping(torch.randn(5, generator.z_dim, generator=rng)))
+    found = project(generator, x, steps=30, **PROJECTION)
+    start = generator.synthesis(Nearest(generator, 50, 0)(x))
+    assert (found.l1_B < (start - x).abs().mean(dim=(1, 2, 3))).all()
+    torch.testing.assert_close(found.x_BCHW, generator.synthesis(found.w_BLD))
+    torch.testing.assert_close(found.l1_B, (found.x_BCHW - x).abs().mean(dim=(1, 2, 3)))
+    levels = project(generator, (x * 255).round().to(torch.uint8), steps=1, **PROJECTION)
+    torch.testing.assert_close(levels.w_BLD, project(generator, (x * 255).round() / 255, steps=1, **PROJECTION).w_BLD)
+
+
+def test_an_encoder_lies_beside_its_generator() -> None:
+    x = load_images("mnist5k", limit=10)[0].x_BCHW
+    found = project("mnist32", x, start="encoder", steps=1, lpips=0)
+    assert found.l1_B.mean() < project("mnist32", x, start="mean", steps=1, lpips=0).l1_B.mean() / 2
+    with pytest.raises(UserError, match="give that one's name or folder"):
+        project(dmat_ray.load_generator("mnist32"), x, start="encoder", steps=1, lpips=0)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, make_config: Callable[..., Config], set_folder: Path) -> Config:
+    """A training of a second on the tiny set, elsewhere than the set."""
+    output = str(tmp_path_factory.mktemp("trained"))
+    return make_config(output=output, manifold_set=str(set_folder), name="tiny")
+
+
+ROWS = [
+    {"threat": "clean"},
+    {"threat": "image", "name": "PGD", "eps": 0.1, "steps": 3},
+    {"threat": "latent", "name": "OM-PGD", "eps": 0.3, "steps": 3},
+]
+
+
+def test_rows_are_those_of_the_job(config: Config, set_folder: Path, generator: StyleGAN2, small_net: nn.Module) -> None:
+    """The job's actors read model, set and generator from their folders, and evaluate units of work."""
+    model, data = train(config), open_set(set_folder, "test")
+    suite = EvaluationConfig.model_validate({"attacks": ROWS, "batch_size": 5})
+    results = evaluate({"tiny": model, "mine": load_classifier(model)[0]}, data, generator, suite)
+
+    def load(name: str) -> nn.Module:
+        return load_classifier(str(model))[0]
+
+    evaluator = evaluation.Evaluator(suite, data, generator, load, ["tiny"], CPU)
+    expected = evaluation.evaluate_here(evaluator).drop_columns(["seconds"])
+    rows = results.rows.drop_columns(["seconds"])
+    mask = np.array(rows["model"].to_pylist()) == "tiny"
+    assert rows.filter(mask).equals(expected)
+    assert rows.filter(~mask).drop_columns(["model", "source"]).equals(expected.drop_columns(["model", "source"]))
+    assert expected.num_rows == 5 * 12
+
+
+def test_an_evaluated_network_is_left_as_it_was(set_folder: Path, generator: StyleGAN2) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).train()
+    results = evaluate({"mine": network}, open_set(set_folder, "test"), generator, EvaluationConfig(), attacks=ROWS, limit=4)
+    assert network.training
+    assert all(p.requires_grad for p in network.parameters())
+    assert results.accuracy("mine", "natural", "clean").count == 4
+
+
+def test_a_set_made_here_is_the_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its shards hold what tasks and actors of the job put there, and the job takes it for its own."""
+    config = settings("demo", "small", output=str(tmp_path), data={"train_limit": 20, "test_limit": 10}, projection={"steps": 2})
+    folder = make_set(config)
+    listing = set_maker.prepare(config, lambda line: None)
+    assert set_writer.is_finished(folder, set_maker.settings_of(config, listing))
+    (shard,) = set_writer.plan(listing, 256)
+    row = shard_tasks.read_shard(shard_tasks.pack(shard.name, shard.rows, {}, 0.0), data=config.data.model_dump(mode="json"))
+    from dmat_ray.cluster.shard_projector import project_shard
+
+    made = project_shard(set_maker.build_projector(config, CPU), row, config.projection, list(listing.class_names))
+    expected = shard_tasks.unpack(made)[1]
+    test = open_set(folder, "test", include_poor=True)
+    at = [expected["id"].to_pylist().index(id) for id in test.id]
+    w = np.stack([np.array(expected["w"][k].as_py(), np.float32).reshape(8, 64) for k in at])
+    np.testing.assert_array_equal(test.w, w)
+    capsys.readouterr()
+    assert str(make_set(config)) == str(folder)
+    assert "nothing to do" in capsys.readouterr().err
+
+
+def digits_in(folder: Path, count: int) -> None:
+    """PNG files, those of the first two classes, a sub-folder a class, and one that is none."""
+    digits, names = load_images("mnist5k", "train", limit=10 * count)
+    for id, x, y in zip(digits.id, digits.x_BCHW, digits.y_B.tolist(), strict=True):
+        if y < 2:
+            (folder / names[y]).mkdir(parents=True, exist_ok=True)
+            Image.fromarray((x[0] * 255).round().byte().numpy()).save(folder / names[y] / f"{id}.png")
+
+
+def test_images_of_a_folder_are_those_in_it(tmp_path: Path) -> None:
+    digits_in(tmp_path, 10)
+    images, names = load_images(str(tmp_path), "train")
+    assert names == ("0", "1")
+    assert images.x_BCHW.shape == (16, 1, 32, 32), "a fifth is the test split"
+    for id, x, y in zip(images.id, images.x_BCHW, images.y_B.tolist(), strict=True):
+        assert id.startswith(f"{names[y]}/")
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / id)), (x[0] * 255).round().numpy())
+    images, _ = load_images(str(tmp_path), "train", resolution=16, channels=3)
+    assert images.x_BCHW.shape == (16, 3, 16, 16)
+    (tmp_path / "0" / "bad.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"1 of \d+ images cannot be read, the first: '0/bad.png' .* max_rejected, which is 0.01"):
+        [load_images(str(tmp_path), split) for split in ("train", "test")]
+    with pytest.warns(UserWarning, match=r"cannot be read, the first: '0/bad.png'"):
+        both = [load_images(str(tmp_path), split, max_rejected=1)[0] for split in ("train", "test")]
+    assert len(both[0]) + len(both[1]) == 20
+
+
+def test_predictions_are_the_networks(config: Config, tmp_path: Path) -> None:
+    digits_in(tmp_path / "photos", 3)
+    (tmp_path / "photos" / "bad.png").write_bytes(b"no image")
+    network, run = load_classifier(train(config))
+    table = predict(train(config), tmp_path / "photos", batch_size=4)
+    assert table["path"].to_pylist() == sorted(table["path"].to_pylist(), key=lambda path: path.replace("/", "\0"))
+    rows = {row["path"]: row for row in table.to_pylist()}
+    assert rows.pop("bad.png")["reason"]
+    assert len(rows) == 6
+    for path, row in rows.items():
+        x = Image.open(tmp_path / "photos" / path).resize((8, 8), Image.Resampling.LANCZOS)
+        probability = network(torch.from_numpy(np.asarray(x)).float()[None, None] / 255).softmax(dim=1)[0]
+        assert row["class_name"] == run["class_names"][row["prediction"]]
+        assert abs(float(probability[row["prediction"]]) - row["probability"]) < 0.05, "whoever scales it"
+
+
+X, Y = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (X.numpy(), Y, r"x_BCHW is a ndarray, not a torch tensor; convert it, as by torch.from_numpy"),
+        ((X * 255).byte(), Y, r"x_BCHW is uint8, but images are float in \[0, 1\] here; give x_BCHW / 255"),
+        (X.bool(), Y, r"x_BCHW is bool, but images are float"),
+        (X[0], Y, r"x_BCHW has the shape \(1, 8, 8\), but must have .* give x_BCHW\[None\] for one image"),
+        (X[:0], Y, r"x_BCHW has the shape \(0, 1, 8, 8\)"),
+        (X.permute(0, 2, 3, 1), Y, r"shape \(4, 8, 8, 1\), its channels last; give x_BCHW.permute\(0, 3, 1, 2\)"),
+        (X * 255, Y, r"x_BCHW ranges from [\d.]+ to 25\d.*, but images must lie in \[0, 1\]; divide by 255"),
+        (X - 0.5, Y, r"ranges from -0\.\d+ to 0\.\d+, .* undo their normalisation"),
+        (X / 0, Y, r"x_BCHW ranges from .*, but images must lie in \[0, 1\]"),
+        (X.repeat(1, 3, 1, 1), Y, r"the network cannot take images of 3x8x8: .*channels"),
+        (X, Y.float(), r"y_B is float32, but labels are int64; give y_B.long\(\)"),
+        (X, F.one_hot(Y, 4).float(), r"y_B is float32, but labels are int64; give y_B.argmax\(dim=1\)"),
+        (X, Y[:3], r"y_B has the shape \(3,\), but 4 images have as many labels, \(4,\)"),
+        (X, Y + 4, r"y_B ranges from 4 to 4, but the network puts out 4 classes, 0 to 3"),
+        (X, [0, 0, 0, 0], r"y_B is a list, not a torch tensor; give torch.tensor\(y_B\)"),
+    ],
+)
+def test_images_and_labels_are_looked_at(x: Any, y: Any, message: str, small_net: nn.Module) -> None:
+    with pytest.raises(UserError, match=message):
+        attack_images(small_net, build_threat("image"), x, y)
+
+
+def test_codes_are_looked_at(small_net: nn.Module, generator: StyleGAN2, make_batch: Callable[..., Batch]) -> None:
+    batch, threat = make_batch(4), build_threat("latent", generator=generator)
+    w = batch.w_BLD
+    assert w is not None
+    for x, given, message in (
+        (batch.x_BCHW, None, "this threat moves w, and there is none; give w_BLD and its images"),
+        (batch.x_BCHW, w[:, :1], r"w_BLD has the shape \(4, 1, 8\), but 4 codes of this generator have \(4, 4, 8\)"),
+        (1 - batch.x_BCHW, w, r"x_BCHW is not g\(w_BLD\): pixels differ by up to"),
+    ):
+        with pytest.raises(UserError, match=message):
+            attack_images(small_net, threat, x, batch.y_B, given)
+    with pytest.raises(UserError, match="on meta, the images are on cpu; move one of them"):
+        attack_images(small_net.to("meta"), threat, batch.x_BCHW, batch.y_B, w)
+
+
+def test_other_inputs_are_looked_at(small_net: nn.Module, generator: StyleGAN2, set_folder: Path, tmp_path: Path) -> None:
+    image, data = build_threat("image"), open_set(set_folder, "test")
+    suite = EvaluationConfig()
+    for call, message in (
+        (lambda: build_threat("imgae"), "there is no threat 'imgae'; choose from image, latent, joint, fog"),
+        (lambda: build_threat("latent"), "a latent threat needs a generator"),
+        (lambda: build_threat("image", eps=8), "threat image: eps is 8, but pixels are in .* did you mean 8/255?"),
+        (lambda: build_threat("latent", generator=small_net), "generator is a SmallNet; give 'mnist32', a folder"),
+        (lambda: attack_images(small_net, image, X, Y, step=3), "attack: step: there is no such setting .*; it has steps"),
+        (lambda: attack_images(small_net, image, X, Y, curve=(1,)), "curve belongs to a suite's table"),
+        (lambda: attack_images(small_net, image, X, Y, ids=["a"] * 4), "ids has 1 different names for 4 images"),
+        (lambda: attack_images(small_net, image, X, Y, batch_size=0), "batch_size is 0; give 1 or more"),
+        (lambda: attack_images(lambda x: x, image, X, Y), "the network is a function, not a torch.nn.Module"),
+        (lambda: attack_images(nn.Flatten(0), image, X, Y), r"puts out \(64,\) for one image, but must put out one logit a class"),
+        (lambda: project(generator, X.repeat(1, 1, 2, 2)), "x_BCHW has images of 1x16x16, the generator makes 1x8x8"),
+        (lambda: project(generator, X, settings("demo")), "projection settings are a Config; give a ProjectionConfig"),
+        (lambda: project(generator, X, ids=["a"], **PROJECTION), "ids has 1 names for 4 images"),
+        (lambda: load_images("mnist5k", "val"), "split is 'val'; choose train or test"),
+        (lambda: load_images(str(tmp_path / "none")), "neither 'mnist5k' nor a folder"),
+        (lambda: evaluate({}, data, generator, suite), "there are no models to evaluate"),
+        (lambda: evaluate({"a": small_net}, data, generator, suite), "model 'a' puts out 4 classes, the set has 3"),
+        (lambda: evaluate({"a": small_net}, data, generator, "digit"), "suite 'digit' does not exist; choose from"),
+        (lambda: evaluate({"a": "nowhere"}, data, generator, suite), "there is no trained model at 'nowhere'"),
+        (lambda: evaluate({"a": small_net}, data, "mnist32", suite), "the set has images of 1x8x8, the generator makes 1x32x32"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            call()
+
+
+def test_a_set_of_another_generator_is_refused(make_generator: Callable[..., StyleGAN2], set_folder: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    with pytest.raises(UserError, match=r"x_BCHW is not g\(the set's w\)"):
+        evaluate({"a": network}, open_set(set_folder, "test"), make_generator(seed=9), EvaluationConfig())
+
+
+def test_modules_are_short() -> None:
+    for module in (api, image_files, inputs):
+        assert len(Path(str(module.__file__)).read_text().splitlines()) < 300
