@@ -1,6 +1,6 @@
 """The README's picture: test images, their projections, and what every attack of a study makes of them.
 
-    python benchmarks/picture.py runs/study/mnist --models standard-0 dmat-0 --out docs/images/attacks.png
+    python benchmarks/picture.py runs/study/mnist --models standard-0 at-0 dmat-0 --out docs/images/attacks.png
 
 A line an image and model; under each picture what the model says of it, in red where it is wrong.
 """
@@ -17,7 +17,6 @@ from dmat_ray import checkpoint, cli, evaluation
 from dmat_ray.data import manifold_set
 from dmat_ray.gallery import one_of_each_class
 from dmat_ray.manifold import generators
-from dmat_ray.storage import set_folder
 from dmat_ray.units import applies
 
 SHOWN = {
@@ -30,12 +29,12 @@ INCH = 0.72
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)
-    parser.add_argument("--models", nargs="+", default=["standard-0", "dmat-0"])
+    parser.add_argument("--models", nargs="+", default=["standard-0", "at-0", "dmat-0"])
     parser.add_argument("--classes", type=int, nargs="+", default=[2, 7], help="an image of each")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     config = cli.validate(yaml.safe_load((given.study / "settings.yaml").read_text()))
-    data = manifold_set.open_set(set_folder(config), "test")
+    data = manifold_set.open_set(given.study / "on_manifold_set", "test")
     cpu = torch.device("cpu")
 
     def load(model: str) -> torch.nn.Module:

@@ -30,6 +30,8 @@ def main() -> None:
     config, given = cli.parse(str(__doc__), preset=["demo"], add=_arguments)
     source, target = at(str(given.set)), at(str(given.out))
     manifest = set_reader.read_manifest(source)
+    if (target / set_format.MANIFEST).is_file():
+        raise UserError(f"'{target}' is a whole set already; remove it, or give another folder")
     if generators.fingerprint(config.generator.path) != manifest["generator_sha256"]:
         raise UserError(f"the set '{source}' is of another generator than '{config.generator.path}'; give its --generator.path")
     generator = generators.load_configured(config.generator, torch.device("cpu"))
@@ -41,8 +43,9 @@ def main() -> None:
     print(f"{len(kept)} of {len(sure_N)} samples kept, probability of the label at least {sure_N[kept].min():.3f}")
     rows = _rows(x_NCHW[kept], w_NLD[kept], label_N[kept], given.seed, manifest["class_names"])
 
-    shutil.copytree(Path(given.set) / set_format.SHARDS, Path(given.out) / set_format.SHARDS)
-    settings = {key: manifest[key] for key in ("data", "projection", "generator_sha256", "generator_precision", "class_names")}
+    shutil.rmtree(given.out, ignore_errors=True)  # what was begun
+    shutil.copytree(given.set / set_format.SHARDS, given.out / set_format.SHARDS)
+    settings = (source / set_writer.SETTINGS).read_json()
     set_writer.begin(target, settings)
     number = 1 + max(int(name[5:11]) for name in manifest["shards"])
     set_writer.write_shard(target, f"part-{number:06d}.parquet", rows, {})
@@ -51,7 +54,7 @@ def main() -> None:
     described = {key: manifest[key] for key in ("shapes", "lpips_is_perceptual")}
     described |= {
         "versions": checkpoint.versions(),
-        "sampled": {"count": len(kept), "seed": given.seed, "model": str(given.model)},
+        "sampled": {"count": len(kept), "seed": given.seed, "means_of_the_others": manifest["means"]},
     }
     print(set_writer.finish(target, settings, shards, records, described)["usable"])
 

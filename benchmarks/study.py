@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +75,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 class _Study:
     def __init__(self, config: Config, given: argparse.Namespace, device: torch.device) -> None:
-        self.config, self.given, self.device = config, given, device
+        self.config, self.given, self.device = resolved(config), given, device
         self.folder = Path(config.output).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = threading.Lock()
         self.own_methods: dict[str, Any] = yaml.safe_load((HERE / "studies" / "methods.yaml").read_text())
         self.settings = self.folder / "settings.yaml"  # for the processes of this study
-        values = {key: value for key, value in config.to_json().items() if key not in ("cluster", "tracking", "tune")}
+        values = {key: value for key, value in self.config.to_json().items() if key not in ("cluster", "tracking", "tune")}
         if self.settings.is_file() and yaml.safe_load(self.settings.read_text()) != values:
             raise UserError(f"the study in '{self.folder}' was begun with other settings; give another --output")
         self.settings.write_text(yaml.safe_dump(values))
@@ -132,7 +132,10 @@ class _Study:
         config, folder = self.config, set_folder(self.config)
         if (folder / MANIFEST).is_file():
             return None
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(threads, self.given.processes))
         manifest = set_maker.make(config, self.device, say)
+        torch.set_num_threads(threads)
         return {key: manifest[key] for key in ("splits", "usable", "means")}
 
     def models(self) -> None:
@@ -141,23 +144,32 @@ class _Study:
         for name in ("logs", "methods"):
             (folder / name).mkdir(exist_ok=True)
         for method, settings in self.own_methods.items():
-            (folder / "methods" / f"{method}.yaml").write_text(yaml.safe_dump(settings))
+            path, text = folder / "methods" / f"{method}.yaml", yaml.safe_dump(settings)
+            if path.is_file() and path.read_text() != text and list((folder / "models").glob(f"{method}-*")):
+                raise UserError(f"method '{method}' was trained with other settings; remove its models and rows from '{folder}'")
+            path.write_text(text)
 
         def one(name: str) -> None:
             if not (folder / "models" / name / checkpoint.RUN).is_file():
                 trained = self._run(self._training(name), f"{name}-training")
                 self.note(f"{name} training", {"seconds": trained, "processes": self.given.processes})
                 say(f"{name}: trained in {trained:.0f} s")
-            if not evaluations(self.config, self.given, name):
+            if not (kinds := evaluations(self.config, self.given, name)):
                 return
             asked = ["--autoattack", self.given.autoattack] if self.given.autoattack else []
             asked += ["--autoattack-limit", str(self.given.autoattack_limit), "--evaluate", name]
             evaluated = self._run([str(HERE / "study.py"), "--preset", str(self.settings), *asked], f"{name}-evaluation")
-            self.note(f"{name} evaluation", {"seconds": evaluated, "processes": self.given.processes})
+            self.note(f"{name} {'+'.join(kinds)}", {"seconds": evaluated, "processes": self.given.processes})
             say(f"{name}: evaluated in {evaluated:.0f} s")
 
+        if self.given.autoattack:
+            self.note("autoattack", {"suite": self.given.autoattack, "limit": self.given.autoattack_limit})
         with ThreadPoolExecutor(self.given.processes) as pool:
-            list(pool.map(one, self.names()))
+            work = [pool.submit(one, name) for name in self.names()]
+            for found in as_completed(work):
+                if found.exception():
+                    pool.shutdown(cancel_futures=True)
+                found.result()
 
     def names(self) -> list[str]:
         """Of models: a seed's methods before the next seed's."""
@@ -172,14 +184,22 @@ class _Study:
         return [str(HERE.parent / "jobs" / "train_local.py"), *layers, "--name", name, "--training.seed", seed, *step]
 
     def _run(self, command: list[str], log: str) -> float:
-        """A process of this study; returns its seconds."""
-        began = time.monotonic()
-        path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH", "")]))
-        with (self.folder / "logs" / f"{log}.txt").open("w") as file:
-            subprocess.run(
-                [sys.executable, *command], stdout=file, stderr=file, check=True, env={**os.environ, "PYTHONPATH": path}
-            )
+        """A process of this study; returns its seconds. Raises UserError if it fails."""
+        began, place = time.monotonic(), self.folder / "logs" / f"{log}.txt"
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
+        command = [sys.executable, *command, "--cluster.threads_per_worker", str(self.config.cluster.threads_per_worker)]
+        with place.open("w") as file:
+            done = subprocess.run(command, stdout=file, stderr=file, check=False, env=environment)
+        if done.returncode:
+            raise UserError(f"a process failed; '{place}' ends with: {' '.join(place.read_text().splitlines()[-1:])}")
         return round(time.monotonic() - began, 1)
+
+
+def resolved(config: Config) -> Config:
+    """With absolute paths also of what is not there yet, so that the same command is the same settings later."""
+    path, place = config.generator.path, config.manifold_set
+    generator = config.generator.model_copy(update={"path": str(Path(path).resolve())}) if "/" in path else config.generator
+    return config.model_copy(update={"generator": generator, "manifold_set": str(Path(place).resolve()) if place else place})
 
 
 def evaluations(config: Config, given: argparse.Namespace, name: str) -> dict[str, Any]:

@@ -32,15 +32,34 @@ from dmat_ray.files import read_json
 from dmat_ray.metrics import Results
 from dmat_ray.report_values import SET_NAMES, columns_described
 
-METHODS = ("standard", "at", "om_at_fgsm", "om_at", "dmat", "trades", "dmat_trades", "joint", "dmat_plus", "joint_plus", "best")
+METHODS = (
+    "standard",
+    "at",
+    "om_at_fgsm",
+    "om_at",
+    "dmat",
+    "trades",
+    "dmat_trades",
+    "joint",
+    "joint_plus",
+    "dmat_trades_plus",
+    "dmat_trades_wide",
+)
 ABLATIONS = {
     "Share of the on-manifold term (0, ¼, ½, ¾, 1)": ("at", "dmat_latent_25", "dmat", "dmat_latent_75", "om_at"),
     "Latent budget η in training (half, as it is, twice)": ("dmat_eta_03", "dmat", "dmat_eta_12"),
-    "Budget ε in training (half, as it is, twice)": ("dmat_eps_05", "dmat", "dmat_eps_20"),
+    "Budget ε in training (half, as it is, twice)": ("dmat_eps_05", "dmat", "dmat_eps_20", "at", "at_eps_20"),
     "Steps of the attacks in training (1, 3, 10)": ("dmat_steps_1", "dmat", "dmat_steps_10"),
     "The manifold: of a generator stopped early, and as it is": ("dmat_early", "dmat"),
     "Data: projected images, and as many samples of the generator beside them": ("dmat", "dmat_sampled"),
-    "An average of weights and adversarial weight perturbation": ("dmat", "dmat_plus", "joint", "joint_plus"),
+    "An average of weights and adversarial weight perturbation": (
+        "dmat",
+        "dmat_plus",
+        "dmat_trades",
+        "dmat_trades_plus",
+        "joint",
+        "joint_plus",
+    ),
 }
 HEADLINE = ("clean", "PGD-50", "OM-PGD-50", "PGD-50 L2", "fog", "unseen mean", "worst")
 NAMES = {"mnist5k": "MNIST-5k", "cifar10": "CIFAR-10"}
@@ -62,7 +81,8 @@ class Claim:
 
 def claims(columns: list[str]) -> list[Claim]:
     """Those of the paper's abstract, as far as a test set has the columns."""
-    image, latent = next(c for c in columns if c.startswith("PGD-50")), "OM-PGD-50"
+    image = next((c for c in columns if c.startswith("PGD-")), "")
+    latent = next((c for c in columns if c.startswith("OM-PGD")), "")
     found = [
         Claim("DMAT has a better clean accuracy than AT", "dmat", "at", "clean"),
         Claim("DMAT is about as robust to L∞ as AT", "dmat", "at", image, comparable=True),
@@ -77,8 +97,9 @@ def claims(columns: list[str]) -> list[Claim]:
         Claim("DMAT with TRADES is more robust to unseen attacks than TRADES", "dmat_trades", "trades", "unseen mean"),
         *(
             Claim(f"{name} is more robust than DMAT in its worst case over all attacks", method, "dmat", "worst")
-            for method, name in (("joint", "The joint threat"), ("dmat_plus", "DMAT with averaged and perturbed weights"),
-                                 ("joint_plus", "The joint threat with both"), ("best", "Preset best"))
+            for method, name in (("joint", "The joint threat"), ("joint_plus", "That with averaged and perturbed weights"),
+                                 ("dmat_trades", "DMAT with TRADES"), ("dmat_trades_plus", "That with average and perturbation"),
+                                 ("dmat_trades_wide", "That with twice the radius in pixels"))
         ),
     ]  # fmt: skip
     return [claim for claim in found if claim.column in columns]
@@ -103,8 +124,8 @@ def estimate(models: Sequence[np.ndarray]) -> Estimate:
     of_images = values.mean(axis=0).std(ddof=1) ** 2 / examples
     of_seeds = values.mean(axis=1).std(ddof=1) ** 2 / count if count > 1 else 0.0
     variance = of_images + of_seeds
-    if variance == 0:
-        return Estimate(float(values.mean()), 0.0, count)
+    if variance == 0:  # all the same: what may still be is 3 of N, by the rule of three
+        return Estimate(float(values.mean()), 300.0 / examples, count)
     # few seeds: Student's t with the degrees of freedom of a sum of two variances (Welch, Satterthwaite)
     freedom = variance**2 / (of_images**2 / (examples - 1) + of_seeds**2 / max(count - 1, 1))
     return Estimate(float(values.mean()), float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance), count)
@@ -116,11 +137,11 @@ class Study:
     def __init__(self, folder: Path) -> None:
         if not (folder / "rows").is_dir():
             raise UserError(f"there are no rows in '{folder}'; run benchmarks/study.py")
-        self.folder = folder
+        self.folder, self.notes = folder, read_json(folder / "study.json")
         self.config = cli.validate(yaml.safe_load((folder / "settings.yaml").read_text()))
         self.results = self._read("rows", {})
         self.clean = self._read("clean", {"suites": [], "attacks": [{"threat": "clean", "name": "clean"}]})
-        names = [name.rsplit("-", 1) for name in self.results.models]
+        names = [name.rsplit("-", 1) for name in self.results.models if name in self.clean.models]
         self.seeds = {method: sorted(int(s) for m, s in names if m == method) for method, _ in names}
 
     def _read(self, kind: str, settings: dict[str, Any]) -> Results:
@@ -142,8 +163,14 @@ class Study:
         results = self.clean if column == "clean" else self.results
         return results.per_example(f"{method}-{seed}", set_name, column)
 
-    def cell(self, method: str, set_name: str, column: str) -> Estimate:
-        return estimate([self.of_examples(method, seed, set_name, column) for seed in self.seeds[method]])
+    def cell(self, method: str, set_name: str, column: str, seeds: Sequence[int] | None = None) -> Estimate:
+        """Of all models of a method, or of some."""
+        return estimate([self.of_examples(method, seed, set_name, column) for seed in seeds or self.seeds[method]])
+
+    def columns(self, set_name: str) -> list[str]:
+        """Those whose cells are means over examples."""
+        ratios = {summary.name for summary in self.config.evaluation.summaries if summary.how == "uar"}
+        return [column for column in self.results.columns(set_name) if column not in ratios]
 
     def difference(self, claim: Claim, set_name: str) -> Estimate | None:
         """Of two methods, on the seeds that both have; None if there are none."""
@@ -153,23 +180,25 @@ class Study:
         )
         return estimate([a - b for a, b in zip(better, than, strict=True)]) if both else None
 
-    def table(self, methods: Sequence[str], set_name: str, columns: Sequence[str]) -> list[str]:
+    def table(
+        self, methods: Sequence[str], set_name: str, columns: Sequence[str], seeds: Sequence[int] | None = None
+    ) -> list[str]:
         """Methods by columns, of each column the best in bold."""
-        cells = {(m, c): self.cell(m, set_name, c) for m in methods for c in columns}
+        cells = {(m, c): self.cell(m, set_name, c, seeds) for m in methods for c in columns}
         best = {c: max(round(cells[m, c].value, 1) for m in methods) for c in columns}
         lines = [f"| method | models | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 2)]
         for m in methods:
             shown = [f"**{cells[m, c]}**" if round(cells[m, c].value, 1) == best[c] else str(cells[m, c]) for c in columns]
-            lines.append(f"| {m} | {len(self.seeds[m])} | {' | '.join(shown)} |")
+            lines.append(f"| {m} | {len(seeds or self.seeds[m])} | {' | '.join(shown)} |")
         return lines
 
     def verdicts(self, set_name: str) -> list[str]:
         """Each claim with the difference behind it."""
         lines = ["| claim | column | difference in points | models | |", "|---|---|---|---|---|"]
-        for claim in claims(self.results.columns(set_name)):
+        for claim in claims(self.columns(set_name)):
             if (found := self.difference(claim, set_name)) is not None:
                 shown = f"{found.value:+.1f} ± {found.half:.1f}"
-                told = verdict(found, claim.comparable)
+                told = verdict(found, claim.comparable) if found.models > 1 else "open (one seed)"
                 lines.append(f"| {claim.text} | {claim.column} | {shown} | {found.models} | {told} |")
         return lines
 
@@ -178,7 +207,7 @@ class Study:
         files = sorted((self.folder / "autoattack").glob("*.parquet"))
         if not files:
             return []
-        suite = "digits_autoattack" if self.config.data.source == "mnist5k" else "cifar10_autoattack"
+        suite = self.notes["autoattack"]["suite"]
         config = suites.resolved(EvaluationConfig(suites=(suite,), sets=("natural",)))
         results = Results(pa.concat_tables([pq.read_table(file) for file in files]), config)
         columns = results.columns("natural")
@@ -219,7 +248,11 @@ def pack(folder: Path, target: Path) -> None:
             rows = pa.concat_tables([pq.read_table(file).select(KEPT) for file in files])
             pq.write_table(rows, target / kind / "all.parquet", compression="zstd")
     values = yaml.safe_load((folder / "settings.yaml").read_text())
-    slim = {"evaluation": values["evaluation"], "data": {"source": values["data"]["source"]}, "training": values["training"]}
+    slim = {
+        "evaluation": values["evaluation"],
+        "data": {"source": Path(values["data"]["source"]).name},
+        "training": values["training"],
+    }
     (target / "settings.yaml").write_text(yaml.safe_dump({**slim, "objective": values["objective"]}))
     notes = {name: note for name, note in read_json(folder / "study.json").items() if name not in ("generator",)}
     (target / "study.json").write_text(json.dumps(notes, indent=1) + "\n")
@@ -227,22 +260,31 @@ def pack(folder: Path, target: Path) -> None:
 
 def page(study: Study) -> list[str]:
     """The whole page."""
-    notes = read_json(study.folder / "study.json")
-    took = {kind: [note for name, note in notes.items() if name.endswith(f" {kind}")] for kind in ("training", "evaluation")}
-    minutes = {kind: sum(note["seconds"] for note in found) / 60 for kind, found in took.items()}
-    first = took["training"][0]
-    lines = [f"# The study on {NAMES[study.config.data.source]}", ""]
+    ours = {name: note for name, note in study.notes.items() if " " in name}  # MODEL training, MODEL rows+clean, ...
+    minutes = {"training": 0.0, "evaluation": 0.0}
+    for name, note in ours.items():
+        minutes["training" if name.endswith(" training") else "evaluation"] += note["seconds"] / 60
+    first, training, objective = next(iter(ours.values())), study.config.training, study.config.objective
+    lines = [f"# The study on {NAMES.get(study.config.data.source, study.config.data.source)}", ""]
+    if (written := study.folder / "notes.md").is_file():
+        lines += [*written.read_text(encoding="utf-8").splitlines(), ""]
+    lines += ["## How", ""]
     lines += [
         f"{sum(map(len, study.seeds.values()))} models: {minutes['training']:.0f} minutes of training and "
         f"{minutes['evaluation']:.0f} of evaluation, {first['processes']} at a time on {first['machine']}, not quiet, "
-        f"torch {first['versions']['torch']}.",
+        f"torch {first['versions']['torch']}. `make results` does all of it again.",
         "",
-        "Accuracy in %, ± the half of a 95 % interval that counts the draw of test images and that of seeds; the best in bold.",
+        f"In training, unless a method's entry in benchmarks/studies/methods.yaml says otherwise: {training.epochs} epochs, "
+        f"L∞ {objective.image.eps:g} in pixels of [0, 1], {objective.latent.eps:g} in W+, {objective.image.steps} steps each.",
+        "",
+        "Accuracy in %, ± the half of a 95 % interval that counts the draw of test images and, where there are several models, "
+        "that of seeds; the best in bold. Intervals are of one cell each: of twenty, one is expected to miss. The budgets of "
+        "attacks that no method trains on were chosen before the study by what one AT model stands.",
     ]
     for set_name in study.config.evaluation.sets:
         count, clean = (len(r.ids(r.models[0], set_name)) for r in (study.results, study.clean))
         lines += ["", f"## {count} {SET_NAMES[set_name]}", "", f"(`clean`: all {clean:,})", ""]
-        lines += study.table(study.methods, set_name, study.results.columns(set_name))
+        lines += study.table(study.methods, set_name, study.columns(set_name))
         lines += ["", "What this says to the paper's claims:", "", *study.verdicts(set_name)]
     lines += ["", f"Comparable: less than {NEAR:g} points below. Open: the interval holds both answers."]
     if found := study.autoattack():
@@ -254,11 +296,18 @@ def page(study: Study) -> list[str]:
             "",
             *found,
         ]
-    lines += ["", "## Ablations", "", f"On {SET_NAMES['on_manifold']}. One thing is changed of `dmat`, evaluation is the same."]
+    lines += [
+        "",
+        "## Ablations",
+        "",
+        f"On {SET_NAMES['on_manifold']}. One thing is changed of `dmat`, evaluation is the same. Only seeds that a table's ",
+    ]
+    lines[-1] += "methods share are counted; with one seed, intervals are of images alone."
     for title, methods in ABLATIONS.items():
         if len(there := [m for m in methods if m in study.seeds]) > 1:
             columns = [c for c in HEADLINE if c in study.results.columns("on_manifold")]
-            lines += ["", f"### {title}", "", *study.table(there, "on_manifold", columns)]
+            shared = sorted(set.intersection(*(set(study.seeds[m]) for m in there)))
+            lines += ["", f"### {title}", "", *study.table(there, "on_manifold", columns, shared)]
     lines += ["", "## Columns", ""]
     lines += [f"- {name}: {text}" for name, text in columns_described(study.results).items()]
     return lines

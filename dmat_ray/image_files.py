@@ -42,8 +42,9 @@ def load_images(source: str = "mnist5k", split: str = "test", **data: Any) -> tu
     if bad:
         first, reason = next(iter(bad.items()))
         told = f"{len(bad)} of {len(read)} images cannot be read, the first: '{first}' {reason}"
-        if len(bad) > config.max_rejected * len(read):
-            raise UserError(f"{told}. Repair or replace the files, or raise max_rejected, which is {config.max_rejected}")
+        if len(bad) > config.max_rejected * len(read) or len(bad) == len(read):
+            way = "" if len(bad) == len(read) else f", or raise max_rejected, which is {config.max_rejected}"
+            raise UserError(f"{told}. Repair or replace the files{way}")
         warnings.warn(told, stacklevel=2)
     good = np.array([not isinstance(what, str) for what in read])
     rows, pixels = rows.filter(pa.array(good)), np.stack([what for what in read if not isinstance(what, str)])
@@ -65,9 +66,11 @@ def predict(model: Place, images: Place, *, batch_size: int = 100, device: str =
     ...     _ = Path(f"photos/{id}.png").write_bytes(png)
     >>> config = settings("demo", "dmat", "small", output="runs/small")
     >>> _ = make_set(config)
-    >>> predict(train(config), "photos").select(["path", "class_name"]).to_pylist()
-    [{'path': 'mnist5k-0000.png', 'class_name': '0'}, {'path': 'mnist5k-0001.png', 'class_name': '0'}]
+    >>> table = predict(train(config), "photos")
+    >>> table["path"].to_pylist(), table["class_name"].to_pylist()  # doctest: +ELLIPSIS
+    (['mnist5k-0000.png', 'mnist5k-0001.png'], ['...', '...'])
     """
+    inputs.require_batch_size(batch_size)
     network, run = checkpoint.load_classifier(model, device)
     listing, ignored = prediction.list_images(str(at(images)))
     if ignored:

@@ -1,5 +1,6 @@
 """What callers from Python give, checked where it comes in: each message names what was found, and the way out."""
 
+from collections import Counter
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +11,7 @@ from dmat_ray.attack import frozen
 from dmat_ray.cli import describe
 from dmat_ray.config import Section
 from dmat_ray.errors import UserError
-from dmat_ray.types import Generator
+from dmat_ray.types import Batch, Generator
 
 Kind = TypeVar("Kind", bound=Section)
 RENDERED_AGAIN = 16 / 255  # how far pixels of bf16 may be from those of a set, which are rounded to levels
@@ -80,8 +81,9 @@ def require_classifier(network: Any, x_BCHW: Tensor, name: str = "the network") 
     try:
         with frozen(network), torch.no_grad():
             logits = network(x_BCHW[:1])
-    except RuntimeError as error:
-        raise UserError(f"{name} cannot take images of {_by(x_BCHW.shape[1:])}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # of whatever type its author thinks right
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{name} cannot take images of {_by(x_BCHW.shape[1:])}: {reason}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
         found = shape_of(logits) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise UserError(f"{name} puts out {found} for one image, but must put out one logit a class, (1, classes)")
@@ -102,15 +104,51 @@ def require_codes(w: Any, x_BCHW: Tensor, generator: Generator, name: str = "w_B
     for what, value in ((name, w), ("x_BCHW", x_BCHW)):
         if value.device != where:
             raise UserError(f"{what} is on {value.device}, the generator is on {where}; move one of them, as by .to('{where}')")
-    with torch.no_grad():
-        rendered = generator.synthesis(w[:8])
-    far = float((rendered - x_BCHW[:8]).abs().max())
+    far = _apart(generator, w[:8], x_BCHW[:8])
     if not far <= RENDERED_AGAIN:
         raise UserError(
             f"x_BCHW is not g({name}): pixels differ by up to {far:.2g}; a move along the manifold begins there, so give the "
             "images that `project` returns beside its w, not those that it was given"
         )
     return w
+
+
+def require_set_of(generator: Generator, batch: Batch) -> None:
+    """Raise UserError unless these images of a set, of the generator's size, are its g(w)."""
+    assert batch.w_BLD is not None
+    shape, found = (generator.num_ws, generator.w_dim), tuple(batch.w_BLD.shape[1:])
+    if found != shape:
+        told = f"its w is {_by(found)}, this one's {_by(shape)}"
+    elif not (far := _apart(generator, batch.w_BLD, batch.x_BCHW)) <= RENDERED_AGAIN:
+        told = f"its images are not g(w), pixels differ by up to {far:.2g}"
+    else:
+        return
+    raise UserError(f"the set was made by another generator: {told}; give the one that it was projected with")
+
+
+def require_threat(threat: Any) -> None:
+    """Raise UserError for what renders no images: a threat's name, say."""
+    if not callable(getattr(threat, "render", None)):
+        found = f"'{threat}'" if isinstance(threat, str) else f"a {type(threat).__name__}"
+        raise UserError(f"threat is {found}; give what build_threat makes, as build_threat('image', eps='8/255')")
+
+
+def require_batch_size(batch_size: int) -> None:
+    """Raise UserError for batches of no image."""
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; give 1 or more")
+
+
+def names_of(x_BCHW: Tensor, ids: list[str] | None) -> list[str]:
+    """The images' names, by default numbers. Raises UserError unless each has one of its own."""
+    if ids is None:
+        return [str(k) for k in range(len(x_BCHW))]
+    if len(ids) != len(x_BCHW):
+        raise UserError(f"ids has {len(ids)} names for {len(x_BCHW)} images")
+    if len(set(ids)) < len(ids):
+        twice = next(name for name, count in Counter(ids).items() if count > 1)
+        raise UserError(f"ids has '{twice}' more than once; give each image a name of its own, from which its draws come")
+    return ids
 
 
 def section(
@@ -130,6 +168,12 @@ def section(
         unknown = any(item["type"] == "extra_forbidden" for item in error.errors())
         hint = f"; it has {known}" if unknown else ""
         raise UserError(f"{what}: {describe(error).removeprefix('settings: ')}{hint}") from None
+
+
+def _apart(generator: Generator, w_BLD: Tensor, x_BCHW: Tensor) -> float:
+    """The largest difference of a pixel between g(w) and x."""
+    with torch.no_grad():
+        return float((generator.synthesis(w_BLD) - x_BCHW).abs().max())
 
 
 def _dtype(x: Tensor) -> str:

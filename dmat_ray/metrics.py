@@ -104,7 +104,7 @@ class Results:
         return Accuracy(middle, low, high, found[0].count)
 
     def per_example(self, model: str, set_name: str, column: str) -> np.ndarray:
-        """(N) float64, whose mean is the number in a cell: 0 or 1, or of a mean the share of its attacks that an example stood."""
+        """(N) float64, whose mean is the number in a cell: 0 or 1, of a mean the share of its attacks that an example stood."""
         summary = next((s for s in self.config.summaries if s.name == column), None)
         if summary is None:
             return self.correct(model, set_name, column).astype(np.float64)

@@ -39,16 +39,16 @@ def list_images(place: str) -> tuple[pa.Table, str]:
     root = at(place)
     try:
         if root.is_file():
-            raise UserError(f"--images '{root}' is a file; give the folder that it lies in")
+            raise UserError(f"'{root}' is a file; give the folder of images that it lies in")
         files, folders = root.tree()
         if not files and not folders and not root.is_dir():
-            raise UserError(f"--images '{root}' is no folder that exists")
+            raise UserError(f"'{root}' is no folder that exists; give a folder of images")
     except OSError as error:
-        raise UserError(f"--images '{root}' cannot be listed: {error.strerror} ('{error.filename}')") from None
+        raise UserError(f"the images in '{root}' cannot be listed: {error.strerror} ('{error.filename}')") from None
     files.sort(key=lambda path: path.replace("/", "\0"))
     images = [path for path in files if os.path.splitext(path)[1].lower() in EXTENSIONS]
     if not images:
-        raise UserError(f"--images '{root}' holds no images ({', '.join(sorted(EXTENSIONS))})")
+        raise UserError(f"'{root}' holds no images ({', '.join(sorted(EXTENSIONS))})")
     others = sorted(set(files) - set(images))
     ignored = f"{len(others)} file(s) of no extension of images, the first: '{_text(others[0])}'" if others else ""
     table = pa.table(

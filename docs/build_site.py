@@ -19,10 +19,11 @@ FETCHED = re.compile(
 
 def staged() -> dict[str, str]:
     """The pages of the site by their names."""
-    pages = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+    docs = ROOT / "docs"
+    pages = {str(path.relative_to(docs).as_posix()): path.read_text(encoding="utf-8") for path in sorted(docs.rglob("*.md"))}
     first = (ROOT / "README.md").read_text(encoding="utf-8")
     pages["index.md"] = re.sub(r"\]\(docs/", "](", first)
-    return {name: text.replace("](../README.md", "](index.md") for name, text in pages.items()}
+    return {name: re.sub(r"\]\(((?:\.\./)*)\.\./README\.md", r"](\1index.md", text) for name, text in pages.items()}
 
 
 def fetched(page: str) -> list[str]:
@@ -41,7 +42,9 @@ def main() -> None:
     shutil.rmtree(SITE, ignore_errors=True)
     STAGED.mkdir(parents=True)
     for name, text in staged().items():
+        (STAGED / name).parent.mkdir(exist_ok=True)
         (STAGED / name).write_text(text, encoding="utf-8")
+    shutil.copytree(ROOT / "docs" / "images", STAGED / "images")
     command = [sys.executable, "-m", "zensical", "build", "--clean", "--strict", "--config-file", str(ROOT / "zensical.toml")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     problems = done.stdout + done.stderr

@@ -1,11 +1,11 @@
-"""What `from dmat_ray import ...` gives: it does what the parts do, and says what is wrong with its inputs."""
+"""What `from dmat_ray import ...` gives does what the parts do."""
 
 import doctest
 import importlib
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 import dmat_ray
@@ -30,7 +29,6 @@ from dmat_ray import (
     load_images,
     make_set,
     open_set,
-    predict,
     project,
     settings,
     train,
@@ -38,6 +36,7 @@ from dmat_ray import (
 from dmat_ray.cluster import shard_tasks
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.data import set_writer
+from dmat_ray.data.set_format import MANIFEST
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import set_maker
 from dmat_ray.manifold.starts import Nearest
@@ -49,28 +48,22 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where examples run, one after the other: each makes its small set and model, or finds it there."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("examples"))
-        yield Path.cwd()
+def test_examples_show_what_they_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All in one place, one after the other: the first of them make the small set and its model, the others find them there."""
+    monkeypatch.chdir(tmp_path)
+    runner, found = doctest.DocTestRunner(), doctest.DocTestFinder(recurse=False)
+    for name in dmat_ray.__all__:
+        one = getattr(dmat_ray, name)
+        (example,) = found.find(one, name, importlib.import_module(one.__module__), globs={})
+        told: list[str] = []
+        failed, tried = runner.run(example, out=told.append)
+        assert failed == 0, "".join(told)
+        assert tried > 1, f"{name} has no example"
 
 
-@pytest.mark.parametrize("name", dmat_ray.__all__)
-def test_its_example_shows_what_it_does(name: str, folder: Path) -> None:
-    found = getattr(dmat_ray, name)
-    examples = doctest.DocTestFinder(recurse=False).find(found, name, importlib.import_module(found.__module__), globs={})
-    runner = doctest.DocTestRunner()
-    for example in examples:
-        runner.run(example)
-    assert runner.summarize(verbose=False).failed == 0
-    assert runner.tries > 1, f"{name} has no example"
-
-
-def test_the_page_of_the_api_does_what_it_says(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_of_the_api_does_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
-    code, shown = re.findall(r"```python\n(.*?)```\n[^`]*```\n(.*?)```", page, re.DOTALL)[0]
+    code, shown = re.findall(r"```python\n(.*?)```\n[^`]*```text\n(.*?)```", page, re.DOTALL)[0]
     names: dict[str, Any] = {}
     exec(compile(code, "docs/python.md", "exec"), names)
     said = capsys.readouterr().out
@@ -248,7 +241,7 @@ def test_an_evaluated_network_is_left_as_it_was(set_folder: Path, generator: Sty
     assert results.accuracy("mine", "natural", "clean").count == 4
 
 
-def test_a_set_made_here_is_the_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_set_made_here_is_the_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its shards hold what tasks and actors of the job put there, and the job takes it for its own."""
     config = settings("demo", "small", output=str(tmp_path), data={"train_limit": 20, "test_limit": 10}, projection={"steps": 2})
     folder = make_set(config)
@@ -267,127 +260,16 @@ def test_a_set_made_here_is_the_jobs(tmp_path: Path, capsys: pytest.CaptureFixtu
     capsys.readouterr()
     assert str(make_set(config)) == str(folder)
     assert "nothing to do" in capsys.readouterr().err
+    (folder / MANIFEST).unlink()
+    monkeypatch.setattr(set_maker, "_project", None)
+    assert str(make_set(config)) == str(folder), "its shards are there"
+    assert (folder / MANIFEST).is_file()
 
 
-def digits_in(folder: Path, count: int) -> None:
-    """PNG files, those of the first two classes, a sub-folder a class, and one that is none."""
-    digits, names = load_images("mnist5k", "train", limit=10 * count)
-    for id, x, y in zip(digits.id, digits.x_BCHW, digits.y_B.tolist(), strict=True):
-        if y < 2:
-            (folder / names[y]).mkdir(parents=True, exist_ok=True)
-            Image.fromarray((x[0] * 255).round().byte().numpy()).save(folder / names[y] / f"{id}.png")
-
-
-def test_images_of_a_folder_are_those_in_it(tmp_path: Path) -> None:
-    digits_in(tmp_path, 10)
-    images, names = load_images(str(tmp_path), "train")
-    assert names == ("0", "1")
-    assert images.x_BCHW.shape == (16, 1, 32, 32), "a fifth is the test split"
-    for id, x, y in zip(images.id, images.x_BCHW, images.y_B.tolist(), strict=True):
-        assert id.startswith(f"{names[y]}/")
-        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / id)), (x[0] * 255).round().numpy())
-    images, _ = load_images(str(tmp_path), "train", resolution=16, channels=3)
-    assert images.x_BCHW.shape == (16, 3, 16, 16)
-    (tmp_path / "0" / "bad.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"1 of \d+ images cannot be read, the first: '0/bad.png' .* max_rejected, which is 0.01"):
-        [load_images(str(tmp_path), split) for split in ("train", "test")]
-    with pytest.warns(UserWarning, match=r"cannot be read, the first: '0/bad.png'"):
-        both = [load_images(str(tmp_path), split, max_rejected=1)[0] for split in ("train", "test")]
-    assert len(both[0]) + len(both[1]) == 20
-
-
-def test_predictions_are_the_networks(config: Config, tmp_path: Path) -> None:
-    digits_in(tmp_path / "photos", 3)
-    (tmp_path / "photos" / "bad.png").write_bytes(b"no image")
-    network, run = load_classifier(train(config))
-    table = predict(train(config), tmp_path / "photos", batch_size=4)
-    assert table["path"].to_pylist() == sorted(table["path"].to_pylist(), key=lambda path: path.replace("/", "\0"))
-    rows = {row["path"]: row for row in table.to_pylist()}
-    assert rows.pop("bad.png")["reason"]
-    assert len(rows) == 6
-    for path, row in rows.items():
-        x = Image.open(tmp_path / "photos" / path).resize((8, 8), Image.Resampling.LANCZOS)
-        probability = network(torch.from_numpy(np.asarray(x)).float()[None, None] / 255).softmax(dim=1)[0]
-        assert row["class_name"] == run["class_names"][row["prediction"]]
-        assert abs(float(probability[row["prediction"]]) - row["probability"]) < 0.05, "whoever scales it"
-
-
-X, Y = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(4, dtype=torch.int64)
-
-
-@pytest.mark.parametrize(
-    ("x", "y", "message"),
-    [
-        (X.numpy(), Y, r"x_BCHW is a ndarray, not a torch tensor; convert it, as by torch.from_numpy"),
-        ((X * 255).byte(), Y, r"x_BCHW is uint8, but images are float in \[0, 1\] here; give x_BCHW / 255"),
-        (X.bool(), Y, r"x_BCHW is bool, but images are float"),
-        (X[0], Y, r"x_BCHW has the shape \(1, 8, 8\), but must have .* give x_BCHW\[None\] for one image"),
-        (X[:0], Y, r"x_BCHW has the shape \(0, 1, 8, 8\)"),
-        (X.permute(0, 2, 3, 1), Y, r"shape \(4, 8, 8, 1\), its channels last; give x_BCHW.permute\(0, 3, 1, 2\)"),
-        (X * 255, Y, r"x_BCHW ranges from [\d.]+ to 25\d.*, but images must lie in \[0, 1\]; divide by 255"),
-        (X - 0.5, Y, r"ranges from -0\.\d+ to 0\.\d+, .* undo their normalisation"),
-        (X / 0, Y, r"x_BCHW ranges from .*, but images must lie in \[0, 1\]"),
-        (X.repeat(1, 3, 1, 1), Y, r"the network cannot take images of 3x8x8: .*channels"),
-        (X, Y.float(), r"y_B is float32, but labels are int64; give y_B.long\(\)"),
-        (X, F.one_hot(Y, 4).float(), r"y_B is float32, but labels are int64; give y_B.argmax\(dim=1\)"),
-        (X, Y[:3], r"y_B has the shape \(3,\), but 4 images have as many labels, \(4,\)"),
-        (X, Y + 4, r"y_B ranges from 4 to 4, but the network puts out 4 classes, 0 to 3"),
-        (X, [0, 0, 0, 0], r"y_B is a list, not a torch tensor; give torch.tensor\(y_B\)"),
-    ],
-)
-def test_images_and_labels_are_looked_at(x: Any, y: Any, message: str, small_net: nn.Module) -> None:
-    with pytest.raises(UserError, match=message):
-        attack_images(small_net, build_threat("image"), x, y)
-
-
-def test_codes_are_looked_at(small_net: nn.Module, generator: StyleGAN2, make_batch: Callable[..., Batch]) -> None:
-    batch, threat = make_batch(4), build_threat("latent", generator=generator)
-    w = batch.w_BLD
-    assert w is not None
-    for x, given, message in (
-        (batch.x_BCHW, None, "this threat moves w, and there is none; give w_BLD and its images"),
-        (batch.x_BCHW, w[:, :1], r"w_BLD has the shape \(4, 1, 8\), but 4 codes of this generator have \(4, 4, 8\)"),
-        (1 - batch.x_BCHW, w, r"x_BCHW is not g\(w_BLD\): pixels differ by up to"),
-    ):
-        with pytest.raises(UserError, match=message):
-            attack_images(small_net, threat, x, batch.y_B, given)
-    with pytest.raises(UserError, match="on meta, the images are on cpu; move one of them"):
-        attack_images(small_net.to("meta"), threat, batch.x_BCHW, batch.y_B, w)
-
-
-def test_other_inputs_are_looked_at(small_net: nn.Module, generator: StyleGAN2, set_folder: Path, tmp_path: Path) -> None:
-    image, data = build_threat("image"), open_set(set_folder, "test")
-    suite = EvaluationConfig()
-    for call, message in (
-        (lambda: build_threat("imgae"), "there is no threat 'imgae'; choose from image, latent, joint, fog"),
-        (lambda: build_threat("latent"), "a latent threat needs a generator"),
-        (lambda: build_threat("image", eps=8), "threat image: eps is 8, but pixels are in .* did you mean 8/255?"),
-        (lambda: build_threat("latent", generator=small_net), "generator is a SmallNet; give 'mnist32', a folder"),
-        (lambda: attack_images(small_net, image, X, Y, step=3), "attack: step: there is no such setting .*; it has steps"),
-        (lambda: attack_images(small_net, image, X, Y, curve=(1,)), "curve belongs to a suite's table"),
-        (lambda: attack_images(small_net, image, X, Y, ids=["a"] * 4), "ids has 1 different names for 4 images"),
-        (lambda: attack_images(small_net, image, X, Y, batch_size=0), "batch_size is 0; give 1 or more"),
-        (lambda: attack_images(lambda x: x, image, X, Y), "the network is a function, not a torch.nn.Module"),
-        (lambda: attack_images(nn.Flatten(0), image, X, Y), r"puts out \(64,\) for one image, but must put out"),
-        (lambda: project(generator, X.repeat(1, 1, 2, 2)), "x_BCHW has images of 1x16x16, the generator makes 1x8x8"),
-        (lambda: project(generator, X, settings("demo")), "projection settings are a Config; give a ProjectionConfig"),
-        (lambda: project(generator, X, ids=["a"], **PROJECTION), "ids has 1 names for 4 images"),
-        (lambda: load_images("mnist5k", "val"), "split is 'val'; choose train or test"),
-        (lambda: load_images(str(tmp_path / "none")), "neither 'mnist5k' nor a folder"),
-        (lambda: evaluate({}, data, generator, suite), "there are no models to evaluate"),
-        (lambda: evaluate({"a": small_net}, data, generator, suite), "model 'a' puts out 4 classes, the set has 3"),
-        (lambda: evaluate({"a": small_net}, data, generator, "digit"), "suite 'digit' does not exist; choose from"),
-        (lambda: evaluate({"a": "nowhere"}, data, generator, suite), "there is no trained model at 'nowhere'"),
-        (lambda: evaluate({"a": small_net}, data, "mnist32", suite), "the set has images of 1x8x8, the generator makes 1x32x32"),
-    ):  # fmt: skip
-        with pytest.raises(UserError, match=message):
-            call()
-
-
-def test_a_set_of_another_generator_is_refused(make_generator: Callable[..., StyleGAN2], set_folder: Path) -> None:
-    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
-    with pytest.raises(UserError, match=r"x_BCHW is not g\(the set's w\)"):
-        evaluate({"a": network}, open_set(set_folder, "test"), make_generator(seed=9), EvaluationConfig())
+def test_a_set_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/on_manifold_set' cannot be written: .*; give another --output or --manifold_set"):
+        make_set(settings("demo", "small", output=str(tmp_path / "file")))
 
 
 def test_modules_are_short() -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 import types
 from collections.abc import Iterator
 from typing import Any, Literal, Union, get_args, get_origin
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+import dmat_ray.config
 from dmat_ray import presets
 from dmat_ray.config import (
     ON_MANIFOLD,
@@ -34,6 +36,18 @@ COMBINATIONS = [[], *[[name] for name in NAMES], *[list(pair) for pair in iterto
 def again(config: Config) -> Config:
     """`config` through real JSON text."""
     return Config.model_validate(json.loads(json.dumps(config.to_json())))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_can_be_pickled(name: str) -> None:
+    config = Config.model_validate(presets.load([name]))
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_every_class_of_settings_can_be_imported_by_its_name() -> None:
+    for kind in (*TERMS.values(), *ROWS.values()):
+        assert pickle.loads(pickle.dumps(kind)) is kind
+        assert getattr(dmat_ray.config, kind.__name__) is kind
 
 
 def sections_in(annotation: Any) -> Iterator[type[Section]]:

@@ -1,6 +1,7 @@
 """The documents as a site: links lead somewhere, every page is in the navigation, nothing comes from elsewhere."""
 
 import importlib.util
+import posixpath
 import re
 import runpy
 import shutil
@@ -40,12 +41,13 @@ def test_links_lead_somewhere_on_github(document: Path) -> None:
 
 def test_links_lead_somewhere_on_the_site() -> None:
     pages = SITE["staged"]()
-    assert pages.keys() == {"index.md", *(path.name for path in documents() if path.name != "README.md")}
+    assert pages.keys() == {"index.md", *(str(path.relative_to(ROOT / "docs")) for path in documents()[1:])}
     for name, text in pages.items():
         for target in links(text):
             page, _, anchor = target.partition("#")
-            assert (page or name) in pages, f"{name}: {target}"
-            assert not anchor or anchor in headings(pages[page or name]), f"{name}: {target}"
+            where = posixpath.normpath(posixpath.join(posixpath.dirname(name), page)) if page else name
+            assert where in pages or (ROOT / "docs" / where).suffix == ".png", f"{name}: {target}"
+            assert not anchor or anchor in headings(pages[where]), f"{name}: {target}"
 
 
 def test_anchors_are_the_same_on_both() -> None:
@@ -70,8 +72,8 @@ def test_every_page_is_in_the_navigation_once() -> None:
 
 
 def test_the_readme_names_every_document() -> None:
-    named = re.findall(r"^- \[(docs/\w+\.md)\]\((docs/\w+\.md)\): .+", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert {one for one, _ in named} == {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
+    named = re.findall(r"^- \[(docs/[\w/]+\.md)\]\((docs/[\w/]+\.md)\): .+", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert {one for one, _ in named} == {str(path.relative_to(ROOT)) for path in documents()[1:]}
     assert all(one == two for one, two in named)
 
 

@@ -1,6 +1,7 @@
 """Places on this machine and in an S3 store (a real server, read and written by boto3 as well): whole files or none."""
 
 import http.server
+import itertools
 import json
 import os
 import random
@@ -184,16 +185,16 @@ def test_readers_see_the_old_or_the_new(place: Location) -> None:
     stop = threading.Event()
 
     def rewrite() -> None:
-        for k in range(1, 40):
-            if not stop.is_set():
-                file.write_bytes(contents[k % 10])
-        stop.set()
+        for k in itertools.count(1):
+            if stop.is_set():
+                return
+            file.write_bytes(contents[k % 10])
 
     writer = threading.Thread(target=rewrite)
     writer.start()
-    seen = set()
+    seen, until = set(), time.monotonic() + 120
     try:
-        while not stop.is_set():
+        while time.monotonic() < until:
             content = file.read_bytes()
             assert content == contents[int(content[:1])]
             seen.add(content[:1])

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from dmat_ray.cluster import tracking
 from dmat_ray.cluster.session import connected
 from dmat_ray.config import Config
-from dmat_ray.errors import UserError
 from dmat_ray.storage import Location, Place, at, set_folder, tracking_uri
 
 if TYPE_CHECKING:
@@ -38,28 +37,17 @@ def project(config: Config, say: Callable[[str], None], parent: "tracking.Run | 
     from dmat_ray.cluster import project as stage
     from dmat_ray.data.set_format import MANIFEST
     from dmat_ray.data.set_reader import read_manifest
-    from dmat_ray.data.set_writer import begin, is_finished
-    from dmat_ray.lease import exclusive
     from dmat_ray.manifold import set_maker
 
     folder = set_folder(config)
-    listing = set_maker.prepare(config, say)
-    settings = set_maker.settings_of(config, listing)
-    if is_finished(folder, settings):
-        say("the on-manifold set is whole and unchanged, nothing to do")
-        return read_manifest(folder)
     with contextlib.ExitStack() as stack:
         # before Ray is started: a second writer, other settings and a full disk show at once
-        try:
-            lease = stack.enter_context(exclusive(folder))
-            begin(folder, settings)
-        except OSError as error:
-            raise UserError(
-                f"'{folder}' cannot be written: {error.strerror or error}; give another --output or --manifold_set"
-            ) from None
+        work = stack.enter_context(set_maker.begun(config, say))
+        if work is None:
+            return read_manifest(folder)
         stack.enter_context(connected(config.cluster, config.output, say))
         run = stack.enter_context(tracking.tracked(config, "", "project", parent))
-        manifest = stage.project(config, folder, listing, lease, say)
+        manifest = stage.project(config, work, say)
         run.metrics({f"mean_{k}": v for k, v in manifest["means"].items()} | {"images": manifest["count"]}, step=0)
         run.text(MANIFEST, (folder / MANIFEST).read_bytes().decode())
     set_maker.tell(manifest, folder, say)

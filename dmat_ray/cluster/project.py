@@ -19,13 +19,10 @@ from dmat_ray.cluster.shard_projector import ShardProjector
 from dmat_ray.cluster.shard_tasks import as_bytes, read_shard, write_shard
 from dmat_ray.config import Config
 from dmat_ray.data import set_writer
-from dmat_ray.data.set_format import MANIFEST, SHARDS
 from dmat_ray.data.set_writer import Shard
-from dmat_ray.data.sources import Listing
 from dmat_ray.errors import UserError
-from dmat_ray.lease import Lease
 from dmat_ray.manifold import set_maker
-from dmat_ray.manifold.set_maker import encoder_folder
+from dmat_ray.manifold.set_maker import Begun, encoder_folder
 from dmat_ray.storage import Location
 
 SAY_EVERY_S, SILENT_S = 5.0, 300.0
@@ -34,19 +31,15 @@ VISIBLE_S = 90.0  # a shared disk may be that late in showing a new file to anot
 PASSING = ["OSError", "cannot be written", "cannot be read"]
 
 
-def project(config: Config, folder: Location, listing: Listing, lease: Lease, say: Callable[[str], None]) -> dict[str, Any]:
-    """Make (or finish) the on-manifold set in `folder`, which `lease` holds, and return its manifest. Ray must be connected.
+def project(config: Config, work: Begun, say: Callable[[str], None]) -> dict[str, Any]:
+    """Make (or finish) an on-manifold set, and return its manifest. Ray must be connected.
 
     Raises UserError when the folder cannot be written, or more than `data.max_rejected` of the images is unreadable.
     """
-    (folder / MANIFEST).unlink()
-    (folder / SHARDS).sweep()
-    shards = set_writer.plan(listing, config.projection.shard_size)
-    records = set_writer.read_records(folder)
-    todo = set_writer.unfinished(shards, records)
+    folder, listing, todo = work.folder, work.listing, work.todo
     total = listing.table.num_rows
-    if records:
-        say(f"going on: {sum(s.name in records for s in shards)} of {len(shards)} shards are there")
+    if work.records:
+        say(f"going on: {sum(s.name in work.records for s in work.shards)} of {len(work.shards)} shards are there")
     if again := sum(s.rows.num_rows for s in todo if s.is_supplement):
         say(f"trying again what could not be read: {_count(again, 'image')}")
     if todo:
@@ -56,15 +49,14 @@ def project(config: Config, folder: Location, listing: Listing, lease: Lease, sa
         say(f"starting {'' if least == actors else f'{least} to '}{_count(actors, 'actor')} for {_count(len(todo), 'shard')}")
         rejected, seen = 0, False
         for summary in _progress(run_shards(config, folder, listing.class_names, todo), todo, say):
-            lease.check()
+            work.lease.check()
             if summary["written"] and not seen:
                 _require_visible(folder, summary["name"])
                 seen = True
             rejected += summary["rejected"]
             if rejected > config.data.max_rejected * total:
                 break  # more work would not change that
-    lease.check()
-    return set_maker.finish(config, folder, listing, shards, {**versions(), "ray": ray.__version__}, say)
+    return set_maker.finish(config, work, {**versions(), "ray": ray.__version__}, say)
 
 
 def _count(number: int, noun: str) -> str:

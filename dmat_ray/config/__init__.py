@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from dmat_ray.config.attacks import (
+    TERMS,
     AdversarialTerm,
     AttackConfig,
     CleanTerm,
@@ -23,6 +24,7 @@ from dmat_ray.config.base import Fraction, Section
 from dmat_ray.config.data import DataConfig
 from dmat_ray.config.evaluation import (
     ON_CURVE,
+    ROWS,
     AttackRow,
     AutoAttackRow,
     CleanRow,
@@ -59,6 +61,9 @@ from dmat_ray.config.threats import (
 )
 from dmat_ray.config.training import ClassifierConfig, ClusterConfig, TrackingConfig, TrainingConfig
 from dmat_ray.config.tuning import TuneConfig
+
+# also those that are made in a loop: JointTerm, JpegRow, ...
+globals().update({kind.__name__: kind for kind in (*TERMS.values(), *ROWS.values())})
 
 
 class Config(Section):

@@ -57,6 +57,7 @@ class FogTerm(Term, FogThreat):
 
 TERMS = joined(Term, [ImageTerm, LatentTerm, FogTerm])
 """The terms there are, by the name of their threat."""
+globals().update({term.__name__: term for term in TERMS.values()})  # where pickle looks for them
 
 if TYPE_CHECKING:
     AdversarialTerm: TypeAlias = Term

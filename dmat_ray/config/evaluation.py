@@ -53,6 +53,7 @@ class FogRow(Row, FogThreat):
 
 ROWS = joined(Row, [ImageRow, LatentRow, FogRow])
 """The rows that search a threat, by its name."""
+globals().update({row.__name__: row for row in ROWS.values()})  # where pickle looks for them
 
 
 class AutoAttackRow(Section):

@@ -207,7 +207,7 @@ def named(threat: type[ThreatSettings]) -> str:
 def joined(search: type[S], written: Sequence[type[S]]) -> dict[str, type[S]]:
     """Every threat together with a kind of search in one flat model, by the threat's name.
 
-    `written` are those that code needs to name; all others are made here.
+    `written` are those that code needs to name; all others are made here, and the module of `search` gives them their names.
     """
     found = {named(one): one for one in written}  # type: ignore[arg-type]
     for threat in THREATS:

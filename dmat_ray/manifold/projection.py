@@ -58,7 +58,8 @@ def _perceptual(config: ProjectionConfig, resolution: int, device: torch.device)
 
 
 class Projector:
-    """Projects images onto one generator's range. Build it once per process; `project` is called per shard, by one thread at a time.
+    """Projects images onto one generator's range. Build it once per process; `project` is called per shard, by one thread
+    at a time.
 
     `encoder` (x_BCHW in [0, 1] -> w_BLD, on the same device) is where the search starts with `start` encoder. At most
     `batch_size` images are on the device at a time.

@@ -3,7 +3,9 @@
 Files and manifest are `dmat_ray.data.set_writer`'s, the search `projection`'s.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,11 +18,11 @@ from dmat_ray.data import set_format, set_writer, sources
 from dmat_ray.data.pixels import quantise
 from dmat_ray.data.set_format import MANIFEST, SHARDS
 from dmat_ray.data.set_reader import read_manifest
-from dmat_ray.data.set_writer import Shard
+from dmat_ray.data.set_writer import Record, Shard
 from dmat_ray.data.sources import Listing
 from dmat_ray.errors import UserError
 from dmat_ray.files import text_digest
-from dmat_ray.lease import exclusive
+from dmat_ray.lease import Lease, exclusive
 from dmat_ray.manifold import encoder, generators
 from dmat_ray.manifold.projection import Projector
 from dmat_ray.storage import Location, set_folder
@@ -133,20 +135,54 @@ def _require_few(rejected: dict[str, str], total: int, share: float, say: Callab
         )
 
 
-def finish(
-    config: Config,
-    folder: Location,
-    listing: Listing,
-    shards: Sequence[Shard],
-    made_by: dict[str, str],
-    say: Callable[[str], None],
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Begun:
+    """A set that this process alone writes: the images, all their shards, those that are there, and those still to be made."""
+
+    folder: Location
+    listing: Listing
+    lease: Lease
+    shards: list[Shard]
+    records: dict[str, Record]
+    todo: list[Shard]
+
+
+@contextmanager
+def begun(config: Config, say: Callable[[str], None]) -> Iterator[Begun | None]:
+    """Inside, the set that the settings describe is this process's to make or to finish; None if it is whole and unchanged.
+
+    Raises UserError like `prepare`, and for a folder that cannot be written, that another process writes, or that was begun with
+    other settings.
+    """
+    folder, listing = set_folder(config), prepare(config, say)
+    settings = settings_of(config, listing)
+    if set_writer.is_finished(folder, settings):
+        say("the on-manifold set is whole and unchanged, nothing to do")
+        yield None
+        return
+    with ExitStack() as stack:
+        try:
+            lease = stack.enter_context(exclusive(folder))
+            set_writer.begin(folder, settings)
+            (folder / MANIFEST).unlink()
+            (folder / SHARDS).sweep()
+        except OSError as error:
+            raise UserError(
+                f"'{folder}' cannot be written: {error.strerror or error}; give another --output or --manifold_set"
+            ) from None
+        shards, records = set_writer.plan(listing, config.projection.shard_size), set_writer.read_records(folder)
+        yield Begun(folder, listing, lease, shards, records, set_writer.unfinished(shards, records))
+
+
+def finish(config: Config, work: Begun, made_by: dict[str, str], say: Callable[[str], None]) -> dict[str, Any]:
     """Write the manifest of a set whose shards are there, and return it; `made_by` are versions.
 
     Raises UserError if more than `data.max_rejected` of the images is unreadable.
     """
-    records = set_writer.read_records(folder)
-    _require_few(set_writer.rejected_of(shards, records), listing.table.num_rows, config.data.max_rejected, say)
+    work.lease.check()
+    records = set_writer.read_records(work.folder)
+    rejected = set_writer.rejected_of(work.shards, records)
+    _require_few(rejected, work.listing.table.num_rows, config.data.max_rejected, say)
     generator = generators.load_configured(config.generator)
     size = generator.resolution
     described = {
@@ -154,7 +190,7 @@ def finish(
         "lpips_is_perceptual": config.projection.lpips_weights != "random",
         "versions": made_by,
     }
-    return set_writer.finish(folder, settings_of(config, listing), shards, records, described)
+    return set_writer.finish(work.folder, settings_of(config, work.listing), work.shards, records, described)
 
 
 def tell(manifest: dict[str, Any], folder: Location, say: Callable[[str], None]) -> None:
@@ -174,31 +210,27 @@ def tell(manifest: dict[str, Any], folder: Location, say: Callable[[str], None])
 def make(config: Config, device: torch.device, say: Callable[[str], None]) -> dict[str, Any]:
     """Make (or finish) the on-manifold set that the settings describe in this process, and return its manifest.
 
-    The same set as jobs/project.py makes: either takes the other's for whole and unchanged. Raises UserError like `prepare` and
-    `finish`, and for a folder that another process writes or that was begun with other settings.
+    The same set as jobs/project.py makes: either takes the other's for whole and unchanged. Raises UserError like `begun` and
+    `finish`.
     """
-    folder, listing = set_folder(config), prepare(config, say)
-    settings = settings_of(config, listing)
-    if set_writer.is_finished(folder, settings):
-        say("the on-manifold set is whole and unchanged, nothing to do")
-        return read_manifest(folder)
-    with exclusive(folder) as lease:
-        set_writer.begin(folder, settings)
-        (folder / MANIFEST).unlink()
-        (folder / SHARDS).sweep()
-        shards = set_writer.plan(listing, config.projection.shard_size)
-        todo = set_writer.unfinished(shards, set_writer.read_records(folder))
-        projector = build_projector(config, device)
-        bad = 0
-        for number, shard in enumerate(todo, 1):
-            images, rejected = sources.read_images(shard.rows, config.data)
-            table = rows_of(projector, images, config.projection, list(listing.class_names))
-            lease.check()
-            set_writer.write_shard(folder, shard.name, table, rejected)
-            say(f"projected shard {number} of {len(todo)}")
-            if (bad := bad + len(rejected)) > config.data.max_rejected * listing.table.num_rows:
-                break  # more work would not change that
-        lease.check()
-        manifest = finish(config, folder, listing, shards, versions(), say)
-    tell(manifest, folder, say)
+    with begun(config, say) as work:
+        if work is None:
+            return read_manifest(set_folder(config))
+        if work.todo:
+            _project(config, work, build_projector(config, device), say)
+        manifest = finish(config, work, versions(), say)
+    tell(manifest, work.folder, say)
     return manifest
+
+
+def _project(config: Config, work: Begun, projector: Projector, say: Callable[[str], None]) -> None:
+    """Write the shards that are still to be made, up to the one with which too many images are unreadable."""
+    bad = 0
+    for number, shard in enumerate(work.todo, 1):
+        images, rejected = sources.read_images(shard.rows, config.data)
+        table = rows_of(projector, images, config.projection, list(work.listing.class_names))
+        work.lease.check()
+        set_writer.write_shard(work.folder, shard.name, table, rejected)
+        say(f"projected shard {number} of {len(work.todo)}")
+        if (bad := bad + len(rejected)) > config.data.max_rejected * work.listing.table.num_rows:
+            break  # more work would not change that

@@ -11,6 +11,7 @@ from small import ROOT
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 
 
+@pytest.mark.timeout(1800)
 def test_the_platform_engineers_example(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = runpy.run_path(str(ROOT / "examples" / "on_a_cluster.py"))

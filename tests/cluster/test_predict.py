@@ -105,7 +105,7 @@ def test_bad_input_is_named(predict, output, photos):
     for options, words in (
         (("--model", "none", "--images", output / "photos"), "there is no trained model at"),
         (("--model", "mine", "--images", output / "absent"), "is no folder that exists"),
-        (("--model", "mine", "--images", output / "photos" / "01.png"), "is a file; give the folder"),
+        (("--model", "mine", "--images", output / "photos" / "01.png"), "is a file; give the folder of images"),
         (("--model", "mine", "--images", output / "models"), "holds no images (.bmp, .gif"),
         (("--model", "mine", "--images", output / "photos", "--to", output / "x.csv"), "must end in .parquet"),
         (("--model", "mine", "--images", "ftp://host/x"), "begins with ftp://"),

@@ -1,0 +1,69 @@
+"""Images of folders from Python: loaded with their labels, and labelled by a model."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dmat_ray import load_classifier, load_images, predict, train
+from dmat_ray.config import Config
+from dmat_ray.errors import UserError
+
+
+def digits_in(folder: Path, count: int) -> None:
+    """PNG files, those of the first two classes, a sub-folder a class, and one that is none."""
+    digits, names = load_images("mnist5k", "train", limit=10 * count)
+    for id, x, y in zip(digits.id, digits.x_BCHW, digits.y_B.tolist(), strict=True):
+        if y < 2:
+            (folder / names[y]).mkdir(parents=True, exist_ok=True)
+            Image.fromarray((x[0] * 255).round().byte().numpy()).save(folder / names[y] / f"{id}.png")
+
+
+def test_images_of_a_folder_are_those_in_it(tmp_path: Path) -> None:
+    digits_in(tmp_path, 10)
+    images, names = load_images(str(tmp_path), "train")
+    assert names == ("0", "1")
+    assert images.x_BCHW.shape == (16, 1, 32, 32), "a fifth is the test split"
+    for id, x, y in zip(images.id, images.x_BCHW, images.y_B.tolist(), strict=True):
+        assert id.startswith(f"{names[y]}/")
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / id)), (x[0] * 255).round().numpy())
+    images, _ = load_images(str(tmp_path), "train", resolution=16, channels=3)
+    assert images.x_BCHW.shape == (16, 3, 16, 16)
+    (tmp_path / "0" / "bad.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"1 of \d+ images cannot be read, the first: '0/bad.png' .* max_rejected, which is 0.01"):
+        [load_images(str(tmp_path), split) for split in ("train", "test")]
+    with pytest.warns(UserWarning, match=r"cannot be read, the first: '0/bad.png'"):
+        both = [load_images(str(tmp_path), split, max_rejected=1)[0] for split in ("train", "test")]
+    assert len(both[0]) + len(both[1]) == 20
+
+
+def test_predictions_are_the_networks(make_config: Callable[..., Config], set_folder: Path, tmp_path: Path) -> None:
+    digits_in(tmp_path / "photos", 3)
+    (tmp_path / "photos" / "bad.png").write_bytes(b"no image")
+    model = train(make_config(output=str(tmp_path), manifold_set=str(set_folder), name="tiny"))
+    network, run = load_classifier(model)
+    table = predict(model, tmp_path / "photos", batch_size=4)
+    assert table["path"].to_pylist() == sorted(table["path"].to_pylist(), key=lambda path: path.replace("/", "\0"))
+    rows = {row["path"]: row for row in table.to_pylist()}
+    assert rows.pop("bad.png")["reason"]
+    assert len(rows) == 6
+    for path, row in rows.items():
+        x = Image.open(tmp_path / "photos" / path).resize((8, 8), Image.Resampling.LANCZOS)
+        probability = network(torch.from_numpy(np.asarray(x)).float()[None, None] / 255).softmax(dim=1)[0]
+        assert row["class_name"] == run["class_names"][row["prediction"]]
+        assert abs(float(probability[row["prediction"]]) - row["probability"]) < 0.05, "whoever scales it"
+    with pytest.raises(UserError, match="batch_size is 0; give 1 or more"):
+        predict(model, tmp_path / "photos", batch_size=0)
+    with pytest.raises(UserError, match=r"^'.*/absent' is no folder that exists"):
+        predict(model, tmp_path / "absent")
+
+
+def test_a_folder_of_nothing_readable_is_refused(tmp_path: Path) -> None:
+    digits_in(tmp_path, 10)
+    for path in tmp_path.rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"4 of 4 images cannot be read, the first: '0/.*Repair or replace the files$"):
+        load_images(str(tmp_path), max_rejected=1)

@@ -1,0 +1,139 @@
+"""What is wrong with the inputs of `from dmat_ray import ...` is said by name, with the way out."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmat_ray import attack_images, build_threat, evaluate, load_images, open_set, project, settings
+from dmat_ray.config import EvaluationConfig
+from dmat_ray.errors import UserError
+from dmat_ray.manifold import generators
+from dmat_ray.manifold.stylegan2 import StyleGAN2
+from dmat_ray.types import Batch
+
+X, Y = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(4, dtype=torch.int64)
+
+
+MEAN = [{"name": "m", "how": "mean", "of": ["PGD-99"]}]
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (X.numpy(), Y, r"x_BCHW is a ndarray, not a torch tensor; convert it, as by torch.from_numpy"),
+        ((X * 255).byte(), Y, r"x_BCHW is uint8, but images are float in \[0, 1\] here; give x_BCHW / 255"),
+        (X.bool(), Y, r"x_BCHW is bool, but images are float"),
+        (X[0], Y, r"x_BCHW has the shape \(1, 8, 8\), but must have .* give x_BCHW\[None\] for one image"),
+        (X[:0], Y, r"x_BCHW has the shape \(0, 1, 8, 8\)"),
+        (X.permute(0, 2, 3, 1), Y, r"shape \(4, 8, 8, 1\), its channels last; give x_BCHW.permute\(0, 3, 1, 2\)"),
+        (X * 255, Y, r"x_BCHW ranges from [\d.]+ to 25\d.*, but images must lie in \[0, 1\]; divide by 255"),
+        (X - 0.5, Y, r"ranges from -0\.\d+ to 0\.\d+, .* undo their normalisation"),
+        (X / 0, Y, r"x_BCHW ranges from .*, but images must lie in \[0, 1\]"),
+        (X.repeat(1, 3, 1, 1), Y, r"the network cannot take images of 3x8x8: .*channels"),
+        (X, Y.float(), r"y_B is float32, but labels are int64; give y_B.long\(\)"),
+        (X, F.one_hot(Y, 4).float(), r"y_B is float32, but labels are int64; give y_B.argmax\(dim=1\)"),
+        (X, Y[:3], r"y_B has the shape \(3,\), but 4 images have as many labels, \(4,\)"),
+        (X, Y + 4, r"y_B ranges from 4 to 4, but the network puts out 4 classes, 0 to 3"),
+        (X, [0, 0, 0, 0], r"y_B is a list, not a torch tensor; give torch.tensor\(y_B\)"),
+    ],
+)
+def test_images_and_labels_are_looked_at(x: Any, y: Any, message: str, small_net: nn.Module) -> None:
+    with pytest.raises(UserError, match=message):
+        attack_images(small_net, build_threat("image"), x, y)
+
+
+def test_codes_are_looked_at(small_net: nn.Module, generator: StyleGAN2, make_batch: Callable[..., Batch]) -> None:
+    batch, threat = make_batch(4), build_threat("latent", generator=generator)
+    w = batch.w_BLD
+    assert w is not None
+    for x, given, message in (
+        (batch.x_BCHW, None, "this threat moves w, and there is none; give w_BLD and its images"),
+        (batch.x_BCHW, w[:, :1], r"w_BLD has the shape \(4, 1, 8\), but 4 codes of this generator have \(4, 4, 8\)"),
+        (1 - batch.x_BCHW, w, r"x_BCHW is not g\(w_BLD\): pixels differ by up to"),
+    ):
+        with pytest.raises(UserError, match=message):
+            attack_images(small_net, threat, x, batch.y_B, given)
+    with pytest.raises(UserError, match="on meta, the images are on cpu; move one of them"):
+        attack_images(small_net.to("meta"), threat, batch.x_BCHW, batch.y_B, w)
+
+
+def test_other_inputs_are_looked_at(small_net: nn.Module, generator: StyleGAN2, set_folder: Path, tmp_path: Path) -> None:
+    image, data = build_threat("image"), open_set(set_folder, "test")
+    suite = EvaluationConfig()
+    for call, message in (
+        (lambda: build_threat("imgae"), "there is no threat 'imgae'; choose from image, latent, fog, joint"),
+        (lambda: build_threat("latent"), r"threat latent moves w; give its generator, as build_threat\('latent', generator="),
+        (lambda: build_threat("image", eps=8), "threat image: eps is 8, but pixels are in .* did you mean 8/255?"),
+        (lambda: build_threat("latent", generator=small_net), "generator is a SmallNet; give 'mnist32', a folder"),
+        (lambda: attack_images(small_net, image, X, Y, step=3), "attack: step: there is no such setting .*; it has steps"),
+        (lambda: attack_images(small_net, image, X, Y, curve=(1,)), "curve belongs to a suite's table"),
+        (lambda: attack_images(small_net, image, X, Y, ids=["a"] * 4), "ids has 'a' more than once; give each image a name"),
+        (lambda: attack_images(small_net, image, X, Y, ids=list("ab")), "ids has 2 names for 4 images"),
+        (lambda: attack_images(small_net, "image", X, Y), r"threat is 'image'; give what build_threat makes"),
+        (lambda: attack_images(small_net, image, X, Y, name="x"), "name belongs to a suite's table"),
+        (lambda: attack_images(small_net, image, X, Y, batch_size=0), "batch_size is 0; give 1 or more"),
+        (lambda: attack_images(lambda x: x, image, X, Y), "the network is a function, not a torch.nn.Module"),
+        (lambda: attack_images(nn.Flatten(0), image, X, Y), r"puts out \(64,\) for one image, but must put out"),
+        (lambda: project(generator, X.repeat(1, 1, 2, 2)), "x_BCHW has images of 1x16x16, the generator makes 1x8x8"),
+        (lambda: project(generator, X, settings("demo")), "projection settings are a Config; give a ProjectionConfig"),
+        (lambda: project(generator, X, ids=["a"], lpips=0), "ids has 1 names for 4 images"),
+        (lambda: project(generator, X, ids=list("abab"), lpips=0), "ids has 'a' more than once"),
+        (lambda: load_images("mnist5k", "val"), "split is 'val'; choose train or test"),
+        (lambda: load_images(str(tmp_path / "none")), "neither 'mnist5k' nor a folder"),
+        (lambda: evaluate(small_net, data, generator, suite), "models is a SmallNet; give models by names, {'mine'"),
+        (lambda: evaluate([small_net], data, generator, suite), "models is a list; give models by names"),
+        (lambda: evaluate({"a": max}, data, generator, suite), "model 'a' is a builtin_function_or_method, not a torch"),
+        (lambda: evaluate({"a": small_net}, "runs/x", generator, suite), r"data is 'runs/x'; give .* open_set\(folder, 'test'\)"),
+        (lambda: evaluate({"a": small_net}, data, generator, "digits", summaries=MEAN), "evaluation: .*names 'PGD-99', which"),
+        (lambda: evaluate({}, data, generator, suite), "there are no models to evaluate"),
+        (lambda: evaluate({"a": small_net}, data, generator, suite), "model 'a' puts out 4 classes, the set has 3"),
+        (lambda: evaluate({"a": small_net}, data, generator, "digit"), "suite 'digit' does not exist; choose from"),
+        (lambda: evaluate({"a": "nowhere"}, data, generator, suite), "there is no trained model at 'nowhere'"),
+        (lambda: evaluate({"a": small_net}, data, "mnist32", suite), "the set has images of 1x8x8, the generator makes 1x32x32"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            call()
+
+
+class Picky(nn.Module):
+    """A network that says in its own way what it does not take."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise self.error
+
+
+def test_a_network_may_refuse_images_by_any_error() -> None:
+    for error, said in (
+        (AssertionError("height 8"), "height 8"),
+        (TypeError("a\nb"), "a$"),
+        (AssertionError(), "AssertionError"),
+    ):
+        with pytest.raises(UserError, match=f"the network cannot take images of 1x8x8: {said}"):
+            attack_images(Picky(error), build_threat("image"), X, Y)
+
+
+def test_a_set_of_another_generator_is_refused(
+    make_generator: Callable[..., StyleGAN2], set_folder: Path, tmp_path: Path
+) -> None:
+    data, network = open_set(set_folder, "test"), nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    other = make_generator(seed=9)
+    with pytest.raises(UserError, match=r"the set was made by another generator: its images are not g\(w\), pixels differ by"):
+        evaluate({"a": network}, data, other, EvaluationConfig())
+    other.num_ws += 1
+    with pytest.raises(UserError, match=r"the set was made by another generator: its w is 4x8, this one's 5x8"):
+        evaluate({"a": network}, data, other, EvaluationConfig())
+    # the same images: a folder is told by its weights, as by the job
+    same = make_generator()
+    same.w_mean += 1
+    generators.save_generator(tmp_path, same, {"name": "other"})
+    with pytest.raises(UserError, match=r"the set was made with generator .*, but the one given is"):
+        evaluate({"a": network}, data, str(tmp_path), EvaluationConfig())
