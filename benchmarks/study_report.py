@@ -46,7 +46,7 @@ METHODS = (
     "dmat_trades_wide",
 )
 ABLATIONS = {
-    "Share of the on-manifold term (0, ¼, ½, ¾, 1)": ("at", "dmat_latent_25", "dmat", "dmat_latent_75", "om_at"),
+    "Share of the on-manifold term, from none to all": ("at", "dmat_latent_25", "dmat", "dmat_latent_75", "om_at"),
     "Latent budget η in training (half, as it is, twice)": ("dmat_eta_03", "dmat", "dmat_eta_12"),
     "Budget ε in training (half, as it is, twice)": ("dmat_eps_05", "dmat", "dmat_eps_20", "at", "at_eps_20"),
     "Steps of the attacks in training (1, 3, 10)": ("dmat_steps_1", "dmat", "dmat_steps_10"),
@@ -304,7 +304,8 @@ def page(study: Study) -> list[str]:
     ]
     lines[-1] += "methods share are counted; with one seed, intervals are of images alone."
     for title, methods in ABLATIONS.items():
-        if len(there := [m for m in methods if m in study.seeds]) > 1:
+        there = [m for m in methods if m in study.seeds]
+        if not {"at", "dmat"}.issuperset(there):
             columns = [c for c in HEADLINE if c in study.results.columns("on_manifold")]
             shared = sorted(set.intersection(*(set(study.seeds[m]) for m in there)))
             lines += ["", f"### {title}", "", *study.table(there, "on_manifold", columns, shared)]
