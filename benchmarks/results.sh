@@ -13,6 +13,6 @@ ablations=(dmat_latent_25 dmat_latent_75 dmat_eta_03 dmat_eta_12 dmat_eps_05 dma
 test -f runs/study/mnist_sampled/manifest.json ||
     "$python" benchmarks/sampled_set.py runs/study/mnist/on_manifold_set runs/study/mnist/models/standard-0 runs/study/mnist_sampled --generator.precision fast
 "$python" "${study[@]}" --processes "$processes" --trained "${ablations[@]}" --seeds 1
-"$python" "${study[@]}" --processes "$processes" --trained "${methods[@]}" --seeds 1 --autoattack digits_autoattack
+"$python" "${study[@]}" --processes "$processes" --trained "${methods[@]}" --seeds 1 --autoattack digits_autoattack --autoattack-limit 50
 "$python" benchmarks/study_report.py runs/study/mnist --pack benchmarks/results/mnist
 "$python" benchmarks/study_report.py benchmarks/results/mnist --page docs/results/mnist.md --headline README.md

