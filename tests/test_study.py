@@ -50,7 +50,7 @@ def test_an_interval_covers_the_truth_when_images_and_seeds_are_drawn() -> None:
         truth = 100 * scipy.stats.norm.cdf(1 / np.sqrt(2.36))
         found = study_report.estimate(list(right))
         covered += abs(found.value - truth) <= found.half
-    assert 0.91 <= covered / 400 <= 0.99  # of three seeds that differ much, 92 % instead of 95: the approximation is no better
+    assert 0.91 <= covered / 400 <= 0.99  # 92 % here: with three seeds the approximation is no better
 
 
 @pytest.mark.parametrize(
