@@ -15,7 +15,6 @@ import yaml
 
 from dmat_ray import checkpoint, cli, evaluation
 from dmat_ray.data import manifold_set
-from dmat_ray.gallery import one_of_each_class
 from dmat_ray.manifold import generators
 from dmat_ray.units import applies
 
@@ -42,7 +41,7 @@ def main() -> None:
 
     generator = generators.load_configured(config.generator, cpu)
     evaluator = evaluation.Evaluator(config.evaluation, data, generator, load, given.models, cpu)
-    positions = one_of_each_class(data.label, np.arange(len(data.label)))[given.classes]
+    positions = np.array([np.flatnonzero(np.asarray(data.label) == label)[0] for label in given.classes])
     rows = {row.name: row for row in config.evaluation.attacks if row.name in SHOWN and applies(row, "on_manifold")}
 
     matplotlib.use("agg")

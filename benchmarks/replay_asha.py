@@ -19,14 +19,15 @@ def replay(courses: list[list[float]], grace: int, reduction: int, at_once: int)
     rungs: dict[int, list[float]] = {}
     while grace < last:
         rungs[grace], grace = [], grace * reduction
-    waiting, running, used, finished = list(courses), list[list[float]](), 0, list[float]()
-    epochs: dict[int, int] = {}
+    waiting, running, used, finished = list(range(len(courses))), list[int](), 0, list[float]()
+    epochs = [0] * len(courses)
     while waiting or running:
         while waiting and len(running) < at_once:
             running.append(waiting.pop(0))
-        for course in list(running):
-            epoch = epochs[id(course)] = epochs.get(id(course), 0) + 1
-            used, score = used + 1, course[epoch - 1]
+        for trial in list(running):
+            epochs[trial] += 1
+            epoch = epochs[trial]
+            used, score = used + 1, courses[trial][epoch - 1]
             ends = epoch == last
             if ends:
                 finished.append(score)
@@ -34,7 +35,7 @@ def replay(courses: list[list[float]], grace: int, reduction: int, at_once: int)
                 ends = bool(before) and score < np.percentile(before, 100 * (1 - 1 / reduction))
                 before.append(score)
             if ends:
-                running.remove(course)
+                running.remove(trial)
     return used, max(finished)
 
 

@@ -5,14 +5,12 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 processes=${PROCESSES:-2}
 study=(benchmarks/study.py --preset demo benchmarks/studies/mnist.yaml)
-methods=(standard at om_at_fgsm om_at dmat trades dmat_trades joint joint_plus dmat_trades_wide)
-ablations=(dmat_latent_25 dmat_latent_75 dmat_eta_03 dmat_eta_12 dmat_eps_05 dmat_eps_20 at_eps_20 dmat_steps_1 dmat_steps_10 dmat_plus dmat_trades_plus dmat_sampled dmat_early)
 
-"$python" "${study[@]}" --processes "$processes" --trained "${methods[@]}" --seeds 3
+"$python" "${study[@]}" --processes "$processes" --seeds 3
 "$python" "${study[@]}" benchmarks/studies/mnist_early.yaml --processes "$processes" --until projection
 test -f runs/study/mnist_sampled/manifest.json ||
     "$python" benchmarks/sampled_set.py runs/study/mnist/on_manifold_set runs/study/mnist/models/standard-0 runs/study/mnist_sampled --generator.precision fast
-"$python" "${study[@]}" --processes "$processes" --trained "${ablations[@]}" --seeds 1
-"$python" "${study[@]}" --processes "$processes" --trained "${methods[@]}" --seeds 1 --autoattack digits_autoattack --autoattack-limit 50
+"$python" "${study[@]}" --processes "$processes" --ablations --seeds 1
+"$python" "${study[@]}" --processes "$processes" --seeds 1 --autoattack digits_autoattack --autoattack-limit 50
 "$python" benchmarks/study_report.py runs/study/mnist --pack benchmarks/results/mnist
 "$python" benchmarks/study_report.py benchmarks/results/mnist --page docs/results/mnist.md --headline README.md

@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
+from study_methods import ABLATIONS, METHODS
 
 from dmat_ray import checkpoint, cli, evaluation, suites
 from dmat_ray.config import Config
@@ -41,7 +42,6 @@ from dmat_ray.manifold.samples import sample_grid
 from dmat_ray.storage import at, set_folder
 
 HERE = Path(__file__).resolve().parent
-METHODS = ("standard", "at", "om_at_fgsm", "om_at", "dmat", "trades", "dmat_trades", "joint", "dmat_plus", "joint_plus")
 STAGES = ("generator", "projection", "models")
 BEGAN = time.monotonic()
 
@@ -62,7 +62,10 @@ def main() -> None:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--trained", nargs="+", default=list(METHODS), metavar="PRESET", help="methods")
+    parser.add_argument(
+        "--trained", nargs="+", default=list(METHODS), metavar="PRESET", help="methods; by default the main table's"
+    )
+    parser.add_argument("--ablations", action="store_true", help="instead, those that only tables of ablations have")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of every method")
     parser.add_argument("--processes", type=int, default=1, help="trainings or evaluations at a time")
     parser.add_argument(
@@ -76,6 +79,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 class _Study:
     def __init__(self, config: Config, given: argparse.Namespace, device: torch.device) -> None:
         self.config, self.given, self.device = resolved(config), given, device
+        if given.ablations:
+            given.trained = sorted({method for table in ABLATIONS.values() for method in table} - set(METHODS))
         self.folder = Path(config.output).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = threading.Lock()
@@ -100,6 +105,14 @@ class _Study:
             path = self.folder / "study.json"
             notes = read_json(path) if path.is_file() else {}
             write_json(path, {**notes, name: {"machine": card, "versions": checkpoint.versions(), **told}})
+
+    def note_autoattack(self, asked: dict[str, Any]) -> None:
+        """What its rows are of, which is one suite on one number of images."""
+        path = self.folder / "study.json"
+        noted = (read_json(path) if path.is_file() else {}).get("autoattack", {})
+        if any((self.folder / "autoattack").glob("*.parquet")) and {key: noted.get(key) for key in asked} != asked:
+            raise UserError(f"'{self.folder}/autoattack' has rows of {noted}, not of {asked}; remove them, or ask for the same")
+        self.note("autoattack", asked)
 
     def generator(self) -> dict[str, Any] | None:
         """Train the generator that the settings name, if it is one of this study's own."""
@@ -150,7 +163,11 @@ class _Study:
             path.write_text(text)
 
         def one(name: str) -> None:
-            if not (folder / "models" / name / checkpoint.RUN).is_file():
+            model = folder / "models" / name
+            if (model / checkpoint.RUN).is_file():
+                config, _ = cli.parse(str(__doc__), self._training(name)[1:])
+                checkpoint.require_same_config(checkpoint.read_run(at(model))["config"], config, at(model))
+            else:
                 trained = self._run(self._training(name), f"{name}-training")
                 self.note(f"{name} training", {"seconds": trained, "processes": self.given.processes})
                 say(f"{name}: trained in {trained:.0f} s")
@@ -163,7 +180,7 @@ class _Study:
             say(f"{name}: evaluated in {evaluated:.0f} s")
 
         if self.given.autoattack:
-            self.note("autoattack", {"suite": self.given.autoattack, "limit": self.given.autoattack_limit})
+            self.note_autoattack({"suite": self.given.autoattack, "limit": self.given.autoattack_limit})
         with ThreadPoolExecutor(self.given.processes) as pool:
             work = [pool.submit(one, name) for name in self.names()]
             for found in as_completed(work):

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from scipy import stats
+from study_methods import ABLATIONS, METHODS
 
 from dmat_ray import cli, suites
 from dmat_ray.config import EvaluationConfig
@@ -33,35 +34,6 @@ from dmat_ray.files import read_json
 from dmat_ray.metrics import Results
 from dmat_ray.report_values import SET_NAMES, columns_described
 
-METHODS = (
-    "standard",
-    "at",
-    "om_at_fgsm",
-    "om_at",
-    "dmat",
-    "trades",
-    "dmat_trades",
-    "joint",
-    "joint_plus",
-    "dmat_trades_plus",
-    "dmat_trades_wide",
-)
-ABLATIONS = {
-    "Share of the on-manifold term, from none to all": ("at", "dmat_latent_25", "dmat", "dmat_latent_75", "om_at"),
-    "Latent budget η in training (half, as it is, twice)": ("dmat_eta_03", "dmat", "dmat_eta_12"),
-    "Budget ε in training (half, as it is, twice)": ("dmat_eps_05", "dmat", "dmat_eps_20", "at", "at_eps_20"),
-    "Steps of the attacks in training (1, 3, 10)": ("dmat_steps_1", "dmat", "dmat_steps_10"),
-    "The manifold: of a generator stopped early, and as it is": ("dmat_early", "dmat"),
-    "Data: projected images, and as many samples of the generator beside them": ("dmat", "dmat_sampled"),
-    "An average of weights and adversarial weight perturbation": (
-        "dmat",
-        "dmat_plus",
-        "dmat_trades",
-        "dmat_trades_plus",
-        "joint",
-        "joint_plus",
-    ),
-}
 HEADLINE = ("clean", "PGD-50", "OM-PGD-50", "PGD-50 L2", "fog", "unseen mean", "worst")
 NAMES = {"mnist5k": "MNIST-5k", "cifar10": "CIFAR-10"}
 KEPT = ["model", "source", "set", "attack", "id", "label", "prediction", "correct"]

@@ -111,7 +111,13 @@ def losses_of(network: nn.Module, batch: Batch, config: AttackConfig) -> list[Lo
 
 
 def _search(
-    network: nn.Module, threat: Threat, batch: Batch, loss: Loss, config: AttackConfig, draws: Draws | None, measure: bool
+    network: nn.Module,
+    threat: Threat,
+    batch: Batch,
+    loss: Loss,
+    config: AttackConfig,
+    draws: Draws | None,
+    judge: nn.Module | None,
 ) -> Attacked:
     search = SEARCHES[config.method](threat, batch, config, draws)
     theta = search.start()
@@ -127,8 +133,8 @@ def _search(
     with torch.no_grad():
         theta = search.last(theta, lambda last: loss(network(threat.render(batch, last))))
         x = threat.render(batch, theta)
-        if measure:
-            logits = network(x)
+        if judge is not None:
+            logits = judge(x)
             value_B = loss(logits)
         return Attacked(x, theta, value_B.detach(), logits.detach().argmax(dim=1) != batch.y_B)
 
@@ -151,18 +157,21 @@ def attack(
     purpose: str,
     loss: Loss | None = None,
     measure: bool = True,
+    judge: nn.Module | None = None,
 ) -> Attacked:
     """Search the threat for each example's worst case of `loss` (default: cross entropy to the label).
 
     Random starts derive from (seed, example id, purpose, restart). Of several searches each example keeps one that broke it, and
     among those the one with the highest loss. Raises UserError if the batch is outside [0, 1],
     NotFiniteError if the network puts out values that are not finite. Without `measure`, which training does without, the
-    images that it ends with do not go through the network again: `loss_B` and `broken_B` are those of one step before.
+    images that it ends with do not go through the network again: `loss_B` and `broken_B` are those of one step before. `judge` is
+    the network, in eval mode, of which `network` is a copy for attacks, in another precision perhaps: it has the last word.
     """
     low, high = batch.x_BCHW.aminmax()
     if not (low >= 0 and high <= 1):
         raise UserError(f"images must lie in [0, 1]; these range from {low:.6g} to {high:.6g}")
     best: Attacked | None = None
+    last = (judge or network) if measure or config.restarts > 1 else None
     with frozen(network):
         number = 1 if loss is not None else len(losses_of(network, batch, config))
         for restart in range(config.restarts):
@@ -174,7 +183,7 @@ def attack(
                 raised = loss if loss is not None else losses_of(network, part, config)[k]
                 which = f"{purpose}/{restart}" if number == 1 else f"{purpose}/{restart}/{k}"
                 draws = Draws(seed, part.id, which) if config.random_start else None
-                found = _search(network, threat, part, raised, config, draws, measure or config.restarts > 1)
+                found = _search(network, threat, part, raised, config, draws, last)
                 best = found if best is None else _worse(best, found, standing)
     assert best is not None
     if not torch.isfinite(best.loss_B).all():

@@ -135,6 +135,19 @@ def show(network: nn.Module, terms: Sequence[int]) -> None:
         layer.show(terms)
 
 
+@torch.no_grad()
+def restore(network: nn.Module, stored: Sequence[Tensor]) -> None:
+    """Statistics that are kept apart become those of `apart` elsewhere; of another number of terms, each the layer's own."""
+    mine = apart(network)
+    if [tensor.shape for tensor in mine] == [tensor.shape for tensor in stored]:
+        for tensor, old in zip(mine, stored, strict=True):
+            tensor.copy_(old)
+        return
+    for layer in layers(network):
+        if layer.mean_TC is not None:
+            layer.keep_apart(len(layer.mean_TC))
+
+
 def apart(network: nn.Module) -> list[Tensor]:
     """All statistics that are kept apart, to be averaged over workers or saved."""
     return [t for layer in layers(network) for t in (layer.mean_TC, layer.var_TC) if t is not None]

@@ -129,7 +129,9 @@ def side_at(step: int, steps: int, norm: str, height: int, width: int) -> int:
     at = step * 10_000 // steps
     share = SHARE / 2 ** sum(at > last for last in HALVINGS)
     side = max(round(math.sqrt(share * height * width)), SMALLEST[norm])
-    return min(side + (norm == "l2" and side % 2 == 0), height, width)
+    if norm != "l2":
+        return min(side, height, width)
+    return min(side // 2 * 2 + 1, (min(height, width) - 1) // 2 * 2 + 1)
 
 
 def pattern(side: int, like: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ VERSION = 2
 # settings, and sections of them, that may differ between a checkpoint and the run that goes on from it
 HARMLESS = (
     *("output", "manifold_set", "name", "methods", "evaluation", "tune", "cluster", "tracking", "gan", "encoder"),
+    *("data", "projection", "generator.path"),  # what they name is known by its content: the set's digest, the generator's
     *("generator.recompute", "training.compile", "training.checkpoint_every", "training.checkpoint_minutes"),
 )
 MORE_WEIGHT = re.compile(r"objective\.more\..+\.weight")

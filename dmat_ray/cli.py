@@ -181,7 +181,13 @@ def with_absolute_paths(config: Config) -> Config:
     generator = config.generator.model_copy(update={"path": absolute(config.generator.path)})
     judged_by = {name: absolute(getattr(config.gan.quality, name)) for name in ("network", "weights")}
     gan = config.gan.model_copy(update={"quality": config.gan.quality.model_copy(update=judged_by)})
-    return config.model_copy(update={"data": data, "generator": generator, "projection": projection, "gan": gan})
+    more = {
+        name: term.model_copy(update={"weights": absolute(term.weights)}) if isinstance(term, PerceptualThreat) else term
+        for name, term in config.objective.more.items()
+    }
+    objective = config.objective.model_copy(update={"more": more})
+    update = {"data": data, "generator": generator, "projection": projection, "gan": gan, "objective": objective}
+    return config.model_copy(update=update)
 
 
 def with_absolute_weights(config: EvaluationConfig) -> EvaluationConfig:

@@ -1,9 +1,10 @@
 """What a job will compute and what that will cost, before any machine starts.
 
 Passes of the networks are counted from the settings, and the operations of a pass by PyTorch, on tensors without data. All
-numbers are upper bounds, but for FAB's and for terms that are sampled, of which it is the mean: searches that stop early, and
-rows that meet only what others have left, take less. What is not multiplied with matrices (decoding, rendering of unseen
-threats, batch norm) is not counted.
+numbers are upper bounds, but for FAB's, for perceptual attacks (a step is counted with one pass of LPIPS and takes several) and
+for terms that are sampled, of which it is the mean: searches that stop early, and rows that meet only what others have left,
+take less. What is not multiplied with matrices (decoding, rendering of unseen threats, batch norm) is not counted, nor are an
+evaluation's checks and transfer.
 """
 
 import copy
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dmat_ray import classifiers, objectives
+from dmat_ray import classifiers, objectives, validation
 from dmat_ray.config import (
     ON_MANIFOLD,
     AttackConfig,
@@ -136,13 +137,14 @@ def train(config: Config, one: Passes, generator: Generator, images: int) -> Sta
     """Attacks and updates of every epoch, and what is held out, attacked after each."""
     objective, settings = objectives.build(config.objective, generator), config.training
     held_out = min(settings.val_examples, images)
+    looked_at = one.classifier + sum(attack(one, term) for term in validation.terms(config).values())
     attacks = [attack(one, term) for _, term, _ in objective.active]
     if config.objective.terms == "sample":
         share = [term.weight / sum(objective.weights.values()) for _, term, _ in objective.active]
         attacks = [round(a * s) for a, s in zip(attacks, share, strict=True)]
     attacks += [one.classifier for _, term, _ in objective.active if term.divergence == "kl"]
     updates = len(objective.passes) * one.classifier_train * (2 if settings.awp_gamma else 1)
-    epoch = (images - held_out) * (sum(attacks) + updates) + held_out * (sum(attacks) + one.classifier)
+    epoch = (images - held_out) * (sum(attacks) + updates) + held_out * looked_at
     name = f"train {config.name}".strip()
     return Stage(name, images, f"{settings.epochs} epochs", settings.epochs * epoch, config.cluster.train_workers)
 

@@ -89,7 +89,8 @@ class Evaluator:
             self._networks[model] = self._load(model).to(self.device).eval()
         return self._networks[model]
 
-    def _seen_by_attacks(self, model: str) -> nn.Module:
+    def seen_by_attacks(self, model: str) -> nn.Module:
+        """The copy of a model that attacks compute with."""
         if self._view is None or self._view[0] != model:
             dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
             self._view = model, view_of(self.network(model), dtype)
@@ -112,9 +113,9 @@ class Evaluator:
             x, distance = autoattack.run(network, batch, row, self.config.seed)
         elif not isinstance(row, CleanRow):
             threat = threats.build(row, self.generator)
-            found = attack(
-                self._seen_by_attacks(model), threat, batch, row, seed=self.config.seed, purpose=f"evaluation/{set_name}/{base}"
-            )
+            purpose = f"evaluation/{set_name}/{base}"
+            view = self.seen_by_attacks(model)
+            found = attack(view, threat, batch, row, seed=self.config.seed, purpose=purpose, judge=network)
             x, distance = found.x_BCHW, threat.distance(batch, found.theta)
         return Seen(x, self.logits(model, x), distance)
 

@@ -60,7 +60,7 @@ def train(config: Config, *, heed_sigterm: bool = False) -> Location:
     model = models.model_folder(config)
     if models.untrained([config], context.say, context.world_size):
         folder.mkdir(parents=True, exist_ok=True)
-        data = manifold_set.open_set(set_folder(config), "train")
+        data = manifold_set.open_set(set_folder(config), "train", images=config.training.images)
         generator = generators.load_configured(config.generator, context.device)
         training_loop(config, data, generator, generators.fingerprint(config.generator.path), context)
         if context.rank == 0:

@@ -113,9 +113,10 @@ class Objective:
         divergences = {name: term.divergence for name, term, _ in self.active}
         for name, weight in drawn.items():
             if divergences.get(name) == "kl":
-                # both sides carry gradient in the TRADES loss
-                log_p, q = logits[name].log_softmax(dim=1), logits[CLEAN].softmax(dim=1)
-                loss = F.kl_div(log_p, q, reduction="batchmean")
+                # both sides carry gradient in the TRADES loss; the clean side, too, as logarithms: where a probability
+                # underflows to 0 the gradient of q log q would not be finite
+                log_p, log_q = logits[name].log_softmax(dim=1), logits[CLEAN].log_softmax(dim=1)
+                loss = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
             else:
                 loss = F.cross_entropy(logits[name], y_B, label_smoothing=smoothing)
             total = total + weight * loss

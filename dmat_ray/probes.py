@@ -114,7 +114,7 @@ def _of_attack(evaluator: Evaluator, unit: Unit, row: Row, batch: Batch) -> dict
     """The course of one search, and what noise of the same budget does."""
     threat = threats.build(row, evaluator.generator)
     losses, rights = [], []
-    network = evaluator.network(unit.model)
+    network = evaluator.seen_by_attacks(unit.model)
     with frozen(network):
         raised = losses_of(network, batch, row)[0]
 
@@ -147,6 +147,7 @@ def _of_restarts(evaluator: Evaluator, unit: Unit, row: Row, batch: Batch) -> li
     broken = []
     for k in range(RESTARTS):
         purpose = f"checks/restarts/{row.name}/{k}"
-        found = attack(evaluator.network(unit.model), threat, batch, once, seed=evaluator.config.seed, purpose=purpose)
+        view, judge = evaluator.seen_by_attacks(unit.model), evaluator.network(unit.model)
+        found = attack(view, threat, batch, once, seed=evaluator.config.seed, purpose=purpose, judge=judge)
         broken.append(found.broken_B)
     return [1 - torch.stack(broken[: k + 1]).any(dim=0).float().mean().item() for k in range(RESTARTS)]

@@ -66,7 +66,8 @@ def tables(results: Results, models: list[str]) -> list[Table]:
 def budget(row: AttackRow) -> str:
     """eps as people write it: of pixels in 255ths, where they are whole."""
     eps: float = row.eps  # type: ignore[union-attr]  # of rows that have one
-    levels = eps * 255 if row.threat in IN_PIXELS else 0.5
+    in_levels = row.threat in IN_PIXELS and getattr(row, "norm", "linf") != "l1"  # a sum over pixels is no level of any
+    levels = eps * 255 if in_levels else 0.5
     return f"eps {round(levels)}/255" if abs(levels - round(levels)) < 1e-6 else f"eps {eps:.4g}"
 
 

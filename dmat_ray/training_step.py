@@ -167,5 +167,4 @@ class TrainingStep:
         elif self.average is not None:
             self.average.load_state_dict(state["average"])
             self._averages = int(self.average.n_averaged)
-        for mine, stored in zip(batch_norm.apart(self.network), state["apart"], strict=True):
-            mine.copy_(stored)
+        batch_norm.restore(self.network, state["apart"])

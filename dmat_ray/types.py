@@ -68,11 +68,11 @@ class Threat(Protocol):
         """theta back inside its ball or box, and where it says so to the closest point there."""
 
     def distance(self, batch: Batch, theta: Tensor) -> Tensor:
-        """How far theta has gone, per example, in the units of `eps`."""
+        """How far what is searched of theta has gone, per example: at most `limit`, in its units."""
 
     @property
     def limit(self) -> float:
-        """The largest `distance` that the threat allows."""
+        """The largest `distance` that the threat allows: `eps` of balls, 1 where theta is a share of the budget."""
 
     @property
     def span(self) -> float:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,11 @@ import pyarrow.compute as pc
 from dmat_ray.config import ON_CURVE, ON_MANIFOLD, AttackRow, CleanRow, EvaluationConfig
 from dmat_ray.data.manifold_set import ManifoldSet
 from dmat_ray.files import sha256, text_digest
+from dmat_ray.folders import fetched
 from dmat_ray.rng import derive
+from dmat_ray.storage import at
 
-VERSION = 2  # of rows and measurements; another makes all files of units anew
+VERSION = 3  # of rows and measurements; another makes all files of units anew
 CLEAN = "clean"
 
 
@@ -70,7 +71,8 @@ def rows_to_run(config: EvaluationConfig) -> dict[str, AttackRow]:
             share = eps / row.eps if row.eps else 1.0  # type: ignore[union-attr]  # only rows with eps have curves
             step = getattr(row, "step_size", None)
             changes = {"name": curve_name(row.name, eps), "eps": eps, "curve": ()}
-            changes |= {} if step is None else {"step_size": step * share}
+            # a step in the threat's own units is as long at any eps
+            changes |= {} if step is None or not row.step_in_eps else {"step_size": step * share}  # type: ignore[union-attr]
             rows[changes["name"]] = row.model_copy(update=changes)
     return rows
 
@@ -136,13 +138,21 @@ def still_standing(rows: pa.Table, config: EvaluationConfig, data: ManifoldSet, 
     return standing
 
 
+def weights_of(config: EvaluationConfig) -> dict[str, str]:
+    """Digests of the files of weights that the settings name, here or in an object store; one that is not there has none."""
+    rows = rows_to_run(config).values()
+    named = {path for path in (config.lpips_weights, *(getattr(row, "weights", "") for row in rows)) if path}
+    return {path: sha256(fetched(path)) for path in sorted(named - {"pretrained", "random"}) if at(path).is_file()}
+
+
 def key_of(unit: Unit, config: EvaluationConfig, facts: dict[str, Any]) -> str:
-    """Names what a unit gives: changes with all that it depends on. `facts` say what the set and the models are."""
+    """Names what a unit gives: changes with all that it depends on. `facts` say what the set, models and `weights_of` are."""
     settings = rows_to_run(config)[unit.attack].model_dump(mode="json", exclude={"curve"}) if unit.attack else None
     crossed = unit.attack in config.transfer and not unit.checks
     models = facts["models"] if crossed else {unit.model: facts["models"][unit.model]}
     seen = {"version": VERSION, "unit": asdict(unit), "row": settings, "models": models, "seed": config.seed}
     seen |= {"precision": config.precision, "lpips": [config.lpips, config.lpips_weights]}
-    files = {path for path in (config.lpips_weights, (settings or {}).get("weights")) if path and Path(path).is_file()}
-    seen["weights"] = {path: sha256(Path(path)) for path in sorted(files)}
-    return text_digest(json.dumps({**seen, **{k: v for k, v in facts.items() if k != "models"}}, sort_keys=True))
+    used = {config.lpips_weights, (settings or {}).get("weights")}
+    seen["weights"] = {path: digest for path, digest in facts.get("weights", {}).items() if path in used}
+    others = {k: v for k, v in facts.items() if k not in ("models", "weights")}
+    return text_digest(json.dumps({**seen, **others}, sort_keys=True))

@@ -22,20 +22,18 @@ class Validator:
     generator: Generator
 
     def __call__(self, network: nn.Module, context: RunContext) -> dict[str, float]:
-        objective, seed = self.config.objective, self.config.training.seed
-        terms: dict[str, AdversarialTerm] = {"image": objective.image}
-        if self.config.training.images == "on_manifold":
-            terms["latent"] = objective.latent
-        terms |= {name: term for name, term in objective.adversarial.items() if term.weight > 0}
+        attacks, seed = terms(self.config), self.config.training.seed
         mine = np.arange(len(self.data))[context.rank :: context.world_size]
-        names = ["clean", *terms, "robust"]
+        names = ["clean", *attacks, "robust"]
         right = torch.zeros(len(names) + 1, device=context.device)
         network.eval()  # as it will be used, and so that its batch-norm statistics stay those of the training
-        for start in range(0, len(mine), 100):
-            batch = self.data.batch(mine[start : start + 100], self.config.training.images).to(context.device)
+        # as many as a training step has here, which is known to fit
+        size = max(1, self.config.training.batch_size // context.world_size // self.config.training.accumulate)
+        for start in range(0, len(mine), size):
+            batch = self.data.batch(mine[start : start + size], self.config.training.images).to(context.device)
             with torch.no_grad():
                 rows = [_correct(network, batch.x_BCHW, batch)]
-            for name, term in terms.items():
+            for name, term in attacks.items():
                 found = attack(network, threats.build(term, self.generator), batch, term, seed=seed, purpose=f"validation/{name}")
                 with torch.no_grad():
                     rows.append(_correct(network, found.x_BCHW, batch))
@@ -44,6 +42,14 @@ class Validator:
             right += torch.cat([counts, counts.new_tensor([len(batch)])])
         context.average_([right])
         return {f"val_{name}": float(right[i] / right[-1]) for i, name in enumerate(names)}
+
+
+def terms(config: Config) -> dict[str, AdversarialTerm]:
+    """The attacks on held-out examples, by name: those of both spaces, whatever their weight, and those that are trained on."""
+    found: dict[str, AdversarialTerm] = {"image": config.objective.image}
+    if config.training.images == "on_manifold":
+        found["latent"] = config.objective.latent
+    return found | {name: term for name, term in config.objective.adversarial.items() if term.weight > 0}
 
 
 def _correct(network: nn.Module, x: Tensor, batch: Batch) -> Tensor:

@@ -113,6 +113,27 @@ def test_the_optimum_at_the_border_of_the_pixel_range() -> None:
     np.testing.assert_allclose(found.loss_B.numpy(), optimum, rtol=1e-4, atol=1e-5)
 
 
+def test_the_network_itself_says_what_is_broken(small_net: nn.Module) -> None:
+    """A copy for attacks that takes every image for another class: searches that stop early must not believe it."""
+    network, batch = small_net.eval(), images(30)
+
+    class Confused(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = network(x)
+            return logits.scatter(1, batch.y_B[: len(x), None], -100.0) if len(x) == len(batch) else logits
+
+    row = ImageRow(name="PGD", eps=0.02, steps=3, restarts=3, early_exit=True)
+    how: dict[str, Any] = {"seed": 0, "purpose": "test"}
+    threat = threats.build(row, None)
+    believed, judged = attack(Confused(), threat, batch, row, **how), attack(Confused(), threat, batch, row, judge=network, **how)
+    assert believed.broken_B.all(), "one search, and no example is left"
+    with torch.no_grad():
+        assert torch.equal(judged.broken_B, network(judged.x_BCHW).argmax(dim=1) != batch.y_B)
+    standing = ~judged.broken_B
+    assert standing.any()
+    assert (judged.x_BCHW[standing] != believed.x_BCHW[standing]).any(), "those that stood were searched again"
+
+
 @pytest.mark.parametrize("name", THREATS)
 def test_restarts_never_lower_a_loss(small_net: nn.Module, generator: StyleGAN2, make_batch: Any, name: str) -> None:
     batch, threat = make_batch(12), threats.build(THREATS[name], generator)

@@ -86,6 +86,22 @@ def test_statistics_kept_apart_are_those_of_each_terms_images_alone(plain: nn.Mo
     assert (alone[0].norm.running_mean - alone[1].norm.running_mean).abs().max() > 0.01
 
 
+def test_statistics_go_on_from_those_of_as_many_terms_or_from_the_layers(network: nn.Module) -> None:
+    batch_norm.keep_apart(network, 2)
+    with batch_norm.terms_in_batch(network, (0, 1)):
+        network(torch.cat(images(1, 7)))
+    stored = [tensor.clone() for tensor in batch_norm.apart(network)]
+    same, more = copy.deepcopy(network), copy.deepcopy(network)
+    batch_norm.keep_apart(same, 2)
+    batch_norm.restore(same, stored)
+    assert all(torch.equal(mine, old) for mine, old in zip(batch_norm.apart(same), stored, strict=True))
+    batch_norm.keep_apart(more, 3)
+    more.norm.running_mean.fill_(0.25)
+    batch_norm.restore(more, stored)
+    assert torch.equal(more.norm.mean_TC, torch.full_like(more.norm.mean_TC, 0.25))
+    assert len(more.norm.mean_TC) == 3
+
+
 def test_frozen_statistics_neither_move_nor_depend_on_the_batch(plain: nn.Module, network: nn.Module) -> None:
     (x,) = images(3)
     before = state(network)

@@ -106,6 +106,14 @@ def test_sizes_and_patterns_are_the_published_ones() -> None:
         assert side_at(step, 777, "l2", 28, 28) == max(round(side), 3) // 2 * 2 + 1
 
 
+@given(height=st.integers(3, 90), width=st.integers(3, 300), step=st.integers(0, 99))
+def test_squares_fit_the_image_and_have_a_middle_in_l2(height: int, width: int, step: int) -> None:
+    assert 1 <= side_at(step, 100, "linf", height, width) <= min(height, width)
+    side = side_at(step, 100, "l2", height, width)
+    assert 3 <= side <= min(height, width)
+    assert side % 2 == 1
+
+
 class Steps(nn.Module):
     """A network that sees 16 levels of brightness: its gradient is 0 everywhere."""
 

@@ -169,17 +169,22 @@ def test_flat_settings_name_every_leaf(make_config: MakeConfig) -> None:
 def test_settings_that_came_later_are_those_of_their_defaults(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config()
     older = config.to_json()
-    for name in ("resize", "classes", "official_split", "balanced"):
-        del older["data"][name]
+    del older["training"]["awp_gamma"]
     checkpoint.require_same_config(older, config, tmp_path)
-    other = config.model_copy(update={"data": config.data.model_copy(update={"resize": "pad"})})
-    with pytest.raises(UserError, match=r"was trained with data\.resize = crop, now it is pad"):
+    other = config.model_copy(update={"training": config.training.model_copy(update={"awp_gamma": 0.5})})
+    with pytest.raises(UserError, match=r"was trained with training\.awp_gamma = 0\.0, now it is 0\.5"):
         checkpoint.require_same_config(older, other, tmp_path)
-    with pytest.raises(UserError, match=r"was trained with data\.resize = pad, now it is crop"):
+    with pytest.raises(UserError, match=r"was trained with training\.awp_gamma = 0\.5, now it is 0\.0"):
         checkpoint.require_same_config(other.to_json(), config, tmp_path)
-    # and what names a training is as it was before them
-    assert not {"data.resize", "data.classes", "data.official_split", "data.balanced"} & checkpoint.relevant(config).keys()
-    assert checkpoint.relevant(other)["data.resize"] == "pad"
+
+
+def test_where_a_set_came_from_is_no_other_training(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Its digest and the generator's are compared instead."""
+    config = make_config()
+    elsewhere = {"data": {"source": "/photos"}, "projection": {"batch_size": 3}, "generator": {"path": "s3://b/generator"}}
+    other = Config.model_validate(presets.merge(config.to_json(), elsewhere))
+    assert checkpoint.relevant(other) == checkpoint.relevant(config)
+    checkpoint.require_same_config(config.to_json(), other, tmp_path)
 
 
 def test_a_term_of_no_weight_is_no_other_training(make_config: MakeConfig, tmp_path: Path) -> None:

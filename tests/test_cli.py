@@ -242,6 +242,10 @@ def test_paths_of_inputs_become_absolute(tmp_path: Path, monkeypatch: pytest.Mon
     config, _ = cli.parse("test", ["--data.source", "photos", "--generator.path", "mnist32"])
     assert config.data.source == str(tmp_path / "photos")
     assert config.generator.path == "mnist32", "the shipped generator, whatever lies here"
+    (tmp_path / "alex.pth").touch()
+    (tmp_path / "near.yaml").write_text("objective: {more: {near: {threat: perceptual, weights: alex.pth}}}")
+    more = cli.parse("test", ["--preset", "near.yaml"])[0].objective.more
+    assert more["near"].weights == str(tmp_path / "alex.pth")  # type: ignore[attr-defined]
     (tmp_path / "inception.pth").touch()
     judged = cli.parse("test", ["--gan.quality.weights", "inception.pth", "--gan.quality.network", "photos"])[0].gan.quality
     assert (judged.weights, judged.network) == (str(tmp_path / "inception.pth"), str(tmp_path / "photos"))

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import s3
 import torch
 from pydantic import ValidationError
 from torch import nn
@@ -17,6 +18,7 @@ from dmat_ray.data.manifold_set import ManifoldSet, open_set
 from dmat_ray.errors import UserError
 from dmat_ray.evaluation import Evaluator
 from dmat_ray.manifold.stylegan2 import StyleGAN2
+from dmat_ray.storage import at
 from dmat_ray.units import Unit
 
 CPU = torch.device("cpu")
@@ -216,6 +218,31 @@ def test_a_curve_is_the_attack_at_other_radii(make: Make) -> None:
     assert (select(found, "natural", "PGD @ 0")["linf"] == 0).all()
 
 
+def test_a_step_in_the_threats_own_units_is_as_long_at_every_eps() -> None:
+    rows = [
+        {"threat": "fog", "name": "fog", "eps": 0.5, "step_size": 0.05, "curve": [0.1]},
+        {"threat": "joint", "name": "joint", "eps": 0.1, "step_size": 0.2, "curve": [0.02]},
+        {"threat": "elastic", "name": "elastic", "eps": 0.5, "step_size": 0.05, "curve": [0.1]},
+    ]
+    found = units.rows_to_run(EvaluationConfig.model_validate({"attacks": rows}))
+    steps = {name: row.step_size for name, row in found.items() if "@" in name}  # type: ignore[union-attr]
+    assert steps == {"fog @ 0.1": 0.05, "joint @ 0.02": 0.2, "elastic @ 0.1": pytest.approx(0.01)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"attacks": [{"threat": "image", "name": "clean"}]}, "'clean' is the name of the row without an attack"),
+        ({"attacks": [{"threat": "image", "name": "a", "group": "clean"}]}, "choose another for the group"),
+        ({"summaries": [{"name": "s", "of": ["clean"], "trained": [0.5]}]}, "belongs to uar"),
+        ({"attacks": [{"threat": "image", "name": "a", "restarts": 2, "random_start": False}]}, "copies of one search"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        EvaluationConfig.model_validate(settings)
+
+
 def test_images_that_fool_one_model_are_shown_to_the_others(network: nn.Module, generator: StyleGAN2, data: ManifoldSet) -> None:
     torch.manual_seed(1)
     networks = {"tiny": network, "other": classifiers.build(ClassifierConfig(name="digits_cnn"), channels=1, num_classes=3)}
@@ -263,13 +290,19 @@ def test_a_row_that_cannot_run_is_named_before_anything_runs(data: ManifoldSet, 
 
 
 def test_a_units_key_changes_with_the_weights_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "s3").mkdir()
     weights = tmp_path / "alex.pth"
     config = SUITE.model_copy(update={"lpips": "alex", "lpips_weights": str(weights)})
-    facts, keys = {"set": "a", "models": {"tiny": "b"}}, []
-    for content in (b"1", b"2"):
-        weights.write_bytes(content)
-        keys.append(units.key_of(Unit("tiny", "natural", "PGD", (0, 1)), config, facts))
-    assert keys[0] != keys[1]
+    keys = []
+    with s3.serving(tmp_path / "s3") as server:
+        server.put("bucket", {})
+        for place in (str(weights), "s3://bucket/alex.pth"):
+            config = SUITE.model_copy(update={"lpips": "alex", "lpips_weights": place})
+            for content in (b"1", b"2"):
+                at(place).write_bytes(content)
+                facts = {"set": "a", "models": {"tiny": "b"}, "weights": units.weights_of(config)}
+                keys.append(units.key_of(Unit("tiny", "natural", "PGD", (0, 1)), config, facts))
+    assert len(set(keys)) == 4
 
 
 def test_a_units_key_changes_with_what_its_rows_depend_on() -> None:

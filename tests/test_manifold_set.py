@@ -149,6 +149,17 @@ def test_open_set_of_some_ids(set_folder: Path) -> None:
         open_set(set_folder, "train", only=[whole.id[0], "another"])
 
 
+def test_open_set_keeps_only_the_images_that_are_asked_for(set_folder: Path) -> None:
+    whole = open_set(set_folder, "train")
+    for kind, other in (("on_manifold", "natural"), ("natural", "on_manifold")):
+        found = open_set(set_folder, "train", images=kind)
+        assert np.array_equal(getattr(found, kind), getattr(whole, kind))
+        assert getattr(found, other).nbytes == 0
+        assert found.id == whole.id
+        few = found.take(np.array([3, 1])).batch(np.array([0, 1]), kind)
+        assert torch.equal(few.x_BCHW, whole.batch(np.array([3, 1]), kind).x_BCHW)
+
+
 def test_w_renders_the_stored_image(set_folder: Path, generator_folder: Path) -> None:
     data = open_set(set_folder, "train")
     batch = data.batch(np.arange(len(data)), "on_manifold")

@@ -172,6 +172,20 @@ def test_metrics_are_each_terms_loss_and_accuracy(network: nn.Module, manifold: 
     assert metrics["clean_accuracy"].item() == pytest.approx(right.double().mean().item())
 
 
+def test_trades_has_a_slope_where_a_probability_underflows(manifold: StyleGAN2) -> None:
+    """exp(-120) is 0 in float32; the gradient of KL(q || p) to q's logits is q (log q - log p - KL), the batch's mean of it."""
+    objective = configured(manifold, clean={"weight": 1}, image={"weight": 1, "divergence": "kl"})
+    clean = torch.tensor([[0.0, -120.0, 3.0]], requires_grad=True)
+    moved = torch.tensor([[1.0, 0.0, 2.0]])
+    logits = {"clean": clean, "image": moved}
+    network = nn.Identity()
+    y = torch.tensor([2])
+    total, _ = objective.loss(network, lambda x: x, logits, y, {"image": 1.0})
+    (slope,) = torch.autograd.grad(total, clean)
+    q, log_ratio = clean.detach().softmax(1), clean.detach().log_softmax(1) - moved.log_softmax(1)
+    torch.testing.assert_close(slope, q * (log_ratio - (q * log_ratio).sum()))
+
+
 @pytest.mark.parametrize("divergence", ["ce", "kl"])
 def test_a_random_start_differs_by_purpose_and_repeats(
     network: nn.Module, manifold: StyleGAN2, batch: Batch, divergence: str

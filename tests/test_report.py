@@ -383,6 +383,7 @@ def test_page_holds_the_whole_config_and_what_made_it(page: Page, config: Config
         ({"threat": "corruption", "kind": "gaussian_noise", "severity": 3}, "gaussian noise of severity 3, no attack"),
         ({"threat": "autoattack", "part": "fab-t", "eps": "8/255", "group": "AA"}, "AutoAttack's fab-t, L∞, eps 8/255"),
         ({"threat": "image", "norm": "l2", "eps": 1.5, "steps": 1}, "image L2, eps 1.5, 1 step of pgd"),
+        ({"threat": "image", "norm": "l1", "eps": 12, "steps": 2}, "image L1, eps 12, 2 steps of pgd"),
         ({"threat": "latent", "eps": 0.2, "steps": 9, "method": "apgd"}, "latent L∞, eps 0.2, 9 steps of apgd"),
         ({"threat": "elastic", "eps": 1, "steps": 5, "restarts": 3}, "elastic, eps 1, 5 steps of pgd, 3 restarts"),
         (

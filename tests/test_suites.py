@@ -54,6 +54,24 @@ def test_rows_of_ones_own_win_over_a_suites(tmp_path: Path) -> None:
     assert again == config.evaluation
 
 
+def test_of_several_suites_the_last_wins(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "attacks: [{threat: image, name: FGSM, eps: 0.3, steps: 1}]\nsummaries: [{name: worst, of: [FGSM]}]\n"
+    )
+    mine = str(tmp_path / "mine.yaml")
+    for order, eps in ((("digits_full", mine), 0.3), ((mine, "digits_full"), 0.1)):
+        found = suites.resolved(EvaluationConfig(suites=order))
+        assert next(row.eps for row in found.attacks if row.name == "FGSM") == eps
+        assert (next(s.of for s in found.summaries if s.name == "worst") == ("FGSM",)) == (eps == 0.3)
+
+
+def test_the_worst_case_is_over_every_attack() -> None:
+    for name in ("digits_full", "cifar10"):
+        found = suites.resolved(EvaluationConfig(suites=(name,)))
+        worst = next(summary.of for summary in found.summaries if summary.name == "worst")
+        assert set(worst) == {row.name for row in found.attacks} - {"clean"}
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -77,6 +77,7 @@ def fingerprint(config: Config, set_path: Location, models: Mapping[str, Place])
         "version": units.VERSION,
         "evaluation": config.evaluation.model_dump(mode="json"),
         "generator_precision": config.generator.precision,
+        "weights": units.weights_of(config.evaluation),
         "set": set_reader.digest(set_reader.read_manifest(set_path)),
         "models": {name: checkpoint.digest(path) for name, path in models.items()},
     }

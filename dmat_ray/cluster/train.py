@@ -60,7 +60,10 @@ def _train(settings: dict[str, Any]) -> None:
         configs = configs[names.index(current) :]
     torch.set_num_threads(configs[0].cluster.threads_per_worker)
     loader = configs[0].training.loader
-    data = manifold_set.open_set(settings["set"], "train") if loader == "memory" else None
+    # a suite that judges the held-out examples may look at both kinds of images
+    kinds = {c.training.images for c in configs}
+    images = next(iter(kinds)) if len(kinds) == 1 and "judged_by" not in settings else None
+    data = manifold_set.open_set(settings["set"], "train", images=images) if loader == "memory" else None
     for config in configs:
         # a trial's epoch is told with its checkpoint, which another trial may go on from
         context = _NamedContext(config.name, settings["mailbox"], wait="judged_by" in settings)

@@ -19,15 +19,25 @@ class AttackConfig(Section):
 
     steps: int = Field(5, ge=1, description="gradient steps")
     step_size: Fraction | None = Field(
-        None, gt=0, description="length of a step in theta's units (eps's; fog: its unit box); null = 2.5 times across / steps"
+        None,
+        gt=0,
+        description="length of a step in the units of eps; of fog, snow and gabor in those of their unit box, of joint and "
+        "kaleidoscope as a share of the radius; null = 2.5 radii (fog, snow, gabor: at least 2.5 boxes) / steps, of lagrange one "
+        "radius",
     )
     random_start: bool = Field(True, description="start at a random point of the ball")
-    restarts: int = Field(1, ge=1, description="independent searches; each example keeps its worst")
+    restarts: int = Field(1, ge=1, description="independent searches; each example keeps its worst (needs random_start)")
     method: Literal["pgd", "momentum", "apgd", "lagrange", "square", "random"] = Field(
         "pgd",
         description="pgd; momentum: along all gradients so far; apgd: steps that halve themselves (step_size is not used); "
         "lagrange: out of the budget and back; without gradients, a query a step: square (image linf, l2), random (points)",
     )
+
+    @model_validator(mode="after")
+    def _restarts_differ(self) -> "AttackConfig":  # not _check: that is the threats' own
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError(f"restarts={self.restarts} without random_start would be as many copies of one search")
+        return self
 
 
 class Term(AttackConfig, ThreatSettings):

@@ -117,6 +117,8 @@ class Summary(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Summary":
+        if self.how != "uar" and self.trained:
+            raise ValueError(f"`trained` belongs to uar; '{self.name}' is {self.how}")
         if self.how == "uar" and len(self.trained) != len(self.of):
             raise ValueError(f"uar of {len(self.of)} rows needs as many accuracies in `trained`, here are {len(self.trained)}")
         return self
@@ -141,7 +143,8 @@ class EvaluationConfig(Section):
     seed: int = Field(0, ge=0, description="seed of random starts")
     precision: Literal["float32", "bf16"] = Field(
         "float32",
-        description="arithmetic of the network while it is attacked; what it says of the attacked image is always float32",
+        description="arithmetic of the network while it is attacked (by AutoAttack's own code: always float32); what it says of "
+        "the attacked image is always float32",
     )
     lpips: Literal["none", "alex", "vgg"] = Field(
         "none", description="backbone of the LPIPS distance in the rows; none = left out"
@@ -158,8 +161,12 @@ class EvaluationConfig(Section):
         names = [row.name for row in self.attacks]
         if odd := [name for name in names if ON_CURVE in name]:
             raise ValueError(f"'{odd[0]}': '{ON_CURVE}' in a name says that it is a row's at another eps; choose another name")
+        if any(row.name == "clean" and not isinstance(row, CleanRow) for row in self.attacks):
+            raise ValueError("'clean' is the name of the row without an attack; choose another")
         groups = list(dict.fromkeys(filter(None, (getattr(row, "group", "") for row in self.attacks))))
         every = [*names, *groups, *(summary.name for summary in self.summaries)]
+        if "clean" in groups or any(summary.name == "clean" for summary in self.summaries):
+            raise ValueError("'clean' is the name of the row without an attack; choose another for the group or summary")
         twice = sorted({name for name in every if every.count(name) > 1})
         if twice:
             raise ValueError(f"names of attacks, groups and summaries must be unique; given more than once: {', '.join(twice)}")

@@ -1,7 +1,7 @@
 """Settings of threats: what an attack may change, and how far. Sources are named in the modules of `dmat_ray.threats`."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, create_model, model_validator
 from pydantic_settings import CliSuppress
@@ -13,6 +13,9 @@ S = TypeVar("S", bound=Section)
 
 class ThreatSettings(Section):
     """What an attack may change, and how far. Each says as `threat` what it is called, and as `eps` how far."""
+
+    step_in_eps: ClassVar[bool] = True
+    """Whether a step is measured as eps is; else in theta's own units, whatever eps is."""
 
     if TYPE_CHECKING:
 
@@ -46,6 +49,7 @@ class LatentThreat(ThreatSettings):
 class JointThreat(ThreatSettings):
     """One move along the manifold and in pixels: clip(g(w + lambda) + delta), both in L-infinity balls."""
 
+    step_in_eps: ClassVar[bool] = False
     threat: CliSuppress[Literal["joint"]] = "joint"
     eps: Fraction = Field(4 / 255, ge=0, le=1, description="radius of delta in [0, 1] pixel units, e.g. 4/255")
     latent_eps: Fraction = Field(0.02, ge=0, description="radius of lambda in units of `scale`")
@@ -55,6 +59,7 @@ class JointThreat(ThreatSettings):
 class FogThreat(ThreatSettings):
     """Diamond-square fog laid over the image; the attack chooses the noise of every level."""
 
+    step_in_eps: ClassVar[bool] = False
     threat: CliSuppress[Literal["fog"]] = "fog"
     eps: Fraction = Field(128 / 255, ge=0, le=1, description="density in [0, 1] pixel units, e.g. 128/255")
     wibble_decay: float = Field(2.0, gt=0, description="how much weaker each finer level is")
@@ -63,6 +68,7 @@ class FogThreat(ThreatSettings):
 class SnowThreat(ThreatSettings):
     """Flakes of seven layers, blurred along their fall; the attack chooses the flakes."""
 
+    step_in_eps: ClassVar[bool] = False
     threat: CliSuppress[Literal["snow"]] = "snow"
     eps: Fraction = Field(0.0625, ge=0, description="brightness of the flakes")
     budget: float = Field(0.2, gt=0, le=1, description="largest mean intensity of flakes in each region of 32x32 pixels")
@@ -71,6 +77,7 @@ class SnowThreat(ThreatSettings):
 class GaborThreat(ThreatSettings):
     """Gabor noise added to the image; the attack chooses the impulses that a random kernel spreads."""
 
+    step_in_eps: ClassVar[bool] = False
     threat: CliSuppress[Literal["gabor"]] = "gabor"
     eps: Fraction = Field(12.5 / 255, ge=0, le=1, description="strength in [0, 1] pixel units, e.g. 12.5/255")
     density: float = Field(1 / 14, gt=0, le=1, description="share of pixels with an impulse")
@@ -96,6 +103,7 @@ class GlitchThreat(ThreatSettings):
 class KaleidoscopeThreat(ThreatSettings):
     """Translucent polygons and discs laid over the image; the attack chooses their colours."""
 
+    step_in_eps: ClassVar[bool] = False
     threat: CliSuppress[Literal["kaleidoscope"]] = "kaleidoscope"
     eps: Fraction = Field(0.1, ge=0, le=1, description="largest change of a colour from the one drawn at random")
     shapes: int = Field(40, ge=1, description="how many shapes")

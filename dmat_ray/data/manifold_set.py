@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -42,8 +42,8 @@ class ManifoldSet:
         """The examples at these positions, as a set of their own."""
         return ManifoldSet(
             id=[self.id[i] for i in index],
-            on_manifold=self.on_manifold[index],
-            natural=self.natural[index],
+            on_manifold=self.on_manifold[index] if len(self.on_manifold) else self.on_manifold,
+            natural=self.natural[index] if len(self.natural) else self.natural,
             label=self.label[index],
             w=self.w[index],
             class_names=self.class_names,
@@ -57,11 +57,18 @@ class ManifoldSet:
         return Batch([self.id[i] for i in index], to_unit(source[index]), torch.from_numpy(self.label[index]), w)
 
 
-def open_set(place: Place, split: str, *, include_poor: bool = False, only: Sequence[str] | None = None) -> ManifoldSet:
-    """Read one split of a finished set, or `only` the examples of these ids.
+def open_set(
+    place: Place,
+    split: str,
+    *,
+    include_poor: bool = False,
+    only: Sequence[str] | None = None,
+    images: Literal["on_manifold", "natural"] | None = None,
+) -> ManifoldSet:
+    """Read one split of a finished set, or `only` the examples of these ids; of one kind of `images`, or of both.
 
-    Memory: what is kept, and a shard; as much again while rows are put in order, if shards do not come in the order of ids.
-    Raises UserError if the set is not whole, or has no images of that split.
+    Images that are not asked for are an array of none. Memory: what is kept, and a shard; as much again while rows are put in
+    order, if shards do not come in the order of ids. Raises UserError if the set is not whole, or has no images of that split.
 
     >>> import numpy as np
     >>> from dmat_ray import load_generator, make_set, open_set, settings
@@ -77,31 +84,37 @@ def open_set(place: Place, split: str, *, include_poor: bool = False, only: Sequ
     count = count if only is None else len(only)
     if count == 0:
         raise UserError(f"the set '{folder}' has no usable image in its {split} split")
-    on_manifold, natural = np.empty((count, *shape), np.uint8), np.empty((count, *shape), np.uint8)
+    on_manifold, natural = (
+        np.empty((count if images in (None, kind) else 0, *shape), np.uint8) for kind in ("on_manifold", "natural")
+    )
+    wanted = None if only is None else pa.array(only, pa.string())
     tables, end = [], 0
     for name, rows in sorted(manifest["shards"].items()):
+        if wanted is not None and not pc.any(pc.is_in(read_shard(folder, name, ["id"])["id"], value_set=wanted)).as_py():
+            continue
         table = _read_rows(folder, name, rows, manifest)
         keep = pc.equal(table["split"], split)
         if not include_poor:
             keep = pc.and_(keep, pc.equal(table["status"], "ok"))
-        if only is not None:
-            keep = pc.and_(keep, pc.is_in(table["id"], value_set=pa.array(only, pa.string())))
+        if wanted is not None:
+            keep = pc.and_(keep, pc.is_in(table["id"], value_set=wanted))
         table = table.filter(keep)
         start, end = end, end + table.num_rows
-        if end <= count:
+        if end <= count and len(on_manifold):
             on_manifold[start:end] = from_netpbm(table["on_manifold"], shape)
+        if end <= count and len(natural):
             natural[start:end] = decoded(table, manifest, f"shard {name} of '{folder}'")
         tables.append(table.select(["id", "label", "w"]))
     if end != count:
-        wanted = "its manifest says" if only is None else "asked for were"
-        raise UserError(f"the set '{folder}' has {end} images to read in its {split} split, {wanted} {count}")
+        expected = "its manifest says" if only is None else "asked for were"
+        raise UserError(f"the set '{folder}' has {end} images to read in its {split} split, {expected} {count}")
     table = pa.concat_tables(tables)
     order = pc.sort_indices(table["id"]).to_numpy()
     ordered: Any = slice(None) if (order == np.arange(count)).all() else order
     return ManifoldSet(
         id=table["id"].take(order).to_pylist(),
-        on_manifold=on_manifold[ordered],
-        natural=natural[ordered],
+        on_manifold=on_manifold[ordered] if len(on_manifold) else on_manifold,
+        natural=natural[ordered] if len(natural) else natural,
         label=table["label"].to_numpy()[ordered],
         w=from_lists(table["w"], manifest["shapes"]["w"])[ordered],
         class_names=tuple(manifest["class_names"]),

@@ -60,19 +60,21 @@ def _joined(rows: list[Any]) -> list[Any]:
 
 
 def resolved(config: EvaluationConfig) -> EvaluationConfig:
-    """The settings with the rows of their suites after their own, whose names win.
+    """The settings with the rows of their suites after their own, whose names win; of two suites' rows of one name the last.
 
     Raises UserError for what `load` refuses and for a row that is wrong, pydantic's ValidationError for rows that do not go
     together.
     """
     if not config.suites:
         return config
-    values = config.model_dump(mode="json")
+    values, theirs = config.model_dump(mode="json"), list[tuple[str, Any]]()
     for name in config.suites:
         for key, rows in load(name).items():
             for row in rows:
                 _require_valid(name, key, row)
-            values[key] = _joined([*values[key], *rows, *values[key]])
+                theirs.append((key, row))
+    for key in ("attacks", "summaries"):
+        values[key] = _joined([*values[key], *(row for kind, row in theirs if kind == key), *values[key]])
     return EvaluationConfig.model_validate({**values, "suites": ()})
 
 

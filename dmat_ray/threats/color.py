@@ -12,6 +12,7 @@ from dmat_ray.types import Batch
 # IEC 61966-2-1 (sRGB), white D65
 TO_XYZ = ((0.4124564, 0.3575761, 0.1804375), (0.2126729, 0.7151522, 0.0721750), (0.0193339, 0.1191920, 0.9503041))
 WHITE_U, WHITE_V = 0.19783982, 0.46833630
+FROM_XYZ = torch.linalg.inv(torch.tensor(TO_XYZ, dtype=torch.float64)).tolist()
 # what L, u and v may be for colours of sRGB
 LOW, HIGH = (0.0, -83.1, -134.1), (100.0, 175.1, 107.4)
 DARK = 0.008856451679  # of Y, below which L is linear in it
@@ -37,8 +38,7 @@ def luv_to_rgb(luv_B3HW: Tensor) -> Tensor:
     u, v = u / (13 * lightness) + WHITE_U, (v / (13 * lightness) + WHITE_V).clamp_min(1e-6)
     y = torch.where(lightness <= SLOPE * DARK, lightness / SLOPE, ((lightness + 16) / 116) ** 3)
     x, z = y * 9 * u / (4 * v), y * (12 - 3 * u - 20 * v) / (4 * v)
-    matrix = torch.linalg.inv(luv_B3HW.new_tensor(TO_XYZ))
-    linear = torch.einsum("ij,bjhw->bihw", matrix, torch.stack([x, y, z], dim=1)).clamp(0.0, 1.0)
+    linear = torch.einsum("ij,bjhw->bihw", luv_B3HW.new_tensor(FROM_XYZ), torch.stack([x, y, z], dim=1)).clamp(0.0, 1.0)
     return torch.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear.clamp_min(0.0031308) ** (1 / 2.4) - 0.055).clamp(0, 1)
 
 

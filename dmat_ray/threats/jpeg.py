@@ -22,6 +22,7 @@ CHROMA = (
 )  # fmt: skip
 # JFIF: full-range BT.601
 TO_YCC = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+FROM_YCC = torch.linalg.inv(torch.tensor(TO_YCC, dtype=torch.float64)).tolist()
 
 
 def dct_matrix(like: Tensor) -> Tensor:
@@ -61,5 +62,5 @@ class Jpeg(Ball):
         strips = dct.T @ coefficients.view(*theta.shape[:2], rows, 8, -1)
         moved = (strips.view(-1, 8) @ dct).view(theta.shape)[:, :, :height, :width]
         if colour:
-            moved = torch.einsum("ij,bjhw->bihw", torch.linalg.inv(x.new_tensor(TO_YCC)), moved)
+            moved = torch.einsum("ij,bjhw->bihw", x.new_tensor(FROM_YCC), moved)
         return (x + moved).clamp(0.0, 1.0)

@@ -55,6 +55,10 @@ class Gabor(UnitBox):
         field = _spread(impulses.view(-1, 1, height, width), gabor_kernel(kernel.detach()))
         return (x + self.eps * _equalised(field)).clamp(0.0, 1.0)
 
+    def distance(self, batch: Batch, theta: Tensor) -> Tensor:
+        """Of the sizes, which alone are searched."""
+        return super().distance(batch, theta[:, : batch.x_BCHW[0, 0].numel()])
+
 
 def gabor_kernel(parameters_B4: Tensor) -> Tensor:
     """(B, 1, 23, 23): waves of one length under a Gaussian, in 1 to 10 evenly spread directions.
@@ -155,6 +159,14 @@ class Kaleidoscope(Ball):
     def direction(self, batch: Batch, theta: Tensor, gradient: Tensor) -> Tensor:
         """The sign, of colours alone."""
         return torch.cat([gradient[:, :, :3].sign(), torch.zeros_like(gradient[:, :, 3:])], dim=2)
+
+    def distance(self, batch: Batch, theta: Tensor) -> Tensor:
+        """Of the colours, which alone are searched."""
+        return super().distance(batch, theta[:, :, :3])
+
+    def length(self, batch: Batch, theta: Tensor, move: Tensor) -> Tensor:
+        """Of the colours' move."""
+        return super().length(batch, theta, move[:, :, :3])
 
     def render(self, batch: Batch, theta: Tensor) -> Tensor:
         """The image under the shapes."""
