@@ -9,15 +9,19 @@ CHROMIUM_STAMP := $(VENV)/.chromium
 POSTGRES_STAMP := $(VENV)/.postgres
 DOCS_STAMP := $(VENV)/.docs
 
-.PHONY: help demo test test-core test-cluster check docs results format clean
+.PHONY: help demo test test-fast test-all test-core test-cluster coverage mutations check docs results format clean
 
 help:
-	@echo "make demo    digits -> StyleGAN manifold -> four classifiers -> attacks -> table, report, MLflow (CPU, minutes)"
-	@echo "make test    all tests, with a real local Ray and MLflow"
-	@echo "make check   ruff, mypy, and the direction of imports"
-	@echo "make docs    the documents as a site, in build/site; a broken link is an error"
-	@echo "make format  ruff format"
-	@echo "make results the study on MNIST-5k, docs/results and the README's second table anew (hours)"
+	@echo "make demo       digits -> StyleGAN manifold -> four classifiers -> attacks -> table, report, MLflow (CPU, minutes)"
+	@echo "make test       the tests, with a real local Ray and MLflow (under 20 minutes on 2 cores)"
+	@echo "make test-fast  those of them that take no Ray and a second at most (2 minutes)"
+	@echo "make test-all   also those that take minutes each, or check at more places (an hour and more)"
+	@echo "make coverage   lines of the core that tests without Ray reach"
+	@echo "make mutations  wrong signs, clamps and budgets, each of which a test must notice (minutes)"
+	@echo "make check      ruff, mypy, and the direction of imports"
+	@echo "make docs       the documents as a site, in build/site; a broken link is an error"
+	@echo "make format     ruff format"
+	@echo "make results    the study on MNIST-5k, docs/results and the README's second table anew (hours)"
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("dmat_ray needs Python 3.11 or newer, %s is %s" % (sys.executable, sys.version.split()[0]) if sys.version_info < (3, 11) else 0)'
@@ -49,14 +53,29 @@ $(POSTGRES_STAMP): | $(STAMP) $(CHROMIUM_STAMP)
 	@touch $(POSTGRES_STAMP)
 
 # Those that start clusters run one after the other and come first; all others, a process a core, have what these leave idle.
+WHICH := not exhaustive
+EVERY := exhaustive or not exhaustive
+ALONE := --numprocesses auto --maxprocesses 8 --ignore tests/cluster
 test: $(STAMP) $(CHROMIUM_STAMP) $(POSTGRES_STAMP)
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-core test-cluster
 
+test-all:
+	@$(MAKE) --no-print-directory test WHICH="$(EVERY)"
+
 test-core: $(STAMP)
-	@nice -n 10 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --ignore tests/cluster --durations 12
+	@nice -n 10 $(BIN)/python -m pytest $(ALONE) -m "$(WHICH)" --durations 12
 
 test-cluster: $(STAMP)
-	@$(BIN)/python -m pytest tests/cluster --durations 12
+	@$(BIN)/python -m pytest tests/cluster -m "$(WHICH)" --durations 12
+
+test-fast: $(STAMP)
+	@$(BIN)/python -m pytest $(ALONE) -m "not slow and not exhaustive" -q
+
+mutations: $(STAMP)
+	@$(BIN)/python tests/mutations.py
+
+coverage: $(STAMP)
+	@$(BIN)/python -m pytest $(ALONE) -m "not exhaustive" -q --cov --cov-report=term:skip-covered
 
 check: $(STAMP)
 	@$(BIN)/ruff check .

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 from scipy import stats
@@ -214,21 +215,33 @@ def put_between(path: Path, lines: list[str]) -> None:
 
 
 def pack(folder: Path, target: Path) -> None:
-    """All rows of a kind in one file, the columns that numbers are made of; settings without paths; notes."""
-    for kind in ("rows", "clean", "autoattack"):
-        if files := sorted((folder / kind).glob("*.parquet")):
-            (target / kind).mkdir(parents=True, exist_ok=True)
-            rows = pa.concat_tables([pq.read_table(file).select(KEPT) for file in files])
-            pq.write_table(rows, target / kind / "all.parquet", compression="zstd")
+    """All rows of a kind in one file, the columns that numbers are made of; settings without paths; notes.
+
+    What the target has of other models stays, if it is of the same settings, else UserError.
+    """
     values = yaml.safe_load((folder / "settings.yaml").read_text())
     slim = {
         "evaluation": values["evaluation"],
         "data": {"source": Path(values["data"]["source"]).name},
         "training": values["training"],
     }
-    (target / "settings.yaml").write_text(yaml.safe_dump({**slim, "objective": values["objective"]}))
+    slim["objective"] = values["objective"]
+    before = target / "settings.yaml"
+    if before.is_file() and yaml.safe_load(before.read_text()) != slim:
+        raise UserError(f"'{target}' holds rows of other settings; pack into another folder")
+    for kind in ("rows", "clean", "autoattack"):
+        if files := sorted((folder / kind).glob("*.parquet")):
+            (target / kind).mkdir(parents=True, exist_ok=True)
+            rows = pa.concat_tables([pq.read_table(file).select(KEPT) for file in files])
+            if (packed := target / kind / "all.parquet").is_file():
+                old = pq.read_table(packed)
+                others = pc.invert(pc.is_in(old["source"], value_set=pc.unique(rows["source"])))
+                rows = pa.concat_tables([old.filter(others), rows])
+            pq.write_table(rows, packed, compression="zstd")
+    before.write_text(yaml.safe_dump(slim))
     notes = {name: note for name, note in read_json(folder / "study.json").items() if name != "generator"}
-    (target / "study.json").write_text(json.dumps(notes, indent=1) + "\n")
+    old_notes = read_json(target / "study.json") if (target / "study.json").is_file() else {}
+    (target / "study.json").write_text(json.dumps({**old_notes, **notes}, indent=1) + "\n")
 
 
 def page(study: Study) -> list[str]:

@@ -44,6 +44,8 @@ from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.threats.balls import Ball
 from dmat_ray.types import Batch
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 

@@ -321,6 +321,7 @@ def plain_dlr(logits: Tensor, y: Tensor) -> Tensor:
     return -(logits[0, y.item()] - other) / (ranked[0] - ranked[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "loss"), [("ce", lambda out, y: F.cross_entropy(out, y)), ("dlr", plain_dlr)], ids=["ce", "dlr"]
 )

@@ -20,6 +20,8 @@ from dmat_ray.config import ClassifierConfig, ImageRow
 from dmat_ray.rng import Draws
 from dmat_ray.types import Batch
 
+pytestmark = pytest.mark.slow
+
 COUNT = 100
 MORE = 1  # digits that may stand under ours and not under theirs
 SEED = 4
@@ -125,7 +127,9 @@ def test_apgd_on_dlr_is_as_strong_as_its_authors(networks: Any, sample: Batch, n
     assert ours(networks[name], sample, row) <= autoattacks(networks[name], sample, row) + MORE
 
 
-@pytest.mark.parametrize(("name", "norm", "eps", "steps"), [(*TELLING[0], 20), (*TELLING[1], 50)])
+@pytest.mark.parametrize(
+    ("name", "norm", "eps", "steps"), [(*TELLING[0], 20), pytest.param(*TELLING[1], 50, marks=pytest.mark.exhaustive)]
+)
 def test_apgd_towards_classes_is_as_strong_as_its_authors(
     networks: Any, sample: Batch, name: str, norm: Any, eps: float, steps: int
 ) -> None:

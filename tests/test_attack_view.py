@@ -24,12 +24,17 @@ def trained_a_little(network: nn.Module, channels: int, size: int) -> nn.Module:
     return network.eval()
 
 
-NETWORKS = [("digits_cnn", 4), ("resnet18", 20), ("densenet121", 59), ("mobilenet_v3_small", 34), ("vgg11_bn", 8), ("vgg11", 0)]
+NETWORKS = [("digits_cnn", 4), ("resnet18", 20), ("densenet121", 59), ("mobilenet_v3_small", 34), ("vgg11", 0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "folded", "channels_last"),
-    [*((*network, True) for network in NETWORKS), *((*network, False) for network in NETWORKS[:2])],
+    [
+        *((*network, True) for network in NETWORKS),
+        *((*network, False) for network in NETWORKS[:2]),
+        pytest.param("vgg11_bn", 8, True, marks=pytest.mark.exhaustive),  # of a hundred million weights
+    ],
 )
 def test_the_view_is_the_network(name: str, folded: int, channels_last: bool) -> None:
     torch.manual_seed(1)
@@ -47,6 +52,7 @@ def test_the_view_is_the_network(name: str, folded: int, channels_last: bool) ->
     require_same(view, network, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm/resnet18", "timm/convnext_atto", "timm/resnetv2_18", "timm/efficientnet_lite0"])
 def test_timm_models_have_views(name: str) -> None:
     torch.manual_seed(1)

@@ -18,6 +18,8 @@ from dmat_ray.evaluation import Evaluator
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.metrics import Results
 
+pytestmark = pytest.mark.slow
+
 SEED, BATCH, COUNT = 3, 12, 30
 PARTS = ["apgd-ce", "apgd-t", "fab-t", "square"]
 

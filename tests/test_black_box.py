@@ -69,6 +69,7 @@ def test_random_keeps_the_worst_of_independent_starts(
     assert len(set(worst.tolist())) > 2
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 10**6),
     size=st.tuples(st.integers(5, 40), st.integers(5, 40)),
@@ -163,6 +164,7 @@ def networks() -> dict[str, nn.Module]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "norm", "eps"), [("standard", "linf", 0.1), ("robust", "l2", 3.0)])
 def test_square_is_as_strong_as_autoattacks(networks: Any, name: str, norm: Any, eps: float) -> None:
     """At equal queries, and stronger than random points."""

@@ -327,6 +327,7 @@ BUSY: dict[str, tuple[bytes, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUSY)
 def test_small_files_do_not_keep_us_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     if name.startswith("many"):

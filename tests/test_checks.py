@@ -19,6 +19,8 @@ from dmat_ray.evaluation import Evaluator
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.metrics import Results
 
+pytestmark = pytest.mark.slow
+
 COUNT = 60
 CPU = torch.device("cpu")
 SUITE: dict[str, Any] = {

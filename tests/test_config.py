@@ -77,6 +77,7 @@ def test_json_round_trip_of_presets(layers: list[str]) -> None:
     assert again(config) == config
 
 
+@pytest.mark.slow
 @given(
     eps=st.floats(0, 1),
     seed=st.integers(0, 2**62),

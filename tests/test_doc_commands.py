@@ -20,6 +20,8 @@ from pydantic import TypeAdapter
 from dmat_ray import cli, presets, suites
 from dmat_ray.config import AttackRow, Config
 
+pytestmark = pytest.mark.slow
+
 OTHERS = {
     "aws": "copies files to a bucket",
     "docker": "builds the image",

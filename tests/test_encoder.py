@@ -37,6 +37,8 @@ from dmat_ray.manifold.gan import StepDraws
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.rng import derive
 
+pytestmark = pytest.mark.slow
+
 SHA = "ab" * 32
 
 

@@ -9,6 +9,8 @@ import torch
 
 from dmat_ray.types import Batch
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from documents import ROOT, Block, blocks
 
+pytestmark = pytest.mark.slow
+
 PAGE = ROOT / "docs" / "extending.md"
 FILES = {block.name: block for block in blocks(PAGE) if block.name and block.language in ("python", "yaml")}
 DIFFS = blocks(PAGE, "diff")

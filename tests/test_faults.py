@@ -23,6 +23,8 @@ from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 
+pytestmark = pytest.mark.slow
+
 MakeConfig = Callable[..., Config]
 ROOT = Path(__file__).parents[1]
 OFF = {"weight": 0}

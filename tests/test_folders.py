@@ -226,6 +226,7 @@ def test_a_file_of_weights_may_be_a_url(place: Location) -> None:
     assert config.evaluation.lpips_weights == config.projection.lpips_weights == str(place)
 
 
+@pytest.mark.slow
 def test_a_report_and_an_export_by_url(
     make_config: Callable[..., Config], set_folder: Path, generator_folder: Path, place: Location, tmp_path: Path
 ) -> None:
@@ -275,6 +276,7 @@ def test_a_report_and_an_export_by_url(
     assert folders.holds_anything(place / "exported")
 
 
+@pytest.mark.slow
 def test_a_folder_is_replaced_after_a_kill_in_the_middle(tmp_path: Path) -> None:
     """What it left is no hindrance, and the older one is not lost."""
     above = tmp_path / "above"

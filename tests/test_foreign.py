@@ -637,6 +637,7 @@ def numbers(data: bytes) -> set[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["zip", "stream", "nvlabs", "tensorflow"])
 def test_no_damaged_byte_of_a_generator_ends_in_anything_but_a_user_error(tmp_path: Path, kind: str) -> None:
     small = nvlabs_state(size=16)

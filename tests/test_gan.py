@@ -130,6 +130,7 @@ def test_mode_seeking_is_the_inverse_distance_of_pairs() -> None:
     assert gan.mode_seeking(x).item() == pytest.approx(1 / np.mean(distances), rel=0.02)
 
 
+@pytest.mark.slow
 def test_training_learns_the_brightness_of_its_classes(tmp_path: Path) -> None:
     """Three classes of one grey level each, on noise: the samples of a class come to have its level."""
     rng = torch.Generator().manual_seed(0)

@@ -21,6 +21,8 @@ from dmat_ray.local import LocalContext
 from dmat_ray.manifold import gan, gan_trainer
 from dmat_ray.manifold.gan_trainer import _Training, is_finished, read_progress, result_of, train_generator
 
+pytestmark = pytest.mark.slow
+
 SHAPE = {"resolution": 8, "z_dim": 8, "w_dim": 8, "mapping_layers": 2, "channel_base": 64, "channel_max": 8, "noise": True}
 
 

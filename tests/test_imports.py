@@ -83,6 +83,7 @@ def in_fresh_python(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_what_scripts_import_of_the_package_is_there() -> None:
     """Benchmarks too, which most runs of the tests do not start."""
     folders = [ROOT.parent / name for name in ("benchmarks", "jobs", "tests", "tune_spaces")]
@@ -100,6 +101,7 @@ for name in {sorted(names)!r}:
     assert in_fresh_python(code) == ""
 
 
+@pytest.mark.slow
 def test_the_core_imports_where_ray_and_mlflow_do_not() -> None:
     modules = [name.removesuffix(".__init__") for name in CORE]
     code = f"""

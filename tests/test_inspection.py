@@ -28,6 +28,8 @@ from dmat_ray.data.inspection import CHECKS, Inspection, inspect_set, pixels, ro
 from dmat_ray.manifold import generators
 from dmat_ray.storage import at
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SHARD = "part-000001.parquet"
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}

@@ -64,6 +64,7 @@ def ask(process: "subprocess.Popen[str]") -> str:
     return says(process)
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused_and_told_of_the_first(hold: Hold, tmp_path: Path) -> None:
     first = hold()
     assert says(first) == "held"
@@ -113,6 +114,7 @@ def test_a_suspended_writer_that_was_followed_ends(hold: Hold) -> None:
     assert ask(second) == "still held", "the first must not have removed the second's file"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dead", [False, True], ids=["empty folder", "after a killed writer"])
 def test_of_many_at_once_one_goes_on(hold: Hold, dead: bool) -> None:
     if dead:

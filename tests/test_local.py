@@ -21,6 +21,8 @@ from dmat_ray.local import LocalContext
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.schedules import learning_rate
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def config(make_config: Callable[..., Config]) -> Config:

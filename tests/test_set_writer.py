@@ -164,6 +164,7 @@ def _readable(path: Path) -> list[str]:
     return table["id"].to_pylist() if "w" in table.column_names else []
 
 
+@pytest.mark.slow
 def test_a_store_that_does_not_answer_is_no_reason_to_project_again(tmp_path: Path, shards: list[Shard]) -> None:
     with s3.serving(tmp_path) as server:
         server.put("bucket", {})

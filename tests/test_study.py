@@ -13,6 +13,7 @@ import torch
 from dmat_ray import checkpoint
 from dmat_ray.data import manifold_set
 from dmat_ray.data.pixels import quantise, to_unit
+from dmat_ray.errors import UserError
 from dmat_ray.manifold import generators
 from dmat_ray.storage import at
 
@@ -21,6 +22,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import sampled_set  # noqa: E402
 import study_report  # noqa: E402
+
+pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 
@@ -90,6 +93,14 @@ def test_the_study_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.
     assert len(right) == 10
     assert packed.cell("om_at_fgsm", "on_manifold", "PGD-20").value == pytest.approx(100 * np.mean(right))
     assert str(tmp_path) not in (tmp_path / "packed" / "settings.yaml").read_text()
+    # models that are gone stay packed beside new ones
+    for kind in ("rows", "clean"):
+        (output / kind / "standard-0.parquet").unlink()
+    study_report.pack(output, tmp_path / "packed")
+    assert study_report.page(study_report.Study(tmp_path / "packed")) == study_report.page(packed)
+    (output / "settings.yaml").write_text((output / "settings.yaml").read_text().replace("limit: 10", "limit: 9"))
+    with pytest.raises(UserError, match="rows of other settings"):
+        study_report.pack(output, tmp_path / "packed")
 
     sampled = tmp_path / "sampled"
     argv = [

@@ -262,6 +262,7 @@ def update_of(step: TrainingStep, batch: Batch) -> Tensor:
     return torch.cat([p.detach().flatten() for p in step.network.parameters()]) - before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"channels_last": True}, {"compile": True}])
 def test_layout_and_compilation_do_not_change_the_step(make_step: Any, batch: Batch, changes: dict[str, Any]) -> None:
     expected, found = update_of(make_step(objective=CLEAN), batch), update_of(make_step(objective=CLEAN, training=changes), batch)

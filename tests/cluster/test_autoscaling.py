@@ -16,7 +16,7 @@ import pytest
 from heads import Head, kill_all, shipped_cluster
 from small import DMAT, SMALL, same_training, wait_for
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.exhaustive]
 
 
 @contextmanager

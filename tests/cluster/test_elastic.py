@@ -13,7 +13,7 @@ from small import SMALL, history, processes_below, wait_for
 
 from dmat_ray.cluster.session import LOCAL_ENVIRONMENT
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.exhaustive]
 ROOT = Path(__file__).parents[2]
 # statistics that do not depend on how a batch is dealt to workers, and steps slow enough that what happens comes within one
 OPTIONS = [

@@ -25,7 +25,7 @@ from dmat_ray.manifold import generators
 from dmat_ray.manifold.encoder import Encoder, load_encoder, locate_encoder
 from dmat_ray.manifold.encoder_trainer import train_encoder
 
-pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.cluster, pytest.mark.exhaustive, pytest.mark.usefixtures("ray_session")]
 ROOT = Path(__file__).parents[2]
 OPTIONS = [
     *("--encoder.kimg", "6.4", "--encoder.report_kimg", "0.64", "--encoder.batch_size", "16", "--encoder.width_max", "16"),

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from small import ROOT
 
-pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.cluster, pytest.mark.exhaustive, pytest.mark.usefixtures("ray_session")]
 
 
 @pytest.mark.timeout(1800)

@@ -85,6 +85,7 @@ def test_the_card_tells_the_quality_of_the_kept_snapshot(calm):
     assert not list((calm / "train").iterdir()), "decoded images and checkpoints are gone"
 
 
+@pytest.mark.exhaustive
 def test_a_killed_worker_is_replaced_and_goes_on_with_the_very_numbers(tmp_path, calm, monkeypatch, capsys):
     """Bit for bit: the losses of every interval, and the weights."""
     lines: list[str] = []
@@ -112,6 +113,7 @@ def test_a_killed_worker_is_replaced_and_goes_on_with_the_very_numbers(tmp_path,
     assert "is trained already and unchanged, nothing to do" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive
 def test_sigterm_has_a_checkpoint_written_and_the_same_command_goes_on(tmp_path):
     options = [*OPTIONS, "--gan.kimg", "6", "--gan.report_kimg", "2", "--gan.snapshot_kimg", "2"]
     address = ray.get_runtime_context().gcs_address

@@ -29,7 +29,7 @@ from dmat_ray.manifold.encoder import load_encoder, locate_encoder
 from dmat_ray.manifold.generators import fingerprint
 from dmat_ray.storage import at
 
-pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.cluster, pytest.mark.exhaustive, pytest.mark.usefixtures("ray_session")]
 OUTPUT = "s3://everything/run"
 SHORT = [*DMAT, "--evaluation.sets", "on_manifold", "--evaluation.limit", "10"]
 ASSETS = ROOT / "dmat_ray" / "assets" / "mnist32"

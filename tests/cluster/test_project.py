@@ -54,6 +54,7 @@ def calm(ray_session, tmp_path_factory) -> Path:
     return output
 
 
+@pytest.mark.exhaustive
 def test_killed_driver_goes_on_and_a_second_one_is_refused(tmp_path, calm):
     process = start_job("project.py", tmp_path, *OPTIONS, *TWO)
     wait_for(lambda: len(written(tmp_path)) >= 2, process)
@@ -190,6 +191,7 @@ print(memory_summary(sys.argv[1], stats_only=True))
 """
 
 
+@pytest.mark.exhaustive
 def test_full_object_store_corrupt_images_and_their_repair(nodes, start_on, tmp_path):
     """Images of more than the nodes' memory for objects, most of which somebody else holds; one is corrupt, then repaired."""
     rng = np.random.default_rng(0)

@@ -23,6 +23,7 @@ from dmat_ray.lease import sole
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 
 
+@pytest.mark.exhaustive
 def test_killed_driver_of_a_training_goes_on_from_a_checkpoint_that_is_whole(tmp_path, finished):
     finished.copy_set(tmp_path)
     address = ray.get_runtime_context().gcs_address

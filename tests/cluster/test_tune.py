@@ -211,6 +211,7 @@ def test_a_search_is_not_gone_on_with_in_another_space(searched, say):
     Path(config.tune.space).write_text(SPACE)
 
 
+@pytest.mark.exhaustive
 def test_a_killed_driver_goes_on_as_if_nothing_had_been(searched, finished, tmp_path):
     """With it dies its Ray, the head node included. The searcher draws what it would have drawn, and no trial is repeated."""
     finished.copy_set(tmp_path)

@@ -20,7 +20,7 @@ from dmat_ray.config import Config
 from dmat_ray.data.epochs import held_out_positions
 from dmat_ray.data.manifold_set import open_set
 
-pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.cluster, pytest.mark.exhaustive, pytest.mark.usefixtures("ray_session")]
 
 
 def test_a_population_carries_weights_and_changes_settings(finished, tmp_path, say, lines):
