@@ -4,7 +4,7 @@ import io
 import os
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -261,7 +261,7 @@ def test_inception_by_path(inception_file: Path) -> None:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     images, labels = digits(6)
-    features = quality.feature_network(QualityConfig(network="inception", weights=str(inception_file)), images, labels, CPU)
+    features = quality.feature_network(QualityConfig(network="inception", weights=str(inception_file)), images, labels, HERE)
     assert features is not None
     theirs = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(inception_file))
     expected = theirs(images.expand(-1, 3, -1, -1))[0]
@@ -291,7 +291,7 @@ def test_a_malicious_inception_does_not_run(tmp_path: Path) -> None:
 def test_inception_that_is_not_there_names_the_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError) as raised:
-        quality.feature_network(QualityConfig(network="inception"), *digits(6), CPU)
+        quality.feature_network(QualityConfig(network="inception"), *digits(6), HERE)
     message = str(raised.value)
     for part in (weights.KNOWN["inception"].file, "torch-fidelity", "TORCH_HOME", "gan.quality.weights", "network classifier"):
         assert part in message
@@ -299,7 +299,33 @@ def test_inception_that_is_not_there_names_the_ways_out(tmp_path: Path, monkeypa
     folder.mkdir(parents=True)
     (folder / weights.KNOWN["inception"].file).write_bytes(b"something else")
     with pytest.raises(UserError, match=r"its sha256 begins with \w{8}, not 6726825d; get it anew"):
-        quality.feature_network(QualityConfig(network="inception"), *digits(6), CPU)
+        quality.feature_network(QualityConfig(network="inception"), *digits(6), HERE)
+
+
+class OneOfTwo(LocalContext):
+    """A worker that is a thread, and averages with the other one."""
+
+    def __init__(self, folder: Path, rank: int, barrier: threading.Barrier, given: dict[int, list[Tensor]]) -> None:
+        super().__init__(folder)
+        self.rank, self.world_size, self._barrier, self._given = rank, 2, barrier, given
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        self._given[self.rank] = [tensor.clone() for tensor in tensors]
+        self._barrier.wait()
+        for tensor, *both in zip(tensors, self._given[0], self._given[1], strict=True):
+            tensor.copy_((both[0] + both[1]) / 2)
+        self._barrier.wait()
+
+
+def test_all_workers_judge_by_the_network_of_the_first(tmp_path: Path) -> None:
+    networks = [classifiers.build(Config().classifier.model_copy(update={"name": "digits_cnn"}), 1, 3) for _ in range(2)]
+    first = {name: value.clone() for name, value in networks[0].state_dict().items()}
+    barrier, given = threading.Barrier(2), dict[int, list[Tensor]]()
+    with ThreadPoolExecutor(2) as pool:
+        contexts = [OneOfTwo(tmp_path, rank, barrier, given) for rank in range(2)]
+        list(pool.map(quality.of_first_worker, networks, contexts))
+    for network in networks:
+        torch.testing.assert_close(network.state_dict(), first)
 
 
 def test_a_grid_shows_a_class_in_each_column() -> None:

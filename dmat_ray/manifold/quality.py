@@ -106,15 +106,29 @@ def check(config: QualityConfig, channels: int, resolution: int, labels: Tensor)
             )
 
 
-def feature_network(config: QualityConfig, images: Tensor, labels: Tensor, device: torch.device) -> Features | None:
-    """The features that `config.network` names, or None for 'none'; raises UserError if they cannot be had."""
+@torch.no_grad()
+def of_first_worker(network: nn.Module, context: RunContext) -> None:
+    """Every worker's weights and statistics become the first one's: what GPUs train from one seed differs a little."""
+    tensors = [tensor for tensor in (*network.parameters(), *network.buffers()) if tensor.is_floating_point()]
+    for tensor in tensors:
+        tensor.mul_(context.world_size if context.rank == 0 else 0)
+    context.average_(tensors)
+
+
+def feature_network(config: QualityConfig, images: Tensor, labels: Tensor, context: RunContext) -> Features | None:
+    """The features that `config.network` names, the same on all workers, or None for 'none'; raises UserError if they cannot be
+    had.
+    """
+    device = context.device
     check(config, images.shape[1], images.shape[2], labels)
     if config.network == "none":
         return None
     if config.network == "inception":
         return inception_features(locate("inception", config.weights, "gan.quality.weights"), device)
     if config.network == "classifier":
-        return classifier_features(train_classifier(images, labels, int(labels.max()) + 1, config.epochs, device))
+        network = train_classifier(images, labels, int(labels.max()) + 1, config.epochs, device)
+        of_first_worker(network, context)
+        return classifier_features(network)
     return classifier_features(checkpoint.load_classifier(config.network, device)[0])
 
 
@@ -130,7 +144,7 @@ class Judge:
         self, config: QualityConfig, images: Tensor, labels: Tensor, context: RunContext, *, conditional: bool = True
     ) -> None:
         self.config, self._context = config, context
-        self._features = feature_network(config, images, labels, context.device)
+        self._features = feature_network(config, images, labels, context)
         self._chunk = chunk_size(images.shape[2])
         rng = torch.Generator().manual_seed(0)
         pairs = real_pairs(labels if conditional else torch.zeros_like(labels), self._count, rng)
