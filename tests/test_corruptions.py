@@ -60,6 +60,7 @@ def test_pixels_are_those_of_the_published_code(kind: str, size: int) -> None:
         np.testing.assert_allclose(found, recorded, atol=1.01 if kind == "pixelate" else 0.51)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", STATISTICS)
 def test_statistics_are_those_of_the_published_code(key: str) -> None:
     """Mean, change, and steps between neighbours: means over runs, with five standard errors and half a level of 8 bits.

@@ -76,7 +76,7 @@ OUTER = """<!doctype html><meta charset="utf-8">
 <iframe src="{page}"></iframe>"""
 
 
-pytestmark = pytest.mark.skipif(browser() is None, reason=MISSING)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(browser() is None, reason=MISSING)]
 
 
 def luminance(rgb: list[int]) -> float:

@@ -355,6 +355,7 @@ def test_parquet_in_a_store(server: s3.Server, tmp_path: Path) -> None:
         read(one.table, config)
 
 
+@pytest.mark.slow
 def test_only_what_is_needed_is_fetched(server: s3.Server) -> None:
     contents = [random.Random(i).randbytes(1 << 20) for i in range(16)]
     sink = pa.BufferOutputStream()

@@ -19,6 +19,8 @@ from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.rng import Draws
 from dmat_ray.types import Batch
 
+pytestmark = pytest.mark.slow
+
 EPS = 0.3
 
 

@@ -23,6 +23,8 @@ from dmat_ray.manifold.schedule import learning_rate, noise_scale
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.rng import derive
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SQUEEZE: dict[str, object] = {"lpips_net": "squeeze", "lpips_weights": "random"}
 
@@ -97,7 +99,6 @@ def digits() -> tuple[LatentGenerator, encoder.Encoder, Tensor]:
     return generator, start, generator.synthesis(generator.mapping(z))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "values"),
     # float32, since few CPUs compute in bf16, which another test compares with it
@@ -114,7 +115,6 @@ def test_every_digit_of_the_shipped_generator_is_recovered_by_preset_fast(count:
     assert found.steps_B.unique().numel() >= min(count, 2)
 
 
-@pytest.mark.slow
 def test_most_digits_are_recovered_by_preset_paper_in_a_quarter_of_its_steps() -> None:
     """From the mean some searches end in another digit's valley: with all 1,000 steps the last of these 8 comes to 34 dB."""
     generator, _, x = digits()
@@ -448,7 +448,6 @@ def test_images_that_do_not_fit_are_refused(generator: StyleGAN2, mixed: Tensor)
         projector.project(mixed / 0, names(12))
 
 
-@pytest.mark.slow
 def test_principal_axes_are_those_of_the_derivative(generator: StyleGAN2) -> None:
     axes, lengths = principal_axes(generator, seed=0)
     unit = torch.eye(8).expand(generator.num_ws, -1, -1)
@@ -508,7 +507,6 @@ def test_bf16_guides_nearly_as_well(make_generator: Callable[..., StyleGAN2]) ->
     assert (low.lpips_B + low.l1_B < 1.3 * (exact.lpips_B + exact.l1_B)).all()
 
 
-@pytest.mark.slow
 def test_compiled_steps_give_the_same_result(generator: StyleGAN2, mixed: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     values: dict[str, object] = {**STOPPING, "steps": 30, "batch_size": 3, "noise": 0.01}
     plain = project(generator, mixed[:7], **values)
@@ -546,7 +544,6 @@ def test_lpips_guides_the_search(make_generator: Callable[..., StyleGAN2]) -> No
     assert (project(generator, x, steps=20, **values).lpips_B < 0.7 * project(generator, x, steps=1, **values).lpips_B).all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_a_step_with_lpips_is_one_graph(make_generator: Callable[..., StyleGAN2], precision: str) -> None:
     """What torch.compile is given: no break, and the same numbers."""

@@ -38,6 +38,8 @@ from dmat_ray.threats.texture import gabor_kernel, hsv_to_rgb
 from dmat_ray.threats.weather import _streaks, diamond_square
 from dmat_ray.types import Batch
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 STRENGTH = json.loads((HERE / "published" / "strength.json").read_text())
 MORE = 4  # digits that may stand under ours and not under theirs: two points of 200

@@ -256,6 +256,7 @@ def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_inception_by_path(inception_file: Path) -> None:
     """Its features equal torch-fidelity's own, from the same file, of the same bytes."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

@@ -20,6 +20,8 @@ from pyarrow import dataset
 
 from dmat_ray.data import set_format, set_reader
 
+pytestmark = pytest.mark.slow
+
 NAMES = ['a "quoted" name', "it's", "<b>bold & wide</b>", "ünïcødé – 猫", "a/b\\c"]
 
 

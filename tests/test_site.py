@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from documents import FENCED, ROOT, documents
 
+pytestmark = pytest.mark.slow
+
 SITE = runpy.run_path(str(ROOT / "docs" / "build_site.py"))
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 

@@ -373,6 +373,7 @@ def test_a_folder_that_may_not_be_read() -> None:
         shutil.rmtree(root)
 
 
+@pytest.mark.slow
 def test_urls_survive_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(_with(tmp_path, "photos/a/1.png"))
     for source in ("s3://bucket/a b/#%20", "gs://bucket", "mnist5k"):

@@ -213,6 +213,7 @@ for k in range(10**6):
 """
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_nothing_that_counts(place: Location) -> None:
     size, rng = 11 << 20, random.Random(0)
     for _ in range(2):
@@ -263,6 +264,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_one_of_many_creates_a_file(tmp_path: Path) -> None:
     code = "import sys\nfrom dmat_ray.storage import at\n" + RACE
     runners = [
@@ -381,6 +383,7 @@ def test_a_bucket_that_is_not_there(server: s3.Server) -> None:
     assert (absent.is_file(), absent.files(), absent.parent.is_dir()) == (False, [], False)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_store_that_is_not_there(server: s3.Server) -> None:
     with socket.socket() as taken:

@@ -109,6 +109,7 @@ def test_importance_finds_the_knob_that_matters() -> None:
     assert sum(shares.values()) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_importance_shares_what_two_knobs_do_in_equal_parts() -> None:
     """Of f = a + b with a and b uniform, each explains half of the variance."""
     draws = random.Random(0)

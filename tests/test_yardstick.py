@@ -111,6 +111,7 @@ def test_a_training_is_judged_on_its_held_out_examples(
     assert judged == pytest.approx({c: results.accuracy("m", "on_manifold", c).value for c in yardstick.columns(SUITE)})
 
 
+@pytest.mark.slow
 def test_a_branch_goes_on_from_anothers_weights_with_its_own_settings(
     data: ManifoldSet, generator: StyleGAN2, generator_folder: Path, make_config: MakeConfig, tmp_path: Path
 ) -> None:
