@@ -19,7 +19,7 @@ def main() -> None:
     prepare_environment(config)
     from dmat_ray.cluster import gan
     from dmat_ray.cluster.jobs import Speaker
-    from dmat_ray.cluster.session import connected
+    from dmat_ray.cluster.session import TRAIN, connected
 
     say = Speaker().stage("generator")
     folder = output / "generator"
@@ -27,7 +27,7 @@ def main() -> None:
         say("is trained already and unchanged, nothing to do")
     else:
         gan.check(config, output / "train")  # bad data ends here, before Ray starts
-        with connected(config.cluster, config.output):
+        with connected(config.cluster, config.output, say, (TRAIN,)):
             gan.train(config, folder, shlex.join(["python", "jobs/train_generator.py", *sys.argv[1:]]), say)
     say(f"generator in {folder}; use it with --generator.path {folder}")
 

@@ -50,7 +50,7 @@ def main() -> None:
     prepare_environment(config)
     from dmat_ray import dry_run, trials_table
     from dmat_ray.cluster import champion, jobs, search_plan, tune
-    from dmat_ray.cluster.session import connected
+    from dmat_ray.cluster.session import EVALUATE, TRAIN, connected
 
     if given.dry_run:
         plan = search_plan.Plan(config, print)
@@ -60,8 +60,9 @@ def main() -> None:
         print("what judges trials after every epoch is not in it")
         print(plan.told())
         return
-    with connected(config.cluster, config.output):
-        found = tune.search(config, jobs.Speaker().stage("tune"), resume=given.resume)
+    say = jobs.Speaker().stage("tune")
+    with connected(config.cluster, config.output, say, (TRAIN, EVALUATE)):
+        found = tune.search(config, say, resume=given.resume)
     print(trials_table.text(found.trials, found.objective))
     print(champion.summary(found))
     print(f"\nreport: {search_plan.search_folder(config) / champion.PAGE}")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dmat_ray.cluster import tracking
-from dmat_ray.cluster.session import connected
+from dmat_ray.cluster.session import EVALUATE, PROJECT, TRAIN, connected
 from dmat_ray.config import Config
 from dmat_ray.storage import Location, Place, at, set_folder, tracking_uri
 
@@ -45,7 +45,7 @@ def project(config: Config, say: Callable[[str], None], parent: "tracking.Run | 
         work = stack.enter_context(set_maker.begun(config, say))
         if work is None:
             return read_manifest(folder)
-        stack.enter_context(connected(config.cluster, config.output, say))
+        stack.enter_context(connected(config.cluster, config.output, say, (PROJECT,)))
         run = stack.enter_context(tracking.tracked(config, "", "project", parent))
         manifest = stage.project(config, work, say)
         run.metrics({f"mean_{k}": v for k, v in manifest["means"].items()} | {"images": manifest["count"]}, step=0)
@@ -61,7 +61,7 @@ def train(configs: list[Config], say: Callable[[str], None], parent: "tracking.R
 
     todo = models.untrained(configs, say)
     if todo:
-        with connected(configs[0].cluster, configs[0].output, say):
+        with connected(configs[0].cluster, configs[0].output, say, (TRAIN,)):
             stage.train_models(todo, say, parent)
     return [models.model_folder(c) for c in configs]
 
@@ -89,7 +89,7 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         stack.enter_context(exclusive(folder))  # two evaluations must not mix their rows
         page.unlink()  # a page of other rows must not pass for theirs, whenever this run may end
-        stack.enter_context(connected(config.cluster, config.output, say))
+        stack.enter_context(connected(config.cluster, config.output, say, (EVALUATE,)))
         run = stack.enter_context(tracking.tracked(config, "", "evaluate", parent))
         rows, findings = stage.evaluate(config, set_folder(config), models, folder, say)
         results = Results(rows, config.evaluation)
@@ -118,7 +118,7 @@ def predict(config: Config, model: Location, images: str, target: Location, say:
     listing, ignored = prediction.list_images(images)
     if ignored:
         say(f"not taken: {ignored}")
-    with connected(config.cluster, config.output, say):
+    with connected(config.cluster, config.output, say, (EVALUATE,)):
         return stage.predict(config, model, images, listing, target, say)
 
 

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,7 @@ LOCAL_ENVIRONMENT = {
 }
 
 LOGICAL = "DMAT_RAY_LOGICAL_GPUS"
+TRAIN, PROJECT, EVALUATE = "train_workers", "projection_actors", "evaluation_actors"  # how many a stage starts, by setting
 
 
 def prepare_environment(config: Config | None = None, cluster: ClusterConfig | None = None, *, tracked: bool = True) -> None:
@@ -136,12 +137,12 @@ def await_machine(config: ClusterConfig, say: Callable[[str], None]) -> None:
         request_resources(bundles=[])  # from now on the work itself says what it needs
 
 
-def _local_cpus(config: ClusterConfig) -> int:
+def _local_cpus(config: ClusterConfig, counts: Sequence[str]) -> int:
     """Logical CPUs of a local Ray: the workers', and some for Ray Data, Train's controller and small helpers.
 
     Raises UserError if the machine has not what the settings ask for; Ray would wait for it for ever.
     """
-    workers = max(config.train_workers, config.projection_actors, config.evaluation_actors)
+    workers = max(getattr(config, name) for name in counts)
     need = workers * config.threads_per_worker + 2
     if config.num_cpus is not None and config.num_cpus < need:
         raise UserError(f"cluster.num_cpus is {config.num_cpus}, but {workers} workers and Ray's helpers need {need}")
@@ -153,7 +154,7 @@ def _local_cpus(config: ClusterConfig) -> int:
             raise UserError(
                 f"{workers} workers with cluster.gpus_per_worker {config.gpus_per_worker:g} need "
                 f"{workers * config.gpus_per_worker:g} GPUs, this machine has {found}; "
-                + ("lower cluster.train_workers, cluster.projection_actors and cluster.evaluation_actors, or " if found else "")
+                + (f"lower {' and '.join(f'cluster.{name}' for name in counts)}, or " if found else "")
                 + "set cluster.gpus_per_worker 0 to compute on CPUs"
             )
     return config.num_cpus or max(6, need, os.cpu_count() or 1)
@@ -209,9 +210,15 @@ COMMON: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "con
 
 
 @contextmanager
-def connected(config: ClusterConfig, output: str | None = None, say: Callable[[str], None] = print) -> Iterator[None]:
+def connected(
+    config: ClusterConfig,
+    output: str | None = None,
+    say: Callable[[str], None] = print,
+    counts: Sequence[str] = (TRAIN, PROJECT, EVALUATE),
+) -> Iterator[None]:
     """Inside, Ray is connected: to `config.address`, to the submitted job's cluster, or to a Ray of its own.
 
+    A Ray of its own has room for as many workers as the largest of `counts` says, the settings that what runs inside goes by.
     All machines of a cluster must have the driver's packages and, if it is given, its output folder; raises UserError if one
     has not.
     """
@@ -227,7 +234,7 @@ def connected(config: ClusterConfig, output: str | None = None, say: Callable[[s
     address = cluster_address(config)
     told = nodes.expectation(output) if address is not None or (output is not None and at(output).local is None) else ""
     if address is None:
-        _start(config)
+        _start(config, counts)
     else:
         _join(address, told)
     ray.data.DataContext.get_current().enable_progress_bars = False  # jobs print their own lines
@@ -239,10 +246,10 @@ def connected(config: ClusterConfig, output: str | None = None, say: Callable[[s
         ray.shutdown()
 
 
-def _start(config: ClusterConfig) -> None:
+def _start(config: ClusterConfig, counts: Sequence[str]) -> None:
     import ray
 
-    cpus = _local_cpus(config)
+    cpus = _local_cpus(config, counts)
     with _native_stderr_held():
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **COMMON)
 

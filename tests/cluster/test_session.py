@@ -1,12 +1,20 @@
 """What a local Ray opens and where output may go."""
 
 import os
+import runpy
+import sys
+from pathlib import Path
 
 import psutil
 import pytest
+import ray
+import torch
+from PIL import Image
 from small import settings
 
-from dmat_ray.cluster.session import prepare_environment
+from dmat_ray import models
+from dmat_ray.cluster import jobs
+from dmat_ray.cluster.session import connected, prepare_environment
 from dmat_ray.errors import UserError
 
 pytestmark = pytest.mark.cluster
@@ -54,3 +62,43 @@ def test_an_output_in_an_object_store_needs_an_mlflow_server():
         prepare_environment(settings("s3://bucket/x"))
     prepare_environment(settings("s3://bucket/x"), tracked=False)
     prepare_environment(settings("s3://bucket/x", "--tracking.uri", "http://127.0.0.1:5000"))
+
+
+class _StartedError(Exception):
+    pass
+
+
+@pytest.fixture
+def one_gpu(monkeypatch) -> None:
+    """A machine that has one, and on which Ray gets as far as its start."""
+
+    def start(**_):
+        raise _StartedError
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", start)
+
+
+ONE_WORKER = ("--cluster.gpus_per_worker", "1", "--cluster.train_workers", "1")
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_a_stage_asks_a_machine_for_gpus_of_its_own_workers_alone(monkeypatch, tmp_path):
+    """Both numbers of actors are 2 by default, and a training starts no actors."""
+    config = settings(tmp_path, *ONE_WORKER, "--cluster.projection_actors", 2, "--cluster.evaluation_actors", 2)
+    monkeypatch.setattr(models, "untrained", lambda configs, say: configs)
+    with pytest.raises(_StartedError):
+        jobs.train([config], print)
+    script = Path(__file__).parents[2] / "jobs" / "train_generator.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *ONE_WORKER, "--data.train_limit", "200", "--output", str(tmp_path)])
+    with pytest.raises(_StartedError):
+        runpy.run_path(str(script))["main"]()
+    Image.new("L", (8, 8)).save(tmp_path / "image.png")
+    with pytest.raises(
+        UserError, match=r"2 workers .* need 2 GPUs, this machine has 1; lower cluster\.evaluation_actors, or set"
+    ):
+        jobs.predict(config, tmp_path, str(tmp_path), tmp_path, print)
+    lower = r"lower cluster\.train_workers and cluster\.projection_actors and cluster\.evaluation_actors, or set"
+    with pytest.raises(UserError, match=lower), connected(config.cluster):
+        pass
