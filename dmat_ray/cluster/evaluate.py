@@ -17,7 +17,7 @@ import torch
 
 from dmat_ray import checkpoint, checks, evaluation, probes, units
 from dmat_ray.checks import Finding
-from dmat_ray.cluster import gauges
+from dmat_ray.cluster import gauges, pools
 from dmat_ray.cluster.session import device_of_actor
 from dmat_ray.config import Config
 from dmat_ray.data import manifold_set, set_reader
@@ -147,19 +147,20 @@ class _Work:
         actors = min(cluster.evaluation_actors, len(todo))
         by_name = {self.name(unit): unit for unit in todo}
         items = [{"name": name, "unit": unit.to_json()} for name, unit in by_name.items()]
-        results = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            UnitEvaluator,
-            fn_constructor_kwargs={
-                "config": self.config.to_json(),
-                "set_path": str(self.set_path),
-                "models": {k: str(v) for k, v in self.models.items()},
-                "folder": str(self.folder),
-            },
-            batch_size=1,
-            num_cpus=cluster.threads_per_worker,
-            num_gpus=cluster.gpus_per_worker or None,
-            compute=ray.data.ActorPoolStrategy(min_size=actors, max_size=actors, initial_size=actors),
-        )
+        with pools.patient():
+            results = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+                UnitEvaluator,
+                fn_constructor_kwargs={
+                    "config": self.config.to_json(),
+                    "set_path": str(self.set_path),
+                    "models": {k: str(v) for k, v in self.models.items()},
+                    "folder": str(self.folder),
+                },
+                batch_size=1,
+                num_cpus=cluster.threads_per_worker,
+                num_gpus=cluster.gpus_per_worker or None,
+                compute=ray.data.ActorPoolStrategy(min_size=actors, max_size=actors, initial_size=actors),
+            )
         for row in results.iter_rows():
             yield by_name[row["name"]]
 

@@ -11,7 +11,7 @@ import ray.data
 import torch
 
 from dmat_ray import checkpoint, prediction
-from dmat_ray.cluster import session
+from dmat_ray.cluster import pools, session
 from dmat_ray.cluster.shard_tasks import as_bytes, read_pictures, unpack
 from dmat_ray.config import Config
 from dmat_ray.data import set_format
@@ -51,19 +51,20 @@ def predict(
     parts = _parts(listing, config.evaluation.batch_size)
     actors = min(config.cluster.evaluation_actors, len(parts))
     say(f"starting {actors} actor(s) for {listing.num_rows} images")
-    predicted = (
-        ray.data.from_items(parts, override_num_blocks=len(parts))
-        .map_batches(read_pictures, batch_size=1, batch_format="pyarrow", fn_kwargs={"data": data.model_dump(mode="json")})
-        .map_batches(
-            Predictor,
-            fn_constructor_kwargs={"threads": config.cluster.threads_per_worker, "model": str(model)},
-            batch_size=1,
-            batch_format="pyarrow",
-            num_cpus=config.cluster.threads_per_worker,
-            num_gpus=config.cluster.gpus_per_worker or None,
-            compute=ray.data.ActorPoolStrategy(min_size=actors, max_size=actors, initial_size=actors),
+    with pools.patient():
+        predicted = (
+            ray.data.from_items(parts, override_num_blocks=len(parts))
+            .map_batches(read_pictures, batch_size=1, batch_format="pyarrow", fn_kwargs={"data": data.model_dump(mode="json")})
+            .map_batches(
+                Predictor,
+                fn_constructor_kwargs={"threads": config.cluster.threads_per_worker, "model": str(model)},
+                batch_size=1,
+                batch_format="pyarrow",
+                num_cpus=config.cluster.threads_per_worker,
+                num_gpus=config.cluster.gpus_per_worker or None,
+                compute=ray.data.ActorPoolStrategy(min_size=actors, max_size=actors, initial_size=actors),
+            )
         )
-    )
     found = _collected(predicted, listing, say)
     sink = pa.BufferOutputStream()
     pq.write_table(found, sink, compression="zstd")

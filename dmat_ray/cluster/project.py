@@ -14,7 +14,7 @@ from typing import Any
 import ray.data
 
 from dmat_ray.checkpoint import versions
-from dmat_ray.cluster import gauges, session
+from dmat_ray.cluster import gauges, pools, session
 from dmat_ray.cluster.shard_projector import ShardProjector
 from dmat_ray.cluster.shard_tasks import as_bytes, read_shard, write_shard
 from dmat_ray.config import Config
@@ -27,8 +27,6 @@ from dmat_ray.storage import Location
 
 SAY_EVERY_S, SILENT_S = 5.0, 300.0
 VISIBLE_S = 90.0  # a shared disk may be that late in showing a new file to another machine
-# what a moment later may be gone: a refused connection, a storage that answers too slowly
-PASSING = ["OSError", "cannot be written", "cannot be read"]
 
 
 def project(config: Config, work: Begun, say: Callable[[str], None]) -> dict[str, Any]:
@@ -132,15 +130,10 @@ def run_shards(
     config: Config, folder: Location, class_names: tuple[str, ...], todo: list[Shard], projector: type = ShardProjector
 ) -> Iterator[dict[str, Any]]:
     """Read, project and write these shards; yields a summary of each as it is finished. Ray must be connected."""
-    context = ray.data.DataContext.get_current().copy()  # other stages of this process have another
-    context.execution_options.preserve_order = False
-    context.execution_no_progress_timeout_s = -1  # spot machines may be hours away
-    context.retried_map_errors, context.max_map_retries = PASSING, 2
-    context.max_consecutive_actor_init_deaths = 3
     if config.projection.start == "encoder":
         place = config.projection.model_copy(update={"encoder": str(encoder_folder(config))})
         config = config.model_copy(update={"projection": place})
-    with ray.data.DataContext.current(context):
+    with pools.patient():
         written = _dataset(config, folder, class_names, todo, projector)
     yield from written.iter_rows()
 
