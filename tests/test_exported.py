@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dmat_ray import threats
 from dmat_ray.attack import attack
-from dmat_ray.config import AttackConfig, LatentThreat, ProjectionConfig
+from dmat_ray.config import AttackConfig, GeneratorConfig, LatentThreat, ProjectionConfig
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import generators
 from dmat_ray.manifold.formats import exported
@@ -263,6 +263,27 @@ def test_a_latent_attack_stays_in_its_ball(made: Any, load: Any, how: str, norm:
     torch.testing.assert_close(found.x_BCHW, generator.synthesis(w + found.theta * generator.w_std))
     before = F.cross_entropy(network(batch.x_BCHW), batch.y_B, reduction="none")
     assert (found.loss_B > before).all()
+
+
+@pytest.mark.parametrize("how", ["script", "trace", "export"])
+def test_recomputed_activations_give_the_same_gradient(made: Any, load: Any, tmp_path: Path, how: str) -> None:
+    """Every time: TorchScript runs another program once it has seen what goes through."""
+    kept = load(made(LayeredDecoder, how), **CARDS[LayeredDecoder])
+    again = generators.load_configured(GeneratorConfig(path=str(tmp_path / "generator"), recompute=True))
+    for number in range(4):
+        w = example(LayeredDecoder, 3 + number % 2).requires_grad_(True)
+        numbers: list[list[int]] = []
+        slopes = []
+        for generator in (kept, again):
+            sizes: list[int] = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+                x = generator.synthesis(w, clamp=False)
+            slopes.append(torch.autograd.grad(x.square().sum(), w)[0])
+            numbers.append(sizes)
+        torch.testing.assert_close(slopes[0], slopes[1])
+        assert sum(numbers[1]) < sum(numbers[0]) / 2, "less is kept"
+    with torch.no_grad():
+        assert torch.equal(kept.synthesis(w), again.synthesis(w))
 
 
 def test_programs_are_known_by_their_content(made: Any, tmp_path: Path) -> None:

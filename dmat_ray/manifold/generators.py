@@ -185,7 +185,15 @@ def load_configured(config: GeneratorConfig, device: torch.device | str = "cpu")
 
 
 def recompute(generator: LatentGenerator) -> None:
-    """From now on only the input of each layer is kept for a gradient, and its activations are computed anew (in place)."""
+    """From now on only the input of each layer is kept for a gradient, and its activations are computed anew (in place).
+
+    A program has no layers to see, and is computed anew as one.
+    """
+    if isinstance(generator, exported.ExportedDecoder):
+        # to the end: the exception that stops it where all is there again does not come through TorchScript's interpreter
+        again = functools.partial(checkpoint, generator.synthesis, use_reentrant=False, early_stop=False)
+        generator.synthesis = again  # type: ignore[method-assign]
+        return
     synth = generator.synth
     layers = getattr(synth, "layers", None) or getattr(synth, "convs", None) or [synth]
     for layer in layers:
