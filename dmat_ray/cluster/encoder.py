@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from dmat_ray.checkpoint import versions
-from dmat_ray.cluster import tracking, workers
+from dmat_ray.cluster import session, tracking, workers
 from dmat_ray.cluster.context import RayContext, StoppedError
 from dmat_ray.cluster.events import heed_sigterm, listen, no_retry_of_user_errors
-from dmat_ray.cluster.session import TRAIN, connected
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
 from dmat_ray.files import text_digest
@@ -90,6 +89,7 @@ def train(config: Config, folder: Location, command: str, say: Callable[[str], N
             say(describe(metrics, config.encoder.kimg))
 
         with listen(handle, asked) as mailbox:
+            session.await_machine(config.cluster, say)
             settings = {"config": config.to_json(), "mailbox": mailbox}
             result = workers.fit(worker, settings, config.cluster, storage / name, keep=2)
         assert result.checkpoint is not None
@@ -129,7 +129,7 @@ def train_encoder(config: Config, overwrite: bool, command: str, say: Callable[[
         say("is trained already and unchanged, nothing to do")
         return folder
     generators.load_configured(config.generator)  # a bad generator ends here, before Ray starts
-    with connected(config.cluster, config.output, say, (TRAIN,)):
+    with session.connected(config.cluster, config.output, say, (session.TRAIN,)):
         card = train(config, folder, command, say)
     found = card["fresh_samples"]
     say(f"on fresh samples mean |g(E(x)) - x| is {found['l1']:.4f}, {found['l1_of_mean']:.4f} for the mean of w")

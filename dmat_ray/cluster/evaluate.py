@@ -17,8 +17,7 @@ import torch
 
 from dmat_ray import checkpoint, checks, evaluation, probes, units
 from dmat_ray.checks import Finding
-from dmat_ray.cluster import gauges, pools
-from dmat_ray.cluster.session import device_of_actor
+from dmat_ray.cluster import gauges, pools, session
 from dmat_ray.config import Config
 from dmat_ray.data import manifold_set, set_reader
 from dmat_ray.errors import UserError
@@ -39,7 +38,7 @@ class UnitEvaluator:
     def __init__(self, config: dict[str, Any], set_path: str, models: dict[str, str], folder: str) -> None:
         settings = Config.model_validate(config)
         torch.set_num_threads(settings.cluster.threads_per_worker)
-        self.folder, device = at(folder), device_of_actor()
+        self.folder, device = at(folder), session.device_of_actor()
 
         def load(name: str) -> torch.nn.Module:
             return checkpoint.load_classifier(models[name], device)[0]
@@ -210,6 +209,7 @@ def evaluate(
 
 def _run_all(work: _Work, todo: Sequence[Unit], what: str, say: Callable[[str], None]) -> None:
     """Do these units, and say how far it is."""
+    session.await_machine(work.config.cluster, say)
     began = said = time.monotonic()
     say(f"{what}{len(todo)} batches for {min(work.config.cluster.evaluation_actors, len(todo))} actors")
     for number, unit in enumerate(work.run(todo), 1):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dmat_ray.checkpoint import versions
-from dmat_ray.cluster import tracking, workers
+from dmat_ray.cluster import session, tracking, workers
 from dmat_ray.cluster.context import RayContext, StoppedError
 from dmat_ray.cluster.events import heed_sigterm, listen, no_retry_of_user_errors, send
 from dmat_ray.config import Config, DataConfig
@@ -213,6 +213,7 @@ def train(config: Config, folder: Path, command: str, say: Callable[[str], None]
                 say(line)
 
         with listen(handle, asked) as mailbox:
+            session.await_machine(config.cluster, say)
             settings = {"config": config.to_json(), "mailbox": mailbox, "images": str(cache.folder)}
             result = workers.fit(worker, settings, config.cluster, storage / name, keep=2)
         assert result.checkpoint is not None

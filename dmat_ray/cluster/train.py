@@ -110,6 +110,7 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
 
         asked = stack.enter_context(heed_sigterm())
         mailbox = stack.enter_context(listen(handle, asked))
+        session.await_machine(first.cluster, say)
         count = session.worker_count(first.cluster)
         say(f"starting {count if isinstance(count, int) else ' to '.join(map(str, count))} workers to train {', '.join(epochs)}")
         settings = {"configs": [c.to_json() for c in todo], "set": str(set_path), "mailbox": mailbox}

@@ -1,9 +1,12 @@
 """What a local Ray opens and where output may go."""
 
+import contextlib
 import os
 import runpy
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -13,9 +16,11 @@ from PIL import Image
 from small import settings
 
 from dmat_ray import models
-from dmat_ray.cluster import jobs
+from dmat_ray.cluster import encoder, evaluate, gan, jobs, session, train
 from dmat_ray.cluster.session import connected, prepare_environment
 from dmat_ray.errors import UserError
+from dmat_ray.storage import at
+from dmat_ray.units import Unit
 
 pytestmark = pytest.mark.cluster
 
@@ -102,3 +107,30 @@ def test_a_stage_asks_a_machine_for_gpus_of_its_own_workers_alone(monkeypatch, t
     lower = r"lower cluster\.train_workers and cluster\.projection_actors and cluster\.evaluation_actors, or set"
     with pytest.raises(UserError, match=lower), connected(config.cluster):
         pass
+
+
+def test_every_stage_waits_for_a_machine_no_longer_than_it_is_told(monkeypatch, tmp_path):
+    """Projection, prediction and search have tests of their own. Nothing is started here."""
+
+    def await_machine(cluster, say):
+        raise UserError("no node came")
+
+    monkeypatch.setattr(session, "await_machine", await_machine)
+    for stage in (encoder, gan, train):
+        monkeypatch.setattr(stage, "listen", lambda *_: contextlib.nullcontext("mailbox"))
+        monkeypatch.setattr(stage, "heed_sigterm", lambda: contextlib.nullcontext(threading.Event()))
+        monkeypatch.setattr(stage.tracking, "tracked", lambda *_: contextlib.nullcontext())
+        monkeypatch.setattr(stage.workers, "fit", None)
+    monkeypatch.setattr(train, "training_folder", lambda todo: at(tmp_path) / "train" / "dmat")
+    monkeypatch.setattr(train, "is_trained", lambda config: False)
+    monkeypatch.setattr(gan, "check", lambda config, storage: gan.ImageCache(tmp_path / "images", "0" * 64, {}))
+    config = settings(tmp_path)
+    place = at(tmp_path) / "made"
+    with pytest.raises(UserError, match="no node came"):
+        train.train_models([config], print)
+    with pytest.raises(UserError, match="no node came"):
+        gan.train(config, tmp_path / "generator", "", print)
+    with pytest.raises(UserError, match="no node came"):
+        encoder.train(config, place, "", print)
+    with pytest.raises(UserError, match="no node came"):
+        evaluate._run_all(SimpleNamespace(config=config, run=None), [Unit("dmat", "natural", "clean", (0,))], "", print)
