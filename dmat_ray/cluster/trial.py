@@ -77,7 +77,11 @@ class Work:
 
 def line_folders(folder: Path) -> list[Path]:
     """A trial's lines: what it was before and after it went on from another's weights, the newest first."""
-    return sorted(folder.glob("line_[0-9]*"), reverse=True)
+    return sorted(folder.glob("line_[0-9]*"), key=_line_number, reverse=True)
+
+
+def _line_number(folder: Path) -> int:
+    return int(folder.name.removeprefix("line_"))  # of a population's trial there may be hundreds
 
 
 class _TrialContext:
@@ -132,10 +136,10 @@ class _Line:
         lines = line_folders(folder)
         if told is not None and told["trial"] != name:
             self.branch_from, self.epoch = Path(told["folder"]), int(told["epoch"])
-            self.folder = folder / f"line_{len(lines):02d}"
+            self.folder = folder / f"line_{_line_number(lines[0]) + 1 if lines else 0:02d}"
         elif told is not None:
             self.epoch, self.folder = int(told["epoch"]), Path(told["folder"]).parent
-            for newer in (line for line in lines if line > self.folder):
+            for newer in (line for line in lines if _line_number(line) > _line_number(self.folder)):
                 shutil.rmtree(newer)  # what Tune had decided was lost with it, and is decided anew
         else:
             self.folder = lines[0] if lines else folder / "line_00"
