@@ -51,8 +51,8 @@ class Outbox:
         from mlflow import MlflowClient
 
         self.uri, self.patience_s = uri, patience_s
-        # of this server: the ids in it are nobody else's
-        self._file = folder / f"mlflow_unsent_{text_digest(uri)[:8]}.jsonl"
+        # of this server: the ids in them are nobody else's
+        self._folder, self._name = folder, f"mlflow_unsent_{text_digest(uri)[:8]}"
         self._client = MlflowClient(uri)
         try:
             self._client.search_experiments(max_results=1)
@@ -66,8 +66,10 @@ class Outbox:
                 f"MLflow at tracking.uri '{uri}' does not answer: {_reason(error)}; start it, correct the address, or leave "
                 "tracking.uri out: then runs are kept in the output folder"
             ) from error
-        self._kept = self._file.is_file()  # of an earlier job; later of this one
-        self._entries: deque[Entry] = deque(_read(self._file) if self._kept else ())
+        # of earlier jobs; later of this one. Each is written once, by one process, so that who has sent all of it may remove it:
+        # of two jobs at a time both may send it, and neither loses what the other has kept
+        self._files = [f for f in folder.files() if f.name.startswith(self._name) and f.name.endswith(".jsonl")]
+        self._entries: deque[Entry] = deque(entry for file in self._files for entry in _read(file))
         self._ids: dict[str, str] = {}
         self._epochs: dict[str, float] = {}  # the last that the server has of runs that were opened again
         self._change = threading.Condition()
@@ -81,7 +83,7 @@ class Outbox:
             self._change.notify_all()
 
     def flush(self) -> None:
-        """Wait until all is sent, or the server has not answered for `patience_s`; then keep what is left in the file."""
+        """Wait until all is sent, or the server has not answered for `patience_s`; then keep what is left in a file."""
         with self._change:
             while self._entries and not self._given_up():
                 self._change.wait(timeout=0.2)
@@ -91,13 +93,15 @@ class Outbox:
                 {**entry, "id": self._ids.get(entry["run"]), "parent_id": self._ids.get(entry.get("parent") or "")}
                 for entry in self._entries
             ]
+            file = self._folder / f"{self._name}_{uuid.uuid4().hex[:12]}.jsonl"
             try:
-                self._file.write_bytes("".join(json.dumps(entry) + "\n" for entry in left).encode())
-                self._kept = True
+                file.write_bytes("".join(json.dumps(entry) + "\n" for entry in left).encode())
             except (OSError, UserError) as error:
-                _warn(f"{len(left)} entries for MLflow cannot be kept in '{self._file}': {error}")
+                _warn(f"{len(left)} entries for MLflow cannot be kept in '{file}': {error}")
                 return
-        _warn(f"{len(left)} entries for MLflow are kept in '{self._file}'; the next job with this output sends them")
+            self._remove_files()  # what they held and was not sent stands in the new one
+            self._files = [file]
+        _warn(f"{len(left)} entries for MLflow are kept in '{file}'; the next job with this output sends them")
 
     def id_of(self, run: str) -> str:
         """The server's id of a run. Raises UserError if it has not answered for `patience_s`, or refused to make it."""
@@ -108,6 +112,12 @@ class Outbox:
                     raise UserError(f"MLflow at '{self.uri}' {said}, and this needs it")
                 self._change.wait(timeout=0.2)
             return self._ids[run]
+
+    def _remove_files(self) -> None:
+        for file in self._files:
+            with contextlib.suppress(OSError, UserError):
+                file.unlink()
+        self._files = []
 
     def _given_up(self) -> bool:
         return self._down_since is not None and time.monotonic() - self._down_since > self.patience_s
@@ -135,10 +145,8 @@ class Outbox:
                 failures, self._down_since = 0, None
             with self._change:
                 self._entries.popleft()
-                if not self._entries and self._kept:
-                    with contextlib.suppress(OSError, UserError):
-                        self._file.unlink()
-                    self._kept = False
+                if not self._entries:
+                    self._remove_files()
                 self._change.notify_all()
 
     def _send(self, entry: Entry) -> None:
@@ -263,7 +271,11 @@ def _reason(error: Exception) -> str:
 def _read(file: Location) -> list[Entry]:
     """What an earlier job could not send; a damaged line is left out and told."""
     entries: list[Entry] = []
-    for line in file.read_bytes().decode().splitlines():
+    try:
+        lines = file.read_bytes().decode().splitlines()
+    except FileNotFoundError:
+        return []  # another job has meanwhile sent it
+    for line in lines:
         try:
             entry = json.loads(line)
         except ValueError:

@@ -1,0 +1,94 @@
+"""The entries that wait for a server, without one: several jobs of one output, and what stores of artifacts answer."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+
+from dmat_ray.cluster import outbox
+from dmat_ray.cluster.outbox import Outbox
+from dmat_ray.storage import at
+
+pytestmark = pytest.mark.cluster
+URI = "http://server"
+
+
+class Client:
+    """As much of MLflow's as the outbox needs for tags and files; `answer` is called with what it is sent."""
+
+    answer: Any
+    sent: list[str]
+
+    def __init__(self, uri: str) -> None:
+        assert uri == URI
+
+    def search_experiments(self, **_: Any) -> None:
+        """Answers."""
+
+    def set_tag(self, run: str, key: str, value: str) -> None:
+        self._take(f"{key}={value}")
+
+    def log_artifact(self, run: str, path: str, folder: str) -> None:
+        self._take(Path(path).name)
+
+    def _take(self, what: str) -> None:
+        type(self).answer(what)
+        self.sent.append(what)
+
+
+@pytest.fixture
+def client(monkeypatch) -> type[Client]:
+    """The class of MLflow's client."""
+
+    class Fresh(Client):
+        answer, sent = staticmethod(lambda what: None), []
+
+    monkeypatch.setattr(mlflow, "MlflowClient", Fresh)
+    monkeypatch.setattr(outbox, "PAUSES_S", (0.001,))
+    return Fresh
+
+
+def tag(key: str, value: str = "1") -> dict[str, Any]:
+    return {"do": "tag", "run": "handle", "id": "id", "key": key, "value": value}
+
+
+def artifact(path: Path) -> dict[str, Any]:
+    return {"do": "artifact", "run": "handle", "id": "id", "path": str(path), "folder": None}
+
+
+def silent(what: str) -> None:
+    raise ConnectionError("nobody is there")
+
+
+def no_files_soon(folder: Path) -> bool:
+    end = time.monotonic() + 60
+    while list(folder.glob("mlflow_unsent_*")) and time.monotonic() < end:
+        time.sleep(0.01)
+    return not list(folder.glob("mlflow_unsent_*"))
+
+
+def test_jobs_of_one_output_do_not_lose_what_others_have_kept(client, tmp_path, capfd):
+    client.answer = staticmethod(silent)
+    first, second = (Outbox(URI, at(tmp_path), 0.0) for _ in range(2))
+    for box, key in ((first, "a"), (second, "b"), (first, "c")):
+        box.put(tag(key))
+        box.flush()
+    # b's is not known to a; a's second file holds what the first held
+    files = sorted(tmp_path.glob("mlflow_unsent_*.jsonl"))
+    kept = sorted([json.loads(line)["key"] for line in file.read_text().splitlines()] for file in files)
+    assert kept == [["a", "c"], ["b"]]
+    third = Outbox(URI, at(tmp_path), 0.0)
+    third.put(tag("d"))
+    third.flush()
+    assert len(list(tmp_path.glob("mlflow_unsent_*.jsonl"))) == 1, "all that waits, in one"
+    first.put(tag("e"))
+    first.flush()
+    client.answer = staticmethod(lambda what: None)
+    fourth = Outbox(URI, at(tmp_path), 60.0)
+    fourth.flush()
+    assert {f"{key}=1" for key in "abcde"} <= set(client.sent)
+    assert no_files_soon(tmp_path)
+    assert "are kept in" in capfd.readouterr().err
