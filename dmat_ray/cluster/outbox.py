@@ -20,14 +20,16 @@ from typing import Any
 from dmat_ray.errors import UserError
 from dmat_ray.files import text_digest
 from dmat_ray.folders import fetched
-from dmat_ray.storage import Location
+from dmat_ray.storage import OF_THE_FILE, Location
 
 KEY = "dmat_ray.key"
 PARENT = "mlflow.parentRunId"
 EPOCH = "epoch"  # a metric of trainings
 FRONT = "pareto_front"  # a tag of trials and of models
 KINDS = {"create", "metrics", "artifact", "text", "tag", "register", "finish"}
+STORED = {"artifact", "text"}  # what goes to a store of artifacts, by way of packages whose errors are their own
 PAUSES_S = (0.5, 1, 2, 5, 10)
+TRIES = 20  # of what may pass or not: about three minutes, of one job or of several
 Entry = dict[str, Any]
 
 
@@ -129,20 +131,28 @@ class Outbox:
                 while not self._entries:
                     self._change.wait()
                 entry = self._entries[0]
+            answers = True
             try:
                 self._send(entry)
             except Exception as error:  # nothing that happens here may end a training
-                if not _refused(error):
+                refused, tries = _refused(entry, error), entry.get("tries", 0)
+                if refused is None:
+                    tries += 1
+                    with self._change:
+                        entry["tries"] = tries  # which the next job goes on with
+                if not refused and tries < TRIES:
                     if failures == 0:
                         _warn(f"MLflow at '{self.uri}' does not answer ({_reason(error)}); going on, and sending later")
                         self._down_since = time.monotonic()
                     time.sleep(PAUSES_S[min(failures, len(PAUSES_S) - 1)])
                     failures += 1
                     continue
-                _warn(f"MLflow refuses an entry ({entry['do']}), which is left out: {_reason(error)}")
-            if failures:
+                after = "" if refused else f" after {tries} tries"
+                _warn(f"MLflow refuses an entry ({entry['do']}), which is left out{after}: {_reason(error)}")
+                answers = bool(refused)
+            if failures and answers:
                 _warn(f"MLflow at '{self.uri}' answers again; sending what was kept")
-                failures, self._down_since = 0, None
+            failures, self._down_since = 0, None
             with self._change:
                 self._entries.popleft()
                 if not self._entries:
@@ -247,12 +257,16 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _refused(error: Exception) -> bool:
-    """Whether sending it again can only fail again."""
+def _refused(entry: Entry, error: Exception) -> bool | None:
+    """Whether sending it again can only fail again; None if that cannot be told."""
     status = _status(error)
     if status is not None:
         return 400 <= status < 500 and status not in (401, 408, 429)  # a password may be renewed
-    return isinstance(error, FileNotFoundError) or not isinstance(error, OSError)
+    if isinstance(error, FileNotFoundError):
+        return True
+    if isinstance(error, OSError):
+        return None if error.errno in OF_THE_FILE else False  # a folder of artifacts that nobody may write to, e.g.
+    return None if entry["do"] in STORED else True  # boto3's errors are no OSErrors, whatever they are of
 
 
 def _status(error: Exception) -> int | None:

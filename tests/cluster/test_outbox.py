@@ -10,6 +10,7 @@ import pytest
 
 from dmat_ray.cluster import outbox
 from dmat_ray.cluster.outbox import Outbox
+from dmat_ray.files import text_digest
 from dmat_ray.storage import at
 
 pytestmark = pytest.mark.cluster
@@ -92,3 +93,52 @@ def test_jobs_of_one_output_do_not_lose_what_others_have_kept(client, tmp_path, 
     assert {f"{key}=1" for key in "abcde"} <= set(client.sent)
     assert no_files_soon(tmp_path)
     assert "are kept in" in capfd.readouterr().err
+
+
+class S3UploadFailedError(Exception):
+    """boto3's: no OSError, and without a status."""
+
+
+@pytest.mark.parametrize("error", [S3UploadFailedError("SlowDown"), PermissionError(13, "Permission denied", "mlartifacts")])
+def test_an_artifact_is_sent_once_its_store_takes_it(client, tmp_path, capfd, error):
+    times = []
+
+    def busy(what: str) -> None:
+        times.append(what)
+        if what == "report.html" and len(times) < 5:
+            raise error
+
+    client.answer = staticmethod(busy)
+    box = Outbox(URI, at(tmp_path), 60.0)
+    (tmp_path / "report.html").write_text("page")
+    for entry in (artifact(tmp_path / "report.html"), tag("last")):
+        box.put(entry)
+    box.flush()
+    assert client.sent == ["report.html", "last=1"]
+    said = capfd.readouterr().err
+    assert "left out" not in said
+    assert "answers again" in said
+
+
+@pytest.mark.parametrize("error", [S3UploadFailedError("AccessDenied"), PermissionError(13, "Permission denied", "mlartifacts")])
+def test_an_artifact_that_its_store_never_takes_does_not_hold_up_the_rest(client, tmp_path, capfd, error):
+    tried = 0
+
+    def full(what: str) -> None:
+        nonlocal tried
+        if what == "report.html":
+            tried += 1
+            raise error
+
+    client.answer = staticmethod(full)
+    (tmp_path / "report.html").write_text("page")
+    # a job before, which was not there for long, has tried it some times
+    before = {**artifact(tmp_path / "report.html"), "tries": 15}
+    (tmp_path / f"mlflow_unsent_{text_digest(URI)[:8]}_0.jsonl").write_text(json.dumps(before))
+    box = Outbox(URI, at(tmp_path), 60.0)
+    box.put(tag("last"))
+    box.flush()
+    assert client.sent == ["last=1"]
+    assert tried == 5
+    assert f"refuses an entry (artifact), which is left out after 20 tries: {error}" in capfd.readouterr().err
+    assert not list(tmp_path.glob("mlflow_unsent_*"))
