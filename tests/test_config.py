@@ -167,6 +167,7 @@ def test_unknown_keys_are_refused(values: dict[str, Any]) -> None:
         {"gan": {"architecture": {"resolution": 24}}},
         {"gan": {"architecture": {"num_classes": 65, "z_dim": 64}}},
         {"cluster": {"train_workers": 0}},
+        {"cluster": {"gpus_per_worker": 1.5}},
         {"data": []},
     ],
     ids=str,

@@ -105,6 +105,15 @@ def has_no_device(config: ClusterConfig) -> bool:
     return config.gpus_per_worker == 0 or os.environ.get(LOGICAL) == "1"
 
 
+def require_a_gpu_each(config: ClusterConfig) -> None:
+    """Raise UserError if DDP workers would share a GPU: NCCL takes but one on each, and Ray Train would try again and again."""
+    if 0 < config.gpus_per_worker < 1 and config.train_workers > 1 and not has_no_device(config):
+        raise UserError(
+            f"cluster.gpus_per_worker {config.gpus_per_worker:g} lets {config.train_workers} DDP workers share a GPU, which they "
+            "cannot; give --cluster.train_workers 1, or --cluster.gpus_per_worker 1"
+        )
+
+
 def await_machine(config: ClusterConfig, say: Callable[[str], None]) -> None:
     """Wait until a node has what one worker needs, which an autoscaler may first have to start. Ray must be connected.
 
@@ -220,8 +229,10 @@ def connected(
 
     A Ray of its own has room for as many workers as the largest of `counts` says, the settings that what runs inside goes by.
     All machines of a cluster must have the driver's packages and, if it is given, its output folder; raises UserError if one
-    has not.
+    has not, and for DDP workers that would share a GPU.
     """
+    if TRAIN in counts:
+        require_a_gpu_each(config)
     prepare_environment(cluster=config)
     import ray
     import ray.data

@@ -122,7 +122,11 @@ class ClusterConfig(Section):
     projection_actors: int = Field(2, ge=1, description="projection actors, at most")
     projection_actors_min: int = Field(1, ge=1, description="projection actors that are kept while there is work for fewer")
     evaluation_actors: int = Field(2, ge=1, description="evaluation actors")
-    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of each worker and actor; 0 = CPU")
+    gpus_per_worker: float = Field(
+        0.0,
+        ge=0,
+        description="GPUs of each worker and actor; 0 = CPU; 0.5 = two actors share one, which several DDP workers cannot",
+    )
     threads_per_worker: int = Field(1, ge=1, description="CPU threads of each worker and actor")
     wait_minutes: float = Field(30.0, ge=0, description="minutes to wait for a first machine that has what a worker needs")
     tflops: float | None = Field(
@@ -143,6 +147,8 @@ class ClusterConfig(Section):
             )
         if self.train_workers_min is not None and self.train_workers_min > self.train_workers:
             raise ValueError(f"train_workers_min {self.train_workers_min} is more than train_workers {self.train_workers}")
+        if self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
+            raise ValueError(f"gpus_per_worker {self.gpus_per_worker:g} must be a whole number, or a part of one GPU, below 1")
         return self
 
 

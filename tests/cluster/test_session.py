@@ -18,6 +18,7 @@ from small import settings
 from dmat_ray import models
 from dmat_ray.cluster import encoder, evaluate, gan, jobs, session, train
 from dmat_ray.cluster.session import connected, prepare_environment
+from dmat_ray.config import ClusterConfig
 from dmat_ray.errors import UserError
 from dmat_ray.storage import at
 from dmat_ray.units import Unit
@@ -107,6 +108,18 @@ def test_a_stage_asks_a_machine_for_gpus_of_its_own_workers_alone(monkeypatch, t
     lower = r"lower cluster\.train_workers and cluster\.projection_actors and cluster\.evaluation_actors, or set"
     with pytest.raises(UserError, match=lower), connected(config.cluster):
         pass
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_workers_of_a_training_do_not_share_a_gpu(monkeypatch):
+    """Ray would let them, and NCCL would fail as often as the training may."""
+    monkeypatch.delenv(session.LOGICAL, raising=False)
+    half = ClusterConfig(gpus_per_worker=0.5)
+    with pytest.raises(UserError, match=r"gpus_per_worker 0\.5 lets 2 DDP workers share a GPU"), connected(half):
+        pass
+    for one, counts in ((half, (session.PROJECT,)), (half.model_copy(update={"train_workers": 1}), (session.TRAIN,))):
+        with pytest.raises(_StartedError), connected(one, counts=counts):
+            pass
 
 
 def test_every_stage_waits_for_a_machine_no_longer_than_it_is_told(monkeypatch, tmp_path):
