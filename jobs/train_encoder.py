@@ -14,7 +14,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     config, arguments = cli.parse(str(__doc__), preset=["demo"], add=add)
-    prepare_environment(config)
+    prepare_environment(config, elastic=False)
     from dmat_ray.cluster.encoder import train_encoder
     from dmat_ray.cluster.jobs import Speaker
 

@@ -16,7 +16,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     config, arguments = cli.parse(str(__doc__), preset=["mnist32_generator"], add=add)
     output = local_output(config, "jobs/train_generator.py")
-    prepare_environment(config)
+    prepare_environment(config, elastic=False)
     from dmat_ray.cluster import gan
     from dmat_ray.cluster.jobs import Speaker
     from dmat_ray.cluster.session import TRAIN, connected

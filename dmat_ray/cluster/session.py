@@ -52,9 +52,12 @@ LOGICAL = "DMAT_RAY_LOGICAL_GPUS"
 TRAIN, PROJECT, EVALUATE = "train_workers", "projection_actors", "evaluation_actors"  # how many a stage starts, by setting
 
 
-def prepare_environment(config: Config | None = None, cluster: ClusterConfig | None = None, *, tracked: bool = True) -> None:
+def prepare_environment(
+    config: Config | None = None, cluster: ClusterConfig | None = None, *, tracked: bool = True, elastic: bool = True
+) -> None:
     """Set what is not set, for the cluster of `config`, or for `cluster`. Call it before ray is imported.
 
+    `elastic` is False for a job whose trainings have all of their workers or none, whatever `train_workers_min` says.
     Raises UserError for an output that would be lost, since a submitted job runs in a copy of its working directory, or that
     cannot hold the database of a job that is `tracked`.
     """
@@ -67,7 +70,7 @@ def prepare_environment(config: Config | None = None, cluster: ClusterConfig | N
                     f"{name} '{place}' is relative, but a submitted job runs in a temporary copy of its working directory; "
                     f"give --{name} an absolute path that all nodes share"
                 )
-    if config is not None and worker_count(config.cluster) != config.cluster.train_workers:
+    if elastic and config is not None and worker_count(config.cluster) != config.cluster.train_workers:
         # after a machine is lost Ray Train may count on it for so long, before it starts with those that are left
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
     cluster = cluster if config is None else config.cluster

@@ -116,9 +116,16 @@ class ClusterConfig(Section):
     )
     train_workers: int = Field(2, ge=1, description="DDP workers, at most")
     train_workers_min: int | None = Field(
-        None, ge=1, description="DDP workers to go on with while there are no machines for more; null = train_workers"
+        None,
+        ge=1,
+        description="DDP workers that the training of a classifier goes on with while there are no machines for more, which that "
+        "of a generator or an encoder does not; null = train_workers",
     )
-    resize_seconds: float = Field(60.0, gt=0, description="seconds between looks for machines for more DDP workers")
+    resize_seconds: float = Field(
+        60.0,
+        gt=0,
+        description="seconds between looks for machines for more DDP workers, where train_workers_min allows for fewer",
+    )
     projection_actors: int = Field(2, ge=1, description="projection actors, at most")
     projection_actors_min: int = Field(1, ge=1, description="projection actors that are kept while there is work for fewer")
     evaluation_actors: int = Field(2, ge=1, description="evaluation actors")

@@ -70,6 +70,15 @@ def test_an_output_in_an_object_store_needs_an_mlflow_server():
     prepare_environment(settings("s3://bucket/x", "--tracking.uri", "http://127.0.0.1:5000"))
 
 
+def test_only_a_training_that_may_go_on_with_fewer_starts_soon_without_the_rest(monkeypatch, tmp_path):
+    name = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+    elastic = settings(tmp_path, "--cluster.train_workers", 2, "--cluster.train_workers_min", 1)
+    for config, options, seconds in ((settings(tmp_path), {}, "300"), (elastic, {}, "60"), (elastic, {"elastic": False}, "300")):
+        monkeypatch.delenv(name, raising=False)
+        prepare_environment(config, **options)
+        assert os.environ[name] == seconds
+
+
 class _StartedError(Exception):
     pass
 
