@@ -19,16 +19,13 @@ def main() -> None:
     prepare_environment(config, elastic=False)
     from dmat_ray.cluster import gan
     from dmat_ray.cluster.jobs import Speaker
-    from dmat_ray.cluster.session import TRAIN, connected
 
     say = Speaker().stage("generator")
     folder = output / "generator"
     if not arguments.overwrite and gan.is_trained(config, folder):
         say("is trained already and unchanged, nothing to do")
     else:
-        gan.check(config, output / "train")  # bad data ends here, before Ray starts
-        with connected(config.cluster, config.output, say, (TRAIN,)):
-            gan.train(config, folder, shlex.join(["python", "jobs/train_generator.py", *sys.argv[1:]]), say)
+        gan.train(config, folder, shlex.join(["python", "jobs/train_generator.py", *sys.argv[1:]]), say)
     say(f"generator in {folder}; use it with --generator.path {folder}")
 
 

@@ -23,7 +23,7 @@ from dmat_ray.config import Config, DataConfig
 from dmat_ray.data.sources import list_examples, read_pixels, versions_of_images
 from dmat_ray.errors import UserError
 from dmat_ray.files import read_json, text_digest, write_json
-from dmat_ray.lease import sole
+from dmat_ray.lease import Lease, sole
 from dmat_ray.manifold import quality
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.gan_trainer import DEAD_END, check_images, check_workers, is_finished, result_of, train_generator
@@ -32,6 +32,7 @@ from dmat_ray.manifold.samples import sample_grid
 from dmat_ray.storage import local_output
 
 SAMPLES = "samples.png"
+PARTIAL = ".images-*.partial"  # of the decoded images, until they are whole
 PIXELS, LABELS, REJECTED = "images.npy", "labels.npy", "rejected.json"
 RUN_NAME = "generator"
 CHUNK = 64  # images that a thread reads and decodes at a time
@@ -74,13 +75,12 @@ def prepare_images(config: Config, storage: Path) -> ImageCache:
     if all((cache / name).is_file() for name in (PIXELS, LABELS, REJECTED)):
         return ImageCache(cache, digest, read_json(cache / REJECTED))
     shutil.rmtree(cache, ignore_errors=True)
-    partial = storage / f".{cache.name}.{os.getpid()}.partial"
+    partial = storage / PARTIAL.replace("*", f"{digest[:16]}.{os.getpid()}")
     partial.mkdir(parents=True, exist_ok=True)
     try:
         rejected = _decode_all(rows, config.data, partial)
         write_json(partial / REJECTED, rejected)
-        with contextlib.suppress(OSError):  # another job of the same output was quicker
-            partial.rename(cache)
+        partial.rename(cache)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return ImageCache(cache, digest, rejected)
@@ -178,12 +178,23 @@ def _warnings(metrics: dict[str, float], config: Config) -> list[str]:
 
 
 def train(config: Config, folder: Path, command: str, say: Callable[[str], None]) -> Path:
-    """Train a generator on the training split of `config.data` and write it to `folder`. Ray must be connected.
+    """Train a generator on the training split of `config.data`, with its session, and write it to `folder`.
 
     A rerun after a crash goes on from the latest snapshot. Sent SIGTERM it has a checkpoint written, and raises SystemExit.
     """
     storage = local_output(config, "jobs/train_generator.py") / "train"
-    cache = check(config, storage)
+    # one at a time, whatever its settings: the decoded images, which the first to end removes, are the same for many
+    with sole(folder) as lease:
+        for left in storage.glob(PARTIAL):
+            shutil.rmtree(left, ignore_errors=True)
+        cache = check(config, storage)  # bad data ends here, before Ray starts
+        with session.connected(config.cluster, config.output, say, (session.TRAIN,)):
+            return _train(config, folder, storage, cache, lease, command, say)
+
+
+def _train(
+    config: Config, folder: Path, storage: Path, cache: ImageCache, lease: Lease, command: str, say: Callable[[str], None]
+) -> Path:
     if cache.rejected:
         name, reason = next(iter(cache.rejected.items()))
         say(f"{len(cache.rejected)} image(s) cannot be read and are left out; the first: '{name}' {reason}")
@@ -195,7 +206,7 @@ def train(config: Config, folder: Path, command: str, say: Callable[[str], None]
             + ", ".join(others)
         )
     grids = folder.with_name(f"{folder.name}_samples") / name
-    with sole(storage / name) as lease, tracking.tracked(config, "", "train_generator") as run, heed_sigterm() as asked:
+    with tracking.tracked(config, "", "train_generator") as run, heed_sigterm() as asked:
 
         def handle(event: dict[str, Any]) -> None:
             if "text" in event:

@@ -232,6 +232,29 @@ def test_a_folder_of_nothing_but_images(tmp_path):
         gan.check(photo_settings(flat, tmp_path, "--cluster.train_workers", "1"), tmp_path / "train")
 
 
+class _DecodedError(Exception):
+    pass
+
+
+def test_one_training_of_a_generator_at_a_time_has_the_decoded_images(monkeypatch, tmp_path):
+    """The first to end removes them. What a job that was killed has left of its own goes when the next one begins."""
+    left = tmp_path / "train" / ".images-0123456789abcdef.1.partial"
+    left.mkdir(parents=True)
+    other, _ = cli.parse("test", ["--output", str(tmp_path), *OPTIONS, "--gan.seed", "5"], preset=["mnist32_generator"])
+
+    def fit(*_, **__):
+        assert not left.exists()
+        (tmp_path / "train" / ".images-fedcba9876543210.1.partial").mkdir()
+        with pytest.raises(UserError, match=r"generator\.lease' is being written by process \d+ .*wait until it ends"):
+            gan.train(other, tmp_path / "generator", "second", print)
+        assert list((tmp_path / "train").glob(".images-*")), "it may be at work"
+        raise _DecodedError
+
+    monkeypatch.setattr(gan.workers, "fit", fit)
+    with pytest.raises(_DecodedError):
+        gan.train(settings(tmp_path), tmp_path / "generator", "first", print)
+
+
 def test_a_generator_that_is_there_is_not_replaced_unasked(calm, tmp_path):
     assert gan.is_trained(settings(calm), calm / "generator")
     assert not gan.is_trained(settings(tmp_path), tmp_path / "generator")

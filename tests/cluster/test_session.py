@@ -138,6 +138,7 @@ def test_every_stage_waits_for_a_machine_no_longer_than_it_is_told(monkeypatch, 
         raise UserError("no node came")
 
     monkeypatch.setattr(session, "await_machine", await_machine)
+    monkeypatch.setattr(session, "connected", lambda *_: contextlib.nullcontext())
     for stage in (encoder, gan, train):
         monkeypatch.setattr(stage, "listen", lambda *_: contextlib.nullcontext("mailbox"))
         monkeypatch.setattr(stage, "heed_sigterm", lambda: contextlib.nullcontext(threading.Event()))
