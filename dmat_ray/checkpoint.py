@@ -148,6 +148,18 @@ def hand_over(context: RunContext, metrics: dict[str, float], write: Callable[[P
         raise UserError(no_space(error, context.checkpoints())) from error
 
 
+def hand_over_state(
+    context: RunContext, metrics: dict[str, float], name: str, progress: dict[str, Any], state: dict[str, Any], *, wait: bool
+) -> None:
+    """`hand_over` of a checkpoint that is tensors, `state`, and the JSON file `name`, `progress`, which makes it whole."""
+
+    def write(folder: Path) -> None:
+        torch.save(state, folder / STATE)
+        seal(folder, name, progress)
+
+    hand_over(context, metrics, write, wait=wait)
+
+
 def is_full(error: BaseException) -> bool:
     """Whether an error says that there is no space for a file, in the system's words or in safetensors' or torch's."""
     if isinstance(error, OSError):

@@ -23,6 +23,7 @@ from dmat_ray.config import Config, DataConfig
 from dmat_ray.data.sources import list_examples, read_pixels, versions_of_images
 from dmat_ray.errors import UserError
 from dmat_ray.files import read_json, text_digest, write_json
+from dmat_ray.folders import replace_folder
 from dmat_ray.lease import Lease, sole
 from dmat_ray.manifold import quality
 from dmat_ray.manifold.base import LatentGenerator
@@ -232,10 +233,6 @@ def _train(
             say("stopped; the same command goes on from the checkpoint")
             return folder  # which is where the signal takes effect
         generator, kept = result_of(result.checkpoint.path, config.gan)
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        (partial / SAMPLES).write_bytes(sample_grid(generator, config.gan.seed))
         card = {
             "command": command,
             "data": config.data.model_dump(mode="json"),
@@ -247,10 +244,13 @@ def _train(
             "seed": config.gan.seed,
             "versions": versions(),
         }
-        save_generator(partial, generator, card)
-        lease.check()
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+
+        def write(fresh: Path) -> None:
+            save_generator(fresh, generator, card)
+            (fresh / SAMPLES).write_bytes(sample_grid(generator, config.gan.seed))
+            lease.check()
+
+        replace_folder(folder, write)
         run.artifact(folder, "generator")
         run.metrics({f"kept_{key}": float(value) for key, value in kept.items()}, step=round(kept["kimg"] * 1000))
         for leftover in (storage / name, cache.folder):

@@ -6,7 +6,6 @@ by noise on the w of every layer: projected natural images lie some w_std off W.
 
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -140,24 +139,14 @@ def train_encoder(config: EncoderConfig, generator: LatentGenerator, generator_s
             if pace.looks() and pace.wants_checkpoint()[1]:
                 context.average_([training.sums])  # a checkpoint holds one worker's
                 progress = {**about, "step": i, "of": training.steps}
-                _report_checkpoint(context, {}, progress, training.state(), wait=True)
+                checkpoint.hand_over_state(context, {}, PROGRESS, progress, training.state(), wait=True)
             continue
         speed = (i - first) * config.batch_size / (time.monotonic() - began)
         metrics = {"kimg": i / per_kimg, **training.report(), "images_per_second": speed}
         progress = {**about, "step": i, "of": training.steps}
-        _report_checkpoint(context, metrics, progress, training.state(), wait=i == training.steps)
+        checkpoint.hand_over_state(context, metrics, PROGRESS, progress, training.state(), wait=i == training.steps)
     training.encoder.load_state_dict(as_stored(training.encoder))
     return training.encoder.eval().requires_grad_(False)
-
-
-def _report_checkpoint(
-    context: RunContext, metrics: dict[str, float], progress: dict[str, Any], state: dict[str, Any], *, wait: bool
-) -> None:
-    def write(folder: Path) -> None:
-        torch.save(state, folder / checkpoint.STATE)
-        checkpoint.seal(folder, PROGRESS, progress)
-
-    checkpoint.hand_over(context, metrics, write, wait=wait)
 
 
 def _read_checkpoint(folder: Place, about: dict[str, Any]) -> tuple[int, dict[str, Any]]:

@@ -9,7 +9,6 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -235,7 +234,7 @@ def train_generator(
                 training.agree()
                 progress = {"step": i, "of": training.steps, "diverged": False, "best": best_quality, "history": history}
                 about = {"config": config.model_dump(mode="json"), **progress}
-                _report_checkpoint(context, {}, about, {**training.state(), "best": best}, wait=True)
+                checkpoint.hand_over_state(context, {}, PROGRESS, about, {**training.state(), "best": best}, wait=True)
             continue
         speed = (i - first) * config.batch_size / (time.monotonic() - began)
         metrics = {"kimg": i / per_kimg, **training.losses(), "images_per_second": speed}
@@ -264,20 +263,10 @@ def train_generator(
             "history": history,
         }
         state = {**training.state(), "best": best}
-        _report_checkpoint(context, metrics, progress, state, wait=progress["step"] == training.steps)
+        checkpoint.hand_over_state(context, metrics, PROGRESS, progress, state, wait=progress["step"] == training.steps)
         if diverged:
             break
     return _restored(config, best, context.device)
-
-
-def _report_checkpoint(
-    context: RunContext, metrics: dict[str, float], progress: dict[str, Any], state: dict[str, Any], *, wait: bool
-) -> None:
-    def write(folder: Path) -> None:
-        torch.save(state, folder / checkpoint.STATE)
-        checkpoint.seal(folder, PROGRESS, progress)
-
-    checkpoint.hand_over(context, metrics, write, wait=wait)
 
 
 def _restored(config: GanConfig, state: Any, device: torch.device) -> StyleGAN2:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -253,6 +254,28 @@ def test_one_training_of_a_generator_at_a_time_has_the_decoded_images(monkeypatc
     monkeypatch.setattr(gan.workers, "fit", fit)
     with pytest.raises(_DecodedError):
         gan.train(settings(tmp_path), tmp_path / "generator", "first", print)
+
+
+def test_a_generator_that_cannot_be_written_leaves_the_older_one_and_nothing_else(monkeypatch, tmp_path):
+    """The disk is full when a training has ended: the same command writes it later, from the last checkpoint."""
+    older = tmp_path / "generator"
+    older.mkdir()
+    (older / "card.json").write_text("older")
+
+    def save(folder, generator, card):
+        folder.mkdir(exist_ok=True)
+        (folder / "generator.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    checkpoint = tmp_path / "train" / "checkpoint"
+    fit = SimpleNamespace(checkpoint=SimpleNamespace(path=str(checkpoint)))
+    monkeypatch.setattr(gan.workers, "fit", lambda *_, **__: fit)
+    monkeypatch.setattr(gan, "result_of", lambda path, config: (generators.load_generator("mnist32"), {"kimg": 1.0}))
+    monkeypatch.setattr(gan, "save_generator", save)
+    with pytest.raises(OSError, match="No space left"):
+        gan.train(settings(tmp_path), older, "fills the disk", print)
+    assert {path.name for path in older.iterdir()} == {"card.json"}
+    assert not list(tmp_path.glob(".generator.partial")), "no space is taken by what is of no use"
 
 
 def test_a_generator_that_is_there_is_not_replaced_unasked(calm, tmp_path):
