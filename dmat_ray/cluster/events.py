@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dmat_ray.errors import UserError
 
-DEAF_S = 60.0  # without a question from workers: they look every other second, or after every step
+BEAT_S, DEAF_S = 10.0, 60.0  # between two beats of a worker, and without any from which on there is none
 
 
 class _Mailbox:
@@ -29,7 +29,7 @@ class _Mailbox:
         self.events: list[dict[str, Any]] = []
         self.user_error: UserError | None = None
         self.stopping = False
-        self.asked: float | None = None  # when a worker last asked
+        self.heard: float | None = None  # when a worker last beat
 
     def put(self, event: dict[str, Any]) -> None:
         self.events.append(event)
@@ -44,11 +44,13 @@ class _Mailbox:
         self.stopping = True
 
     def is_stopping(self) -> bool:
-        self.asked = time.monotonic()
         return self.stopping
 
-    def is_asked(self) -> bool:
-        return self.asked is not None and time.monotonic() - self.asked < DEAF_S
+    def beat(self) -> None:
+        self.heard = time.monotonic()
+
+    def hears(self) -> bool:
+        return self.heard is not None and time.monotonic() - self.heard < DEAF_S
 
     def take(self) -> list[dict[str, Any]]:
         events, self.events = self.events, []
@@ -103,7 +105,8 @@ def no_retry_of_user_errors(mailbox: str) -> Iterator[bool]:
     """For the body of a worker: yields False if an earlier attempt found what only a user can mend, and the body must do nothing.
 
     Ray Train starts a failed group anew, whatever it failed of. This first attempt fails, so that all of its workers are
-    stopped at once; the next one ends without doing anything, and the listener raises the UserError.
+    stopped at once; the next one ends without doing anything, and the listener raises the UserError. While the body runs the
+    listener knows that there is a worker (see `listen`).
     """
     actor = None
     with contextlib.suppress(ValueError):
@@ -112,11 +115,32 @@ def no_retry_of_user_errors(mailbox: str) -> Iterator[bool]:
         yield False
         return
     try:
-        yield True
+        with _beating(actor):
+            yield True
     except UserError as error:
         if actor is not None:
             ray.get(actor.put_user_error.remote(type(error)(str(error))))
         raise
+
+
+@contextmanager
+def _beating(actor: Any) -> Iterator[None]:
+    """Inside, the mailbox hears of this worker, in a thread: between two looks may lie a validation of many minutes."""
+    stop = threading.Event()
+
+    def loop() -> None:
+        while True:
+            with contextlib.suppress(ray.exceptions.RayError):
+                actor.beat.remote()
+            if stop.wait(BEAT_S):
+                return
+
+    if actor is not None:
+        threading.Thread(target=loop, daemon=True).start()
+    try:
+        yield
+    finally:
+        stop.set()
 
 
 @contextmanager
@@ -125,7 +149,8 @@ def listen(
 ) -> Iterator[str]:
     """Calls `handle` in a thread for every event sent to the mailbox whose name this yields; all are handled at exit.
 
-    Workers are told when `asked` is set (see `is_stopping`); if there are none that listen, this process is sent SIGTERM again.
+    Workers are told when `asked` is set (see `is_stopping`), and answer at their next step; if there are none (yet, or any more),
+    this process is sent SIGTERM again.
     Raises the UserError that a worker has left there (see `no_retry_of_user_errors`), whatever the body raises.
     """
     name = f"dmat_ray_events_{uuid.uuid4().hex[:12]}"
@@ -155,8 +180,8 @@ def listen(
                         handle({"text": "asked to stop (SIGTERM): writing a checkpoint first; a second SIGTERM stops at once"})
                         ray.get(actor.stop.remote(), timeout=60)
                         told = True
-                    if not ray.get(actor.is_asked.remote(), timeout=60):
-                        handle({"text": "no worker is at a step: stopping at once"})
+                    if not ray.get(actor.hears.remote(), timeout=60):
+                        handle({"text": "no worker is at work: stopping at once"})
                         os.kill(os.getpid(), signal.SIGTERM)
                         return
 
