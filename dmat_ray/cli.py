@@ -5,7 +5,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,15 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=44, width=min(120, int(os.environ.get("COLUMNS", "120"))))
 
 
+OF_SCHEDULES = {
+    "training.lr": ("cosine", "one_cycle"),
+    "training.lr_warmup": ("cosine",),
+    "training.lr_epochs": ("piecewise",),
+    "training.lr_values": ("piecewise",),
+}
+"""Settings that only some learning rate schedules look at."""
+
+
 def _source(parser: argparse.ArgumentParser) -> tuple[type[BaseSettings], CliSettingsSource[Any]]:
     class Arguments(Config, BaseSettings):
         model_config = SettingsConfigDict(frozen=True, extra="forbid")
@@ -81,9 +90,16 @@ def _layers(given: Sequence[str], over: Sequence[str] = ()) -> dict[str, Any]:
     return layers
 
 
-def _complete(values: dict[str, Any]) -> Config:
-    """The Config of these values, with the rows of its suites and absolute paths; raises as pydantic and `suites.resolved` do."""
+def _complete(values: dict[str, Any], given: Iterable[str]) -> Config:
+    """The Config of these values, with the rows of its suites and absolute paths; raises as pydantic and `suites.resolved` do.
+
+    Those `given` by name, and not by a preset, must mean something: else UserError.
+    """
     config = with_absolute_paths(Config.model_validate(values))
+    schedule = config.training.schedule
+    for name in given:
+        if schedule not in (schedules := OF_SCHEDULES.get(name, (schedule,))):
+            raise UserError(f"{name} means nothing for training.schedule {schedule}; it is of {' and '.join(schedules)}")
     return config.model_copy(update={"evaluation": with_absolute_weights(suites.resolved(config.evaluation))})
 
 
@@ -104,7 +120,7 @@ def settings(*given: str, **sections: Any) -> Config:
     """
     values = presets.merge(_layers(given), sections)
     try:
-        return _complete(values)
+        return _complete(values, [f"training.{name}" for name in sections.get("training", {})])
     except ValidationError as error:
         raise UserError(describe(error)) from None
 
@@ -149,7 +165,8 @@ def parse(
             return source(parsed_args=namespace), init_settings
 
     try:
-        return _complete(Layered(**layers).model_dump()), namespace
+        given = [name for name in OF_SCHEDULES if getattr(namespace, name, None) is not None]
+        return _complete(Layered(**layers).model_dump(), given), namespace
     except ValidationError as error:
         raise UserError(describe(error)) from None
     except SettingsError as error:  # a list or a table whose text is no JSON, such as 0,.1 for 0,0.1
