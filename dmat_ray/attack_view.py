@@ -39,6 +39,9 @@ def _foldable(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[tuple[fx.N
     return pairs
 
 
+TRACES = 6  # of a forward pass: a coin of its own is seen by all but one network in 32
+
+
 def view_of(network: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """What attacks see of a network: an `AttackView`, or of a TorchScript program, which has no layers to fold, itself."""
     if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
@@ -63,12 +66,14 @@ class AttackView(nn.Module):
         view = copy.deepcopy(network).eval()
         self.folded: list[tuple[str, str]] = []
         try:
-            graph = _Tracer().trace(view)
+            graph, *others = [_Tracer().trace(view) for _ in range(TRACES)]
         except Exception:  # whatever a foreign network does with a stand-in for its input
             pass
         else:
-            # a tensor that forward makes was made once, while tracing: random numbers would be the same ever after
-            if not any(node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graph.nodes):
+            # what forward draws by itself was drawn once, while tracing, and would be the same ever after: of tensors it shows as
+            # a constant, of Python's numbers as another graph each time
+            constant = any(node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graph.nodes)
+            if not constant and all(str(other) == str(graph) for other in others):
                 view = self._fold(fx.GraphModule(view, graph))
         self.view = view.to(dtype, memory_format=self._layout).requires_grad_(False)  # type: ignore[call-overload]
         inside = {f"{conv}.{part}" for conv, _ in self.folded for part in ("weight", "bias", "kernel")}

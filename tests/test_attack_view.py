@@ -1,5 +1,7 @@
 """The copy that attacks see is the network: its outputs and its gradients to the image."""
 
+import random
+
 import pytest
 import torch
 from gradients import require_same
@@ -133,3 +135,20 @@ def test_a_network_that_draws_numbers_goes_on_drawing_them() -> None:
 
     view, x = AttackView(Noisy().eval()), torch.rand(2, 1, 8, 8)
     assert not torch.equal(view(x), view(x))
+
+
+def test_a_network_that_draws_numbers_by_python_goes_on_drawing_them() -> None:
+    class Shifted(nn.Module):
+        """Random padding, as defences have it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 3, 3, stride=3)
+            self.draws = random.Random(0)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            left = self.draws.randint(0, 5)
+            return self.conv(nn.functional.pad(x, (left, 5 - left, 0, 0))).mean(dim=(2, 3))
+
+    view, x = AttackView(Shifted().eval()), torch.rand(2, 1, 8, 8)
+    assert len({view(x).sum().item() for _ in range(20)}) > 3
