@@ -1,6 +1,7 @@
 """A study: generator, on-manifold set, every method with several seeds, evaluation; what docs/results/ is made of.
 
     python benchmarks/study.py --preset demo benchmarks/studies/mnist.yaml --processes 2
+    python benchmarks/study.py --preset cifar10 benchmarks/studies/cifar5.yaml --data.source DIR --processes 2
     python benchmarks/study.py --preset cifar10 benchmarks/studies/cifar10.yaml --data.source DIR --processes 8
 
 DIR holds CIFAR-10's own binary files. Needs no Ray: one machine, with or without a GPU, on which `--processes` trainings or
