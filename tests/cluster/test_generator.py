@@ -145,6 +145,7 @@ def test_sigterm_has_a_checkpoint_written_and_the_same_command_goes_on(tmp_path)
     generators.load_generator(str(tmp_path / "generator"))
 
 
+@pytest.mark.exhaustive
 def test_what_only_a_user_can_mend_is_not_tried_again(tmp_path):
     """The worker fails once; the next attempt sees why and does nothing."""
     config, _ = cli.parse(

@@ -102,6 +102,7 @@ time.sleep(12)
 """
 
 
+@pytest.mark.exhaustive
 def test_prometheus_sees_the_work_and_the_dashboard_draws_it(head):
     """A number stays while its job is at work, though it is told once an epoch: Ray's endpoint drops it after two reports."""
     with head.scraped() as seen:

@@ -119,6 +119,7 @@ def outage(server: MlflowServer, tmp_path_factory: pytest.TempPathFactory) -> Ou
     return Outage(said.getvalue(), seconds, ended, ended_id)
 
 
+@pytest.mark.exhaustive
 def test_a_killed_server_gets_everything_when_it_is_back(server, outage):
     assert outage.seconds < 1, "nothing waits for the server"
     assert outage.here.count("does not answer") == 1
@@ -139,6 +140,7 @@ def test_a_killed_server_gets_everything_when_it_is_back(server, outage):
     assert Path(client.download_artifacts(run_id, "note.txt")).read_text() == "a note"
 
 
+@pytest.mark.exhaustive
 def test_what_a_job_cannot_send_the_next_one_sends(server, outage):
     assert "4 entries for MLflow are kept in '" in outage.ended
     found = runs(server, "ended")
