@@ -69,8 +69,8 @@ def test_a_list_that_is_none_is_an_error_of_the_user() -> None:
 def test_a_rate_of_another_schedule_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"training\.lr means nothing .* piecewise; it is of cosine and one_cycle"):
         cli.parse("test", ["--preset", "demo", "--training.lr", "0.01"])
-    with pytest.raises(UserError, match=r"training\.lr_values means nothing for training\.schedule cosine"):
-        cli.settings("demo", training={"schedule": "cosine", "lr_values": [0, 1, 1, 0]})
+    with pytest.raises(UserError, match=r"training\.lr_warmup means nothing for training\.schedule one_cycle; it is of cosine"):
+        cli.settings("demo", training={"schedule": "one_cycle", "lr_warmup": 1})
     (tmp_path / "both.yaml").write_text("training: {schedule: one_cycle, lr: 0.3, lr_values: [0, 1], lr_epochs: [0, 9]}")
     assert cli.settings(str(tmp_path / "both.yaml")).training.lr == 0.3
     assert cli.parse("test", ["--training.schedule", "cosine", "--training.lr", "0.01"])[0].training.lr == 0.01
