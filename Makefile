@@ -75,7 +75,7 @@ mutations: $(STAMP)
 	@$(BIN)/python tests/mutations.py
 
 coverage: $(STAMP)
-	@$(BIN)/python -m pytest $(ALONE) -m "not exhaustive" -q --cov --cov-report=term:skip-covered
+	@$(BIN)/python -m pytest --ignore tests/cluster -m "not exhaustive" -q --cov --cov-report=term:skip-covered
 
 check: $(STAMP)
 	@$(BIN)/ruff check .
