@@ -163,8 +163,8 @@ def parse(
             return source(parsed_args=namespace), init_settings
 
     try:
-        given = [name for name in OF_SCHEDULES if getattr(namespace, name, None) is not None]
-        return _complete(Layered(**layers).model_dump(), given), namespace
+        by_hand = [name for name in OF_SCHEDULES if getattr(namespace, name, None) is not None]
+        return _complete(Layered(**layers).model_dump(), by_hand), namespace
     except ValidationError as error:
         raise UserError(describe(error)) from None
     except SettingsError as error:  # a list or a table whose text is no JSON, such as 0,.1 for 0,0.1
