@@ -243,6 +243,27 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any
         EvaluationConfig.model_validate(settings)
 
 
+def test_the_model_itself_judges_what_its_copy_is_attacked_with(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that takes every image for broken after one search: the model says that most stand, and they are searched again."""
+    row = {"threat": "image", "name": "PGD", "eps": 0.003, "steps": 2, "early_exit": True}
+
+    def losses(restarts: int) -> np.ndarray:
+        evaluator = make(sets=["natural"], batch_size=100, attacks=[{**row, "restarts": restarts}])
+        network = evaluator.network("tiny")
+
+        class Wrong(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                logits: torch.Tensor = network(x)
+                worst = nn.functional.one_hot((labels[: len(x)] + 1) % 3, 3) * 1000.0
+                return logits + worst
+
+        labels = evaluator.batch(range(len(evaluator.data)), "natural").y_B
+        monkeypatch.setattr(evaluator, "seen_by_attacks", lambda model: Wrong().eval())
+        return select(evaluation.evaluate_here(evaluator), "natural", "PGD")["loss"]
+
+    assert (losses(4) != losses(1)).any()
+
+
 def test_images_that_fool_one_model_are_shown_to_the_others(network: nn.Module, generator: StyleGAN2, data: ManifoldSet) -> None:
     torch.manual_seed(1)
     networks = {"tiny": network, "other": classifiers.build(ClassifierConfig(name="digits_cnn"), channels=1, num_classes=3)}

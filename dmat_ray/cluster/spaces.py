@@ -43,8 +43,6 @@ FIXED = {
     "training.checkpoint_minutes": "a trial may end after any epoch",
 }
 
-IDLE = ("training.lr", "training.lr_warmup")  # with a piecewise schedule
-
 
 @dataclass(frozen=True)
 class Simplex:
@@ -214,7 +212,7 @@ def load(path: str, config: Config) -> tuple[Space, dict[str, Any]]:
         raise UserError(f"tune.space '{path}' has constants only: there is nothing to search{''.join(lists[:1])}")
     space = Space(path, layers, domains, simplexes, constants)
     corners = list(space.corners(base, config.tune.epochs))
-    idle = [key for key in IDLE if key in domains]
+    idle = [key for key in cli.OF_SCHEDULES if key in domains]
     if idle and all(one.training.schedule == "piecewise" for one in corners):
         raise UserError(
             f"tune.space '{path}': {idle[0]} means nothing for training.schedule piecewise, whose rates are training.lr_values; "
