@@ -134,6 +134,7 @@ def test_the_threat_is_a_row_and_a_term(copy: Path) -> None:
     assert sum(losses["shade"]) > sum(losses["clean"])
 
 
+@pytest.mark.exhaustive
 def test_the_decoder_is_a_manifold(copy: Path) -> None:
     """It is trained, exported and imported by the page's commands; projection finds digits on it, and w has a gradient."""
     told = run(copy, "digit_decoder.py")

@@ -65,6 +65,7 @@ def test_a_claim_is_settled_only_by_the_whole_interval(value: float, half: float
     assert study_report.verdict(study_report.Estimate(value, half, 3), comparable) == told
 
 
+@pytest.mark.exhaustive
 def test_the_study_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "study"
     command = [

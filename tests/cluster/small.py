@@ -34,7 +34,7 @@ SMALL = [
     *("--evaluation.batch_size", "10", "--evaluation.check_examples", "5", "--cluster.evaluation_actors", "1"),
 ]
 # slow enough that a kill comes in the middle
-DMAT = ["--training.epochs", "3", "--objective.latent.steps", "20"]
+DMAT = ["--training.epochs", "3", "--objective.latent.steps", "10"]
 
 
 def settings(output: Path, *options: Any, preset: tuple[str, ...] = ("demo",)) -> Config:

@@ -299,6 +299,7 @@ def test_what_an_actor_cannot_be_built_for_reaches_the_user(ray_session):
     assert str(user_error_behind(failed.value)) == "there is no 'vgg.pth' on this node; copy it"
 
 
+@pytest.mark.exhaustive
 def test_images_and_set_in_an_object_store(store, ray_session, tmp_path, lines, say):
     """A real S3 server on loopback: everything by URL, a lost shard made again, the set sound and readable."""
     rng = np.random.default_rng(0)

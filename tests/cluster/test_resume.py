@@ -57,9 +57,9 @@ def test_a_job_that_is_submitted_twice_is_refused(tmp_path, finished, say):
 
 
 def test_worker_killed_within_an_epoch_is_replaced_and_training_goes_on(tmp_path, finished):
-    """Ray with a killed worker ends where torchrun does undisturbed: ten steps an epoch, each with twenty-five of an attack."""
+    """Ray with a killed worker ends where torchrun does undisturbed: ten steps an epoch, each with a dozen of an attack."""
     finished.copy_set(tmp_path)
-    slow = ("--training.epochs", "2", "--training.batch_size", "4", "--objective.latent.steps", "25", "--name", "dmat")
+    slow = ("--training.epochs", "2", "--training.batch_size", "4", "--objective.latent.steps", "12", "--name", "dmat")
     torchrun(tmp_path / "calm", tmp_path / "on_manifold_set", *slow)
     lines: list[str] = []
     killed = threading.Event()

@@ -32,6 +32,7 @@ def closed(tmp_path_factory) -> Iterator[tuple[MlflowServer, str]]:
         yield server, password
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(2400)
 def test_secrets_of_the_environment_are_written_nowhere(closed, store, finished, tmp_path):
     """In no file, line or log of Ray: not by a job that uses them, for its images and MLflow, nor by one whose own are wrong."""
