@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -274,6 +275,22 @@ def test_a_report_and_an_export_by_url(
     with pytest.raises(UserError, match="is there and is no exported model"):
         model_export.require_ours(place / "exported")
     assert folders.holds_anything(place / "exported")
+
+
+def test_a_generator_for_which_there_is_no_space_leaves_the_older_one_and_nothing_else(
+    generator_folder: Path, tmp_path: Path
+) -> None:
+    """The kernel refuses what goes beyond a file's largest size, as it does when the disk is full."""
+    generator, older = generators.load_generator(str(generator_folder)), filled(tmp_path / "generator", card="older")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot be written \(.*File too large.*\): is the disk full\?"):
+            replace_folder(older, lambda fresh: generators.save_generator(fresh, generator, {}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert content(older) == {"card.bin": "older"}
+    assert not list(tmp_path.glob(".generator*")), "no space is taken by what is of no use"
 
 
 @pytest.mark.slow

@@ -32,6 +32,20 @@ def ray_session(store) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[None]:
+    """Ray Data ends what has shown nothing for a second, which is less than an actor takes to start.
+
+    By default it ends what has shown nothing for half an hour: AutoAttack on a large model shows nothing for longer.
+    """
+    from ray.data import DataContext
+
+    context = DataContext.get_current().copy()
+    context.execution_no_progress_timeout_s = 1
+    with DataContext.current(context):
+        yield
+
+
 @dataclass(frozen=True)
 class Finished:
     """A whole pipeline: its settings, its models, and what was said."""

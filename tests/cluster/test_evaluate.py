@@ -14,7 +14,7 @@ from small import settings, start_job, wait_for
 from dmat_ray.cluster import evaluate as stage
 from dmat_ray.cluster import jobs
 
-pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session", "impatient")]
 
 ATTACKS = """
 evaluation:
@@ -51,7 +51,7 @@ def without_time(rows: pa.Table) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(finished, suite, tmp_path_factory):
+def undisturbed(finished, impatient, suite, tmp_path_factory):
     """The suite's rows, its findings, and the folder."""
     output = tmp_path_factory.mktemp("undisturbed")
     finished.copy_set(output)

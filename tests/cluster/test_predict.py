@@ -15,7 +15,7 @@ from dmat_ray import checkpoint, classifiers
 from dmat_ray.config import ClassifierConfig, Config
 from dmat_ray.files import sha256
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("impatient")]
 CLASSES = ("a", "b", "c", "d", "e", "f", "g")
 
 

@@ -47,7 +47,7 @@ def written(output: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def calm(ray_session, tmp_path_factory) -> Path:
+def calm(ray_session, impatient, tmp_path_factory) -> Path:
     """The output folder of a projection that nothing disturbed, with one actor; the others have two."""
     output = tmp_path_factory.mktemp("calm")
     jobs.project(settings(output, *OPTIONS), print)
