@@ -21,7 +21,7 @@ help:
 	@echo "make check      ruff, mypy, and the direction of imports"
 	@echo "make docs       the documents as a site, in build/site; a broken link is an error"
 	@echo "make format     ruff format"
-	@echo "make results    the study on MNIST-5k, docs/results and the README's second table anew (hours)"
+	@echo "make results    the study on MNIST-5k, docs/results and the README's second table anew (hours); with CIFAR10=FOLDER also in colour"
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("dmat_ray needs Python 3.11 or newer, %s is %s" % (sys.executable, sys.version.split()[0]) if sys.version_info < (3, 11) else 0)'

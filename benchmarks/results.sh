@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The study on MNIST-5k from nothing to docs/results/mnist.md and the README's table. Goes on where it was stopped.
+# The study on MNIST-5k from nothing to docs/results/mnist.md and the README's table, and with CIFAR10=FOLDER, which holds CIFAR-10's
+# binary files, that on five of its classes, to docs/results/cifar5.md. Goes on where it was stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -14,3 +15,11 @@ test -f runs/study/mnist_sampled/manifest.json ||
 "$python" "${study[@]}" --processes "$processes" --seeds 1 --autoattack digits_autoattack --autoattack-limit 50
 "$python" benchmarks/study_report.py runs/study/mnist --pack benchmarks/results/mnist
 "$python" benchmarks/study_report.py benchmarks/results/mnist --page docs/results/mnist.md --headline README.md
+
+if [ -n "${CIFAR10:-}" ]; then
+    methods=(standard at om_at_fgsm om_at dmat trades dmat_trades joint dmat_trades_wide)
+    "$python" benchmarks/study.py --preset cifar10 benchmarks/studies/cifar5.yaml --more-methods benchmarks/studies/cifar5_methods.yaml \
+        --data.source "$CIFAR10" --processes "$processes" --trained "${methods[@]}" --seeds 3
+    "$python" benchmarks/study_report.py runs/study/cifar5 --pack benchmarks/results/cifar5
+    "$python" benchmarks/study_report.py benchmarks/results/cifar5 --page docs/results/cifar5.md
+fi

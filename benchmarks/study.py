@@ -8,7 +8,8 @@ DIR holds CIFAR-10's own binary files. Needs no Ray: one machine, with or withou
 evaluations run at a time. Whatever is finished is kept, so the same command goes on where it was stopped. OUTPUT then holds the
 generator, on_manifold_set, models/METHOD-SEED, rows/METHOD-SEED.parquet (the format of an evaluation's rows), clean/ (the same of
 all test images without an attack), with --autoattack SUITE autoattack/ (of the first seed's models), and study.json with versions
-and run times. A method is a preset of the package or an entry of benchmarks/studies/methods.yaml.
+and run times. A method is a preset of the package or an
+entry of benchmarks/studies/methods.yaml, or of the file that `--more-methods` names, which comes first.
 """
 
 import argparse
@@ -66,6 +67,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trained", nargs="+", default=list(METHODS), metavar="PRESET", help="methods; by default the main table's"
     )
+    parser.add_argument("--more-methods", metavar="FILE", help="methods of a data set of its own, as those of studies/methods.yaml")
     parser.add_argument("--ablations", action="store_true", help="instead, those that only tables of ablations have")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of every method")
     parser.add_argument("--processes", type=int, default=1, help="trainings or evaluations at a time")
@@ -85,7 +87,8 @@ class _Study:
         self.folder = Path(config.output).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = threading.Lock()
-        self.own_methods: dict[str, Any] = yaml.safe_load((HERE / "studies" / "methods.yaml").read_text())
+        files = [HERE / "studies" / "methods.yaml", *([Path(given.more_methods)] if given.more_methods else [])]
+        self.own_methods: dict[str, Any] = {k: v for file in files for k, v in yaml.safe_load(file.read_text()).items()}
         self.settings = self.folder / "settings.yaml"  # for the processes of this study
         values = {key: value for key, value in self.config.to_json().items() if key not in ("cluster", "tracking", "tune")}
         if self.settings.is_file() and yaml.safe_load(self.settings.read_text()) != values:

@@ -1,4 +1,4 @@
-"""What a study trains: presets of the package, or entries of studies/methods.yaml."""
+"""What a study trains: presets of the package, or entries of studies/methods.yaml or of a study's own such file."""
 
 METHODS = (
     "standard",

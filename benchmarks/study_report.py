@@ -29,14 +29,15 @@ from scipy import stats
 from study_methods import ABLATIONS, METHODS
 
 from dmat_ray import cli, suites
-from dmat_ray.config import EvaluationConfig
+from dmat_ray.config import DataConfig, EvaluationConfig
 from dmat_ray.errors import UserError
 from dmat_ray.files import read_json
 from dmat_ray.metrics import Results
-from dmat_ray.report_values import SET_NAMES, columns_described
+from dmat_ray.report_values import SET_NAMES, columns_described, in_levels
 
 HEADLINE = ("clean", "PGD-50", "OM-PGD-50", "PGD-50 L2", "fog", "unseen mean", "worst")
-NAMES = {"mnist5k": "MNIST-5k", "cifar10": "CIFAR-10"}
+NAMES = {"mnist5k": "MNIST-5k", "cifar-10-batches-bin": "CIFAR-10"}
+COMMANDS = {"mnist5k": "make results", "cifar-10-batches-bin": "make results CIFAR10=FOLDER"}
 KEPT = ["model", "source", "set", "attack", "id", "label", "prediction", "correct"]
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 NEAR = 2.0  # points of accuracy that count as comparable
@@ -224,8 +225,10 @@ def pack(folder: Path, target: Path) -> None:
         "evaluation": values["evaluation"],
         "data": {"source": Path(values["data"]["source"]).name},
         "training": values["training"],
+        "objective": values["objective"],
     }
-    slim["objective"] = values["objective"]
+    if classes := values["data"]["classes"]:
+        slim["data"]["classes"] = classes
     before = target / "settings.yaml"
     if before.is_file() and yaml.safe_load(before.read_text()) != slim:
         raise UserError(f"'{target}' holds rows of other settings; pack into another folder")
@@ -244,6 +247,12 @@ def pack(folder: Path, target: Path) -> None:
     (target / "study.json").write_text(json.dumps({**old_notes, **notes}, indent=1) + "\n")
 
 
+def data_name(data: DataConfig) -> str:
+    """A data set's name, with how many of its classes where they are not all."""
+    name = NAMES.get(data.source, data.source)
+    return f"{len(data.classes)} classes of {name}" if data.classes else name
+
+
 def page(study: Study) -> list[str]:
     """The whole page."""
     ours = {name: note for name, note in study.notes.items() if " " in name}  # MODEL training, MODEL rows+clean, ...
@@ -251,21 +260,23 @@ def page(study: Study) -> list[str]:
     for name, note in ours.items():
         minutes["training" if name.endswith(" training") else "evaluation"] += note["seconds"] / 60
     first, training, objective = next(iter(ours.values())), study.config.training, study.config.objective
-    lines = [f"# The study on {NAMES.get(study.config.data.source, study.config.data.source)}", ""]
+    command = COMMANDS.get(study.config.data.source, "benchmarks/study.py")
+    of_latent = " standard deviations" if objective.latent.scale == "std" else ""
+    lines = [f"# The study on {data_name(study.config.data)}", ""]
     if (written := study.folder / "notes.md").is_file():
         lines += [*written.read_text(encoding="utf-8").splitlines(), ""]
     lines += ["## How", ""]
     lines += [
         f"{sum(map(len, study.seeds.values()))} models: {minutes['training']:.0f} minutes of training and "
         f"{minutes['evaluation']:.0f} of evaluation, {first['processes']} at a time on {first['machine']}, not quiet, "
-        f"torch {first['versions']['torch']}. `make results` is the command of all.",
+        f"torch {first['versions']['torch']}. `{command}` is the command of all.",
         "",
-        f"In training, unless a method's entry in benchmarks/studies/methods.yaml says otherwise: {training.epochs} epochs, "
-        f"L∞ {objective.image.eps:g} in pixels of [0, 1], {objective.latent.eps:g} in W+, {objective.image.steps} steps each.",
+        f"In training, unless a method's entry in benchmarks/studies/ says otherwise: {training.epochs} epochs, "
+        f"L∞ {in_levels(objective.image.eps)} in pixels of [0, 1], {objective.latent.eps:g}{of_latent} in W+, "
+        f"{objective.image.steps} steps each.",
         "",
         "Accuracy in %, ± the half of a 95 % interval that counts the draw of test images and, where there are several models, "
-        "that of seeds; the best in bold. Intervals are of one cell each: of twenty, one is expected to miss. The budgets of "
-        "attacks that no method trains on were chosen before the study by what one AT model stands.",
+        "that of seeds; the best in bold. Intervals are of one cell each: of twenty, one is expected to miss.",
     ]
     for set_name in study.config.evaluation.sets:
         count, clean = (len(r.ids(r.models[0], set_name)) for r in (study.results, study.clean))
@@ -292,7 +303,7 @@ def page(study: Study) -> list[str]:
     lines[-1] += "methods share are counted; with one seed, intervals are of images alone."
     for title, methods in ABLATIONS.items():
         there = [m for m in methods if m in study.seeds]
-        if not {"at", "dmat"}.issuperset(there):
+        if 2 * len(there) > len(methods):
             columns = [c for c in HEADLINE if c in study.results.columns("on_manifold")]
             shared = sorted(set.intersection(*(set(study.seeds[m]) for m in there)))
             lines += ["", f"### {title}", "", *study.table(there, "on_manifold", columns, shared)]

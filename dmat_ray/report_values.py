@@ -63,12 +63,17 @@ def tables(results: Results, models: list[str]) -> list[Table]:
     return found
 
 
+def in_levels(eps: float) -> str:
+    """A distance of pixels in [0, 1] as people write it: in 255ths, where they are whole."""
+    levels = eps * 255
+    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 else f"{eps:.4g}"
+
+
 def budget(row: AttackRow) -> str:
-    """eps as people write it: of pixels in 255ths, where they are whole."""
+    """eps as people write it."""
     eps: float = row.eps  # type: ignore[union-attr]  # of rows that have one
-    in_levels = row.threat in IN_PIXELS and getattr(row, "norm", "linf") != "l1"  # a sum over pixels is no level of any
-    levels = eps * 255 if in_levels else 0.5
-    return f"eps {round(levels)}/255" if abs(levels - round(levels)) < 1e-6 else f"eps {eps:.4g}"
+    of_pixels = row.threat in IN_PIXELS and getattr(row, "norm", "linf") != "l1"  # a sum over pixels is no level of any
+    return f"eps {in_levels(eps) if of_pixels else f'{eps:.4g}'}"
 
 
 def described(row: AttackRow) -> str:
