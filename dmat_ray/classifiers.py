@@ -1,6 +1,7 @@
 """Networks to be trained. Every one takes images in [0, 1] and normalises them inside itself."""
 
 import difflib
+from importlib.metadata import EntryPoint, entry_points
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,10 @@ from dmat_ray.config import ClassifierConfig
 from dmat_ray.errors import UserError
 
 PROGRAM = "program"  # classifier.name of what came as a program
+OWN = (
+    "own/"  # what classifier.name begins with if it is a network of an installed package, which names it among these entry points
+)
+NETWORKS = "dmat_ray.networks"
 
 
 class DigitsCNN(nn.Sequential):
@@ -92,13 +97,15 @@ def network(name: str, channels: int, num_classes: int) -> nn.Module:
         return wide
     if name.startswith("timm/"):
         return _timm(name.removeprefix("timm/"), channels, num_classes)
+    if name.startswith(OWN):
+        return _own(name, channels, num_classes)
     import torchvision  # four seconds of imports, which the small network does without
 
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         raise UserError(
-            f"classifier.name '{name}' is not known; choose 'digits_cnn', 'wrn-DEPTH-WIDTH', timm/NAME, or a torchvision model: "
-            f"{', '.join(known)}"
+            f"classifier.name '{name}' is not known; choose 'digits_cnn', 'wrn-DEPTH-WIDTH', timm/NAME, {OWN}NAME (of your "
+            f"package, see docs/extending.md), or a torchvision model: {', '.join(known)}"
         )
     built: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
     if channels == 1:
@@ -116,6 +123,38 @@ def _timm(name: str, channels: int, num_classes: int) -> nn.Module:
         like = f"; similar names: {', '.join(near)}" if near else ""
         raise UserError(f"classifier.name 'timm/{name}' is not known to timm {timm.__version__}{like}")
     network: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=channels)
+    return network
+
+
+def entry_point(name: str) -> EntryPoint:
+    """Where the network that `name`, own/..., stands for is made.
+
+    Only an installed package can have one, so that no model that came from a stranger has anything imported that was not
+    installed for this. Raises UserError if none has, or two have.
+    """
+    every = entry_points(group=NETWORKS)
+    found = [entry for entry in every if entry.name == name.removeprefix(OWN)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        said = f"{len(found)} packages have a network of this name: {', '.join(sorted(entry.value for entry in found))}"
+    else:
+        there = ", ".join(sorted(f"{OWN}{entry.name}" for entry in every))
+        said = (
+            f"no installed package names it among its entry points '{NETWORKS}'; there {f'are {there}' if there else 'is none'}"
+        )
+    raise UserError(f"classifier.name '{name}': {said} (docs/extending.md: a network)")
+
+
+def _own(name: str, channels: int, num_classes: int) -> nn.Module:
+    entry = entry_point(name)
+    try:
+        make = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"classifier.name '{name}' is '{entry.value}', which cannot be imported: {error}") from error
+    network = make(channels, num_classes)
+    if not isinstance(network, nn.Module):
+        raise UserError(f"classifier.name '{name}': '{entry.value}' gave a {type(network).__name__}, not a torch.nn.Module")
     return network
 
 

@@ -106,6 +106,10 @@ def architecture(run: dict[str, Any], config: Config) -> dict[str, Any]:
     if name.startswith("timm/"):
         arguments = {"num_classes": classes, "in_chans": channels}
         return {"library": "timm", "name": name.removeprefix("timm/"), "arguments": arguments}
+    if name.startswith(classifiers.OWN):
+        entry, arguments = classifiers.entry_point(name), {"channels": channels, "num_classes": classes}
+        package = entry.dist.name if entry.dist is not None else entry.module
+        return {"library": package, "name": entry.value, "arguments": arguments}
     grey = {"first_convolution_in_channels": 1} if channels == 1 else {}
     return {"library": "torchvision", "name": name, "arguments": {"num_classes": classes}, **grey}
 
@@ -166,12 +170,15 @@ def _fraction(eps: float) -> str:
 
 def _code(run: dict[str, Any], built: dict[str, Any]) -> str:
     classes, channels = len(run["class_names"]), run["channels"]
+    imports = IMPORTS.get(built["library"], f"import {built['name'].partition(':')[0]}\n")
     if "program" in run:
         network = LOADS[run["program"]]
+    elif built["library"] not in BUILDS:  # a package's own, named as its entry point is
+        network = f"network = {built['name'].replace(':', '.')}({channels}, {classes})\n{FILL}"
     else:
         network = BUILDS[built["library"]].format(name=built["name"], classes=classes, channels=channels)
         network += (GREY if "first_convolution_in_channels" in built else "") + FILL
-    return CODE.format(imports=IMPORTS[built["library"]], network=network, channels=channels, resolution=run["resolution"])
+    return CODE.format(imports=imports, network=network, channels=channels, resolution=run["resolution"])
 
 
 def _origin(run: dict[str, Any], config: Config) -> str:

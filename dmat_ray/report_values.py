@@ -18,7 +18,6 @@ UNSEEN = "unseen mean"  # the summary of that name in the suites
 MOST_CLASSES = 20  # of a confusion table; of more the most frequent confusions are listed
 MOST_PAIRS = 20
 PER_CENT = (0.0, 100.0)
-IN_PIXELS = ("image", "joint", "autoattack", "fog", "gabor")  # threats whose eps is one of pixels in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,8 @@ def in_levels(eps: float) -> str:
 def budget(row: AttackRow) -> str:
     """eps as people write it."""
     eps: float = row.eps  # type: ignore[union-attr]  # of rows that have one
-    of_pixels = row.threat in IN_PIXELS and getattr(row, "norm", "linf") != "l1"  # a sum over pixels is no level of any
+    # a sum over pixels is no level of any
+    of_pixels = row.eps_in_pixels and getattr(row, "norm", "linf") != "l1"  # type: ignore[union-attr]
     return f"eps {in_levels(eps) if of_pixels else f'{eps:.4g}'}"
 
 

@@ -1,13 +1,18 @@
 """Networks: they take the images' channels and normalise inside themselves."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from installed import install
 from torch import Tensor
 
-from dmat_ray import classifiers, wide_resnet
+from dmat_ray import checkpoint, classifiers, wide_resnet
 from dmat_ray.attack_view import AttackView
-from dmat_ray.config import ClassifierConfig
+from dmat_ray.config import ClassifierConfig, Config
 from dmat_ray.errors import UserError
 
 
@@ -85,3 +90,60 @@ def test_a_network_that_cannot_be_built() -> None:
         classifiers.build(ClassifierConfig(name="resnet19"), 3, 5)
     with pytest.raises(UserError, match=r"classifier\.mean has 2 values, images have 3 channel"):
         classifiers.build(ClassifierConfig(name="digits_cnn", mean=(0.1, 0.2)), 3, 5)
+
+
+PROJECT = """
+[project]
+name = "theirs"
+version = "1.2"
+[project.entry-points."dmat_ray.networks"]
+flat = "theirs_{place}:flat"
+text = "theirs_{place}:text"
+gone = "theirs_{place}:gone"
+"""
+THEIRS = """
+from torch import nn
+def flat(channels, num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * 64, num_classes))
+def text(channels, num_classes):
+    return "a network"
+"""
+
+
+def test_a_network_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(install(tmp_path / "here", PROJECT.format(place="here"), theirs_here=THEIRS))
+    config = Config(name="mine", classifier=ClassifierConfig(name="own/flat", mean=(0.4,), std=(0.2,)))
+    network = classifiers.build(config.classifier, 3, 5)
+    x = torch.rand(2, 3, 8, 8)
+    linear = network.get_parameter("network.1.weight"), network.get_parameter("network.1.bias")
+    torch.testing.assert_close(network(x), F.linear((x.flatten(1) - 0.4) / 0.2, *linear))
+    run = checkpoint.describe_run(config, tuple("abcde"), 3, 8, None, None)
+    checkpoint.save(tmp_path / "mine", network, {**run, "finished": True, "history": []})
+    again, _ = checkpoint.load_classifier(tmp_path / "mine")
+    assert torch.equal(again(x), network(x))
+    with pytest.raises(UserError, match=r"'own/text': 'theirs_here:text' gave a str, not a torch\.nn\.Module"):
+        classifiers.build(ClassifierConfig(name="own/text"), 3, 5)
+    with pytest.raises(UserError, match=r"'own/gone' is 'theirs_here:gone', which cannot be imported: .*has no attribute"):
+        classifiers.build(ClassifierConfig(name="own/gone"), 3, 5)
+    with pytest.raises(UserError, match=r"'own/other': no installed package names it .* there are own/flat, own/gone, own/text "):
+        classifiers.build(ClassifierConfig(name="own/other"), 3, 5)
+    monkeypatch.syspath_prepend(install(tmp_path / "there", PROJECT.format(place="there").replace("theirs", "others")))
+    with pytest.raises(
+        UserError, match="'own/flat': 2 packages have a network of this name: others_there:flat, theirs_here:flat"
+    ):
+        classifiers.build(ClassifierConfig(name="own/flat"), 3, 5)
+
+
+@pytest.mark.slow
+def test_networks_of_no_installed_package_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the module lies on the path, and is what the model's folder names: it is not imported."""
+    with monkeypatch.context() as patched:
+        patched.syspath_prepend(install(tmp_path / "here", PROJECT.format(place="here"), theirs_here=THEIRS))
+        config = Config(name="mine", classifier=ClassifierConfig(name="own/flat"))
+        run = checkpoint.describe_run(config, tuple("abcde"), 3, 8, None, None)
+        checkpoint.save(tmp_path / "mine", classifiers.build(config.classifier, 3, 5), {**run, "finished": True, "history": []})
+    (tmp_path / "theirs_here.py").write_text("open('imported', 'w')")
+    load = "from dmat_ray import load_classifier; load_classifier('mine')"
+    done = subprocess.run([sys.executable, "-c", load], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "UserError: classifier.name 'own/flat': no installed package names it" in done.stderr
+    assert not (tmp_path / "imported").exists()

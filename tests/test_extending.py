@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from documents import ROOT, Block, blocks
+from installed import install
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +65,13 @@ def run(root: Path, *arguments: str) -> str:
 
 
 def test_the_page_has_what_it_promises() -> None:
-    assert FILES.keys() >= {"dmat_ray/threats/shade.py", "digit_decoder.py", "dmat_ray/data/small_digits.py", "my_space.py"}
+    assert FILES.keys() >= {
+        "my_networks.py",
+        "dmat_ray/threats/shade.py",
+        "digit_decoder.py",
+        "dmat_ray/data/small_digits.py",
+        "my_space.py",
+    }
     assert len(DIFFS) == 3
     longest = max(len(block.text.splitlines()) for block in FILES.values())
     assert longest <= 50, "short files"
@@ -87,6 +94,47 @@ def test_the_threat_passes_the_tests_of_all_threats(copy: Path) -> None:
     told = run(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path), "-k", "shade and not latent")
     passed = int(told.split(" passed")[0].split()[-1])
     assert passed >= 5, told
+
+
+def test_the_network_is_trained_and_attacked(copy: Path) -> None:
+    """Per-term batch norm and attacks take it like any other."""
+    (project,) = blocks(PAGE, "toml")
+    install(copy, project.text)
+    found = json.loads(run(copy, "-c", NETWORK))
+    assert found["name"] == "own/residual"
+    assert all(0 < loss < 10 for loss in found["losses"])
+    assert found["folded"] > 0, "the copy that attacks see has its batch norm folded"
+    assert found["terms"] > 0
+
+
+NETWORK = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+import conftest, torch
+from dmat_ray import checkpoint, cli, trainer
+from dmat_ray.attack_view import AttackView
+from dmat_ray.data.manifold_set import open_set
+from dmat_ray.local import LocalContext
+from dmat_ray.manifold import generators
+
+folder = Path("network")
+generators.save_generator(folder / "generator", conftest.random_generator(16), {"name": "tiny"})
+conftest.write_set(folder / "set", folder / "generator")
+config, _ = cli.parse("", ["--preset", "demo", "dmat", "--classifier.name", "own/residual", "--objective.batch_norm", "per_term"])
+short = {"epochs": 2, "batch_size": 8, "lr_epochs": (0, 2), "lr_values": (0.05, 0.01), "val_examples": 0}
+training = config.training.model_copy(update=short)
+config = config.model_copy(update={"training": training})
+losses = []
+generator = generators.load_generator(str(folder / "generator"))
+data = open_set(folder / "set", "train")
+sha = generators.fingerprint(str(folder / "generator"))
+trainer.train(config, data, generator, sha, LocalContext(folder, lambda found: losses.append(found["train_loss"])))
+network, run = checkpoint.load_classifier(folder / "checkpoint")
+terms = sum(type(module).__module__ == "dmat_ray.batch_norm" for module in network.modules())
+folded = len(AttackView(network).folded)
+print(json.dumps({"name": run["config"]["classifier"]["name"], "losses": losses, "folded": folded, "terms": terms}))
+"""
 
 
 ROWS = """

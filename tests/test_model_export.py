@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torchvision
+from installed import install
 from safetensors.torch import load_file
 from test_model_import import CLASSES, program, small, unsettle
 from torch import Tensor
@@ -107,6 +108,24 @@ def test_the_readme_rebuilds_the_network(
     model = trained(name, channels, resolution)
     folder = export(model)
     x = torch.rand(3, channels, resolution, resolution)
+    network, _ = checkpoint.load_classifier(model)
+    with torch.no_grad():
+        torch.testing.assert_close(by_its_readme(folder, x, monkeypatch), network(x), rtol=1e-6, atol=1e-6)
+
+
+def test_the_readme_of_a_network_of_a_package(
+    trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = (
+        '[project]\nname = "their-networks"\nversion = "1"\n[project.entry-points."dmat_ray.networks"]\nflat = "for_export:flat"'
+    )
+    flat = "from torch import nn\ndef flat(c, k):\n    return nn.Sequential(nn.AvgPool2d(16), nn.Flatten(), nn.Linear(4 * c, k))"
+    monkeypatch.syspath_prepend(install(tmp_path / "installed", project, for_export=flat))
+    model = trained("own/flat")
+    folder = export(model)
+    about = json.loads((folder / "config.json").read_text())["architecture"]
+    assert (about["library"], about["name"]) == ("their-networks", "for_export:flat")
+    x = torch.rand(3, 3, 32, 32)
     network, _ = checkpoint.load_classifier(model)
     with torch.no_grad():
         torch.testing.assert_close(by_its_readme(folder, x, monkeypatch), network(x), rtol=1e-6, atol=1e-6)

@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 from pydantic_settings import CliSuppress
@@ -59,6 +59,7 @@ globals().update({row.__name__: row for row in ROWS.values()})  # where pickle l
 class AutoAttackRow(Section):
     """A part of AutoAttack (arXiv 2003.01690) as its authors' library runs it, in image space."""
 
+    eps_in_pixels: ClassVar[bool] = True
     threat: CliSuppress[Literal["autoattack"]] = "autoattack"
     name: str = Field(min_length=1, description="name of the column, unique in the suite")
     part: Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"] = Field(

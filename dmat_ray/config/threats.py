@@ -16,6 +16,8 @@ class ThreatSettings(Section):
 
     step_in_eps: ClassVar[bool] = True
     """Whether a step is measured as eps is; else in theta's own units, whatever eps is."""
+    eps_in_pixels: ClassVar[bool] = False
+    """Whether eps is a distance of pixels in [0, 1]."""
 
     if TYPE_CHECKING:
 
@@ -26,6 +28,7 @@ class ThreatSettings(Section):
 class ImageThreat(ThreatSettings):
     """Pixels moved inside a ball around x: clip(x + delta)."""
 
+    eps_in_pixels: ClassVar[bool] = True
     threat: CliSuppress[Literal["image"]] = "image"
     norm: Literal["linf", "l2", "l1"] = Field("linf", description="norm of the ball")
     eps: Fraction = Field(4 / 255, ge=0, description="radius in [0, 1] pixel units, e.g. 4/255")
@@ -50,6 +53,7 @@ class JointThreat(ThreatSettings):
     """One move along the manifold and in pixels: clip(g(w + lambda) + delta), both in L-infinity balls."""
 
     step_in_eps: ClassVar[bool] = False
+    eps_in_pixels: ClassVar[bool] = True
     threat: CliSuppress[Literal["joint"]] = "joint"
     eps: Fraction = Field(4 / 255, ge=0, le=1, description="radius of delta in [0, 1] pixel units, e.g. 4/255")
     latent_eps: Fraction = Field(0.02, ge=0, description="radius of lambda in units of `scale`")
@@ -60,6 +64,7 @@ class FogThreat(ThreatSettings):
     """Diamond-square fog laid over the image; the attack chooses the noise of every level."""
 
     step_in_eps: ClassVar[bool] = False
+    eps_in_pixels: ClassVar[bool] = True
     threat: CliSuppress[Literal["fog"]] = "fog"
     eps: Fraction = Field(128 / 255, ge=0, le=1, description="density in [0, 1] pixel units, e.g. 128/255")
     wibble_decay: float = Field(2.0, gt=0, description="how much weaker each finer level is")
@@ -78,6 +83,7 @@ class GaborThreat(ThreatSettings):
     """Gabor noise added to the image; the attack chooses the impulses that a random kernel spreads."""
 
     step_in_eps: ClassVar[bool] = False
+    eps_in_pixels: ClassVar[bool] = True
     threat: CliSuppress[Literal["gabor"]] = "gabor"
     eps: Fraction = Field(12.5 / 255, ge=0, le=1, description="strength in [0, 1] pixel units, e.g. 12.5/255")
     density: float = Field(1 / 14, gt=0, le=1, description="share of pixels with an impulse")

@@ -17,7 +17,7 @@ class ClassifierConfig(Section):
     name: str = Field(
         "resnet50",
         description="'digits_cnn' (small, for 32x32), 'wrn-DEPTH-WIDTH' (a wide ResNet for 32x32, e.g. wrn-28-10), a torchvision "
-        "model, e.g. resnet18, or timm/NAME (extra 'timm')",
+        "model, e.g. resnet18, timm/NAME (extra 'timm'), or own/NAME, of a package of yours",
     )
     mean: tuple[float, ...] = Field((0.5,), description="input normalisation: mean of each channel, or one for all")
     std: tuple[float, ...] = Field((0.5,), description="input normalisation: deviation of each channel, or one for all")
