@@ -67,7 +67,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trained", nargs="+", default=list(METHODS), metavar="PRESET", help="methods; by default the main table's"
     )
-    parser.add_argument("--more-methods", metavar="FILE", help="methods of a data set of its own, as those of studies/methods.yaml")
+    parser.add_argument("--more-methods", metavar="FILE", help="more entries as those of studies/methods.yaml")
     parser.add_argument("--ablations", action="store_true", help="instead, those that only tables of ablations have")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of every method")
     parser.add_argument("--processes", type=int, default=1, help="trainings or evaluations at a time")
