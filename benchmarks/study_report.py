@@ -249,7 +249,7 @@ def pack(folder: Path, target: Path) -> None:
 
 def data_name(data: DataConfig) -> str:
     """A data set's name, with how many of its classes where they are not all."""
-    name = NAMES.get(data.source, data.source)
+    name = NAMES.get(Path(data.source).name, data.source)
     return f"{len(data.classes)} classes of {name}" if data.classes else name
 
 
@@ -260,7 +260,7 @@ def page(study: Study) -> list[str]:
     for name, note in ours.items():
         minutes["training" if name.endswith(" training") else "evaluation"] += note["seconds"] / 60
     first, training, objective = next(iter(ours.values())), study.config.training, study.config.objective
-    command = COMMANDS.get(study.config.data.source, "benchmarks/study.py")
+    command = COMMANDS.get(Path(study.config.data.source).name, "benchmarks/study.py")
     of_latent = " standard deviations" if objective.latent.scale == "std" else ""
     lines = [f"# The study on {data_name(study.config.data)}", ""]
     if (written := study.folder / "notes.md").is_file():

@@ -37,6 +37,7 @@ def search(network: nn.Module, batch: Batch, settings: Any, generator: Any = Non
     return attack(network, threats.build(settings, generator), batch, AttackConfig(**how), seed=seed, purpose="test")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "name"), CASES)
 def test_an_example_is_searched_alike_in_any_batch(
     small_net: nn.Module, generator: StyleGAN2, make_batch: Any, method: Any, name: str

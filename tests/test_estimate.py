@@ -22,6 +22,8 @@ from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.training_step import TrainingStep
 from dmat_ray.types import Batch
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 MakeConfig = Callable[..., Config]
 
@@ -66,7 +68,6 @@ def test_a_training_step_is_counted(
     assert truth <= found.flops <= 1.25 * truth
 
 
-@pytest.mark.slow
 def test_a_projection_is_counted(make_config: MakeConfig, generator: StyleGAN2) -> None:
     config = make_config(projection={"steps": 30, "lpips": 0, "start": "mean", "batch_size": 4})
     x = generator.synthesis(generator.w_mean.expand(4, generator.num_ws, -1)).clamp(0, 1)
@@ -76,7 +77,6 @@ def test_a_projection_is_counted(make_config: MakeConfig, generator: StyleGAN2) 
     assert counter.get_total_flops() == pytest.approx(found.flops, rel=0.1)
 
 
-@pytest.mark.slow
 def test_lpips_is_counted(make_config: MakeConfig) -> None:
     from dmat_ray.manifold.perceptual import Perceptual
 
@@ -130,7 +130,6 @@ def test_hours_are_those_of_all_workers() -> None:
     assert estimate.Stage("s", 1, "", 3600 * 2e12, 4).hours(2.0) == 1.0
 
 
-@pytest.mark.slow
 def test_a_dry_run_starts_nothing(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "--preset", "demo", "--output", str(tmp_path / "out")]
     command += ["--dry-run", "--training.epochs", "4", "--cluster.tflops", "0.5", "--cluster.price", "1000"]

@@ -32,7 +32,7 @@ from dmat_ray.manifold.formats.stored import RefusedError
 from dmat_ray.manifold.projection import Projector
 from dmat_ray.types import Batch
 
-pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")]
 CPU = torch.device("cpu")
 W_DIM = 5
 FORMATS = ["script", "trace", "export"]
@@ -678,7 +678,6 @@ def test_code_that_would_end_the_process_is_refused(made: Any, tmp_path: Path, w
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.slow
 def test_code_with_long_strings_and_lists_is_not_deep() -> None:
     check_source(b'x = ["((((", ' + b"'[\\'', -1.5, w + 2 * (w - 1), " * 100_000 + b"w]\n")
     check_source(b"y = torch.add(w, w)\n" * 50_000)
@@ -699,7 +698,6 @@ DEEP_PICKLES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("record", ["data.pkl", "constants.pkl"])
 @pytest.mark.parametrize("what", DEEP_PICKLES)
 def test_pickles_that_would_end_the_process_are_refused(made: Any, tmp_path: Path, what: str, record: str) -> None:

@@ -21,6 +21,8 @@ HOLDER = """
 import sys, time
 from dmat_ray import lease
 from dmat_ray.storage import at
+
+pytestmark = pytest.mark.slow
 machine, interval = sys.argv[2], float(sys.argv[3])
 if machine:
     lease._machine = lambda: machine
@@ -64,7 +66,6 @@ def ask(process: "subprocess.Popen[str]") -> str:
     return says(process)
 
 
-@pytest.mark.slow
 def test_a_second_writer_is_refused_and_told_of_the_first(hold: Hold, tmp_path: Path) -> None:
     first = hold()
     assert says(first) == "held"
@@ -114,7 +115,6 @@ def test_a_suspended_writer_that_was_followed_ends(hold: Hold) -> None:
     assert ask(second) == "still held", "the first must not have removed the second's file"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dead", [False, True], ids=["empty folder", "after a killed writer"])
 def test_of_many_at_once_one_goes_on(hold: Hold, dead: bool) -> None:
     if dead:

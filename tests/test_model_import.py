@@ -22,7 +22,10 @@ from dmat_ray.config import AttackConfig, ClassifierConfig, Config, ImageThreat
 from dmat_ray.errors import UserError
 from dmat_ray.types import Batch
 
-pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning"),
+]
 JOB = Path(__file__).parent.parent / "jobs" / "import_model.py"
 CLASSES = ("cat", "dog", "fox", "owl")
 SIZE = 32
