@@ -88,7 +88,7 @@ class _Study:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = threading.Lock()
         files = [HERE / "studies" / "methods.yaml", *([Path(given.more_methods)] if given.more_methods else [])]
-        self.own_methods: dict[str, Any] = {k: v for file in files for k, v in yaml.safe_load(file.read_text()).items()}
+        self.own_methods: dict[str, Any] = {k: v for file in files for k, v in (yaml.safe_load(file.read_text()) or {}).items()}
         self.settings = self.folder / "settings.yaml"  # for the processes of this study
         values = {key: value for key, value in self.config.to_json().items() if key not in ("cluster", "tracking", "tune")}
         if self.settings.is_file() and yaml.safe_load(self.settings.read_text()) != values:

@@ -29,15 +29,19 @@ from scipy import stats
 from study_methods import ABLATIONS, METHODS
 
 from dmat_ray import cli, suites
-from dmat_ray.config import DataConfig, EvaluationConfig
+from dmat_ray.config import EvaluationConfig
+from dmat_ray.data.sources import NAMED
 from dmat_ray.errors import UserError
 from dmat_ray.files import read_json
 from dmat_ray.metrics import Results
 from dmat_ray.report_values import SET_NAMES, columns_described, in_levels
 
 HEADLINE = ("clean", "PGD-50", "OM-PGD-50", "PGD-50 L2", "fog", "unseen mean", "worst")
-NAMES = {"mnist5k": "MNIST-5k", "cifar-10-batches-bin": "CIFAR-10"}
-COMMANDS = {"mnist5k": "make results", "cifar-10-batches-bin": "make results CIFAR10=FOLDER"}
+STUDIES = {
+    "mnist": ("MNIST-5k", "make results"),
+    "cifar5": ("five classes of CIFAR-10", "make results CIFAR10=FOLDER"),
+}
+"""Folder of a study -> its data set, and the command that makes all of it."""
 KEPT = ["model", "source", "set", "attack", "id", "label", "prediction", "correct"]
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 NEAR = 2.0  # points of accuracy that count as comparable
@@ -72,9 +76,11 @@ def claims(columns: list[str]) -> list[Claim]:
         Claim("DMAT with TRADES is more robust to unseen attacks than TRADES", "dmat_trades", "trades", "unseen mean"),
         *(
             Claim(f"{name} is more robust than DMAT in its worst case over all attacks", method, "dmat", "worst")
-            for method, name in (("joint", "The joint threat"), ("joint_plus", "That with averaged and perturbed weights"),
-                                 ("dmat_trades", "DMAT with TRADES"), ("dmat_trades_plus", "That with average and perturbation"),
-                                 ("dmat_trades_wide", "That with twice the radius in pixels"))
+            for method, name in (("joint", "The joint threat"),
+                                 ("joint_plus", "The joint threat, with averaged and perturbed weights,"),
+                                 ("dmat_trades", "DMAT with TRADES"),
+                                 ("dmat_trades_plus", "DMAT with TRADES, averaged and perturbed weights"),
+                                 ("dmat_trades_wide", "DMAT with TRADES, averaged and perturbed weights, twice the radius,"))
         ),
     ]  # fmt: skip
     return [claim for claim in found if claim.column in columns]
@@ -223,12 +229,10 @@ def pack(folder: Path, target: Path) -> None:
     values = yaml.safe_load((folder / "settings.yaml").read_text())
     slim = {
         "evaluation": values["evaluation"],
-        "data": {"source": Path(values["data"]["source"]).name},
+        "data": {"source": values["data"]["source"]} if values["data"]["source"] in NAMED else {},
         "training": values["training"],
         "objective": values["objective"],
     }
-    if classes := values["data"]["classes"]:
-        slim["data"]["classes"] = classes
     before = target / "settings.yaml"
     if before.is_file() and yaml.safe_load(before.read_text()) != slim:
         raise UserError(f"'{target}' holds rows of other settings; pack into another folder")
@@ -247,10 +251,24 @@ def pack(folder: Path, target: Path) -> None:
     (target / "study.json").write_text(json.dumps({**old_notes, **notes}, indent=1) + "\n")
 
 
-def data_name(data: DataConfig) -> str:
-    """A data set's name, with how many of its classes where they are not all."""
-    name = NAMES.get(Path(data.source).name, data.source)
-    return f"{len(data.classes)} classes of {name}" if data.classes else name
+def ablations(study: Study) -> list[str]:
+    """Tables of which most methods are there, and not only those that the main tables set side by side as well."""
+    tables = {title: [m for m in methods if m in study.seeds] for title, methods in ABLATIONS.items()}
+    shown = {
+        title: there
+        for title, there in tables.items()
+        if 2 * len(there) > len(ABLATIONS[title]) and set(there) - set(METHODS[:8])
+    }
+    columns = [c for c in HEADLINE if c in study.results.columns("on_manifold")]
+    lines = []
+    for title, there in shown.items():
+        shared = sorted(set.intersection(*(set(study.seeds[m]) for m in there)))
+        lines += ["", f"### {title}", "", *study.table(there, "on_manifold", columns, shared)]
+    about = (
+        f"On {SET_NAMES['on_manifold']}. One thing is changed of `dmat`, evaluation is the same. Only seeds that a table's "
+        "methods share are counted; with one seed, intervals are of images alone."
+    )
+    return ["", "## Ablations", "", about, *lines] if lines else []
 
 
 def page(study: Study) -> list[str]:
@@ -260,9 +278,9 @@ def page(study: Study) -> list[str]:
     for name, note in ours.items():
         minutes["training" if name.endswith(" training") else "evaluation"] += note["seconds"] / 60
     first, training, objective = next(iter(ours.values())), study.config.training, study.config.objective
-    command = COMMANDS.get(Path(study.config.data.source).name, "benchmarks/study.py")
+    name, command = STUDIES.get(study.folder.name, (study.folder.name, "benchmarks/study.py"))
     of_latent = " standard deviations" if objective.latent.scale == "std" else ""
-    lines = [f"# The study on {data_name(study.config.data)}", ""]
+    lines = [f"# The study on {name}", ""]
     if (written := study.folder / "notes.md").is_file():
         lines += [*written.read_text(encoding="utf-8").splitlines(), ""]
     lines += ["## How", ""]
@@ -294,19 +312,7 @@ def page(study: Study) -> list[str]:
             "",
             *found,
         ]
-    lines += [
-        "",
-        "## Ablations",
-        "",
-        f"On {SET_NAMES['on_manifold']}. One thing is changed of `dmat`, evaluation is the same. Only seeds that a table's ",
-    ]
-    lines[-1] += "methods share are counted; with one seed, intervals are of images alone."
-    for title, methods in ABLATIONS.items():
-        there = [m for m in methods if m in study.seeds]
-        if 2 * len(there) > len(methods):
-            columns = [c for c in HEADLINE if c in study.results.columns("on_manifold")]
-            shared = sorted(set.intersection(*(set(study.seeds[m]) for m in there)))
-            lines += ["", f"### {title}", "", *study.table(there, "on_manifold", columns, shared)]
+    lines += ablations(study)
     lines += ["", "## Columns", ""]
     lines += [f"- {name}: {text}" for name, text in columns_described(study.results).items()]
     return lines

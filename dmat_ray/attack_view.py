@@ -24,17 +24,27 @@ class _Tracer(fx.Tracer):
 
 
 def _foldable(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[tuple[fx.Node, fx.Node]]:
-    """Convolutions whose output goes to one batch norm and nowhere else, and those batch norms."""
+    """Convolutions whose output goes to one batch norm and nowhere else, and those batch norms.
+
+    Not those whose weights are at work elsewhere, too: tied to another layer's, or taken out of it by the network's own forward.
+    """
     calls: dict[Any, int] = {}
+    owners: dict[int, int] = {}
+    for module in modules.values():
+        for parameter in module._parameters.values():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     for node in graph.nodes:
         calls[node.target] = calls.get(node.target, 0) + 1
+    taken = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     pairs = []
     for node in graph.nodes:
         if node.op != "call_module" or type(modules[node.target]) not in BATCH_NORM or modules[node.target].running_mean is None:
             continue
         conv = node.args[0]
         alone = isinstance(conv, fx.Node) and len(conv.users) == 1 and calls[conv.target] == calls[node.target] == 1
-        if alone and conv.op == "call_module" and type(modules[conv.target]) is nn.Conv2d:
+        if not alone or conv.op != "call_module" or type(modules[conv.target]) is not nn.Conv2d or conv.target in taken:
+            continue
+        if all(owners[id(parameter)] == 1 for parameter in modules[conv.target].parameters()):
             pairs.append((conv, node))
     return pairs
 

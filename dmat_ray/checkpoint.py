@@ -5,7 +5,6 @@ files beside it: resume and evaluation read it, nothing is typed twice. It is wr
 checkpoint.
 """
 
-import errno
 import json
 import pickle
 import platform
@@ -27,7 +26,7 @@ from dmat_ray import classifiers
 from dmat_ray.cli import validate
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
-from dmat_ray.files import read_json, sha256, text_digest, write_json
+from dmat_ray.files import is_full, read_json, sha256, text_digest, write_json
 from dmat_ray.folders import fetched
 from dmat_ray.storage import Location, Place, at
 from dmat_ray.types import RunContext
@@ -64,9 +63,11 @@ def describe_run(
     set_sha256: str | None,
 ) -> dict[str, Any]:
     """The part of run.json that does not change while training; of an imported model no generator or set is known."""
+    own = classifiers.origin(config.classifier.name)
     return {
         "version": VERSION,
         "config": config.to_json(),
+        **({"network": own} if own else {}),
         "class_names": list(class_names),
         "channels": channels,
         "resolution": resolution,
@@ -81,7 +82,12 @@ def save(folder: Path, network: nn.Module | dict[str, Tensor], run: dict[str, An
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RUN).unlink(missing_ok=True)
     weights = network.state_dict() if isinstance(network, nn.Module) else network
-    tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+    tensors, stored = {}, set()
+    for key, value in weights.items():
+        tensor = value.detach().cpu().contiguous()
+        where = tensor.untyped_storage().data_ptr()
+        tensors[key] = tensor.clone() if where in stored else tensor  # of layers that share their weights each has them
+        stored.add(where)
     save_file(tensors, folder / MODEL)
     if state is not None:
         torch.save(state, folder / STATE)
@@ -160,14 +166,6 @@ def hand_over_state(
     hand_over(context, metrics, write, wait=wait)
 
 
-def is_full(error: BaseException) -> bool:
-    """Whether an error says that there is no space for a file, in the system's words or in safetensors' or torch's."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    torchs = isinstance(error, RuntimeError) and ("inline_container" in str(error) or "PytorchStreamWriter" in str(error))
-    return torchs or isinstance(error, SafetensorError)
-
-
 def no_space(error: BaseException, kept: Sequence[Path | str]) -> str:
     """What the user is told when a checkpoint cannot be written."""
     said = f"a checkpoint cannot be written ({str(error).splitlines()[0]}): is the disk full?"
@@ -192,7 +190,8 @@ def digest(folder: Place) -> str:
     run = read_run(folder)
     weights = sha256(fetched(folder) / MODEL)  # of a program it holds the digest of its file
     built = {key: run[key] for key in ("channels", "resolution", "class_names")}
-    return text_digest(json.dumps([weights, built, run["config"]["classifier"]], sort_keys=True))
+    own = classifiers.origin(run["config"]["classifier"]["name"])  # as it is now, which is what will be computed
+    return text_digest(json.dumps([weights, built, run["config"]["classifier"], *([own] if own else [])], sort_keys=True))
 
 
 def load_weights(folder: Place, network: nn.Module) -> None:
@@ -241,6 +240,7 @@ def load_classifier(folder: Place, device: torch.device | str = "cpu") -> tuple[
     if "program" in run:
         network = _load_program(fetched(folder), run["program"], config, torch.device(device))
     else:
+        require_network_of(run, folder)
         network = classifiers.build(config.classifier, run["channels"], len(run["class_names"]))
         load_weights(folder, network)
     return network.to(device).eval(), run
@@ -269,6 +269,19 @@ def _load_program(folder: Path, kind: Any, config: Config, device: torch.device)
         raise UserError(f"'{path}' is not the program that was imported; import it again with jobs/import_model.py")
     program = classifiers.Program(load_program(path, kind, device))
     return classifiers.Classifier(program, config.classifier.mean, config.classifier.std)
+
+
+def require_network_of(run: dict[str, Any], folder: Place, *, unchanged: bool = False) -> None:
+    """Raise UserError if a network of a package is another package's now, or with `unchanged` of another source."""
+    name = run["config"]["classifier"]["name"]
+    before, now = run.get("network"), classifiers.origin(name)
+    if not before or not now:
+        return
+    for key in ("package", "entry", "sha256") if unchanged else ("package", "entry"):
+        if before[key] != now[key]:
+            what = f"of package {before['package']} {before['version']}, '{before['entry']}'"
+            differs = "whose source has changed" if key == "sha256" else f"which here is '{now['entry']}' of {now['package']}"
+            raise UserError(f"'{folder}' has the network {name} {what}, {differs}; train under another --name")
 
 
 def require_same_config(old: dict[str, Any], new: Config, folder: Place) -> None:

@@ -1,7 +1,10 @@
 """Networks to be trained. Every one takes images in [0, 1] and normalises them inside itself."""
 
+import copy
 import difflib
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 from dmat_ray import batch_norm, wide_resnet
 from dmat_ray.config import ClassifierConfig
 from dmat_ray.errors import UserError
+from dmat_ray.files import sha256
 
 PROGRAM = "program"  # classifier.name of what came as a program
 OWN = (
@@ -129,8 +133,8 @@ def _timm(name: str, channels: int, num_classes: int) -> nn.Module:
 def entry_point(name: str) -> EntryPoint:
     """Where the network that `name`, own/..., stands for is made.
 
-    Only an installed package can have one, so that no model that came from a stranger has anything imported that was not
-    installed for this. Raises UserError if none has, or two have.
+    A package says so that is installed, or that Python finds as it finds any other (in the folder that `python -c` starts in,
+    too); a model's folder says but the name. Raises UserError if none has it, or two have.
     """
     every = entry_points(group=NETWORKS)
     found = [entry for entry in every if entry.name == name.removeprefix(OWN)]
@@ -146,30 +150,63 @@ def entry_point(name: str) -> EntryPoint:
     raise UserError(f"classifier.name '{name}': {said} (docs/extending.md: a network)")
 
 
+def origin(name: str) -> dict[str, str] | None:
+    """Of a network of a package: package and version, entry point, digest of the module's file. None for any other."""
+    if not name.startswith(OWN):
+        return None
+    entry = entry_point(name)
+    spec = find_spec(entry.module)
+    file = Path(spec.origin) if spec is not None and spec.origin else None
+    return {
+        "package": entry.dist.name if entry.dist is not None else entry.module,
+        "version": entry.dist.version if entry.dist is not None else "",
+        "entry": f"{entry.module}:{entry.attr}",
+        "sha256": sha256(file) if file is not None and file.is_file() else "",
+    }
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def _own(name: str, channels: int, num_classes: int) -> nn.Module:
     entry = entry_point(name)
     try:
         make = entry.load()
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"classifier.name '{name}' is '{entry.value}', which cannot be imported: {error}") from error
-    network = make(channels, num_classes)
+    except Exception as error:  # whatever a module of the user's may raise
+        raise UserError(f"classifier.name '{name}' is '{entry.value}', which cannot be imported: {_told(error)}") from error
+    try:
+        network = make(channels, num_classes)
+    except Exception as error:
+        raise UserError(
+            f"classifier.name '{name}': '{entry.value}' of {channels} channels and {num_classes} classes: {_told(error)}"
+        ) from error
     if not isinstance(network, nn.Module):
         raise UserError(f"classifier.name '{name}': '{entry.value}' gave a {type(network).__name__}, not a torch.nn.Module")
     return network
 
 
 def require_trainable(config: ClassifierConfig, channels: int, resolution: int, num_classes: int) -> None:
-    """Raise UserError unless the named network takes such images in training mode and puts out one logit a class."""
+    """Raise UserError unless the network takes such images in training mode, puts out a logit a class, and can be copied."""
     network = build(config, channels, num_classes).train()
     try:
-        with torch.no_grad():
-            logits = network(torch.zeros(2, channels, resolution, resolution))
-    except (RuntimeError, ValueError, AssertionError) as error:
+        logits = network(torch.zeros(2, channels, resolution, resolution))
+    except Exception as error:  # whatever a network of others may raise
         raise UserError(
-            f"classifier.name '{config.name}' cannot take {resolution}x{resolution} images: {str(error).splitlines()[0]}"
-        ) from None
+            f"classifier.name '{config.name}' cannot take {resolution}x{resolution} images: {_told(error)}"
+        ) from error
     if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
-        raise UserError(f"classifier.name '{config.name}' does not put out one logit a class; choose another, e.g. resnet18")
+        found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise UserError(
+            f"classifier.name '{config.name}' does not put out one logit a class, shape (2, {num_classes}), but {found}"
+        )
+    try:
+        copy.deepcopy(network)
+    except Exception as error:
+        raise UserError(
+            f"classifier.name '{config.name}' cannot be copied, as attacks do: {_told(error)} (of torch's weight_norm and "
+            "spectral_norm take those of torch.nn.utils.parametrizations)"
+        ) from error
 
 
 def _take_grey(network: nn.Module) -> None:

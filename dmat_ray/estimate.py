@@ -67,10 +67,10 @@ class Stage:
         return self.flops / (tflops * 1e12) / 3600
 
 
-def counted(forward: Callable[[Tensor], Tensor], shape: tuple[int, ...], *, back: bool = False) -> int:
+def counted(forward: Callable[[Tensor], Tensor], shape: tuple[int, ...], *, back: bool = False, device: str = "meta") -> int:
     """Operations of a call on a tensor of this shape, without data; with `back` also of the gradient to it, and to the weights
     that want one."""
-    x = torch.zeros(shape, device="meta", requires_grad=back)
+    x = torch.zeros(shape, device=device, requires_grad=back)
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(back):
         y = forward(x)
         if back:
@@ -83,16 +83,20 @@ def passes(config: Config, generator: Generator, num_classes: int) -> Passes:
     shape = (1, generator.channels, generator.resolution, generator.resolution)
     bare: Generator = copy.deepcopy(generator).to("meta")  # type: ignore[attr-defined]
     w_shape = (1, generator.num_ws, generator.w_dim)
-    network = classifiers.build(config.classifier, channels=generator.channels, num_classes=num_classes).to("meta")
     # batch norm of one image has no statistics in training mode; its operations are the same
-    network.eval()
-    train = counted(network, shape, back=True)
+    network, device = classifiers.build(config.classifier, generator.channels, num_classes).eval(), "cpu"
+    try:
+        bare_network = copy.deepcopy(network).to("meta")
+        train = counted(bare_network, shape, back=True)
+        network, device = bare_network, "meta"
+    except Exception:  # without data nothing can be done that depends on the values of the input
+        train = counted(network, shape, back=True, device=device)
     network.requires_grad_(False)
     return Passes(
         generator=counted(bare.synthesis, w_shape),
         generator_back=counted(bare.synthesis, w_shape, back=True),
-        classifier=counted(network, shape),
-        classifier_back=counted(network, shape, back=True),
+        classifier=counted(network, shape, device=device),
+        classifier_back=counted(network, shape, back=True, device=device),
         classifier_train=train,
         lpips_back=_lpips(config.projection, shape),
     )

@@ -1,10 +1,13 @@
 """Digests, and JSON files of this machine that are written whole or not at all."""
 
+import errno
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from dmat_ray.errors import UserError
 
@@ -21,6 +24,14 @@ def sha256(path: Path) -> str:
 def text_digest(text: str) -> str:
     """Hex sha256 of a string."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that there is no space for a file, in the system's words or in safetensors' or torch's."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    torchs = isinstance(error, RuntimeError) and ("inline_container" in str(error) or "PytorchStreamWriter" in str(error))
+    return torchs or isinstance(error, SafetensorError)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from dmat_ray.errors import UserError
-from dmat_ray.files import text_digest
+from dmat_ray.files import is_full, text_digest
 from dmat_ray.location import Location
 from dmat_ray.storage import Place, at
 
@@ -127,7 +127,10 @@ def put(folder: Path, place: Place) -> None:
 
 
 def replace_folder(place: Place, write: Callable[[Path], None]) -> None:
-    """Let `write` make a fresh folder, then put that in the place of an older one, of which no file stays."""
+    """Let `write` make a fresh folder, then put that in the place of an older one, of which no file stays.
+
+    Raises UserError if there is no space for it; the older one is then as it was.
+    """
     place = at(place)
     if place.local is not None:
         _replace_here(place.local, write)
@@ -152,6 +155,13 @@ def _replace_here(folder: Path, write: Callable[[Path], None]) -> None:
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
+    except Exception as error:
+        if not is_full(error):
+            raise
+        said = str(error).splitlines()[0]
+        raise UserError(
+            f"'{folder}' cannot be written ({said}): is the disk full? Free space and run the same command again"
+        ) from error
     finally:
         if old.exists() and not folder.exists():
             old.rename(folder)

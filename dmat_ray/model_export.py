@@ -107,9 +107,11 @@ def architecture(run: dict[str, Any], config: Config) -> dict[str, Any]:
         arguments = {"num_classes": classes, "in_chans": channels}
         return {"library": "timm", "name": name.removeprefix("timm/"), "arguments": arguments}
     if name.startswith(classifiers.OWN):
-        entry, arguments = classifiers.entry_point(name), {"channels": channels, "num_classes": classes}
-        package = entry.dist.name if entry.dist is not None else entry.module
-        return {"library": package, "name": entry.value, "arguments": arguments}
+        own = classifiers.origin(name)
+        assert own is not None
+        package = {key: own[key] for key in ("package", "version", "sha256")}
+        arguments = {"channels": channels, "num_classes": classes}
+        return {"library": "own", "name": own["entry"], **package, "arguments": arguments}
     grey = {"first_convolution_in_channels": 1} if channels == 1 else {}
     return {"library": "torchvision", "name": name, "arguments": {"num_classes": classes}, **grey}
 
@@ -170,12 +172,13 @@ def _fraction(eps: float) -> str:
 
 def _code(run: dict[str, Any], built: dict[str, Any]) -> str:
     classes, channels = len(run["class_names"]), run["channels"]
-    imports = IMPORTS.get(built["library"], f"import {built['name'].partition(':')[0]}\n")
     if "program" in run:
-        network = LOADS[run["program"]]
-    elif built["library"] not in BUILDS:  # a package's own, named as its entry point is
+        imports, network = IMPORTS["torch"], LOADS[run["program"]]
+    elif built["library"] == "own":
+        imports = f"import {built['name'].partition(':')[0]}  # of the package {built['package']} {built['version']}\n"
         network = f"network = {built['name'].replace(':', '.')}({channels}, {classes})\n{FILL}"
     else:
+        imports = IMPORTS[built["library"]]
         network = BUILDS[built["library"]].format(name=built["name"], classes=classes, channels=channels)
         network += (GREY if "first_convolution_in_channels" in built else "") + FILL
     return CODE.format(imports=imports, network=network, channels=channels, resolution=run["resolution"])
@@ -228,7 +231,7 @@ def export(model: Place, name: str, evaluation: Place, folder: Path) -> None:
     write_json(folder / CARD, model_card(name, run, config, results))
     page = PAGE.format(
         name=name,
-        library=about["architecture"]["library"],
+        library=about["architecture"].get("package", about["architecture"]["library"]),
         architecture=about["architecture"]["name"],
         resolution=run["resolution"],
         channels=run["channels"],

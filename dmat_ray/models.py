@@ -57,6 +57,7 @@ def is_trained(config: Config) -> bool:
     run = checkpoint.read_run(folder)
     with contextlib.suppress(UserError):
         checkpoint.require_same_config(run["config"], config, folder)
+        checkpoint.require_network_of(run, folder, unchanged=True)
         same_generator = run["generator_sha256"] == generators.fingerprint(config.generator.path)
         same_set = run.get("set_sha256") == set_digest(config)
         return bool(run["finished"] and same_generator and same_set)

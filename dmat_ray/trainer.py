@@ -145,6 +145,7 @@ class _Run:
         run = checkpoint.require_whole(folder, checkpoint.RUN) if branch else checkpoint.read_run(folder)
         if not branch:
             checkpoint.require_same_config(run["config"], self.config, folder)
+            checkpoint.require_network_of(run, folder, unchanged=True)
         if lineage := run.get("lineage", []) + ([checkpoint.ancestor(run, self.config)] if branch else []):
             self.about["lineage"] = lineage
         if run["set_sha256"] != self.about["set_sha256"]:

@@ -62,6 +62,33 @@ def test_timm_models_have_views(name: str) -> None:
     require_same(AttackView(network, torch.float64), network, torch.rand(2, 1, 32, 32, dtype=torch.float64))
 
 
+class Shared(nn.Module):
+    """Two layers of one convolution's weights, tied or taken out of it, each before a batch norm of its own."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.tied = tied
+        self.one, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        if tied:
+            self.two = nn.Conv2d(3, 3, 3, padding=1)
+            self.two.weight = self.one.weight
+        self.norm_two, self.three, self.norm_three = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.norm(self.one(x)))
+        h = self.two(h) if self.tied else nn.functional.conv2d(h, self.one.weight, padding=1)
+        return self.norm_three(self.three(torch.relu(self.norm_two(h)))).mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_at_work_in_two_places_are_not_folded(tied: bool) -> None:
+    torch.manual_seed(0)
+    network = trained_a_little(Shared(tied), 3, 8)
+    view = AttackView(network, torch.float64)
+    assert view.folded == [("three", "norm_three")]
+    require_same(view, network, torch.rand(3, 3, 8, 8, dtype=torch.float64))
+
+
 class Deciding(nn.Module):
     """Cannot be traced: what it does depends on the values of its input."""
 

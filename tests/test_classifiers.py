@@ -1,5 +1,6 @@
 """Networks: they take the images' channels and normalise inside themselves."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from dmat_ray import checkpoint, classifiers, wide_resnet
 from dmat_ray.attack_view import AttackView
 from dmat_ray.config import ClassifierConfig, Config
 from dmat_ray.errors import UserError
+from dmat_ray.files import sha256
 
 
 @pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1"])
@@ -100,6 +102,10 @@ version = "1.2"
 flat = "theirs_{place}:flat"
 text = "theirs_{place}:text"
 gone = "theirs_{place}:gone"
+grey = "theirs_{place}:grey"
+wide = "theirs_{place}:wide"
+old = "theirs_{place}:old"
+tied = "theirs_{place}:tied"
 """
 THEIRS = """
 from torch import nn
@@ -107,6 +113,16 @@ def flat(channels, num_classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(channels * 64, num_classes))
 def text(channels, num_classes):
     return "a network"
+def grey(channels, num_classes):
+    return {1: nn.Flatten()}[channels]
+def wide(channels, num_classes):
+    return nn.Flatten()
+def old(channels, num_classes):
+    return nn.Sequential(nn.Flatten(), nn.utils.weight_norm(nn.Linear(channels * 64, num_classes)))
+def tied(channels, num_classes):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(channels * 64, channels * 64), nn.Linear(channels * 64, channels * 64))
+    network[2].weight = network[1].weight
+    return network
 """
 
 
@@ -125,7 +141,9 @@ def test_a_network_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.M
         classifiers.build(ClassifierConfig(name="own/text"), 3, 5)
     with pytest.raises(UserError, match=r"'own/gone' is 'theirs_here:gone', which cannot be imported: .*has no attribute"):
         classifiers.build(ClassifierConfig(name="own/gone"), 3, 5)
-    with pytest.raises(UserError, match=r"'own/other': no installed package names it .* there are own/flat, own/gone, own/text "):
+    with pytest.raises(
+        UserError, match=r"'own/other': no installed package names it .* there are own/flat, own/gone, own/grey, "
+    ):
         classifiers.build(ClassifierConfig(name="own/other"), 3, 5)
     monkeypatch.syspath_prepend(install(tmp_path / "there", PROJECT.format(place="there").replace("theirs", "others")))
     with pytest.raises(
@@ -134,16 +152,69 @@ def test_a_network_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.M
         classifiers.build(ClassifierConfig(name="own/flat"), 3, 5)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_is_wrong_with_a_network_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(install(tmp_path, PROJECT.format(place="wrong"), theirs_wrong=THEIRS))
+    for name, words in (
+        ("grey", r"'theirs_wrong:grey' of 3 channels and 5 classes: KeyError: 3"),
+        ("wide", r"does not put out one logit a class, shape \(2, 5\), but shape \(2, 192\)"),
+        ("old", r"cannot be copied, as attacks do: RuntimeError: .*torch.nn.utils.parametrizations"),
+    ):
+        with pytest.raises(UserError, match=words):
+            classifiers.require_trainable(ClassifierConfig(name=f"own/{name}"), 3, 8, 5)
+    with pytest.raises(UserError, match=r"'own/flat' cannot take 9x9 images: RuntimeError: mat1 and mat2"):
+        classifiers.require_trainable(ClassifierConfig(name="own/flat"), 3, 9, 5)
+
+
+def saved(folder: Path, name: str, channels: int = 3) -> Config:
+    config = Config(name="mine", classifier=ClassifierConfig(name=name))
+    network = classifiers.build(config.classifier, channels, 5)
+    run = checkpoint.describe_run(config, tuple("abcde"), channels, 8, None, None)
+    checkpoint.save(folder, network, {**run, "finished": True, "history": []})
+    return config
+
+
+def test_layers_that_share_their_weights_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(install(tmp_path / "here", PROJECT.format(place="tied"), theirs_tied=THEIRS))
+    saved(tmp_path / "mine", "own/tied")
+    again, _ = checkpoint.load_classifier(tmp_path / "mine")
+    assert again.network[2].weight is again.network[1].weight
+
+
+def test_a_changed_network_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another source is not trained on, and what was measured of it counts no more; another package's is not even loaded."""
+    monkeypatch.syspath_prepend(install(tmp_path / "here", PROJECT.format(place="before"), theirs_before=THEIRS))
+    saved(tmp_path / "mine", "own/flat")
+    run, digest = checkpoint.read_run(tmp_path / "mine"), checkpoint.digest(tmp_path / "mine")
+    source = tmp_path / "here" / "theirs_before.py"
+    sha = sha256(source)
+    assert run["network"] == {"package": "theirs", "version": "1.2", "entry": "theirs_before:flat", "sha256": sha}
+    checkpoint.require_network_of(run, tmp_path / "mine", unchanged=True)
+    source.write_text(THEIRS + "# more")
+    with pytest.raises(UserError, match=r"own/flat of package theirs 1\.2, 'theirs_before:flat', whose source has changed"):
+        checkpoint.require_network_of(run, tmp_path / "mine", unchanged=True)
+    assert checkpoint.digest(tmp_path / "mine") != digest
+    checkpoint.load_classifier(tmp_path / "mine")
+    (tmp_path / "here" / "theirs-1.2.dist-info" / "entry_points.txt").write_text(
+        "[dmat_ray.networks]\nflat = theirs_before:wide\n"
+    )
+    with pytest.raises(UserError, match="which here is 'theirs_before:wide' of theirs"):
+        checkpoint.load_classifier(tmp_path / "mine")
+
+
 @pytest.mark.slow
-def test_networks_of_no_installed_package_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though the module lies on the path, and is what the model's folder names: it is not imported."""
+@pytest.mark.parametrize("name", ["own/flat", "own/theirs_here", "own/theirs_here:flat"])
+def test_networks_of_no_installed_package_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Though modules lie on the path that a model's folder may mean: they are not imported."""
     with monkeypatch.context() as patched:
         patched.syspath_prepend(install(tmp_path / "here", PROJECT.format(place="here"), theirs_here=THEIRS))
-        config = Config(name="mine", classifier=ClassifierConfig(name="own/flat"))
-        run = checkpoint.describe_run(config, tuple("abcde"), 3, 8, None, None)
-        checkpoint.save(tmp_path / "mine", classifiers.build(config.classifier, 3, 5), {**run, "finished": True, "history": []})
-    (tmp_path / "theirs_here.py").write_text("open('imported', 'w')")
+        saved(tmp_path / "mine", "own/flat")
+    run = json.loads((tmp_path / "mine" / "run.json").read_text())
+    run["config"]["classifier"]["name"] = name
+    (tmp_path / "mine" / "run.json").write_text(json.dumps(run))
+    for module in ("theirs_here", "flat"):
+        (tmp_path / f"{module}.py").write_text("open('imported', 'w')")
     load = "from dmat_ray import load_classifier; load_classifier('mine')"
     done = subprocess.run([sys.executable, "-c", load], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert "UserError: classifier.name 'own/flat': no installed package names it" in done.stderr
+    assert f"UserError: classifier.name '{name}': no installed package names it" in done.stderr
     assert not (tmp_path / "imported").exists()

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(source, root / name, ignore=ignored) if source.is_dir() else shutil.copy(source, root / name)
     for name, block in FILES.items():
+        (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text(block.text)
     for block in DIFFS:
         patch(block, root)
@@ -66,7 +68,7 @@ def run(root: Path, *arguments: str) -> str:
 
 def test_the_page_has_what_it_promises() -> None:
     assert FILES.keys() >= {
-        "my_networks.py",
+        "mine/my_networks.py",
         "dmat_ray/threats/shade.py",
         "digit_decoder.py",
         "dmat_ray/data/small_digits.py",
@@ -99,20 +101,23 @@ def test_the_threat_passes_the_tests_of_all_threats(copy: Path) -> None:
 def test_the_network_is_trained_and_attacked(copy: Path) -> None:
     """Per-term batch norm and attacks take it like any other."""
     (project,) = blocks(PAGE, "toml")
-    install(copy, project.text)
+    (module,) = tomllib.loads(project.text)["tool"]["setuptools"]["py-modules"]
+    install(copy / "installed", project.text, **{module: FILES[f"mine/{module}.py"].text})
     found = json.loads(run(copy, "-c", NETWORK))
     assert found["name"] == "own/residual"
     assert all(0 < loss < 10 for loss in found["losses"])
-    assert found["folded"] > 0, "the copy that attacks see has its batch norm folded"
-    assert found["terms"] > 0
+    assert found["folded"] > 0, "the copy that attacks see has batch norm folded"
+    assert found["away"] < 1e-4, "and is the network"
+    assert found["apart"] > 1e-4, "terms have statistics of their own"
+    assert found["attacked"] > found["clean"]
 
 
 NETWORK = """
 import json, sys
 from pathlib import Path
-sys.path.insert(0, "tests")
-import conftest, torch
-from dmat_ray import checkpoint, cli, trainer
+sys.path[:0] = ["tests", "installed"]
+import conftest, numpy as np, torch
+from dmat_ray import build_threat, attack_images, checkpoint, cli, trainer
 from dmat_ray.attack_view import AttackView
 from dmat_ray.data.manifold_set import open_set
 from dmat_ray.local import LocalContext
@@ -131,9 +136,14 @@ data = open_set(folder / "set", "train")
 sha = generators.fingerprint(str(folder / "generator"))
 trainer.train(config, data, generator, sha, LocalContext(folder, lambda found: losses.append(found["train_loss"])))
 network, run = checkpoint.load_classifier(folder / "checkpoint")
-terms = sum(type(module).__module__ == "dmat_ray.batch_norm" for module in network.modules())
-folded = len(AttackView(network).folded)
-print(json.dumps({"name": run["config"]["classifier"]["name"], "losses": losses, "folded": folded, "terms": terms}))
+state = checkpoint.load_state(folder / "checkpoint")
+view, batch = AttackView(network), data.batch(np.arange(8), "natural")
+away = (view(batch.x_BCHW) - network(batch.x_BCHW)).abs().max().item()
+apart = max((one[0] - one[1]).abs().max().item() for one in state["step"]["apart"])
+found = attack_images(network, build_threat("image", eps=0.1), batch.x_BCHW, batch.y_B, steps=3)
+clean = torch.nn.functional.cross_entropy(network(batch.x_BCHW), batch.y_B).item()
+told = {"losses": losses, "folded": len(view.folded), "away": away, "apart": apart, "clean": clean}
+print(json.dumps({**told, "name": run["config"]["classifier"]["name"], "attacked": found.loss_B.mean().item()}))
 """
 
 

@@ -277,16 +277,18 @@ def test_a_report_and_an_export_by_url(
     assert folders.holds_anything(place / "exported")
 
 
+@pytest.mark.parametrize("card", [{}, {"note": "long" * 100_000}], ids=["weights", "card"])
 def test_a_generator_for_which_there_is_no_space_leaves_the_older_one_and_nothing_else(
-    generator_folder: Path, tmp_path: Path
+    generator_folder: Path, tmp_path: Path, card: dict[str, Any]
 ) -> None:
     """The kernel refuses what goes beyond a file's largest size, as it does when the disk is full."""
+    size = (generator_folder / "generator.safetensors").stat().st_size + (1000 if card else -1000)
     generator, older = generators.load_generator(str(generator_folder)), filled(tmp_path / "generator", card="older")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
         with pytest.raises(UserError, match=r"cannot be written \(.*File too large.*\): is the disk full\?"):
-            replace_folder(older, lambda fresh: generators.save_generator(fresh, generator, {}))
+            replace_folder(older, lambda fresh: generators.save_generator(fresh, generator, card))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert content(older) == {"card.bin": "older"}

@@ -16,13 +16,14 @@ from dmat_ray.errors import UserError
 from dmat_ray.lease import exclusive, sole
 from dmat_ray.storage import at
 
+pytestmark = pytest.mark.slow
+
 # holds the folder until its input ends; says what happens
 HOLDER = """
 import sys, time
 from dmat_ray import lease
 from dmat_ray.storage import at
 
-pytestmark = pytest.mark.slow
 machine, interval = sys.argv[2], float(sys.argv[3])
 if machine:
     lease._machine = lambda: machine

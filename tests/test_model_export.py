@@ -124,7 +124,13 @@ def test_the_readme_of_a_network_of_a_package(
     model = trained("own/flat")
     folder = export(model)
     about = json.loads((folder / "config.json").read_text())["architecture"]
-    assert (about["library"], about["name"]) == ("their-networks", "for_export:flat")
+    assert (about["library"], about["package"], about["version"], about["name"]) == (
+        "own",
+        "their-networks",
+        "1",
+        "for_export:flat",
+    )
+    assert "import for_export  # of the package their-networks 1" in (folder / "README.md").read_text()
     x = torch.rand(3, 3, 32, 32)
     network, _ = checkpoint.load_classifier(model)
     with torch.no_grad():

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dmat_ray import cli, evaluation, suites, trials
+from dmat_ray import classifiers, cli, evaluation, suites, trials
 from dmat_ray.checkpoint import relevant
 from dmat_ray.cluster import spaces
 from dmat_ray.cluster.trial import Work
@@ -49,6 +49,7 @@ class Plan:
         self.columns = columns(self.judged_by)
         trials.require_columns(config.tune.objective, self.columns, config.tune.suites)
         untrained([probe], say)
+        self._require_networks()
         data = manifold_set.open_set(set_folder(self.config), "test")
         for suite in (self.judged_by, *([config.evaluation] if config.tune.evaluate else [])):
             evaluation.require_suite(suite, data)
@@ -62,6 +63,15 @@ class Plan:
             str(self.folder),
             None if config.tune.scheduler == "pbt" else 2,
         )
+
+    def _require_networks(self) -> None:
+        """Raise UserError for a network of the space that cannot be trained on the set."""
+        if "classifier.name" in self.space.domains:
+            manifest = set_reader.read_manifest(set_folder(self.config))
+            channels, resolution, _ = manifest["shapes"]["on_manifold"]
+            corners = self.space.corners(self.base, self.config.tune.epochs)
+            for one in {corner.classifier.fingerprint(): corner.classifier for corner in corners}.values():
+                classifiers.require_trainable(one, channels, resolution, len(manifest["class_names"]))
 
     def told(self) -> str:
         """What is drawn, from where to where, and what trials are judged by: a few lines."""

@@ -220,7 +220,8 @@ def load(path: str, config: Config) -> tuple[Space, dict[str, Any]]:
         )
     if "classifier.name" in domains:
         for one in {corner.classifier.fingerprint(): corner.classifier for corner in corners}.values():
-            classifiers.build(one, 3, 2)
+            # of a package's the plan knows more: which images and classes there are
+            classifiers.entry_point(one.name) if one.name.startswith(classifiers.OWN) else classifiers.build(one, 3, 2)
     return space, base
 
 

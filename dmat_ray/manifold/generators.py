@@ -87,16 +87,11 @@ def fingerprint(path: str) -> str:
 
 
 def save_generator(folder: Path, generator: StyleGAN1 | StyleGAN2, card: dict[str, Any]) -> None:
-    """Write a generator's folder; the card, last, makes it whole. Raises UserError if there is no space for it."""
+    """Write a generator's folder; the card, last, makes it whole."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CARD).unlink(missing_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in generator.state_dict().items()}
-    try:
-        save_file(state, folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"'{folder}' cannot be written ({error}): is the disk full? Free space and run the same command again"
-        ) from error
+    save_file(state, folder / WEIGHTS)
     kind = "stylegan1" if isinstance(generator, StyleGAN1) else "stylegan2"
     write_json(folder / CARD, {**card, "kind": kind, "architecture": generator.config.model_dump(mode="json")})
 
