@@ -133,7 +133,7 @@ def check(words: list[str], named: dict[str, Block], parse: Callable[[str, list[
     if words[:3] == ["ray", "job", "submit"]:
         return check(words[words.index("--") + 1 :], named, parse)
     if words[0] == "make":
-        assert set(words[1:]) <= set(TARGETS), words
+        assert {w for w in words[1:] if "=" not in w} <= set(TARGETS), words
         return None
     if words[0] == "python":
         return check_python([word for word in words[1:] if word != "..."], named, parse)
