@@ -226,6 +226,11 @@ def _train(
 
         with listen(handle, asked) as mailbox:
             session.await_machine(config.cluster, say)
+            say(
+                f"training on {len(cache.open()[1])} images, shown {config.gan.kimg:g} thousand times in all: a line every "
+                f"{config.gan.report_kimg:g} thousand, a snapshot every "
+                f"{config.gan.snapshot_kimg:g} thousand (on CPUs that may be hours)"
+            )
             settings = {"config": config.to_json(), "mailbox": mailbox, "images": str(cache.folder)}
             result = workers.fit(worker, settings, config.cluster, storage / name, keep=2)
         assert result.checkpoint is not None

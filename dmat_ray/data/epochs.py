@@ -57,7 +57,10 @@ def held_out_positions(size: int, config: TrainingConfig) -> tuple[np.ndarray, n
     A seeded choice, the same for every worker and resume. Raises UserError if nothing would be left to train on.
     """
     if config.val_examples >= size:
-        raise UserError(f"training.val_examples is {config.val_examples}, but the training split has {size} images")
+        raise UserError(
+            f"training.val_examples is {config.val_examples}, but the training split has {size} usable images (those that were "
+            "projected poorly are left out: projection.poor_l1); give a smaller --training.val_examples, 0 to hold out none"
+        )
     order = np.random.default_rng([config.seed, 1]).permutation(size)
     return np.sort(order[config.val_examples :]), np.sort(order[: config.val_examples])
 
