@@ -8,8 +8,8 @@ DIR holds CIFAR-10's own binary files. Needs no Ray: one machine, with or withou
 evaluations run at a time. Whatever is finished is kept, so the same command goes on where it was stopped. OUTPUT then holds the
 generator, on_manifold_set, models/METHOD-SEED, rows/METHOD-SEED.parquet (the format of an evaluation's rows), clean/ (the same of
 all test images without an attack), with --autoattack SUITE autoattack/ (of the first seed's models), and study.json with versions
-and run times. A method is a preset of the package or an
-entry of benchmarks/studies/methods.yaml, or of the file that `--more-methods` names, which comes first.
+and run times. A method is a preset of the package or an entry of benchmarks/studies/methods.yaml, or of the file that
+`--more-methods` names, which wins.
 """
 
 import argparse

@@ -195,6 +195,17 @@ def require_fit(run: dict[str, Any], data: ManifoldSet, model: str) -> None:
         )
 
 
+def left_out(manifest: dict[str, Any]) -> str:
+    """What a table of a set does not show: how many test images it is not of; '' for none."""
+    every = manifest["splits"].get("test", 0)
+    poor = every - manifest["usable"].get("test", 0)
+    told = (
+        f"{poor} of {every} test images were projected poorly (projection.poor_l1) and are left out, natural ones too: numbers "
+        "are of images that the generator can make"
+    )
+    return told if poor else ""
+
+
 def require_suite(config: EvaluationConfig, data: ManifoldSet) -> None:
     """Raise UserError for a row that these classes or images do not allow, or whose weights are not there."""
     one, size = data.batch(np.array([0]), "natural"), " x ".join(map(str, data.natural.shape[1:]))

@@ -132,9 +132,21 @@ def replace_folder(place: Place, write: Callable[[Path], None]) -> None:
     Raises UserError if there is no space for it; the older one is then as it was.
     """
     place = at(place)
-    if place.local is not None:
-        _replace_here(place.local, write)
-        return
+    try:
+        if place.local is not None:
+            _replace_here(place.local, write)
+        else:
+            _replace_there(place, write)
+    except Exception as error:
+        if not is_full(error):
+            raise
+        said = str(error).splitlines()[0]
+        raise UserError(
+            f"'{place}' cannot be written ({said}): is the disk full? Free space and run the same command again"
+        ) from error
+
+
+def _replace_there(place: Location, write: Callable[[Path], None]) -> None:
     with tempfile.TemporaryDirectory(prefix="dmat_ray_") as temporary:
         fresh = Path(temporary) / place.name
         write(fresh)
@@ -155,13 +167,6 @@ def _replace_here(folder: Path, write: Callable[[Path], None]) -> None:
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
-    except Exception as error:
-        if not is_full(error):
-            raise
-        said = str(error).splitlines()[0]
-        raise UserError(
-            f"'{folder}' cannot be written ({said}): is the disk full? Free space and run the same command again"
-        ) from error
     finally:
         if old.exists() and not folder.exists():
             old.rename(folder)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,16 @@ import torch.nn.functional as F
 from installed import install
 from torch import Tensor
 
-from dmat_ray import checkpoint, classifiers, wide_resnet
+from dmat_ray import checkpoint, classifiers, models, trainer, wide_resnet
 from dmat_ray.attack_view import AttackView
 from dmat_ray.config import ClassifierConfig, Config
+from dmat_ray.data.manifold_set import open_set
 from dmat_ray.errors import UserError
 from dmat_ray.files import sha256
+from dmat_ray.local import LocalContext
+from dmat_ray.manifold import generators
+from dmat_ray.manifold.stylegan2 import StyleGAN2
+from dmat_ray.storage import at
 
 
 @pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1"])
@@ -200,6 +206,28 @@ def test_a_changed_network_is_another(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     with pytest.raises(UserError, match="which here is 'theirs_before:wide' of theirs"):
         checkpoint.load_classifier(tmp_path / "mine")
+
+
+@pytest.mark.slow
+def test_a_training_does_not_go_on_with_a_changed_network(
+    make_config: Callable[..., Config], set_folder: Path, generator: StyleGAN2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grey = THEIRS.replace("channels * 64", "64")
+    monkeypatch.syspath_prepend(install(tmp_path / "here", PROJECT.format(place="trained"), theirs_trained=grey))
+    config = make_config(classifier={"name": "own/flat"}, name="mine", output=str(tmp_path), manifold_set=str(set_folder))
+    sha = generators.fingerprint(config.generator.path)
+
+    def train() -> None:
+        trainer.train(config, open_set(set_folder, "train"), generator, sha, LocalContext(tmp_path / "training"))
+
+    train()
+    models.publish(at(tmp_path / "training" / "checkpoint"), at(tmp_path / "models" / "mine"))
+    assert models.is_trained(config)
+    train()
+    (tmp_path / "here" / "theirs_trained.py").write_text(grey + "# more")
+    assert not models.is_trained(config)
+    with pytest.raises(UserError, match=r"whose source has changed; train under another --name"):
+        train()
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import s3
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from dmat_ray import classifiers, evaluation, units
 from dmat_ray.config import ClassifierConfig, EvaluationConfig
 from dmat_ray.data.manifold_set import ManifoldSet, open_set
+from dmat_ray.data.set_reader import read_manifest
 from dmat_ray.errors import UserError
 from dmat_ray.evaluation import Evaluator
 from dmat_ray.manifold.stylegan2 import StyleGAN2
@@ -81,6 +83,16 @@ def rows(make: Make) -> pa.Table:
 def select(rows: pa.Table, set_name: str, attack: str) -> dict[str, np.ndarray]:
     keep = pa.compute.and_(pa.compute.equal(rows["set"], set_name), pa.compute.equal(rows["attack"], attack))
     return {name: rows.filter(keep)[name].to_numpy() for name in rows.column_names}
+
+
+def test_images_that_are_left_out_are_told(write_any_set: Any, tmp_path: Path) -> None:
+    assert evaluation.left_out(read_manifest(at(write_any_set(tmp_path / "fine", noise=1)))) == ""
+    poor = write_any_set(tmp_path / "poor", noise=46)
+    rows = pa.concat_tables([pq.read_table(path) for path in (poor / "shards").glob("*.parquet")]).to_pylist()
+    test = [row["status"] for row in rows if row["split"] == "test"]
+    assert 0 < test.count("poor") < len(test)
+    told = evaluation.left_out(read_manifest(at(poor)))
+    assert told.startswith(f"{test.count('poor')} of {len(test)} test images were projected poorly")
 
 
 def test_rows_do_not_depend_on_the_split_of_the_work(make: Make, rows: pa.Table) -> None:

@@ -77,8 +77,10 @@ def test_the_study_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.
     ]  # fmt: skip
     run(*command, "standard")
     first = (output / "models" / "standard-0" / "model.safetensors").stat().st_mtime_ns
-    said = run(*command, "standard", "om_at_fgsm")
+    (tmp_path / "more.yaml").write_text("at: {include: [at], objective: {image: {eps: 0.05}}}")
+    said = run(*command, "standard", "om_at_fgsm", "at", "--more-methods", str(tmp_path / "more.yaml"))
     assert "om_at_fgsm-0: trained" in said
+    assert checkpoint.read_run(at(output / "models" / "at-0"))["config"]["objective"]["image"]["eps"] == 0.05
     assert "standard-0" not in said
     assert (output / "models" / "standard-0" / "model.safetensors").stat().st_mtime_ns == first
     step = checkpoint.read_run(at(output / "models" / "om_at_fgsm-0"))["config"]["objective"]["latent"]
@@ -86,22 +88,23 @@ def test_the_study_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.
     # all 20 test images, on the manifold and natural
     assert pq.read_table(output / "clean" / "standard-0.parquet").num_rows == 40
 
-    study_report.pack(output, tmp_path / "packed")
-    here, packed = study_report.Study(output), study_report.Study(tmp_path / "packed")
+    packed_at = tmp_path / "packed" / "study"  # a folder says by its name which study it is
+    study_report.pack(output, packed_at)
+    here, packed = study_report.Study(output), study_report.Study(packed_at)
     assert study_report.page(packed) == study_report.page(here)
     rows = pq.read_table(output / "rows" / "om_at_fgsm-0.parquet").to_pylist()
     right = [row["correct"] for row in rows if (row["set"], row["attack"]) == ("on_manifold", "PGD-20")]
     assert len(right) == 10
     assert packed.cell("om_at_fgsm", "on_manifold", "PGD-20").value == pytest.approx(100 * np.mean(right))
-    assert str(tmp_path) not in (tmp_path / "packed" / "settings.yaml").read_text()
+    assert str(tmp_path) not in (packed_at / "settings.yaml").read_text()
     # models that are gone stay packed beside new ones
     for kind in ("rows", "clean"):
         (output / kind / "standard-0.parquet").unlink()
-    study_report.pack(output, tmp_path / "packed")
-    assert study_report.page(study_report.Study(tmp_path / "packed")) == study_report.page(packed)
+    study_report.pack(output, packed_at)
+    assert study_report.page(study_report.Study(packed_at)) == study_report.page(packed)
     (output / "settings.yaml").write_text((output / "settings.yaml").read_text().replace("limit: 10", "limit: 9"))
     with pytest.raises(UserError, match="rows of other settings"):
-        study_report.pack(output, tmp_path / "packed")
+        study_report.pack(output, packed_at)
 
     sampled = tmp_path / "sampled"
     argv = [

@@ -172,13 +172,8 @@ def evaluate(
     Ray must be connected.
     """
     settings = config.evaluation
-    manifest = set_reader.read_manifest(set_path)
-    every = manifest["splits"].get("test", 0)
-    if poor := every - manifest["usable"].get("test", 0):
-        say(
-            f"{poor} of {every} test images were projected poorly (projection.poor_l1) and are left out, natural ones too: "
-            "numbers are of images that the generator can make"
-        )
+    if told := evaluation.left_out(set_reader.read_manifest(set_path)):
+        say(told)
     (folder / DONE).unlink()
     work = _Work(config, set_path, models, folder)
     rows, looks = evaluation.SCHEMA.empty_table(), probes.units(list(models), settings, work.positions)

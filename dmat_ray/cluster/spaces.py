@@ -27,7 +27,7 @@ import numpy as np
 import ray.tune
 from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform, Quantized, Uniform
 
-from dmat_ray import classifiers, cli, presets
+from dmat_ray import cli, presets
 from dmat_ray.config import Config, TuneConfig
 from dmat_ray.errors import UserError
 
@@ -218,10 +218,6 @@ def load(path: str, config: Config) -> tuple[Space, dict[str, Any]]:
             f"tune.space '{path}': {idle[0]} means nothing for training.schedule piecewise, whose rates are training.lr_values; "
             'add "training.schedule": "cosine" to the space'
         )
-    if "classifier.name" in domains:
-        for one in {corner.classifier.fingerprint(): corner.classifier for corner in corners}.values():
-            # of a package's the plan knows more: which images and classes there are
-            classifiers.entry_point(one.name) if one.name.startswith(classifiers.OWN) else classifiers.build(one, 3, 2)
     return space, base
 
 

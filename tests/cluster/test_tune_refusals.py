@@ -54,6 +54,15 @@ def test_a_search_that_cannot_work_is_refused(finished, tmp_path, say, more, mes
     assert not (tmp_path / "mlflow.db").exists()
 
 
+@pytest.mark.parametrize(("name", "words"), [("resnet19", "is not known"), ("alexnet", "cannot take 32x32 images: RuntimeError")])
+def test_every_network_of_a_space_can_be_trained_on_the_set(finished, tmp_path, say, name, words):
+    finished.copy_set(tmp_path)
+    space = tmp_path / "networks.py"
+    space.write_text(f'from ray import tune\nSPACE = {{"classifier.name": tune.choice(["digits_cnn", "{name}"])}}\n')
+    with pytest.raises(UserError, match=f"classifier.name '{name}' {words}"):
+        Plan(tuned(tmp_path, "--tune.space", space), say)
+
+
 def test_a_dry_run_knows_how_many_trials_there_will_be(finished, tmp_path, say):
     finished.copy_set(tmp_path)
     assert Plan(tuned(tmp_path, "--tune.num_samples", 7), say).trials == 7
