@@ -22,7 +22,7 @@ from ray.cluster_utils import Cluster
 from small import finish, processes_below, settings, start_job, wait_for
 
 from dmat_ray.cli import user_error_behind
-from dmat_ray.cluster import jobs
+from dmat_ray.cluster import jobs, pools
 from dmat_ray.cluster.session import await_machine
 from dmat_ray.config import ClusterConfig
 from dmat_ray.data.inspection import inspect_set
@@ -294,7 +294,7 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 def test_what_an_actor_cannot_be_built_for_reaches_the_user(ray_session):
     pool = ray.data.ActorPoolStrategy(size=1)
-    with pytest.raises(ray.exceptions.RayError) as failed:
+    with pools.patient(), pytest.raises(ray.exceptions.RayError) as failed:
         ray.data.range(1).map_batches(Unbuildable, batch_size=1, compute=pool).take_all()
     assert str(user_error_behind(failed.value)) == "there is no 'vgg.pth' on this node; copy it"
 
