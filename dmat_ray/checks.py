@@ -1,8 +1,8 @@
 """Is an evaluation to be believed? What a model does to attacks, measured on some images, and what the rows say of each other.
 
-After Athalye et al. (arXiv 1802.00420), Carlini et al. (arXiv 1902.06705) and the flags of AutoAttack: gradients that vanish
-or mislead, outputs that are random or no logits, inputs of another range, attacks that have not converged or are beaten by weaker
-ones.
+After Athalye et al. (arXiv 1802.00420), Carlini et al. (arXiv 1902.06705) and the flags of AutoAttack: a model that gives one
+answer, gradients that vanish or mislead, outputs that are random or no logits, inputs of another range, attacks that have not
+converged or are beaten by weaker ones.
 """
 
 import math
@@ -38,7 +38,8 @@ def judge(results: Results, probes: Sequence[dict[str, Any]]) -> list[Finding]:
     """Findings of every check on every model, from measurements and rows."""
     found = [finding for measured in probes for finding in _judge_probe(measured)]
     for model in results.models:
-        found += [*_judge_order(results, model), *_judge_black_box(results, model), *_judge_transfer(results, model)]
+        found += [*_judge_answers(results, model), *_judge_order(results, model)]
+        found += [*_judge_black_box(results, model), *_judge_transfer(results, model)]
     return found
 
 
@@ -92,6 +93,25 @@ def _judge_probe(measured: dict[str, Any]) -> list[Finding]:
             f"{measured['large']:.1%} stand under APGD with eps {LARGE:g}, which can make every image grey: it fails to attack"
         )
     return found + _finding(model, "large eps", wrong, f"accuracy is {measured['large']:.1%} at eps {LARGE:g}")
+
+
+def _judge_answers(results: Results, model: str) -> list[Finding]:
+    wrong = []
+    for set_name in results.config.sets:
+        counts = results.confusion(model, set_name, results.clean)
+        total, of_label, of_answer = counts.sum(), counts.sum(axis=1), counts.sum(axis=0)
+        right, constant, most = counts.trace() / total, of_label.max() / total, int(of_answer.argmax())
+        if right <= constant:
+            wrong.append(
+                f"{right:.1%} of clean images are right, no more than if all were said to be of class {of_label.argmax()} "
+                f"({set_name})"
+            )
+        elif of_answer[most] > 0.9 * total and of_label[most] < 0.6 * total:
+            wrong.append(
+                f"{of_answer[most] / total:.1%} of clean images are said to be of class {most}, which "
+                f"{of_label[most] / total:.1%} are ({set_name})"
+            )
+    return _finding(model, "answers", wrong, "more clean images are right than any one answer would give")
 
 
 def _contains(strong: AttackRow, weak: AttackRow) -> bool:

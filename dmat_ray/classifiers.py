@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dmat_ray import batch_norm, wide_resnet
 from dmat_ray.config import ClassifierConfig
-from dmat_ray.errors import UserError
+from dmat_ray.errors import UserError, did_you_mean
 from dmat_ray.files import sha256
 
 PROGRAM = "program"  # classifier.name of what came as a program
@@ -108,7 +108,8 @@ def network(name: str, channels: int, num_classes: int) -> nn.Module:
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         raise UserError(
-            f"classifier.name '{name}' is not known; choose 'digits_cnn', 'wrn-DEPTH-WIDTH', timm/NAME, {OWN}NAME (of your "
+            f"classifier.name '{name}' is not known; {did_you_mean(name, ['digits_cnn', *known])}"
+            f"choose 'digits_cnn', 'wrn-DEPTH-WIDTH', timm/NAME, {OWN}NAME (of your "
             f"package, see docs/extending.md), or a torchvision model: {', '.join(known)}"
         )
     built: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes)

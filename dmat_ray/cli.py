@@ -1,7 +1,6 @@
 """The command line of every job: presets, then any setting by its dotted name."""
 
 import argparse
-import difflib
 import os
 import re
 import sys
@@ -14,7 +13,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSetti
 
 from dmat_ray import presets, suites
 from dmat_ray.config import Config, EvaluationConfig, PerceptualThreat
-from dmat_ray.errors import UserError
+from dmat_ray.errors import UserError, did_you_mean
 
 EPILOG = """\
 Any setting is given by its dotted name: --objective.image.eps 8/255 --training.epochs 5
@@ -48,9 +47,9 @@ def describe(error: ValidationError) -> str:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         wrong = re.search(r"unrecognized arguments: (--[\w.]+)", message)
-        close = difflib.get_close_matches(wrong[1], self._option_string_actions, n=1) if wrong else []
-        hint = f"; did you mean {close[0]}?" if close else ""
-        self.exit(2, f"error: {message}{hint} (see {self.prog} --help)\n")
+        hint = did_you_mean(wrong[1], self._option_string_actions) if wrong else ""
+        more = f"; {hint}" if hint else " "
+        self.exit(2, f"error: {message}{more}(see {self.prog} --help)\n")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -155,11 +155,16 @@ class Results:
         right = {pair: self.transferred(*pair, set_name, attack) for pair in pairs}
         return {pair: wilson(int(found.sum()), len(found)) for pair, found in right.items()}
 
-    def confusion(self, model: str, set_name: str, attack: str, classes: int) -> np.ndarray:
-        """How often each label (rows) was taken for each class (columns) under an attack, (K, K) int."""
+    def confusion(self, model: str, set_name: str, attack: str, classes: int | None = None) -> np.ndarray:
+        """How often each label (rows) was taken for each class (columns) under an attack, (K, K) int.
+
+        Without `classes` as many as there are labels and answers of.
+        """
         rows = _where(self.rows, (("model", model), ("source", model), ("set", set_name), ("attack", attack)))
+        pairs = rows["label"].to_numpy(), rows["prediction"].to_numpy()
+        classes = 1 + max(int(values.max()) for values in pairs) if classes is None else classes
         counts = np.zeros((classes, classes), int)
-        np.add.at(counts, (rows["label"].to_numpy(), rows["prediction"].to_numpy()), 1)
+        np.add.at(counts, pairs, 1)
         return counts
 
 

@@ -113,7 +113,7 @@ def test_settings_are_those_of_the_command_line() -> None:
     expected, _ = cli.parse("test", options)
     assert settings("demo", "dmat", objective={"image": {"eps": "8/255"}}, training={"epochs": 3}, output="runs/x") == expected
     assert len(expected.evaluation.attacks) > 5, "the suite's rows"
-    with pytest.raises(UserError, match="preset 'dmta' does not exist; choose from"):
+    with pytest.raises(UserError, match=r"preset 'dmta' does not exist; did you mean dmat\? choose from"):
         settings("dmta")
 
 

@@ -20,13 +20,13 @@ from dmat_ray.metrics import Results
 
 pytestmark = pytest.mark.slow
 
-SEED, BATCH, COUNT = 3, 12, 20
+SEED, BATCH, COUNT = 3, 8, 14
 PARTS = ["apgd-ce", "apgd-t", "fab-t", "square"]
 
 
 def shortened(attack: AutoAttack) -> AutoAttack:
     """Minutes less, on both sides."""
-    attack.square.n_queries, attack.fab.n_iter = 200, 10
+    attack.square.n_queries, attack.fab.n_iter = 100, 10
     attack.fab.n_target_classes = attack.apgd_targeted.n_target_classes = 3
     return attack
 

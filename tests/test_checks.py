@@ -138,6 +138,7 @@ def rows_of(answers: dict[tuple[str, str, str], list[bool]]) -> pa.Table:
     """(model, source, attack) -> right or not, in the order of ids."""
     parts = [
         {"model": m, "source": s, "set": "natural", "attack": a, "id": f"{i:03}", "correct": ok}
+        | {"label": i % 3, "prediction": (i + (not ok)) % 3}
         for (m, s, a), right in answers.items()
         for i, ok in enumerate(right)
     ]
@@ -159,6 +160,26 @@ PAIRS = [
     ({"threat": "joint", "eps": 0.1, "latent_eps": 0.1, "steps": 20}, {"threat": "image", "eps": 0.1, "steps": 20}),
     ({"threat": "fog", "eps": 0.5, "steps": 20}, {"threat": "fog", "eps": 0.4, "steps": 20}),
 ]
+
+
+@pytest.mark.parametrize(
+    ("labels", "predictions", "words"),
+    [
+        ([0, 1, 2, 1] * 25, [1] * 100, "50.0% of clean images are right, no more than if all were said to be of class 1"),
+        ([0, 1, 2, 1] * 25, [2, 1, 1, 0] * 25, "25.0% of clean images are right, no more than if all were said to be of class 1"),
+        ([0, 1, 2, 3] * 25, [0, *[1] * 99], "99.0% of clean images are said to be of class 1, which 25.0% are"),
+        ([0, 1, 2, 3] * 25, [0, 1, 1, 1] * 25, None),
+        ([1] * 97 + [0] * 3, [1] * 99 + [0], None),
+    ],
+    ids=["one", "fewer than one", "nearly one", "two", "as the images are"],
+)
+def test_a_model_of_one_answer_is_named(labels: list[int], predictions: list[int], words: str | None) -> None:
+    row = {"model": "m", "source": "m", "set": "natural", "attack": "clean"}
+    pairs = enumerate(zip(labels, predictions, strict=True))
+    rows = [{**row, "id": f"{i:03}", "correct": a == b, "label": a, "prediction": b} for i, (a, b) in pairs]
+    found = warned(checks.judge(Results(pa.Table.from_pylist(rows), EvaluationConfig(sets=("natural",))), []))
+    assert found.keys() == ({"answers"} if words else set())
+    assert words is None or words in found["answers"]
 
 
 @pytest.mark.parametrize(("strong", "weak"), PAIRS)

@@ -93,7 +93,8 @@ def test_a_network_that_cannot_be_built() -> None:
     with pytest.raises(UserError, match=r"wrn-11-2.*6 n \+ 4 layers"):
         classifiers.build(ClassifierConfig(name="wrn-11-2"), 3, 5)
     with pytest.raises(
-        UserError, match=r"classifier\.name 'resnet19' is not known; choose 'digits_cnn', 'wrn-DEPTH-WIDTH', timm.*resnet18"
+        UserError,
+        match=r"classifier\.name 'resnet19' is not known; did you mean resnet1\d\? choose 'digits_cnn', 'wrn-.*, timm.*resnet18",
     ):
         classifiers.build(ClassifierConfig(name="resnet19"), 3, 5)
     with pytest.raises(UserError, match=r"classifier\.mean has 2 values, images have 3 channel"):

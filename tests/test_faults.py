@@ -264,9 +264,7 @@ def test_a_full_disk_is_named_and_leaves_the_last_checkpoint(set_folder: Path, g
     assert "a checkpoint cannot be written (" in failed.stderr
     assert "is the disk full? There is none before it" in failed.stderr
     assert not (tmp_path / "local" / "tiny" / "checkpoint").exists()
-    again = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
-    assert "epoch 3/3" in again.stderr
-    assert (tmp_path / "models" / "tiny" / "run.json").is_file()
+    assert not (tmp_path / "models").exists()
 
 
 def test_a_disk_that_fills_up_later_leaves_the_last_checkpoint(train: Train, make_config: MakeConfig, tmp_path: Path) -> None:
@@ -285,8 +283,8 @@ def test_a_disk_that_fills_up_later_leaves_the_last_checkpoint(train: Train, mak
 def test_sigterm_writes_a_checkpoint_and_a_rerun_goes_on_from_it(
     set_folder: Path, generator_folder: Path, tmp_path: Path
 ) -> None:
-    # steps that take about a second
-    slow = ("--objective.image.steps", "150", "--training.epochs", "40", "--training.lr_epochs", "0,40")
+    # steps that take a part of a second
+    slow = ("--objective.image.steps", "60", "--training.epochs", "40", "--training.lr_epochs", "0,40")
     command = local_job(set_folder, generator_folder, tmp_path, *slow)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

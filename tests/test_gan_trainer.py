@@ -108,7 +108,7 @@ def test_sigterm_leaves_a_checkpoint_within_an_interval(tmp_path: Path, monkeypa
 
 
 def test_two_workers_on_different_parts_of_a_batch_stay_equal(tmp_path: Path) -> None:
-    config = settings(keep="last", ada_target=0.6, path_length=2.0, kimg=0.16)
+    config = settings(keep="last", ada_target=0.6, path_length=2.0, kimg=0.08)
     (tmp_path / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
     (tmp_path / "two").mkdir()
     run_two_workers("gan_process.py", str(tmp_path / "two"))
@@ -221,7 +221,7 @@ def test_bf16_stays_close_to_float32_at_first(tmp_path: Path) -> None:
 
 def test_adaptive_augmentation_moves_towards_its_target(tmp_path: Path) -> None:
     """A discriminator on 40 images is soon sure of all of them: mean sign near 1, above any target."""
-    config = settings(augment=0.0, ada_target=0.05, ada_kimg=1.0, kimg=1.6, report_kimg=0.4, snapshot_kimg=1.6, r1_gamma=0.01)
+    config = settings(augment=0.0, ada_target=0.05, ada_kimg=1.0, kimg=0.8, report_kimg=0.2, snapshot_kimg=0.8, r1_gamma=0.01)
     _, reports = train(config, tmp_path)
     probabilities = [r["augment"] for r in reports]
     # 4 steps of 8 images move it by 0.032

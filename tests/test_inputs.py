@@ -92,7 +92,7 @@ def test_other_inputs_are_looked_at(small_net: nn.Module, generator: StyleGAN2, 
         (lambda: evaluate({"a": small_net}, data, generator, "digits", summaries=MEAN), "evaluation: .*names 'PGD-99', which"),
         (lambda: evaluate({}, data, generator, suite), "there are no models to evaluate"),
         (lambda: evaluate({"a": small_net}, data, generator, suite), "model 'a' puts out 4 classes, the set has 3"),
-        (lambda: evaluate({"a": small_net}, data, generator, "digit"), "suite 'digit' does not exist; choose from"),
+        (lambda: evaluate({"a": small_net}, data, generator, "digit"), r"does not exist; did you mean digits\? choose from"),
         (lambda: evaluate({"a": "nowhere"}, data, generator, suite), "there is no trained model at 'nowhere'"),
         (lambda: evaluate({"a": small_net}, data, "mnist32", suite), "the set has images of 1x8x8, the generator makes 1x32x32"),
     ):  # fmt: skip

@@ -76,7 +76,7 @@ def test_the_worst_case_is_over_every_attack() -> None:
     ("content", "words"),
     [
         ("attacks: [{threat: rain, name: a}]", ["mine.yaml', attack 'a': ", "no threat 'rain'", "'fog'", "'snow'"]),
-        ("attacks: [{threat: imgae, name: PGD}]", ["mine.yaml', attack 'PGD': ", "did you mean 'image'?"]),
+        ("attacks: [{threat: imgae, name: PGD}]", ["mine.yaml', attack 'PGD': ", "did you mean image?"]),
         ("attacks: [{threat: image, name: a, radius: 3}]", ["radius", "no such setting", "there are threat, norm, eps"]),
         ("attacks: [{threat: image, name: a, step: 3}]", ["no such setting as step; did you mean steps?"]),
         ("attacks: [{threat: image, name: a, eps: 8}]", ["attack 'a': eps is 8, but pixels are in [0, 1]; did you mean 8/255?"]),

@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -218,6 +219,28 @@ def _native_stderr_held() -> Iterator[None]:
             os.close(terminal)
 
 
+@contextmanager
+def _apart() -> Iterator[None]:
+    """What is started inside is no member of this process's group, to all of which a terminal and `timeout` send their signals.
+
+    Ray's processes end at SIGTERM, and without them no checkpoint could be written. They end with this process all the same:
+    on Linux the kernel sees to that. Elsewhere, and where this process leads a session, nothing is done.
+    """
+    own = os.getpgrp() if sys.platform == "linux" else None
+    if own is None or os.getsid(0) == os.getpid():
+        yield
+        return
+    with subprocess.Popen(["sleep", "600"], process_group=0) as first:  # a group needs a process that has its number
+        try:
+            os.setpgid(0, first.pid)
+            try:
+                yield
+            finally:
+                os.setpgid(0, own)
+        finally:
+            first.kill()
+
+
 COMMON: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
 
 
@@ -264,7 +287,7 @@ def _start(config: ClusterConfig, counts: Sequence[str]) -> None:
     import ray
 
     cpus = _local_cpus(config, counts)
-    with _native_stderr_held():
+    with _native_stderr_held(), _apart():
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **COMMON)
 
 

@@ -1,6 +1,5 @@
 """Suites of attacks by name: YAML files, each a table of rows, summaries of them, and other suites that it includes."""
 
-import difflib
 from pathlib import Path
 from typing import Any, get_args
 
@@ -8,7 +7,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from dmat_ray.config import AttackRow, EvaluationConfig, Section, Summary
-from dmat_ray.errors import UserError
+from dmat_ray.errors import UserError, did_you_mean
 
 FOLDER = Path(__file__).parent
 KEYS = {"include", "attacks", "summaries"}
@@ -32,7 +31,9 @@ def load(name: str, above: tuple[str, ...] = ()) -> dict[str, list[dict[str, Any
     is_file = "/" in name or "." in name
     path = Path(name) if is_file else FOLDER / f"{name}.yaml"
     if not path.is_file():
-        choices = "" if is_file else f"; choose from {', '.join(names())}, or give the path of a YAML file"
+        choices = (
+            "" if is_file else f"; {did_you_mean(name, names())}choose from {', '.join(names())}, or give the path of a YAML file"
+        )
         raise UserError(f"suite '{name}' does not exist{choices}")
     if name in above:
         raise UserError(f"suite '{name}' includes itself ({' > '.join([*above, name])})")
@@ -87,16 +88,14 @@ def _require_valid(suite: str, key: str, row: Any) -> None:
     except ValidationError as error:
         item = error.errors()[0]
         if item["type"] == "union_tag_invalid":
-            close = difflib.get_close_matches(str(item["ctx"]["tag"]), _ROWS, n=1)
-            hint = f"did you mean '{close[0]}'? " if close else ""
+            hint = did_you_mean(str(item["ctx"]["tag"]), _ROWS)
             known = ", ".join(map(repr, _ROWS))
             raise UserError(f"{where}: there is no threat '{item['ctx']['tag']}'; {hint}known are {known}") from None
         place = [str(part) for part in item["loc"]]
         field = ".".join(place[1:] if key == "attacks" else place)  # the first is the threat
         if item["type"] == "extra_forbidden":
             fields = list(_ROWS[place[0]].model_fields if key == "attacks" else Summary.model_fields)
-            close = difflib.get_close_matches(field, fields, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(fields)}"
+            hint = did_you_mean(field, fields).rstrip() or f"there are {', '.join(fields)}"
             raise UserError(f"{where}: there is no such setting as {field}; {hint}") from None
         text = item["msg"].removeprefix("Value error, ")
         raise UserError(f"{where}: {f'{field}: ' if field else ''}{text}") from None

@@ -28,7 +28,7 @@ summaries:
   - {name: worst, how: worst, of: [linf]}
 """
 # one trial at a time, so that what is drawn does not depend on which ends first
-ONE_BY_ONE = ["--tune.searcher", "tpe", "--tune.num_samples", "5", "--tune.epochs", "3", "--tune.max_concurrent", "1"]
+ONE_BY_ONE = ["--tune.searcher", "tpe", "--tune.num_samples", "4", "--tune.epochs", "3", "--tune.max_concurrent", "1"]
 ONE_BY_ONE += ["--cluster.train_workers", "1", "--tune.objective", "0.7*clean + 0.3*linf", "--tune.evaluate", "false"]
 
 

@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 ROOT = Path(__file__).parents[2]
 OPTIONS = [
     *("--cluster.train_workers", "1"),  # several differ by rounding
-    *("--data.train_limit", "200", "--gan.kimg", "0.8", "--gan.report_kimg", "0.08", "--gan.snapshot_kimg", "0.16"),
+    *("--data.train_limit", "200", "--gan.kimg", "0.48", "--gan.report_kimg", "0.08", "--gan.snapshot_kimg", "0.16"),
     *("--gan.batch_size", "8", "--gan.quality.samples", "100", "--gan.quality.epochs", "2", "--gan.ada_target", "0.6"),
     *("--gan.architecture.channel_base", "128", "--gan.architecture.noise", "true"),
 ]
@@ -75,13 +75,13 @@ def logged(output: Path) -> dict[str, dict[int, float]]:
 def test_samples_and_quality_are_in_mlflow(calm):
     metrics = logged(calm)
     for name in ("loss_g", "loss_d", "augment"):
-        assert sorted(metrics[name]) == [80 * k for k in range(1, 11)]
+        assert sorted(metrics[name]) == [80 * k for k in range(1, 7)]
     for name in ("fid", "precision", "recall", "diversity", "lowest_diversity", "collapsed"):
-        assert sorted(metrics[name]) == [160 * k for k in range(1, 6)]
+        assert sorted(metrics[name]) == [160 * k for k in range(1, 4)]
     client = MlflowClient(f"sqlite:///{calm}/mlflow.db")
     (run,) = [r for e in client.search_experiments() for r in client.search_runs([e.experiment_id])]
     grids = [a.path for a in client.list_artifacts(run.info.run_id, "samples")]
-    assert len(grids) == 5
+    assert len(grids) == 3
     with Image.open(client.download_artifacts(run.info.run_id, grids[-1])) as grid:
         assert grid.size == (10 * 34 + 2, 8 * 34 + 2)
     assert {a.path for a in client.list_artifacts(run.info.run_id, "generator")} == {

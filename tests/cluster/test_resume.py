@@ -59,7 +59,7 @@ def test_a_job_that_is_submitted_twice_is_refused(tmp_path, finished, say):
 def test_worker_killed_within_an_epoch_is_replaced_and_training_goes_on(tmp_path, finished):
     """Ray with a killed worker ends where torchrun does undisturbed: ten steps an epoch, each with a dozen of an attack."""
     finished.copy_set(tmp_path)
-    slow = ("--training.epochs", "2", "--training.batch_size", "4", "--objective.latent.steps", "12", "--name", "dmat")
+    slow = ("--training.epochs", "1", "--training.batch_size", "4", "--objective.latent.steps", "12", "--name", "dmat")
     torchrun(tmp_path / "calm", tmp_path / "on_manifold_set", *slow)
     lines: list[str] = []
     killed = threading.Event()
@@ -81,7 +81,7 @@ def test_worker_killed_within_an_epoch_is_replaced_and_training_goes_on(tmp_path
     assert killed.is_set()
     assert any("going on with epoch 1, after step" in line for line in lines)
     assert not any("warning" in line for line in lines)
-    assert [h["epoch"] for h in history(tmp_path)] == [1, 2]
+    assert [h["epoch"] for h in history(tmp_path)] == [1]
     for found, expected in zip(history(tmp_path), history(tmp_path / "calm"), strict=True):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
 

@@ -77,7 +77,7 @@ def searched(server, finished, tmp_path_factory) -> Searched:
 
 def test_a_search_ranks_its_trials_and_survives_what_is_killed(searched):
     found = searched.found
-    assert [t.name for t in found.trials] == [f"little_{n:03d}" for n in range(1, 6)]
+    assert [t.name for t in found.trials] == [f"little_{n:03d}" for n in range(1, 5)]
     assert any(line.startswith("warning: little_002 has failed") and "tried again" in line for line in searched.lines)
     assert {t.status for t in found.trials} <= {"finished", "stopped"}
     values = {t.name: 0.7 * t.scores["clean"] + 0.3 * t.scores["linf"] for t in found.trials}
@@ -154,6 +154,7 @@ def test_runs_are_a_tree_and_the_best_is_the_champion(searched, server):
     assert_tracked(server.url, searched.config, searched.found)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(browser() is None, reason=MISSING)
 def test_the_runs_can_be_looked_at(searched, server, tmp_path):
     """MLflow's own page in a real browser, which fetches them from the server."""
