@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from dmat_ray import batch_norm, wide_resnet
 from dmat_ray.config import ClassifierConfig
-from dmat_ray.errors import UserError, did_you_mean
+from dmat_ray.errors import UserError
 from dmat_ray.files import sha256
+from dmat_ray.wording import did_you_mean
 
 PROGRAM = "program"  # classifier.name of what came as a program
 OWN = (

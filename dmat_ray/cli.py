@@ -13,7 +13,8 @@ from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSetti
 
 from dmat_ray import presets, suites
 from dmat_ray.config import Config, EvaluationConfig, PerceptualThreat
-from dmat_ray.errors import UserError, did_you_mean
+from dmat_ray.errors import UserError
+from dmat_ray.wording import did_you_mean
 
 EPILOG = """\
 Any setting is given by its dotted name: --objective.image.eps 8/255 --training.epochs 5

@@ -28,6 +28,7 @@ from dmat_ray.config import (
     Row,
 )
 from dmat_ray.types import Generator
+from dmat_ray.wording import number_of
 
 # passes an image, forward and back, and forward alone, of AutoAttack's parts: their usual steps, ten classes; FAB's are rough
 AUTOATTACK = {
@@ -150,7 +151,7 @@ def train(config: Config, one: Passes, generator: Generator, images: int) -> Sta
     updates = len(objective.passes) * one.classifier_train * (2 if settings.awp_gamma else 1)
     epoch = (images - held_out) * (sum(attacks) + updates) + held_out * looked_at
     name = f"train {config.name}".strip()
-    return Stage(name, images, f"{settings.epochs} epochs", settings.epochs * epoch, config.cluster.train_workers)
+    return Stage(name, images, number_of(settings.epochs, "epoch"), settings.epochs * epoch, config.cluster.train_workers)
 
 
 def evaluate(config: Config, one: Passes, images: int, models: int) -> Stage:
@@ -172,11 +173,12 @@ def evaluate(config: Config, one: Passes, images: int, models: int) -> Stage:
 
 def search(config: Config, each: Stage, trials: int) -> Stage:
     """Every trial with all of its epochs; schedulers end most of them sooner. What trials are judged by is not counted."""
-    return replace(each, name="search", work=f"{trials} trials, {config.tune.epochs} epochs", flops=trials * each.flops)
+    work = f"{number_of(trials, 'trial')}, {number_of(config.tune.epochs, 'epoch')}"
+    return replace(each, name="search", work=work, flops=trials * each.flops)
 
 
 def confirm(config: Config, each: Stage) -> Stage:
     """The best settings and those of the start, trained anew with several seeds; `each` is a trial."""
     count, epochs = 2 * config.tune.confirm_seeds, config.training.epochs
     flops = count * each.flops * epochs / config.tune.epochs
-    return replace(each, name="confirm", work=f"{count} trainings, {epochs} epochs", flops=flops)
+    return replace(each, name="confirm", work=f"{number_of(count, 'training')}, {number_of(epochs, 'epoch')}", flops=flops)

@@ -18,6 +18,7 @@ from dmat_ray.folders import fetched, holds_anything
 from dmat_ray.metrics import Results
 from dmat_ray.storage import Place, at
 from dmat_ray.units import VERSION
+from dmat_ray.wording import number_of
 
 STANDARD = {"apgd-ce", "apgd-t", "fab-t", "square"}  # parts of AutoAttack
 CONFIG, CARD, README = "config.json", "model_card.json", "README.md"
@@ -191,9 +192,8 @@ def _origin(run: dict[str, Any], config: Config) -> str:
     attacked = {key: term.weight for key, term in config.objective.adversarial.items()}
     weights = {"clean": config.objective.clean.weight, **attacked}
     terms = ", ".join(f"{key} {weight:g}" for key, weight in weights.items() if weight > 0)
-    return (
-        f"Trained by dmat_ray {run['versions']['dmat_ray']} for {run.get('epoch', 0)} epochs; weights of its objective: {terms}."
-    )
+    epochs = number_of(run.get("epoch", 0), "epoch")
+    return f"Trained by dmat_ray {run['versions']['dmat_ray']} for {epochs}; weights of its objective: {terms}."
 
 
 def _table(results: Results | None) -> str:

@@ -101,7 +101,7 @@ def write(
     settings = str(yaml.safe_dump(config.to_json(), sort_keys=False, allow_unicode=True))
     tables, facts = report_values.tables(results, names), _facts(config, data.manifest, runs)
     good, every = report_text.passed(findings)
-    title = config.tracking.experiment
+    title = f"Robustness on {at(_source(data.manifest)).name}"
     markdown, table = siblings(at(page))
     table.write_bytes(report_text.comma_separated(results, names).encode())
     text = report_text.markdown(title, results, names, findings, facts, settings)
@@ -143,6 +143,11 @@ def siblings(page: Location) -> tuple[Location, Location]:
     return page.parent / f"{stem}.md", page.parent / f"{stem}.csv"
 
 
+def _source(manifest: dict[str, Any]) -> str:
+    """Where the images of a set come from, if whoever made it says so."""
+    return str(manifest.get("data", {}).get("source", "an on-manifold set"))
+
+
 def _facts(config: Config, manifest: dict[str, Any], runs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
     """What the numbers came from."""
 
@@ -150,6 +155,8 @@ def _facts(config: Config, manifest: dict[str, Any], runs: dict[str, dict[str, A
         return ", ".join(f"{name} {version}" for name, version in versions.items())
 
     return [
+        ("Images", _source(manifest)),
+        ("MLflow experiment", config.tracking.experiment),
         ("Seed of the evaluation", str(config.evaluation.seed)),
         ("Precision of attacks", config.evaluation.precision),
         ("This page was made by", listed(checkpoint.versions())),

@@ -38,8 +38,7 @@ def main() -> None:
     limits = config.data.train_limit, config.data.test_limit
     subset = f", a subset: at most {limits[0]} training and {limits[1]} test images" if any(limits) else ""
     say(f"data {config.data.source}{subset}; output in {config.output}")
-    with connected(config.cluster, config.output), tracking.tracked(config, "", "pipeline") as run:
-        say("Ray is up")
+    with connected(config.cluster, config.output, say), tracking.tracked(config, "", "pipeline") as run:
         jobs.project(config, speaker.stage("project"), run)
         folders = jobs.train(list(methods.values()), speaker.stage("train"), run)
         models = dict(zip(methods, folders, strict=True))

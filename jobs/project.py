@@ -14,7 +14,9 @@ def main() -> None:
     prepare_environment(config)
     from dmat_ray.cluster import jobs
 
-    jobs.project(config, jobs.Speaker().stage("project"))
+    say = jobs.Speaker().stage("project")
+    jobs.project(config, say)
+    say(f"next, with --output {config.output}: jobs/inspect_set.py to look at it, jobs/train.py to train on it")
 
 
 if __name__ == "__main__":

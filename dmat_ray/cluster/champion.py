@@ -21,6 +21,7 @@ from dmat_ray.metrics import Results
 from dmat_ray.storage import Location, at, set_folder
 from dmat_ray.trials import Trial
 from dmat_ray.trials_table import shown
+from dmat_ray.wording import number_of
 
 PAGE = "report.html"
 CHAMPION = "champion"  # alias of the best model in MLflow's registry
@@ -151,7 +152,8 @@ def _retrain(search: Plan, best: Trial, say: Callable[[str], None]) -> dict[str,
             one = spaces.trial_config(search.base, {**given, "training.seed": seed}, name, epochs)
             made.setdefault(kind, {})[name] = one
     every = {name: one for kind in made.values() for name, one in kind.items()}
-    say(f"training the best settings and those of the start anew: {config.tune.confirm_seeds} seeds, {epochs} epochs each")
+    size = f"{number_of(config.tune.confirm_seeds, 'seed')}, {number_of(epochs, 'epoch')} each"
+    say(f"training the best settings and those of the start anew: {size}")
     work = search.work.of_models({name: one.to_json() for name, one in every.items()})
     at_once = searchers.trials_at_once(config.tune, config.cluster, alone=work.is_alone)
     resources = searchers.resources(work.is_alone, config.cluster, at_once)

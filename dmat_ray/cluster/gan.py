@@ -31,6 +31,7 @@ from dmat_ray.manifold.gan_trainer import DEAD_END, check_images, check_workers,
 from dmat_ray.manifold.generators import CARD, WEIGHTS, save_generator
 from dmat_ray.manifold.samples import sample_grid
 from dmat_ray.storage import local_output
+from dmat_ray.wording import duration
 
 SAMPLES = "samples.png"
 PARTIAL = ".images-*.partial"  # of the decoded images, until they are whole
@@ -133,7 +134,9 @@ def describe(metrics: dict[str, float], kimg: float) -> str:
     """One line about a report: what it says of losses, and of quality where it was measured."""
     names = ("loss_g", "loss_d", "real_sign", "augment", "fid", "precision", "recall", "diversity", "images_per_second")
     text = ", ".join(f"{name} {metrics[name]:.3g}" for name in names if name in metrics)
-    return f"{metrics['kimg']:.3g} of {kimg:g} thousand images, {text}"
+    left, speed = kimg - metrics["kimg"], metrics["images_per_second"]
+    to_go = f", about {duration(1000 * left / speed)} to go" if left > 1e-9 and speed > 0 else ""
+    return f"{metrics['kimg']:.3g} of {kimg:g} thousand images, {text}{to_go}"
 
 
 def is_trained(config: Config, folder: Path) -> bool:
@@ -238,6 +241,8 @@ def _train(
             say("stopped; the same command goes on from the checkpoint")
             return folder  # which is where the signal takes effect
         generator, kept = result_of(result.checkpoint.path, config.gan)
+        fid = f", FID {kept['fid']:.3g}" if "fid" in kept else ""
+        say(f"keeping the snapshot of {kept['kimg']:.3g} thousand images (gan.keep {config.gan.keep}){fid}")
         card = {
             "command": command,
             "data": config.data.model_dump(mode="json"),

@@ -17,6 +17,7 @@ from dmat_ray.config import Config
 from dmat_ray.data import set_format
 from dmat_ray.errors import UserError
 from dmat_ray.storage import Location
+from dmat_ray.wording import number_of
 
 SAY_EVERY_S = 5.0
 UNREADABLE_SAID = 20  # files that lines name; the rows name all
@@ -50,7 +51,7 @@ def predict(
     session.await_machine(config.cluster, say)
     parts = _parts(listing, config.evaluation.batch_size)
     actors = min(config.cluster.evaluation_actors, len(parts))
-    say(f"starting {actors} actor(s) for {listing.num_rows} images")
+    say(f"starting {number_of(actors, 'actor')} for {number_of(listing.num_rows, 'image')}")
     with pools.patient():
         predicted = (
             ray.data.from_items(parts, override_num_blocks=len(parts))

@@ -24,6 +24,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.manifold import set_maker
 from dmat_ray.manifold.set_maker import Begun, encoder_folder
 from dmat_ray.storage import Location
+from dmat_ray.wording import number_of
 
 SAY_EVERY_S, SILENT_S = 5.0, 300.0
 VISIBLE_S = 90.0  # a shared disk may be that late in showing a new file to another machine
@@ -39,12 +40,14 @@ def project(config: Config, work: Begun, say: Callable[[str], None]) -> dict[str
     if work.records:
         say(f"going on: {sum(s.name in work.records for s in work.shards)} of {len(work.shards)} shards are there")
     if again := sum(s.rows.num_rows for s in todo if s.is_supplement):
-        say(f"trying again what could not be read: {_count(again, 'image')}")
+        say(f"trying again what could not be read: {number_of(again, 'image')}")
     if todo:
         session.await_machine(config.cluster, say)
         actors = min(config.cluster.projection_actors, len(todo))
         least = min(config.cluster.projection_actors_min, actors)
-        say(f"starting {'' if least == actors else f'{least} to '}{_count(actors, 'actor')} for {_count(len(todo), 'shard')}")
+        few = "" if least == actors else f"{least} to "
+        size = number_of(max(shard.rows.num_rows for shard in todo), "image")
+        say(f"starting {few}{number_of(actors, 'actor')} for {number_of(len(todo), 'shard')} of {size} at most")
         rejected, seen = 0, False
         for summary in _progress(run_shards(config, folder, listing.class_names, todo), todo, say):
             work.lease.check()
@@ -55,10 +58,6 @@ def project(config: Config, work: Begun, say: Callable[[str], None]) -> dict[str
             if rejected > config.data.max_rejected * total:
                 break  # more work would not change that
     return set_maker.finish(config, work, {**versions(), "ray": ray.__version__}, say)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _require_visible(folder: Location, name: str) -> None:

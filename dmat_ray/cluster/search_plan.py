@@ -19,6 +19,7 @@ from dmat_ray.files import read_json, write_json
 from dmat_ray.manifold import generators
 from dmat_ray.models import untrained
 from dmat_ray.storage import local_output, set_folder
+from dmat_ray.wording import number_of
 from dmat_ray.yardstick import columns
 
 SEARCH, RESULT = "search.json", "result.json"
@@ -75,7 +76,7 @@ class Plan:
 
     def told(self) -> str:
         """What is drawn, from where to where, and what trials are judged by: a few lines."""
-        lines = [f"search: {self.trials} trials of {self.config.tune.epochs} epochs, each drawn from"]
+        lines = [f"search: {number_of(self.trials, 'trial')} of {number_of(self.config.tune.epochs, 'epoch')}, each drawn from"]
         lines += [f"  {key}: {value}" for key, value in self.space.description().items() if key != "presets" or value]
         lines.append(f"judged by {', '.join(self.columns)} of {', '.join(self.config.tune.suites)}")
         return "\n".join([*lines, f"raising {' and '.join(self.config.tune.objective)}"])

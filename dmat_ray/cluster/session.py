@@ -271,6 +271,7 @@ def connected(
     address = cluster_address(config)
     told = nodes.expectation(output) if address is not None or (output is not None and at(output).local is None) else ""
     if address is None:
+        say("starting Ray on this machine")
         _start(config, counts)
     else:
         _join(address, told)
@@ -278,6 +279,7 @@ def connected(
     try:
         if address is not None:
             nodes.look_at_all(told, say)
+        say("Ray is up")
         yield
     finally:
         ray.shutdown()

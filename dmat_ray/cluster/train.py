@@ -21,6 +21,7 @@ from dmat_ray.manifold import generators
 from dmat_ray.models import is_trained, model_folder, publish, set_digest
 from dmat_ray.storage import Location, at, set_folder
 from dmat_ray.trainer import describe, train
+from dmat_ray.wording import number_of
 
 
 class _NamedContext(RayContext):
@@ -112,7 +113,8 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
         mailbox = stack.enter_context(listen(handle, asked))
         session.await_machine(first.cluster, say)
         count = session.worker_count(first.cluster)
-        say(f"starting {count if isinstance(count, int) else ' to '.join(map(str, count))} workers to train {', '.join(epochs)}")
+        least, most = (0, count) if isinstance(count, int) else count
+        say(f"starting {f'{least} to ' if least else ''}{number_of(most, 'worker')} to train {', '.join(epochs)}")
         settings = {"configs": [c.to_json() for c in todo], "set": str(set_path), "mailbox": mailbox}
         keep = 2 if len(todo) == 1 else None
         workers.fit(worker, settings, first.cluster, folder, keep=keep, elastic=True)

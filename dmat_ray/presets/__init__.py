@@ -5,7 +5,8 @@ from typing import Any
 
 import yaml
 
-from dmat_ray.errors import UserError, did_you_mean
+from dmat_ray.errors import UserError
+from dmat_ray.wording import did_you_mean
 
 FOLDER = Path(__file__).parent
 

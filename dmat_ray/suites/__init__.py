@@ -7,7 +7,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from dmat_ray.config import AttackRow, EvaluationConfig, Section, Summary
-from dmat_ray.errors import UserError, did_you_mean
+from dmat_ray.errors import UserError
+from dmat_ray.wording import did_you_mean
 
 FOLDER = Path(__file__).parent
 KEYS = {"include", "attacks", "summaries"}
