@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSetti
 from dmat_ray import presets, suites
 from dmat_ray.config import Config, EvaluationConfig, PerceptualThreat
 from dmat_ray.errors import UserError
-from dmat_ray.wording import did_you_mean
+from dmat_ray.wording import did_you_mean, wrong
 
 EPILOG = """\
 Any setting is given by its dotted name: --objective.image.eps 8/255 --training.epochs 5
@@ -36,12 +36,9 @@ def describe(error: ValidationError) -> str:
     parts = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"]) or "settings"
-        message = item["msg"].removeprefix("Value error, ")
         found = item["input"]
         shown = "" if isinstance(found, dict | Config) or item["type"] == "value_error" else f" (found {found!r})"
-        if item["type"] == "extra_forbidden":
-            message = "there is no such setting"
-        parts.append(f"{where}: {message}{shown}")
+        parts.append(f"{where}: {wrong(item)}{shown}")
     return "; ".join(parts)
 
 
@@ -168,9 +165,18 @@ def parse(
     except ValidationError as error:
         raise UserError(describe(error)) from None
     except SettingsError as error:  # a list or a table whose text is no JSON, such as 0,.1 for 0,0.1
-        said = str(error).removesuffix(' from source "CliSettingsSource"')
-        why = "" if str(error.__cause__) in said else f": {error.__cause__}"
-        raise UserError(f"{said}{why}; write numbers with a digit before the point, and text in quotes") from None
+        raise UserError(_unreadable(error, namespace)) from None
+
+
+def _unreadable(error: SettingsError, namespace: argparse.Namespace) -> str:
+    """What is wrong with a list or a table of the command line that is no JSON, whose name pydantic does not tell."""
+    for name, value in vars(namespace).items():
+        text = ",".join(value) if isinstance(value, list) and "." in name else ""
+        if bare := re.search(r"(?:^|[\s,\[:])([+-]?(?:\.\d+|\d+\.))(?=$|[\s,\]}])", text):
+            return f"{name}: {bare[1]} is {float(bare[1]):g} here; lists take numbers with digits on both sides of the point"
+    said = str(error).removesuffix(' from source "CliSettingsSource"')
+    why = "" if str(error.__cause__) in said else f": {error.__cause__}"
+    return f"{said}{why}; write text in quotes"
 
 
 def dry_run(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,23 @@
 """Pieces of what jobs say, of lines and of messages alike."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+WORDS = {
+    "greater_than": "must be more than {gt}",
+    "greater_than_equal": "must be {ge} or more",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be {le} or less",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_parsing": "must be a number",
+    "bool_parsing": "must be true or false",
+    "literal_error": "must be {expected}",
+    "string_pattern_mismatch": "must be of the form {pattern}",
+    "extra_forbidden": "there is no such setting",
+}
+"""What pydantic says of a value, by the type of its error, as a user of a command line would."""
 
 
 def number_of(number: int, noun: str) -> str:
@@ -16,6 +32,14 @@ def duration(seconds: float) -> str:
     if seconds < 90 * 60:
         return f"{seconds / 60:.0f} minutes"
     return f"{seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def wrong(error: Mapping[str, Any]) -> str:
+    """What is wrong with a value, of one of the errors that pydantic tells."""
+    if (words := WORDS.get(error["type"])) is None:
+        return str(error["msg"]).removeprefix("Value error, ")
+    shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in error.get("ctx", {}).items()}
+    return words.format(**shown)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -60,8 +60,12 @@ def test_overrides_win_over_presets() -> None:
 
 
 def test_a_list_that_is_none_is_an_error_of_the_user() -> None:
-    with pytest.raises(UserError, match=r'field "training": Expecting value: line 1 column 4 .*a digit before the point'):
+    with pytest.raises(
+        UserError, match=r"^training\.lr_values: \.1 is 0\.1 here; lists take numbers with digits on both sides of the point$"
+    ):
         cli.parse("job", ["--training.lr_values", "0,.1"])
+    with pytest.raises(UserError, match=r"training\.lr_values: 1\. is 1 here"):
+        cli.parse("job", ["--training.lr_values", "[0,1.]"])
     with pytest.raises(UserError, match=r"training\.lr_values: Missing end delimiter"):
         cli.parse("job", ["--training.lr_values", "[0,0.1"])
 
@@ -110,7 +114,7 @@ def test_unknown_option_exits_2_with_one_line(option: str, capsys: pytest.Captur
     ("argv", "parts"),
     [
         (["--objective.image.eps", "x/255"], ["objective.image.eps", "x/255"]),
-        (["--objective.image.eps", "-1"], ["objective.image.eps", "-1", "greater than or equal to 0"]),
+        (["--objective.image.eps", "-1"], ["objective.image.eps", "-1", "must be 0 or more (found"]),
         (["--objective.image.norm", "l7"], ["objective.image.norm", "l7", "'linf'", "'l2'"]),
         (["--training.epochs", "many"], ["training.epochs", "many"]),
         (["--evaluation.sets", "natural,train"], ["evaluation.sets", "train", "'on_manifold'", "'natural'"]),

@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dmat_ray.config import AttackRow, EvaluationConfig, Section, Summary
 from dmat_ray.errors import UserError
-from dmat_ray.wording import did_you_mean
+from dmat_ray.wording import did_you_mean, wrong
 
 FOLDER = Path(__file__).parent
 KEYS = {"include", "attacks", "summaries"}
@@ -98,5 +98,4 @@ def _require_valid(suite: str, key: str, row: Any) -> None:
             fields = list(_ROWS[place[0]].model_fields if key == "attacks" else Summary.model_fields)
             hint = did_you_mean(field, fields).rstrip() or f"there are {', '.join(fields)}"
             raise UserError(f"{where}: there is no such setting as {field}; {hint}") from None
-        text = item["msg"].removeprefix("Value error, ")
-        raise UserError(f"{where}: {f'{field}: ' if field else ''}{text}") from None
+        raise UserError(f"{where}: {f'{field}: ' if field else ''}{wrong(item)}") from None

@@ -159,8 +159,8 @@ def test_an_encoder_that_is_there_is_trained_once_and_not_replaced_unasked(
     ("options", "message"),
     [
         (("--cluster.train_workers", "2", "--encoder.batch_size", "9"), "encoder.batch_size 9 must be a multiple of 2"),
-        (("--encoder.lr", "0"), "encoder.lr: Input should be greater than 0 (found '0')"),
-        (("--encoder.precision", "fp8"), "encoder.precision: Input should be 'float32' or 'bf16' (found 'fp8')"),
+        (("--encoder.lr", "0"), "encoder.lr: must be more than 0 (found '0')"),
+        (("--encoder.precision", "fp8"), "encoder.precision: must be 'float32' or 'bf16' (found 'fp8')"),
         (("--generator.path", "nowhere"), "generator.path 'nowhere' has no card.json"),
     ],
 )
