@@ -16,6 +16,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.files import sha256, write_json
 from dmat_ray.folders import fetched, holds_anything
 from dmat_ray.metrics import Results
+from dmat_ray.report_values import columns_described
 from dmat_ray.storage import Place, at
 from dmat_ray.units import VERSION
 from dmat_ray.wording import number_of
@@ -203,7 +204,8 @@ def _table(results: Results | None) -> str:
     for (_, set_name, attack), found in results.accuracies().items():
         interval = f"{100 * found.low:.1f} to {100 * found.high:.1f}"
         lines.append(f"| {set_name} | {attack} | {100 * found.value:.1f} | {interval} | {found.count} |")
-    return "\n".join(lines)
+    meant = [f"- {column}: {text}" for column, text in columns_described(results).items()]
+    return "\n".join([*lines, "", "Images are in [0, 1], and so are budgets in pixels.", "", *meant])
 
 
 def require_ours(folder: Place) -> None:

@@ -56,6 +56,7 @@ def main() -> None:
     from dmat_ray import set_page
     from dmat_ray.data.inspection import inspect_set
     from dmat_ray.manifold import generators
+    from dmat_ray.manifold.set_maker import warning_of_poor
 
     render = not arguments.no_render
     found = inspect_set(
@@ -84,6 +85,8 @@ def main() -> None:
     if manifest is not None and manifest.count:
         usable = sum(manifest.usable.values())
         print(f"{usable} of {manifest.count} images are usable, the others poor")
+        if warning := warning_of_poor(manifest.count - usable, manifest.count):
+            print(warning)
     print("the set is sound" + (", as far as it was checked" if partly else ""))
 
 

@@ -210,6 +210,8 @@ def test_cards_take_accuracies_from_rows(trained: Callable[..., Path], tmp_path:
     page = (folder / "README.md").read_text()
     assert "| natural | PGD | 50.0 | " in page
     assert page.count("| natural |") == 3
+    (meant,) = [line for line in page.splitlines() if line.startswith("- PGD: ")]
+    assert "eps 0.5" in meant
     about = json.loads((evaluation / "evaluation.json").read_text())
     without_a_part = [row for row in ATTACKS if row["name"] != "fab-t"]
     of_two_radii = [{**row, "eps": 0.1} if row["name"] == "square" else row for row in ATTACKS]

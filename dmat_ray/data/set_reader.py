@@ -107,8 +107,9 @@ def decoded(table: pa.Table, manifest: dict[str, Any], where: str) -> np.ndarray
 
 def require_generator(manifest: dict[str, Any], sha: str, what: str) -> None:
     """Raise UserError unless the set was made with the generator of this sha256."""
-    if manifest["generator_sha256"] != sha:
+    if (known := manifest["generator_sha256"]) != sha:
+        path = f"'{manifest['generator']}' ({known[:12]})" if "generator" in manifest else known[:12]
         raise UserError(
-            f"{what} was made with generator {manifest['generator_sha256'][:12]}, but the one given is {sha[:12]}; "
+            f"{what} was made with generator {path}, but the one given is another ({sha[:12]}); "
             "give the same generator.path, or project again into another folder"
         )

@@ -186,6 +186,7 @@ def finish(config: Config, work: Begun, made_by: dict[str, str], say: Callable[[
     generator = generators.load_configured(config.generator)
     size = generator.resolution
     described = {
+        "generator": config.generator.path,
         "shapes": {"on_manifold": [generator.channels, size, size], "w": [generator.num_ws, generator.w_dim]},
         "lpips_is_perceptual": config.projection.lpips_weights != "random",
         "versions": made_by,
@@ -200,11 +201,18 @@ def tell(manifest: dict[str, Any], folder: Location, say: Callable[[str], None])
     rejected = len(manifest["rejected"])
     l1 = manifest["means"]["l1"]
     say(f"on-manifold set: {counts} images, mean |g(w) - x| {l1:.4f}, {poor} poor, {rejected} rejected, in '{folder}'")
-    if 2 * poor > manifest["count"]:
-        say(
-            f"warning: {poor} of {manifest['count']} images are poor (projection.poor_l1, projection.poor_lpips) and left out of "
-            "training; can this generator make such images?"
-        )
+    if warning := warning_of_poor(poor, manifest["count"]):
+        say(warning)
+
+
+def warning_of_poor(poor: int, count: int) -> str:
+    """What is to be said of a set of which so many of `count` images are poor; empty if that is not most of them."""
+    if 2 * poor <= count:
+        return ""
+    return (
+        f"warning: {poor} of {count} images are poor (projection.poor_l1, projection.poor_lpips) and left out of training; can "
+        "this generator make such images?"
+    )
 
 
 def make(config: Config, device: torch.device, say: Callable[[str], None]) -> dict[str, Any]:
