@@ -100,6 +100,8 @@ def _judge_answers(results: Results, model: str) -> list[Finding]:
     for set_name in results.config.sets:
         counts = results.confusion(model, set_name, results.clean)
         total, of_label, of_answer = counts.sum(), counts.sum(axis=1), counts.sum(axis=0)
+        if (of_label > 0).sum() < 2:
+            continue
         right, constant, most = counts.trace() / total, of_label.max() / total, int(of_answer.argmax())
         if right <= constant:
             wrong.append(

@@ -169,10 +169,11 @@ def parse(
 
 
 def _unreadable(error: SettingsError, namespace: argparse.Namespace) -> str:
-    """What is wrong with a list or a table of the command line that is no JSON, whose name pydantic does not tell."""
+    """What is wrong with a list or a table of the command line that is no JSON, of which pydantic tells the section only."""
+    section = re.search(r'field "(\w+)"', str(error))
     for name, value in vars(namespace).items():
-        text = ",".join(value) if isinstance(value, list) and "." in name else ""
-        if bare := re.search(r"(?:^|[\s,\[:])([+-]?(?:\.\d+|\d+\.))(?=$|[\s,\]}])", text):
+        text = ",".join(value) if isinstance(value, list) and section and name.startswith(f"{section[1]}.") else ""
+        if bare := re.search(r"(?:^|[\s,\[:])([+-]?(?:\.\d+|\d+\.)(?:[eE][+-]?\d+)?)(?=$|[\s,\]}])", text):
             return f"{name}: {bare[1]} is {float(bare[1]):g} here; lists take numbers with digits on both sides of the point"
     said = str(error).removesuffix(' from source "CliSettingsSource"')
     why = "" if str(error.__cause__) in said else f": {error.__cause__}"

@@ -205,7 +205,7 @@ def _table(results: Results | None) -> str:
         interval = f"{100 * found.low:.1f} to {100 * found.high:.1f}"
         lines.append(f"| {set_name} | {attack} | {100 * found.value:.1f} | {interval} | {found.count} |")
     meant = [f"- {column}: {text}" for column, text in columns_described(results).items()]
-    return "\n".join([*lines, "", "Images are in [0, 1], and so are budgets in pixels.", "", *meant])
+    return "\n".join([*lines, "", "Images are in [0, 1], and so are L-infinity radii.", "", *meant])
 
 
 def require_ours(folder: Place) -> None:

@@ -14,6 +14,7 @@ from dmat_ray.data.folder_source import EXTENSIONS
 from dmat_ray.data.pixels import to_unit
 from dmat_ray.errors import UserError
 from dmat_ray.storage import at
+from dmat_ray.wording import number_of
 
 MOST = 5  # classes in the column `top5`; fewer if the model knows fewer
 GUESS = pa.struct([("prediction", pa.int64()), ("class_name", pa.string()), ("probability", pa.float32())])
@@ -50,7 +51,7 @@ def list_images(place: str) -> tuple[pa.Table, str]:
     if not images:
         raise UserError(f"'{root}' holds no images ({', '.join(sorted(EXTENSIONS))})")
     others = sorted(set(files) - set(images))
-    ignored = f"{len(others)} file(s) of no extension of images, the first: '{_text(others[0])}'" if others else ""
+    ignored = f"{number_of(len(others), 'file')} of no extension of images, the first: '{_text(others[0])}'" if others else ""
     table = pa.table(
         {
             "id": pa.array([_text(path) for path in images], pa.string()),

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ def write(
     settings = str(yaml.safe_dump(config.to_json(), sort_keys=False, allow_unicode=True))
     tables, facts = report_values.tables(results, names), _facts(config, data.manifest, runs)
     good, every = report_text.passed(findings)
-    title = f"Robustness on {at(_source(data.manifest)).name}"
+    title = f"Robustness on {PurePosixPath(_source(data.manifest)).name}"
     markdown, table = siblings(at(page))
     table.write_bytes(report_text.comma_separated(results, names).encode())
     text = report_text.markdown(title, results, names, findings, facts, settings)

@@ -1,7 +1,8 @@
 """Pieces of what jobs say, of lines and of messages alike."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 WORDS = {
@@ -9,10 +10,13 @@ WORDS = {
     "greater_than_equal": "must be {ge} or more",
     "less_than": "must be less than {lt}",
     "less_than_equal": "must be {le} or less",
-    "int_parsing": "must be a whole number",
-    "int_from_float": "must be a whole number",
-    "float_parsing": "must be a number",
-    "bool_parsing": "must be true or false",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "must be a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing", "finite_number"), "must be a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "must be true or false"),
+    **dict.fromkeys(("tuple_type", "list_type"), "must be a list"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "must be a table of settings"),
+    "string_type": "must be a text",
+    "missing": "is missing",
     "literal_error": "must be {expected}",
     "string_pattern_mismatch": "must be of the form {pattern}",
     "extra_forbidden": "there is no such setting",
@@ -20,9 +24,15 @@ WORDS = {
 """What pydantic says of a value, by the type of its error, as a user of a command line would."""
 
 
-def number_of(number: int, noun: str) -> str:
-    """A number with its noun: "1 shard", "20 shards"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def number_of(number: int, noun: str, least: int | None = None) -> str:
+    """A number with its noun: "1 shard", "20 shards"; of fewer, down to `least`: "2 to 20 shards"."""
+    few = "" if least in (None, number) else f"{least:,} to "
+    return f"{few}{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def choices(name: str, known: Sequence[str]) -> str:
+    """What may be given in place of a `name` that stands for none of the package's own YAML files."""
+    return f"{did_you_mean(name, known)}choose from {', '.join(known)}, or give the path of a YAML file"
 
 
 def duration(seconds: float) -> str:
@@ -32,6 +42,13 @@ def duration(seconds: float) -> str:
     if seconds < 90 * 60:
         return f"{seconds / 60:.0f} minutes"
     return f"{seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def to_go(metrics: Mapping[str, float], kimg: float) -> str:
+    """How long a training of `kimg` thousand images takes from here, to stand behind a report; nothing at its end."""
+    left, speed = kimg - metrics["kimg"], metrics["images_per_second"]
+    losses = sum(value for name, value in metrics.items() if name.startswith("loss"))
+    return f", about {duration(1000 * left / speed)} to go" if left > 1e-9 and speed > 0 and math.isfinite(losses) else ""
 
 
 def wrong(error: Mapping[str, Any]) -> str:

@@ -38,7 +38,7 @@ def main() -> None:
     print(report.terminal_table(results, list(models)))
     print(report.terminal_checks(findings))
     print(f"report: {jobs.report_page(config)}")
-    print(f"to give one to others: jobs/export_model.py --output {config.output} --models {' '.join(models)}")
+    print("next: jobs/export_model.py makes folders of models for others")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ def main() -> None:
 
     say = jobs.Speaker().stage("project")
     jobs.project(config, say)
-    say(f"next, with --output {config.output}: jobs/inspect_set.py to look at it, jobs/train.py to train on it")
+    say("next, with the same options: jobs/inspect_set.py looks at it, jobs/train.py trains on it")
 
 
 if __name__ == "__main__":

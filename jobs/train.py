@@ -16,7 +16,7 @@ def main() -> None:
 
     say = jobs.Speaker().stage("train")
     for folder in jobs.train([config], say):
-        say(f"model in {folder}; next: jobs/evaluate.py --output {config.output}")
+        say(f"model in {folder}; next, with the same options: jobs/evaluate.py")
 
 
 if __name__ == "__main__":

@@ -170,8 +170,9 @@ PAIRS = [
         ([0, 1, 2, 3] * 25, [0, *[1] * 99], "99.0% of clean images are said to be of class 1, which 25.0% are"),
         ([0, 1, 2, 3] * 25, [0, 1, 1, 1] * 25, None),
         ([1] * 97 + [0] * 3, [1] * 99 + [0], None),
+        ([2] * 100, [2] * 100, None),
     ],
-    ids=["one", "fewer than one", "nearly one", "two", "as the images are"],
+    ids=["one", "fewer than one", "nearly one", "two", "as the images are", "of one class"],
 )
 def test_a_model_of_one_answer_is_named(labels: list[int], predictions: list[int], words: str | None) -> None:
     row = {"model": "m", "source": "m", "set": "natural", "attack": "clean"}

@@ -64,8 +64,8 @@ def test_a_list_that_is_none_is_an_error_of_the_user() -> None:
         UserError, match=r"^training\.lr_values: \.1 is 0\.1 here; lists take numbers with digits on both sides of the point$"
     ):
         cli.parse("job", ["--training.lr_values", "0,.1"])
-    with pytest.raises(UserError, match=r"training\.lr_values: 1\. is 1 here"):
-        cli.parse("job", ["--training.lr_values", "[0,1.]"])
+    with pytest.raises(UserError, match=r"training\.lr_values: 1\.e-3 is 0\.001 here"):
+        cli.parse("job", ["--evaluation.suites", "my .5 suite", "--training.lr_values", "[0,1.e-3]"])
     with pytest.raises(UserError, match=r"training\.lr_values: Missing end delimiter"):
         cli.parse("job", ["--training.lr_values", "[0,0.1"])
 

@@ -397,10 +397,10 @@ def test_a_fixed_batch_in_a_trace_is_refused(load: Any, tmp_path: Path) -> None:
     ("card", "message"),
     [
         ({"w_dims": 5}, "w_dims: there is no such setting"),
-        ({"w_dim": 10**30}, "w_dim: .*less than or equal to 1048576"),
+        ({"w_dim": 10**30}, "w_dim: must be 1048576 or less"),
         ({"w_dim": 10**6, "num_ws": 4096}, "num_ws 4096 times w_dim 1000000 is more than"),
         ({"input": "x" * 1_000_000}, "input: .*x{77}"),
-        ({"w_dim": 0}, "w_dim: .*greater than or equal to 1"),
+        ({"w_dim": 0}, "w_dim: must be 1 or more"),
         ({"resolution": None}, "resolution: "),
         ({"output_range": [0, 255]}, r"output_range is \[0\.0, 255\.0\], but must be \[0, 1\] or \[-1, 1\]"),
         ({"w_mean": [0, 0]}, "w_mean has 2 numbers, but w_dim is 5"),

@@ -302,6 +302,12 @@ def test_other_generator(set_folder: Path, generator_folder: Path) -> None:
     set_reader.require_generator(manifest, generators.fingerprint(str(generator_folder)), "the set")
     with pytest.raises(UserError, match=r"the set was made with generator .*generator\.path"):
         set_reader.require_generator(manifest, "0" * 64, "the set")
+    told = {**manifest, "generator": "/models/mine"}
+    with pytest.raises(
+        UserError, match=r"the set was made with generator '/models/mine' \(\w{12}\), but the one given is another \(0{12}\)"
+    ):
+        set_reader.require_generator(told, "0" * 64, "the set")
+    assert set_reader.digest(told) == set_reader.digest(manifest), "the same set, wherever its generator lies"
 
 
 def batches(data: ManifoldSet, index: np.ndarray, **how: int) -> list[Batch]:

@@ -20,6 +20,7 @@ from dmat_ray.storage import at
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import release  # noqa: E402
 import sampled_set  # noqa: E402
 import study_report  # noqa: E402
 
@@ -105,6 +106,17 @@ def test_the_study_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.
     (output / "settings.yaml").write_text((output / "settings.yaml").read_text().replace("limit: 10", "limit: 9"))
     with pytest.raises(UserError, match="rows of other settings"):
         study_report.pack(output, packed_at)
+
+    monkeypatch.setattr(sys, "argv", ["release.py", str(output), str(tmp_path / "released" / "study"), "om_at_fgsm"])
+    release.main()
+    listed = (tmp_path / "released" / "study" / "README.md").read_text()
+    (line,) = [line for line in listed.splitlines() if line.startswith("| [om_at_fgsm](om_at_fgsm) | on-manifold")]
+    clean = [row["correct"] for row in rows if (row["set"], row["attack"]) == ("on_manifold", "clean")]
+    assert float(line.split("|")[3]) == pytest.approx(100 * np.mean(clean))
+    assert (tmp_path / "released" / "study" / "om_at_fgsm" / "config.json").is_file()
+    monkeypatch.setattr(sys, "argv", ["release.py", str(output), str(tmp_path / "released" / "study"), "dmat"])
+    with pytest.raises(UserError, match="has no model dmat-0 with rows"):
+        release.main()
 
     sampled = tmp_path / "sampled"
     argv = [

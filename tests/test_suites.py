@@ -82,7 +82,7 @@ def test_the_worst_case_is_over_every_attack() -> None:
         ("attacks: [{threat: image, name: a, eps: 8}]", ["attack 'a': eps is 8, but pixels are in [0, 1]; did you mean 8/255?"]),
         ("attacks: [{threat: image, name: a, steps: 0}]", ["attack 'a': steps: must be 1 or more"]),
         ("attacks: [7]", ["attack 7: "]),
-        ("summaries: [{name: s, on: [clean]}]", ["summary 's': of: Field required"]),
+        ("summaries: [{name: s, on: [clean]}]", ["summary 's': of: is missing"]),
         ("summaries: [{name: s, of: [clean], hwo: worst}]", ["summary 's': there is no such setting as hwo; did you mean how?"]),
         ("rows: []", ["'rows'", "attacks, include, summaries"]),
         ("- a", ["list"]),

@@ -204,7 +204,7 @@ def test_what_cannot_be_trained(
 
 
 def test_another_generator_is_refused(data: ManifoldSet, generator: StyleGAN2, make_config: MakeConfig, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"made with generator .*, but the one given is 0000"):
+    with pytest.raises(UserError, match=r"made with generator .*, but the one given is another \(0000"):
         trainer.train(make_config(), data, generator, "0" * 64, LocalContext(tmp_path))
 
 

@@ -19,6 +19,7 @@ from dmat_ray.lease import sole
 from dmat_ray.manifold import encoder_trainer, generators
 from dmat_ray.manifold.encoder import CARD, FOLDER, load_encoder, read_card, save_encoder
 from dmat_ray.storage import Location, at
+from dmat_ray.wording import to_go
 
 RUN_NAME = "encoder"
 USEFUL = 0.8  # share of the error of the mean w, above which a start is not worth its name
@@ -43,7 +44,7 @@ def describe(metrics: dict[str, float], kimg: float) -> str:
     """One line about a report."""
     return (
         f"{metrics['kimg']:.3g} of {kimg:g} thousand samples, loss {metrics['loss']:.3g}, mean |g(E(x)) - x| "
-        f"{metrics['l1']:.4f}, {metrics['images_per_second']:.0f} samples/s"
+        f"{metrics['l1']:.4f}, {metrics['images_per_second']:.0f} samples/s{to_go(metrics, kimg)}"
     )
 
 

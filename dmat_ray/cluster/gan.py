@@ -31,7 +31,7 @@ from dmat_ray.manifold.gan_trainer import DEAD_END, check_images, check_workers,
 from dmat_ray.manifold.generators import CARD, WEIGHTS, save_generator
 from dmat_ray.manifold.samples import sample_grid
 from dmat_ray.storage import local_output
-from dmat_ray.wording import duration
+from dmat_ray.wording import number_of, to_go
 
 SAMPLES = "samples.png"
 PARTIAL = ".images-*.partial"  # of the decoded images, until they are whole
@@ -134,9 +134,7 @@ def describe(metrics: dict[str, float], kimg: float) -> str:
     """One line about a report: what it says of losses, and of quality where it was measured."""
     names = ("loss_g", "loss_d", "real_sign", "augment", "fid", "precision", "recall", "diversity", "images_per_second")
     text = ", ".join(f"{name} {metrics[name]:.3g}" for name in names if name in metrics)
-    left, speed = kimg - metrics["kimg"], metrics["images_per_second"]
-    to_go = f", about {duration(1000 * left / speed)} to go" if left > 1e-9 and speed > 0 else ""
-    return f"{metrics['kimg']:.3g} of {kimg:g} thousand images, {text}{to_go}"
+    return f"{metrics['kimg']:.3g} of {kimg:g} thousand images, {text}{to_go(metrics, kimg)}"
 
 
 def is_trained(config: Config, folder: Path) -> bool:
@@ -201,7 +199,7 @@ def _train(
 ) -> Path:
     if cache.rejected:
         name, reason = next(iter(cache.rejected.items()))
-        say(f"{len(cache.rejected)} image(s) cannot be read and are left out; the first: '{name}' {reason}")
+        say(f"{number_of(len(cache.rejected), 'image')} cannot be read, left out; the first: '{name}' {reason}")
     name = f"generator-{config.gan.fingerprint()}-{cache.digest[:12]}-{config.cluster.train_workers}"
     others = [p.name for p in storage.glob("generator-*") if p.name != name]
     if others:

@@ -45,9 +45,8 @@ def project(config: Config, work: Begun, say: Callable[[str], None]) -> dict[str
         session.await_machine(config.cluster, say)
         actors = min(config.cluster.projection_actors, len(todo))
         least = min(config.cluster.projection_actors_min, actors)
-        few = "" if least == actors else f"{least} to "
         size = number_of(max(shard.rows.num_rows for shard in todo), "image")
-        say(f"starting {few}{number_of(actors, 'actor')} for {number_of(len(todo), 'shard')} of {size} at most")
+        say(f"starting {number_of(actors, 'actor', least)} for {number_of(len(todo), 'shard')} of {size} at most")
         rejected, seen = 0, False
         for summary in _progress(run_shards(config, folder, listing.class_names, todo), todo, say):
             work.lease.check()

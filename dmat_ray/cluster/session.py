@@ -220,25 +220,26 @@ def _native_stderr_held() -> Iterator[None]:
 
 
 @contextmanager
-def _apart() -> Iterator[None]:
-    """What is started inside is no member of this process's group, to all of which a terminal and `timeout` send their signals.
+def _groups_of_their_own() -> Iterator[None]:
+    """Processes that are started inside lead groups of their own: a terminal and `timeout` send signals to all of a job's group.
 
-    Ray's processes end at SIGTERM, and without them no checkpoint could be written. They end with this process all the same:
-    on Linux the kernel sees to that. Elsewhere, and where this process leads a session, nothing is done.
+    Ray's servers end at SIGTERM, and without them the driver could have no last checkpoint written. They end with it all the
+    same: on Linux the kernel sees to that, which is why nothing is done elsewhere. What stops the driver for a while (Ctrl-Z)
+    leaves them at work.
     """
-    own = os.getpgrp() if sys.platform == "linux" else None
-    if own is None or os.getsid(0) == os.getpid():
+    if sys.platform != "linux":
         yield
         return
-    with subprocess.Popen(["sleep", "600"], process_group=0) as first:  # a group needs a process that has its number
-        try:
-            os.setpgid(0, first.pid)
-            try:
-                yield
-            finally:
-                os.setpgid(0, own)
-        finally:
-            first.kill()
+    start = subprocess.Popen.__init__
+
+    def start_apart(self: subprocess.Popen[Any], *arguments: Any, **how: Any) -> None:
+        start(self, *arguments, **how if how.get("start_new_session") else {"process_group": 0, **how})
+
+    subprocess.Popen.__init__ = start_apart  # type: ignore[method-assign]  # Ray has no setting for it
+    try:
+        yield
+    finally:
+        subprocess.Popen.__init__ = start  # type: ignore[method-assign]
 
 
 COMMON: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
@@ -289,7 +290,7 @@ def _start(config: ClusterConfig, counts: Sequence[str]) -> None:
     import ray
 
     cpus = _local_cpus(config, counts)
-    with _native_stderr_held(), _apart():
+    with _native_stderr_held(), _groups_of_their_own():
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **COMMON)
 
 

@@ -113,8 +113,8 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
         mailbox = stack.enter_context(listen(handle, asked))
         session.await_machine(first.cluster, say)
         count = session.worker_count(first.cluster)
-        least, most = (0, count) if isinstance(count, int) else count
-        say(f"starting {f'{least} to ' if least else ''}{number_of(most, 'worker')} to train {', '.join(epochs)}")
+        least, most = (count, count) if isinstance(count, int) else count
+        say(f"starting {number_of(most, 'worker', least)} to train {', '.join(epochs)}")
         settings = {"configs": [c.to_json() for c in todo], "set": str(set_path), "mailbox": mailbox}
         keep = 2 if len(todo) == 1 else None
         workers.fit(worker, settings, first.cluster, folder, keep=keep, elastic=True)

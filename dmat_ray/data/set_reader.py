@@ -49,8 +49,8 @@ def read_manifest(place: Place) -> dict[str, Any]:
 
 
 def digest(manifest: dict[str, Any]) -> str:
-    """Names a set in checkpoints and evaluations."""
-    return text_digest(json.dumps(manifest, sort_keys=True))
+    """Names a set in checkpoints and evaluations, wherever its generator lies."""
+    return text_digest(json.dumps({key: value for key, value in manifest.items() if key != "generator"}, sort_keys=True))
 
 
 def read_shard(folder: Location, name: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -105,11 +105,15 @@ def decoded(table: pa.Table, manifest: dict[str, Any], where: str) -> np.ndarray
     return pixels
 
 
+def named_generator(sha: str, path: str | None) -> str:
+    """A set's generator as messages name it: by its digest, and by where it lay, if the set tells."""
+    return sha[:12] if path is None else f"'{path}' ({sha[:12]})"
+
+
 def require_generator(manifest: dict[str, Any], sha: str, what: str) -> None:
     """Raise UserError unless the set was made with the generator of this sha256."""
     if (known := manifest["generator_sha256"]) != sha:
-        path = f"'{manifest['generator']}' ({known[:12]})" if "generator" in manifest else known[:12]
         raise UserError(
-            f"{what} was made with generator {path}, but the one given is another ({sha[:12]}); "
-            "give the same generator.path, or project again into another folder"
+            f"{what} was made with generator {named_generator(known, manifest.get('generator'))}, but the one given is another "
+            f"({sha[:12]}); give the same generator.path, or project again into another folder"
         )

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from dmat_ray.errors import UserError
-from dmat_ray.wording import did_you_mean
+from dmat_ray.wording import choices
 
 FOLDER = Path(__file__).parent
 
@@ -36,12 +36,8 @@ def load(layers: list[str], above: tuple[str, ...] = ()) -> dict[str, Any]:
         is_file = "/" in layer or "." in layer
         path = Path(layer) if is_file else FOLDER / f"{layer}.yaml"
         if not path.is_file():
-            choices = (
-                ""
-                if is_file
-                else f"; {did_you_mean(layer, names())}choose from {', '.join(names())}, or give the path of a YAML file"
-            )
-            raise UserError(f"preset '{layer}' does not exist{choices}")
+            hint = "" if is_file else f"; {choices(layer, names())}"
+            raise UserError(f"preset '{layer}' does not exist{hint}")
         if layer in above:
             raise UserError(f"preset '{layer}' includes itself ({' > '.join([*above, layer])})")
         try:

@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dmat_ray.config import AttackRow, EvaluationConfig, Section, Summary
 from dmat_ray.errors import UserError
-from dmat_ray.wording import did_you_mean, wrong
+from dmat_ray.wording import choices, did_you_mean, wrong
 
 FOLDER = Path(__file__).parent
 KEYS = {"include", "attacks", "summaries"}
@@ -32,10 +32,8 @@ def load(name: str, above: tuple[str, ...] = ()) -> dict[str, list[dict[str, Any
     is_file = "/" in name or "." in name
     path = Path(name) if is_file else FOLDER / f"{name}.yaml"
     if not path.is_file():
-        choices = (
-            "" if is_file else f"; {did_you_mean(name, names())}choose from {', '.join(names())}, or give the path of a YAML file"
-        )
-        raise UserError(f"suite '{name}' does not exist{choices}")
+        hint = "" if is_file else f"; {choices(name, names())}"
+        raise UserError(f"suite '{name}' does not exist{hint}")
     if name in above:
         raise UserError(f"suite '{name}' includes itself ({' > '.join([*above, name])})")
     try:

@@ -57,7 +57,7 @@ def refused(result: tuple[int, str], *words: str) -> None:
 
 def test_settings(run_job):
     refused(run_job("train.py", "--training.epochz", 3), "--training.epochz")
-    refused(run_job("train.py", "--training.epochs", 0), "training.epochs", "greater than or equal to 1")
+    refused(run_job("train.py", "--training.epochs", 0), "training.epochs", "must be 1 or more")
     refused(run_job("train.py", "--objective.image.eps", "1/0"), "objective.image.eps", "1/0")
     refused(run_job("train.py", "--preset", "dmaat"), "dmaat", "om_at")
     refused(run_job("train.py", "--preset", "demo", "--objective.clean.weight", 0), "every term has weight 0", "dmat")

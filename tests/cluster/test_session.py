@@ -44,15 +44,15 @@ OUTLIVES_A_TERM = """
 import os, signal, ray
 from dmat_ray.cluster.session import connected
 from dmat_ray.config import ClusterConfig
-before, asked = os.getpgrp(), []
-with connected(ClusterConfig()):
-    assert os.getpgrp() == before
+asked = []
+with connected(ClusterConfig(), say=lambda line: None):
     signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
     print("ready", flush=True)
     while not asked:
         signal.sigtimedwait([signal.SIGUSR2], 0.1)
     print(ray.get(ray.remote(lambda: 6 * 7).remote()), flush=True)
-    signal.pause()
+    while True:
+        signal.pause()
 """
 
 
@@ -64,15 +64,17 @@ def test_a_signal_to_all_of_a_job_leaves_its_ray_at_work(leader):
     above = [] if leader else ["timeout", "300"]
     job = subprocess.Popen([*above, sys.executable, "-c", OUTLIVES_A_TERM], stdout=subprocess.PIPE, text=True, process_group=0)
     assert job.stdout is not None
-    assert job.stdout.readline() == "ready\n"
-    below = psutil.Process(job.pid).children(recursive=True)
-    servers = [process for process in below if process.name() in ("gcs_server", "raylet")]
-    assert len(servers) == 2
-    os.killpg(job.pid, signal.SIGTERM)
-    assert job.stdout.readline() == "42\n"
-    driver = psutil.Process(job.pid) if leader else below[0]
-    driver.kill()
-    job.wait()
+    try:
+        assert job.stdout.readline() == "ready\n"
+        below = psutil.Process(job.pid).children(recursive=True)
+        servers = [process for process in below if process.name() in ("gcs_server", "raylet")]
+        assert len(servers) == 2
+        os.killpg(job.pid, signal.SIGTERM)
+        assert job.stdout.readline() == "42\n"
+    finally:
+        for process in [*psutil.Process(job.pid).children(), psutil.Process(job.pid)][:1]:  # the driver
+            process.kill()
+        job.wait()
     _, left = psutil.wait_procs(servers, timeout=30)
     assert left == []  # their helpers see it a minute later
 

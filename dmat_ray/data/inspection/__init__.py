@@ -13,6 +13,7 @@ import numpy as np
 from dmat_ray.data.inspection.checks import CHECKS, Check, Manifest, read_checked_manifest
 from dmat_ray.data.inspection.pixels import Pair, PixelReader, render_again
 from dmat_ray.data.inspection.rows import Reader, Rows, compare_with_manifest
+from dmat_ray.data.set_reader import named_generator
 from dmat_ray.storage import Place, at
 from dmat_ray.types import Generator
 
@@ -92,8 +93,8 @@ def inspect_set(
         checks["generator"].detail = generator_sha256[:12]
         if generator_sha256 != manifest.generator_sha256:
             checks["generator"].defect(
-                f"the set was made with generator {manifest.generator_sha256[:12]}, the one given is {generator_sha256[:12]}; "
-                "give the same generator.path"
+                f"the set was made with generator {named_generator(manifest.generator_sha256, manifest.generator)}, the one "
+                f"given is another ({generator_sha256[:12]}); give the same generator.path"
             )
         elif load is not None:
             with checks["rendering"].guard("rendering"):

@@ -58,6 +58,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
     data: dict[str, Any]
     projection: Thresholds
+    generator: str | None = None
     generator_sha256: str
     generator_precision: Literal["reference", "fast", "bf16"]
     class_names: Annotated[list[str], Field(min_length=1)]

@@ -1,0 +1,106 @@
+"""A study's models for others: a folder each, as jobs/export_model.py makes it, and a page that lists them.
+
+    python benchmarks/release.py runs/study/mnist models/mnist standard at om_at dmat dmat_trades_wide
+
+Of every method the model of the first seed, with what the study's rows say of it. The page's numbers are those rows', too.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from dmat_ray import checkpoint, cli, model_export
+from dmat_ray.errors import UserError
+from dmat_ray.files import sha256, write_json
+from dmat_ray.folders import replace_folder
+from dmat_ray.metrics import Results
+from dmat_ray.report_values import SET_NAMES
+from dmat_ray.units import VERSION
+
+COLUMNS = ("clean", "PGD-50", "OM-PGD-50", "PGD-50 L2", "unseen mean", "worst")
+PAGE = """\
+# Models of the study in [{page}](../../{page})
+
+Of every method the model of the first seed. A folder holds `model.safetensors`, `config.json` (all that is needed to build the
+network again), a card, and a README with the code that loads it. To attack one beside models of your own, with an on-manifold set
+of the same shape and classes under OUTPUT:
+
+```
+python jobs/import_model.py --checkpoint {folder}/dmat/model.safetensors --classifier.name {network} \\
+  --classifier.mean {mean} --classifier.std {std} --model theirs --output OUTPUT
+```
+
+Made by `{command}`.
+Accuracy in %, of one model each on {images} test images:
+
+| model | test set | {columns} | sha256 of its weights |
+|---|---|{dashes}|---|
+{rows}
+"""
+
+
+def released(study: Path, folder: Path, names: list[str]) -> list[tuple[str, Results]]:
+    """Export the models, and return what the study's rows say of each. Raises UserError for one that has none."""
+    config = cli.validate(yaml.safe_load((study / "settings.yaml").read_text()))
+    found = []
+    for name in names:
+        model, rows = study / "models" / f"{name}-0", study / "rows" / f"{name}-0.parquet"
+        if not (model / checkpoint.RUN).is_file() or not rows.is_file():
+            raise UserError(f"'{study}' has no model {name}-0 with rows; run benchmarks/study.py")
+        with tempfile.TemporaryDirectory() as scratch:
+            evaluation = Path(scratch)  # in the form that an evaluation has
+            shutil.copyfile(rows, evaluation / model_export.ROWS)
+            about = {"version": VERSION, "models": {f"{name}-0": checkpoint.digest(model)}}
+            write_json(evaluation / model_export.DONE, {**about, "evaluation": config.evaluation.model_dump(mode="json")})
+            place = folder / name
+            replace_folder(place, lambda fresh, m=model, n=f"{name}-0", e=evaluation: model_export.export(m, n, e, fresh))
+            results = model_export.read_evaluation(evaluation, f"{name}-0", model)
+        assert results is not None
+        found.append((name, results))
+    return found
+
+
+def page(study: Path, folder: Path, found: list[tuple[str, Results]]) -> str:
+    """The list of what lies in `folder`, in Markdown."""
+    lines, counts = [], set()
+    for name, results in found:
+        for set_name in results.config.sets:
+            columns = results.columns(set_name)
+            cells = [results.accuracy(f"{name}-0", set_name, c) if c in columns else None for c in COLUMNS]
+            counts |= {cell.count for cell in cells if cell}
+            numbers = " | ".join("" if cell is None else f"{100 * cell.value:.1f}" for cell in cells)
+            digest = sha256(folder / name / checkpoint.MODEL)[:16]
+            lines.append(f"| [{name}]({name}) | {SET_NAMES[set_name]} | {numbers} | {digest} |")
+    config = cli.validate(yaml.safe_load((study / "settings.yaml").read_text()))
+    mean, std = (",".join(f"{value:g}" for value in values) for values in (config.classifier.mean, config.classifier.std))
+    return PAGE.format(
+        page=f"docs/results/{folder.name}.md",
+        folder=folder,
+        network=config.classifier.name,
+        mean=mean,
+        std=std,
+        command=" ".join(["python benchmarks/release.py", *sys.argv[1:]]),
+        images=" or ".join(map(str, sorted(counts))),
+        columns=" | ".join(COLUMNS),
+        dashes="|".join(["---"] * len(COLUMNS)),
+        rows="\n".join(lines),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, help="folder of a study, with its models")
+    parser.add_argument("folder", type=Path, help="where the models go; its name is that of the study's page in docs/results")
+    parser.add_argument("methods", nargs="+")
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    found = released(given.study, given.folder, given.methods)
+    (given.folder / "README.md").write_text(page(given.study, given.folder, found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    cli.run(main)
