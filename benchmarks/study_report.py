@@ -82,6 +82,12 @@ def claims(columns: list[str]) -> list[Claim]:
                                  ("dmat_trades_plus", "DMAT with TRADES, averaged and perturbed weights"),
                                  ("dmat_trades_wide", "DMAT with TRADES, averaged and perturbed weights, twice the radius,"))
         ),
+        Claim("DMAT with twice the radius is more robust than DMAT in its worst case", "dmat_eps_20", "dmat", "worst"),
+        *(
+            Claim(f"With twice the radius in both, DMAT is better than AT {where}", "dmat_eps_20", "at_eps_20", column)
+            for column, where in (("clean", "on clean images"), ("unseen mean", "under unseen attacks"),
+                                  (latent, "on the manifold"), ("worst", "in its worst case"))
+        ),
     ]  # fmt: skip
     return [claim for claim in found if claim.column in columns]
 
