@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from dmat_ray.errors import UserError
 
 BEAT_S, DEAF_S = 10.0, 60.0  # between two beats of a worker, and without any from which on there is none
+TWICE_S = 1.0  # two SIGTERMs that are nearer than this are one
 
 
 class _Mailbox:
@@ -79,17 +80,23 @@ def is_stopping(mailbox: str) -> bool:
 def heed_sigterm() -> Iterator[threading.Event]:
     """Inside, the first SIGTERM only sets the event, which `listen` passes on; the second ends the process as it otherwise would.
 
-    Raises SystemExit at the end if there was one. In other threads than the main one nothing changes.
+    One that follows within `TWICE_S` is the first once more: `timeout` sends it to the process and to its group. Raises
+    SystemExit at the end if there was one. In other threads than the main one nothing changes.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before = signal.getsignal(signal.SIGTERM)
+    before, first = signal.getsignal(signal.SIGTERM), 0.0
 
     def note(number: int, frame: FrameType | None) -> None:
-        asked.set()
-        signal.signal(signal.SIGTERM, before)
+        nonlocal first
+        if not asked.is_set():
+            asked.set()
+            first = time.monotonic()
+        elif time.monotonic() - first > TWICE_S:
+            signal.signal(signal.SIGTERM, before)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, note)
     try:
@@ -171,7 +178,7 @@ def listen(
                 complained = True
 
     def loop() -> None:
-        told = False
+        told, alone = False, False
         while not stop.wait(interval_s):
             with contextlib.suppress(ray.exceptions.RayError):
                 drain()
@@ -180,10 +187,11 @@ def listen(
                         handle({"text": "asked to stop (SIGTERM): writing a checkpoint first; a second SIGTERM stops at once"})
                         ray.get(actor.stop.remote(), timeout=60)
                         told = True
-                    if not ray.get(actor.hears.remote(), timeout=60):
-                        handle({"text": "no worker is at work: stopping at once"})
-                        os.kill(os.getpid(), signal.SIGTERM)
-                        return
+                    if alone or not ray.get(actor.hears.remote(), timeout=60):
+                        if not alone:
+                            handle({"text": "no worker is at work: stopping at once"})
+                        alone = True
+                        os.kill(os.getpid(), signal.SIGTERM)  # again and again: the first may come too soon (see heed_sigterm)
 
     thread = threading.Thread(target=loop, daemon=True)
     thread.start()

@@ -1,5 +1,7 @@
 """What a driver hears of its workers."""
 
+import os
+import signal
 import threading
 import time
 
@@ -42,3 +44,27 @@ def test_a_worker_is_heard_while_it_asks_nothing(monkeypatch):
     monkeypatch.setattr(events, "BEAT_S", 0.05)
     with pytest.raises(UserError, match="wrong"):
         listened([])
+
+
+def test_a_second_sigterm_ends_at_once_unless_it_is_the_first_once_more(monkeypatch):
+    """As `timeout` sends it to a process and to all of its group, in one breath."""
+    got: list[int] = []
+    monkeypatch.setattr(events, "TWICE_S", 0.2)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+
+    def told_twice_and_once_more() -> None:
+        with events.heed_sigterm() as asked:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert asked.is_set()
+            assert got == []
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert got == [signal.SIGTERM]
+
+    try:
+        with pytest.raises(SystemExit) as ended:
+            told_twice_and_once_more()
+        assert ended.value.code == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
