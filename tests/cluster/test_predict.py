@@ -75,7 +75,7 @@ def test_every_image_has_its_row(predict, output, photos):
     more = ("--cluster.evaluation_actors", 2, "--evaluation.batch_size", 7)
     code, said, error = predict("--model", "mine", "--images", folder, *more)
     assert code == 0, error
-    assert "not taken: 1 file(s) of no extension of images, the first: 'notes.txt'" in said
+    assert "not taken: 1 file of no extension of images, the first: 'notes.txt'" in said
     assert "predicted 62/62 images, 17 unreadable" in said
     assert "unreadable: 'empty.jpg' cannot be read as an image: it has 0 bytes" in said
     assert "62 images, 17 of them unreadable" in said
