@@ -47,7 +47,7 @@ class Settings(BaseModel):
         ({"count": 0}, "must be 1 or more"),
         ({"count": 1, "rate": 0}, "must be more than 0"),
         ({"count": 1, "rate": 2.5}, "must be 1 or less"),
-        ({"count": 1, "rate": math.inf}, "must be a number"),
+        ({"count": 1, "rate": math.inf}, "must be a finite number"),
         ({"count": 1, "knots": 3}, "must be a list"),
         ({"count": 1, "name": 3}, "must be a text"),
     ],
