@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -529,7 +530,19 @@ def job(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
 
 
-def test_job_says_what_it_found_by_its_exit_code(make_set: MakeSet, generator_folder: Path) -> None:
+def refused(*arguments: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the job prints where it inspects nothing; in this process, which is sooner ready."""
+    monkeypatch.setattr(sys, "argv", ["inspect_set.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "jobs" / "inspect_set.py"), run_name="__main__")
+    told = capsys.readouterr()
+    assert (ended.value.code, told.out) == (2, "")
+    return told.err
+
+
+def test_job_says_what_it_found_by_its_exit_code(
+    make_set: MakeSet, generator_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = make_set()
     base = ["--output", str(folder.parent), "--generator.path", str(generator_folder)]
     done = job(*base)
@@ -550,11 +563,9 @@ def test_job_says_what_it_found_by_its_exit_code(make_set: MakeSet, generator_fo
     assert re.search(r"^ +- part-000001.parquet: label of 'example-\d+' is 7$", done.stdout, flags=re.MULTILINE)
     assert re.search(r"^not made +rendering", done.stdout, flags=re.MULTILINE)
     assert (folder.parent / "p.html").is_file()
-    done = job(*base[2:], "--output", str(folder / "absent"))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "there is no on-manifold set at" in done.stderr
-    done = job("--manifold_set", str(folder.parent), "--output", str(folder / "absent"))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert f"holds no on-manifold set; give --manifold_set {folder}" in done.stderr
+    here: Any = {"capsys": capsys, "monkeypatch": monkeypatch}
+    assert "there is no on-manifold set at" in refused(*base[2:], "--output", str(folder / "absent"), **here)
+    told = refused("--manifold_set", str(folder.parent), "--output", str(folder / "absent"), **here)
+    assert f"holds no on-manifold set; give --manifold_set {folder}" in told
     assert not (folder / "absent").exists()
-    assert job(*base, "--samples", "-1").returncode == 2
+    assert "'-1' is not a number of images" in refused(*base, "--samples", "-1", **here)
