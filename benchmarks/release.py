@@ -1,6 +1,6 @@
 """A study's models for others: a folder each, as jobs/export_model.py makes it, and a page that lists them.
 
-    python benchmarks/release.py runs/study/mnist models/mnist standard at om_at dmat dmat_trades_wide
+    python benchmarks/release.py runs/study/mnist models/mnist standard at_eps_20 dmat_eps_20
 
 Of every method the model of the first seed, with what the study's rows say of it. The page's numbers are those rows', too.
 """
@@ -30,7 +30,7 @@ network again), a card, and a README with the code that loads it. To attack one 
 of the same shape and classes under OUTPUT:
 
 ```
-python jobs/import_model.py --checkpoint {folder}/dmat/model.safetensors --classifier.name {network} \\
+python jobs/import_model.py --checkpoint {folder}/{last}/model.safetensors --classifier.name {network} \\
   --classifier.mean {mean} --classifier.std {std} --model theirs --output OUTPUT
 ```
 
@@ -80,6 +80,7 @@ def page(study: Path, folder: Path, found: list[tuple[str, Results]]) -> str:
     return PAGE.format(
         page=f"docs/results/{folder.name}.md",
         folder=folder,
+        last=found[-1][0],
         network=config.classifier.name,
         mean=mean,
         std=std,

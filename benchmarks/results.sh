@@ -15,7 +15,7 @@ test -f runs/study/mnist_sampled/manifest.json ||
 "$python" "${study[@]}" --processes "$processes" --seeds 1 --autoattack digits_autoattack --autoattack-limit 50
 "$python" benchmarks/study_report.py runs/study/mnist --pack benchmarks/results/mnist
 "$python" benchmarks/study_report.py benchmarks/results/mnist --page docs/results/mnist.md --headline README.md
-"$python" benchmarks/release.py runs/study/mnist models/mnist standard at om_at dmat dmat_trades_wide
+"$python" benchmarks/release.py runs/study/mnist models/mnist standard at_eps_20 dmat_eps_20
 
 if [ -n "${CIFAR10:-}" ]; then
     methods=(standard at om_at_fgsm om_at dmat trades dmat_trades joint dmat_trades_wide)

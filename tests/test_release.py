@@ -1,0 +1,51 @@
+"""Models that lie in this repository are what their pages say: loaded by plain torch, as their READMEs tell."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from classifiers.make import digits
+from test_model_export import by_its_readme
+
+from dmat_ray.files import sha256
+
+ROOT = Path(__file__).parents[1]
+RELEASED = sorted(path.parent for path in (ROOT / "models").rglob("config.json"))
+NAMES = [str(folder.relative_to(ROOT)) for folder in RELEASED]
+
+
+def listed(folder: Path, kind: str) -> list[str]:
+    """The cells of a model's line about a kind of test images, on its study's page."""
+    lines = (folder.parent / "README.md").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(f"| [{folder.name}]({folder.name}) | {kind}")]
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def test_every_study_has_some() -> None:
+    assert {folder.parent.name for folder in RELEASED} == {path.name for path in (ROOT / "benchmarks" / "results").iterdir()}
+    assert sum(path.stat().st_size for path in (ROOT / "models").rglob("*")) < 5e6
+
+
+@pytest.mark.parametrize("folder", RELEASED, ids=NAMES)
+def test_files_are_those_that_the_pages_name(folder: Path) -> None:
+    about = json.loads((folder / "config.json").read_text())
+    assert about["sha256"] == {"model.safetensors": sha256(folder / "model.safetensors")}
+    assert listed(folder, "natural")[-1] == about["sha256"]["model.safetensors"][:16]
+
+
+@pytest.mark.parametrize("folder", RELEASED, ids=NAMES)
+def test_the_network_is_as_accurate_as_its_page_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = json.loads((folder / "config.json").read_text())
+    shape = (about["channels"], about["resolution"], about["resolution"])
+    if folder.parent.name != "mnist":  # photographs that no package ships
+        logits = by_its_readme(folder, torch.rand(3, *shape), monkeypatch)
+        assert logits.shape == (3, about["num_classes"])
+        assert logits.isfinite().all()
+        return
+    test = digits("test")
+    answers = by_its_readme(folder, test.x_BCHW, monkeypatch).argmax(dim=1)
+    right = (answers == test.y_B).double().mean().item()
+    ((low, high),) = re.findall(r"\| natural \| clean \| [\d.]+ \| ([\d.]+) to ([\d.]+) \|", (folder / "README.md").read_text())
+    assert float(low) <= 100 * right <= float(high)
