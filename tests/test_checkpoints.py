@@ -342,6 +342,7 @@ def test_a_tensor_without_numbers_is_never_zeros() -> None:
         Stored().place(Storage(torch.float32, 2), 0, (2,), (1,)).read()
 
 
+@pytest.mark.slow
 def test_what_others_write_is_far_from_those_bounds(tmp_path: Path) -> None:
     """Shared lists, a numpy state of a random generator, and as many tensors as a training run's file has."""
     options = [0.9, 0.99]
@@ -385,6 +386,7 @@ def test_files_that_are_cut_short(tmp_path: Path, kind: str) -> None:
         refuse(tmp_path, data[:length])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", GOOD)
 def test_no_damaged_byte_ends_in_anything_but_a_user_error(tmp_path: Path, kind: str) -> None:
     rng = np.random.default_rng(0)

@@ -252,6 +252,7 @@ def test_one_class_is_still_too_few(tree: Path) -> None:
     refused(r"has one class only \('dog'\)", tree, {"dog": MIXED10["dog"]})
 
 
+@pytest.mark.slow
 def test_classes_of_cifar_and_of_digits(tmp_path: Path) -> None:
     packed_files.cifar10_binary(tmp_path, packed_files.arrays(100, 10), packed_files.arrays(20, 10, seed=1))
     listing, _ = listed(tmp_path, {"cats and dogs": ["cat", 5], "ships": ["ship"]})

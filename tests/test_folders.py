@@ -74,6 +74,7 @@ def test_what_makes_a_folder_whole_goes_last_and_is_removed_first(server: s3.Ser
     assert content(fetched(place)) == {"run.json": "22", "beta.bin": "22"}
 
 
+@pytest.mark.slow
 def test_a_version_is_downloaded_once(server: s3.Server, place: Location, tmp_path: Path, copies: Path) -> None:
     put(filled(tmp_path / "a", model="one", run="{}"), place)
     found = fetched(place)
@@ -207,6 +208,7 @@ def test_models_are_named_as_in_a_folder(trained: Any, place: Location) -> None:
         models.named_folders(config, ["yours"])
 
 
+@pytest.mark.slow
 def test_a_generator_is_loaded_by_url(generator_folder: Path, place: Location) -> None:
     put(generator_folder, place)
     assert generators.fingerprint(str(place)) == generators.fingerprint(str(generator_folder))

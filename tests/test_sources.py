@@ -101,6 +101,7 @@ def test_the_split_of_a_folder_never_changes(tmp_path: Path, settings: dict[str,
     assert listing.class_names == ("a", "a-1", "b c")
 
 
+@pytest.mark.slow
 def test_digits_are_those_of_the_package(digits: Listing) -> None:
     pixels, labels = mnist_data()
     chosen = [0, 1234, 4999]
@@ -296,6 +297,7 @@ def test_what_ails_the_machine_is_not_taken_for_broken_images(folder: Path) -> N
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.slow
 def test_reasons_of_a_store(server: s3.Server) -> None:
     server.put("holes", {f"{c}/{i}.png": png(i) for c in "ab" for i in range(4)})
     config = DataConfig(source="s3://holes", resolution=8)

@@ -359,6 +359,7 @@ def refusing() -> Iterator[list[Any]]:
     store.server_close()
 
 
+@pytest.mark.slow
 def test_credentials_that_have_expired_and_a_clock_that_is_wrong(refusing: list[Any]) -> None:
     """The codes are those of Amazon's list of error responses; an answer to HEAD has no body that could hold one."""
     file = at("s3://bucket/x")

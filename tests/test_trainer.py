@@ -76,6 +76,7 @@ class PowerCutError(Exception):
     """The machine goes down."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("epoch", "every"), [(1, 1), (2, 1), (3, 2)])
 def test_interrupted_and_resumed_is_as_if_nothing_had_happened(
     train: Train, make_config: MakeConfig, tmp_path: Path, epoch: int, every: int
@@ -142,6 +143,7 @@ def test_reported_accuracy_is_that_of_the_saved_model(
     assert all(metrics["val_robust"] <= metrics[name] <= 1 for name in (*names, "val_clean"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [{}, {"latent": {"weight": 0}, "image": {"weight": 0}, "clean": {"weight": 1}}])
 def test_validation_does_not_touch_the_training(
     data: ManifoldSet, make_config: MakeConfig, generator: StyleGAN2, tmp_path: Path, objective: dict[str, Any]
