@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from dmat_ray import checkpoint, cli, model_export
+from dmat_ray.config import Config
 from dmat_ray.errors import UserError
 from dmat_ray.files import sha256, write_json
 from dmat_ray.folders import replace_folder
@@ -43,9 +44,8 @@ Accuracy in %, of one model each on {images} test images:
 """
 
 
-def released(study: Path, folder: Path, names: list[str]) -> list[tuple[str, Results]]:
+def released(study: Path, config: Config, folder: Path, names: list[str]) -> list[tuple[str, Results]]:
     """Export the models, and return what the study's rows say of each. Raises UserError for one that has none."""
-    config = cli.validate(yaml.safe_load((study / "settings.yaml").read_text()))
     found = []
     for name in names:
         model, rows = study / "models" / f"{name}-0", study / "rows" / f"{name}-0.parquet"
@@ -64,7 +64,7 @@ def released(study: Path, folder: Path, names: list[str]) -> list[tuple[str, Res
     return found
 
 
-def page(study: Path, folder: Path, found: list[tuple[str, Results]]) -> str:
+def page(config: Config, folder: Path, found: list[tuple[str, Results]]) -> str:
     """The list of what lies in `folder`, in Markdown."""
     lines, counts = [], set()
     for name, results in found:
@@ -75,7 +75,6 @@ def page(study: Path, folder: Path, found: list[tuple[str, Results]]) -> str:
             numbers = " | ".join("" if cell is None else f"{100 * cell.value:.1f}" for cell in cells)
             digest = sha256(folder / name / checkpoint.MODEL)[:16]
             lines.append(f"| [{name}]({name}) | {SET_NAMES[set_name]} | {numbers} | {digest} |")
-    config = cli.validate(yaml.safe_load((study / "settings.yaml").read_text()))
     mean, std = (",".join(f"{value:g}" for value in values) for values in (config.classifier.mean, config.classifier.std))
     return PAGE.format(
         page=f"docs/results/{folder.name}.md",
@@ -99,8 +98,9 @@ def main() -> None:
     parser.add_argument("methods", nargs="+")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    found = released(given.study, given.folder, given.methods)
-    (given.folder / "README.md").write_text(page(given.study, given.folder, found), encoding="utf-8")
+    config = cli.validate(yaml.safe_load((given.study / "settings.yaml").read_text()))
+    found = released(given.study, config, given.folder, given.methods)
+    (given.folder / "README.md").write_text(page(config, given.folder, found), encoding="utf-8")
 
 
 if __name__ == "__main__":

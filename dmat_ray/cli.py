@@ -44,8 +44,8 @@ def describe(error: ValidationError) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
-        wrong = re.search(r"unrecognized arguments: (--[\w.]+)", message)
-        hint = did_you_mean(wrong[1], self._option_string_actions) if wrong else ""
+        unknown = re.search(r"unrecognized arguments: (--[\w.]+)", message)
+        hint = did_you_mean(unknown[1], self._option_string_actions) if unknown else ""
         more = f"; {hint}" if hint else " "
         self.exit(2, f"error: {message}{more}(see {self.prog} --help)\n")
 

@@ -1,9 +1,9 @@
 """Models that lie in this repository are what their pages say: loaded by plain torch, as their READMEs tell."""
 
 import json
-import re
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from classifiers.make import digits
@@ -36,7 +36,7 @@ def test_files_are_those_that_the_pages_name(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", RELEASED, ids=NAMES)
-def test_the_network_is_as_accurate_as_its_page_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_network_answers_as_the_studys_rows_say(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     about = json.loads((folder / "config.json").read_text())
     shape = (about["channels"], about["resolution"], about["resolution"])
     if folder.parent.name != "mnist":  # photographs that no package ships
@@ -46,6 +46,7 @@ def test_the_network_is_as_accurate_as_its_page_says(folder: Path, monkeypatch: 
         return
     test = digits("test")
     answers = by_its_readme(folder, test.x_BCHW, monkeypatch).argmax(dim=1)
-    right = (answers == test.y_B).double().mean().item()
-    ((low, high),) = re.findall(r"\| natural \| clean \| [\d.]+ \| ([\d.]+) to ([\d.]+) \|", (folder / "README.md").read_text())
-    assert float(low) <= 100 * right <= float(high)
+    rows = pq.read_table(ROOT / "benchmarks" / "results" / "mnist" / "clean" / "all.parquet").to_pylist()
+    said = {row["id"]: row["prediction"] for row in rows if (row["model"], row["set"]) == (f"{folder.name}-0", "natural")}
+    assert said.keys() == set(test.id)
+    assert sum(said[id] != answer for id, answer in zip(test.id, answers.tolist(), strict=True)) <= 1, "one may turn by rounding"

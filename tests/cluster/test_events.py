@@ -46,6 +46,25 @@ def test_a_worker_is_heard_while_it_asks_nothing(monkeypatch):
         listened([])
 
 
+def test_a_job_without_workers_stops_at_once(monkeypatch):
+    """It sends itself the second SIGTERM, which counts although the first was only just now."""
+    got, said = [], []
+    monkeypatch.setattr(events, "TWICE_S", 1.0)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+
+    def told_while_nobody_works() -> None:
+        with events.heed_sigterm() as asked, events.listen(lambda event: said.append(event["text"]), asked):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert comes_true(lambda: bool(got))
+
+    try:
+        with pytest.raises(SystemExit):
+            told_while_nobody_works()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert said[1:] == ["no worker is at work: stopping at once"]
+
+
 def test_a_second_sigterm_ends_at_once_unless_it_is_the_first_once_more(monkeypatch):
     """As `timeout` sends it to a process and to all of its group, in one breath."""
     got: list[int] = []

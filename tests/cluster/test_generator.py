@@ -49,10 +49,11 @@ def calm(ray_session, tmp_path_factory) -> Path:
     left_by_a_killed_one = output / "train" / ".images-0123456789abcdef.1.partial"
     left_by_a_killed_one.mkdir(parents=True)
     other, _ = cli.parse("test", ["--output", str(output), *OPTIONS, "--gan.seed", "5"], preset=["mnist32_generator"])
-    refused: list[str] = []
+    refused, lines = [], []
 
     def say(line: str) -> None:
         """While it trains another is refused, though its settings are not the same: it would remove the decoded images."""
+        lines.append(line)
         if not refused:
             with pytest.raises(UserError) as told:
                 gan.train(other, output / "generator", "second", print)
@@ -60,6 +61,13 @@ def calm(ray_session, tmp_path_factory) -> Path:
 
     gan.train(settings(output), output / "generator", "calm", say)
     assert re.search(r"generator\.lease' is being written by process \d+ .*wait until it ends", *refused)
+    reports = [line for line in lines if "images_per_second" in line]
+    assert [bool(re.search(r", about \d+ (s|minutes) to go$", line)) for line in reports] == [True] * 5 + [False]
+    card = json.loads((output / "generator" / "card.json").read_text())
+    kept = (
+        f"keeping the snapshot of {card['quality']['kimg']:.3g} thousand images (gan.keep best), FID {card['quality']['fid']:.3g}"
+    )
+    assert kept in lines
     return output
 
 

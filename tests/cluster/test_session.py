@@ -64,16 +64,16 @@ def test_a_signal_to_all_of_a_job_leaves_its_ray_at_work(leader):
     above = [] if leader else ["timeout", "300"]
     job = subprocess.Popen([*above, sys.executable, "-c", OUTLIVES_A_TERM], stdout=subprocess.PIPE, text=True, process_group=0)
     assert job.stdout is not None
+    assert job.stdout.readline() == "ready\n"
+    driver = psutil.Process(job.pid) if leader else psutil.Process(job.pid).children()[0]
     try:
-        assert job.stdout.readline() == "ready\n"
         below = psutil.Process(job.pid).children(recursive=True)
         servers = [process for process in below if process.name() in ("gcs_server", "raylet")]
         assert len(servers) == 2
         os.killpg(job.pid, signal.SIGTERM)
         assert job.stdout.readline() == "42\n"
     finally:
-        for process in [*psutil.Process(job.pid).children(), psutil.Process(job.pid)][:1]:  # the driver
-            process.kill()
+        driver.kill()
         job.wait()
     _, left = psutil.wait_procs(servers, timeout=30)
     assert left == []  # their helpers see it a minute later
