@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 
+import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -12,7 +13,8 @@ from dmat_ray.config import Config
 from dmat_ray.data.set_format import MANIFEST
 from dmat_ray.data.set_reader import read_manifest
 from dmat_ray.data.sources import list_examples
-from dmat_ray.manifold import generators
+from dmat_ray.manifold import encoder_trainer, generators
+from dmat_ray.manifold.gan_trainer import check_images, check_workers
 from dmat_ray.storage import set_folder
 from dmat_ray.types import Generator
 
@@ -57,6 +59,21 @@ def stages(
     if models:
         found.append(estimate.evaluate(config, one, counts["test"], models))
     return found
+
+
+def generator_stages(config: Config) -> list[estimate.Stage]:
+    """Training of a generator. Raises UserError if the settings do not fit the data, of which no image is read."""
+    check_workers(config.gan, config.cluster.train_workers)
+    rows = list_examples(config.data, labelled=config.gan.architecture.num_classes > 0).rows("train")
+    blank = torch.zeros(1, config.data.channels, config.data.resolution, config.data.resolution)
+    check_images(config.gan, blank, torch.tensor(rows["label"].to_pylist()))
+    return [estimate.train_generator(config, rows.num_rows)]
+
+
+def encoder_stages(config: Config) -> list[estimate.Stage]:
+    """Training of an encoder for the generator that the settings name."""
+    encoder_trainer.check_workers(config.encoder, config.cluster.train_workers)
+    return [estimate.train_encoder(config, generators.load_configured(config.generator, "cpu"))]
 
 
 def _passes(config: Config, generator: Generator, classes: int) -> estimate.Passes:

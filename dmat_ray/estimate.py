@@ -27,9 +27,14 @@ from dmat_ray.config import (
     ProjectionConfig,
     Row,
 )
+from dmat_ray.manifold.base import LatentGenerator
+from dmat_ray.manifold.discriminator import Discriminator
+from dmat_ray.manifold.encoder import untrained
+from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.types import Generator
 from dmat_ray.wording import number_of
 
+GROUP = 4  # images that a discriminator looks at together
 # passes an image, forward and back, and forward alone, of AutoAttack's parts: their usual steps, ten classes; FAB's are rough
 AUTOATTACK = {
     "apgd-ce": (100, 0),
@@ -128,6 +133,37 @@ def attack(one: Passes, row: AttackConfig) -> int:
     # what is looked at once more: the image that it ends with, APGD's last candidate, the clean image for its likeliest classes
     looks = 1 + (row.method == "apgd") + (targets > 0)
     return points * row.restarts * max(1, targets) * (row.steps * step + looks * (render + one.classifier))
+
+
+def train_generator(config: Config, images: int) -> Stage:
+    """Both networks' updates and the penalties; each of these, the gradient of a gradient, is two passes forward and back.
+    The judging of snapshots is not counted."""
+    settings = config.gan
+    shape = settings.architecture
+    x_shape, group = (GROUP, shape.channels, shape.resolution, shape.resolution), GROUP
+    generator, critic = StyleGAN2(shape).to("meta"), Discriminator(shape).to("meta")
+    w_shape = (group, generator.num_ws, generator.w_dim)
+    learned, judged = counted(generator.synth, w_shape, back=True), counted(critic, x_shape, back=True)
+    generator.requires_grad_(False)  # PyTorch's counter does without a gradient only where none is wanted
+    made, felt = counted(generator.synth, w_shape), counted(critic.requires_grad_(False), x_shape, back=True)
+    step = learned + felt + made + 2 * judged
+    step += 2 * judged // settings.r1_interval if settings.r1_gamma else 0
+    step += learned // settings.path_interval if settings.path_length else 0  # two passes of half of the images
+    flops = settings.kimg * 1000 * step / group
+    work = f"{settings.kimg:g} thousand shown"
+    return Stage("generator", images, work, flops, config.cluster.train_workers)
+
+
+def train_encoder(config: Config, generator: LatentGenerator) -> Stage:
+    """Samples of the generator, the encoder's updates, and what they are decoded to."""
+    settings = config.encoder
+    encoder, bare = untrained(settings, generator).to("meta"), copy.deepcopy(generator).to("meta")
+    shape = (1, generator.channels, generator.resolution, generator.resolution)
+    w_shape = (1, generator.num_ws, generator.w_dim)
+    made, felt = counted(bare.synthesis, w_shape), counted(bare.synthesis, w_shape, back=True)
+    each = made + counted(encoder.offset, shape, back=True) + felt
+    samples = round(settings.kimg * 1000)
+    return Stage("encoder", samples, "samples, once each", samples * each, config.cluster.train_workers)
 
 
 def project(config: Config, one: Passes, images: int) -> Stage:

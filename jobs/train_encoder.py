@@ -10,10 +10,16 @@ from dmat_ray.cluster.session import prepare_environment
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace another encoder that is in the output folder")
+    cli.dry_run(parser)
 
 
 def main() -> None:
     config, arguments = cli.parse(str(__doc__), preset=["demo"], add=add)
+    if arguments.dry_run:
+        from dmat_ray import dry_run
+
+        print(dry_run.text(config, dry_run.encoder_stages(config)))
+        return
     prepare_environment(config, elastic=False)
     from dmat_ray.cluster.encoder import train_encoder
     from dmat_ray.cluster.jobs import Speaker

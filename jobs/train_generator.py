@@ -11,11 +11,17 @@ from dmat_ray.storage import local_output
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace another generator that is in the output folder")
+    cli.dry_run(parser)
 
 
 def main() -> None:
     config, arguments = cli.parse(str(__doc__), preset=["mnist32_generator"], add=add)
     output = local_output(config, "jobs/train_generator.py")
+    if arguments.dry_run:
+        from dmat_ray import dry_run
+
+        print(dry_run.text(config, dry_run.generator_stages(config)))
+        return
     prepare_environment(config, elastic=False)
     from dmat_ray.cluster import gan
     from dmat_ray.cluster.jobs import Speaker

@@ -13,10 +13,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dmat_ray import classifiers, estimate, threats
+from dmat_ray import classifiers, dry_run, estimate, threats
 from dmat_ray.attack import attack
 from dmat_ray.config import Config, ImageRow, LatentRow
+from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
+from dmat_ray.manifold import encoder_trainer, gan_trainer
 from dmat_ray.manifold.projection import Projector
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.training_step import TrainingStep
@@ -75,6 +77,29 @@ def test_a_projection_is_counted(make_config: MakeConfig, generator: StyleGAN2) 
         Projector(generator, config.projection, torch.device("cpu")).project(x, list("abcd"))
     found = estimate.project(config, estimate.passes(config, generator, 4), images=4)
     assert counter.get_total_flops() == pytest.approx(found.flops, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "penalties", [{"r1_gamma": 0}, {"r1_interval": 1, "path_length": 2, "path_interval": 1}], ids=["none", "all"]
+)
+def test_a_step_of_a_generator_is_counted(make_config: MakeConfig, tmp_path: Path, penalties: dict[str, Any]) -> None:
+    architecture = {"resolution": 16, "channels": 1, "num_classes": 4, "z_dim": 16, "w_dim": 16, "channel_max": 32}
+    config = make_config(gan={"architecture": architecture, "batch_size": 8, "kimg": 0.016, "mode_seeking": 0, **penalties})
+    training = gan_trainer._Training(config.gan, LocalContext(tmp_path, print))
+    images, labels = torch.rand(8, 1, 16, 16), torch.arange(8) % 4
+    with counting() as counter:
+        training.step(1, images, labels)
+    truth = 2 * counter.get_total_flops()
+    # tensors of a penalty's second pass whose gradient is zero, and the mapping, which is not counted
+    assert 0.95 * truth <= estimate.train_generator(config, images=8).flops <= 1.25 * truth
+
+
+def test_a_step_of_an_encoder_is_counted(make_config: MakeConfig, generator: StyleGAN2, tmp_path: Path) -> None:
+    config = make_config(encoder={"batch_size": 4, "kimg": 0.012, "width": 8, "width_max": 16})
+    training = encoder_trainer._Training(config.encoder, generator, LocalContext(tmp_path, print))
+    with counting() as counter:
+        training.step(1)
+    assert estimate.train_encoder(config, generator).flops == pytest.approx(3 * counter.get_total_flops(), rel=0.1)
 
 
 def test_lpips_is_counted(make_config: MakeConfig) -> None:
@@ -145,3 +170,19 @@ def test_a_dry_run_starts_nothing(tmp_path: Path) -> None:
     assert hours == pytest.approx(every / 0.5 / 3600, rel=0.02)
     assert cost == pytest.approx(1000 * hours, rel=0.02)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_of_a_generator_reads_no_image(make_config: MakeConfig, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            (tmp_path / name / f"{i}.png").write_bytes(b"no image")
+    data = {"source": str(tmp_path), "resolution": 16, "channels": 1, "test_share": 0.34}
+    architecture = {"resolution": 16, "channels": 1, "num_classes": 2}
+    (stage,) = dry_run.generator_stages(make_config(data=data, gan={"kimg": 7, "architecture": architecture}))
+    assert (stage.name, stage.images, stage.work) == ("generator", 4, "7 thousand shown")
+    assert stage.flops > 7000 * 1e6
+    with pytest.raises(UserError, match="num_classes is 10, but the images have 2 class"):
+        dry_run.generator_stages(make_config(data=data, gan={"architecture": {**architecture, "num_classes": 10}}))
+    with pytest.raises(UserError, match=r"gan\.architecture makes"):
+        dry_run.generator_stages(make_config(data=data, gan={"architecture": {**architecture, "resolution": 32}}))
