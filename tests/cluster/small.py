@@ -117,7 +117,8 @@ class MlflowServer:
         self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
         self._command += ["--backend-store-uri", database or f"sqlite:///{folder / 'm.db'}"]
         self._command += ["--artifacts-destination", str(folder / "artifacts")]
-        self._environment = dict(os.environ)
+        # without the processes that run its own jobs, each of which imports all of MLflow
+        self._environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         self._first = urllib.request.Request(f"{self.url}/api/2.0/mlflow/experiments/search?max_results=1")
         if password is not None:
             self._command += ["--app-name", "basic-auth"]

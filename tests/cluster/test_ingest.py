@@ -30,24 +30,25 @@ NATURAL = TRAINING.model_copy(update={"images": "natural"})
 
 
 def collect(config: dict[str, Any]) -> None:
-    """A worker: what it is given in two epochs, the first of them twice."""
+    """A worker: what it is given in two epochs and in a third one twice, of which its beginning alone the second time."""
     rank = ray.train.get_context().get_world_rank()
     ingest.BLOCKS = 7  # of twenty shards
     found: dict[str, Any] = {"batches": []}
     streamed = Streamed(config["place"], TRAINING)
-    for epoch in (0, 1, 0):
+    for epoch in (0, 1):
         found["batches"].append([list(b.id) for b in streamed.batches(epoch, rank, 2)])
-    whole, begun = [list(b.id) for b in streamed.batches(4, rank, 2)], iter(streamed.batches(4, rank, 2))
-    found["first"] = [list(next(begun).id) for _ in range(2)]
+    begun = iter(streamed.batches(4, rank, 2))
+    one = next(begun)
+    found["first"] = [list(one.id), list(next(begun).id)]
     found["seen"] = streamed.seen().tolist()
-    found["whole"], found["rest"] = whole, [list(b.id) for b in streamed.batches(4, rank, 2, Done(2, 2))]
+    found["whole"] = [*found["first"], *(list(b.id) for b in begun)]
+    found["rest"] = [list(b.id) for b in streamed.batches(4, rank, 2, Done(2, 2))]
     found["seen at the end"] = streamed.seen().tolist()
     # another number of workers has had every third example, in two steps
     had = torch.arange(streamed.size) % 3 == 0
     found["taken up"] = [list(b.id) for b in streamed.batches(4, rank, 2, Done(2, 3, had))]
     natural = Streamed(config["place"], NATURAL)
     found["natural"] = {id: x.sum().item() for b in natural.batches(0, rank, 2) for id, x in zip(b.id, b.x_BCHW, strict=True)}
-    one = next(iter(streamed.batches(3, rank, 2)))
     assert one.w_BLD is not None
     rows = zip(one.id, one.x_BCHW, one.w_BLD, one.y_B, strict=True)
     found["example"] = {id: [x.sum().item(), w.sum().item(), int(y)] for id, x, w, y in rows}
@@ -103,8 +104,8 @@ def ids_of(place: Path) -> list[str]:
 
 def test_the_rest_of_an_epoch_is_what_would_have_come(workers):
     for worker in workers:
-        assert worker["rest"] == worker["whole"][2:]
-        assert worker["first"] == worker["whole"][:2]
+        assert len(worker["rest"]) > 3
+        assert worker["rest"] == worker["whole"][2:], "its order is the same again"
 
 
 def test_what_was_seen_is_known_by_id(workers, place):
@@ -126,9 +127,8 @@ def test_other_workers_take_up_exactly_what_is_left(workers, place):
     assert given.total() - len(left) <= len(parts[0]), "one more a step, where two workers cannot share"
 
 
-def test_the_order_repeats_by_epoch_and_changes_with_it(workers):
+def test_the_order_changes_with_the_epoch(workers):
     for worker in workers:
-        assert worker["batches"][0] == worker["batches"][2]
         assert worker["batches"][0] != worker["batches"][1]
         assert sorted(chain(*worker["batches"][0])) != sorted(chain(*worker["batches"][1])), "a worker keeps no part of the set"
 

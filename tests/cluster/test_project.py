@@ -31,7 +31,7 @@ from dmat_ray.errors import UserError
 
 pytestmark = pytest.mark.cluster
 # twenty shards, slow enough that what happens to them happens in the middle
-OPTIONS = ("--projection.steps", "40", "--projection.shard_size", "4")
+OPTIONS = ("--projection.steps", "16", "--projection.shard_size", "4")
 TWO = ("--cluster.projection_actors", "2")
 ACTOR = "ShardProjector"
 
