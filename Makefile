@@ -81,7 +81,7 @@ check: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -q tests/test_imports.py
+	@$(BIN)/python -m pytest -q tests/test_imports.py -m "not slow"
 
 # The tool that makes the site (extra docs) is not among what the other targets set up.
 $(DOCS_STAMP): pyproject.toml constraints.txt | $(STAMP)

@@ -166,7 +166,9 @@ def networks() -> dict[str, nn.Module]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "norm", "eps"), [("standard", "linf", 0.1), ("robust", "l2", 3.0)])
+@pytest.mark.parametrize(
+    ("name", "norm", "eps"), [pytest.param("standard", "linf", 0.1, marks=pytest.mark.exhaustive), ("robust", "l2", 3.0)]
+)
 def test_square_is_as_strong_as_autoattacks(networks: Any, name: str, norm: Any, eps: float) -> None:
     """At equal queries, and stronger than random points."""
     network, every = networks[name], digits("test")

@@ -1,6 +1,7 @@
 """Networks: they take the images' channels and normalise inside themselves."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -231,19 +232,35 @@ def test_a_training_does_not_go_on_with_a_changed_network(
         train()
 
 
+LOAD_EACH = """
+import sys
+from dmat_ray import load_classifier
+for folder in sys.argv[1:]:
+    try:
+        load_classifier(folder)
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}")
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["own/flat", "own/theirs_here", "own/theirs_here:flat"])
-def test_networks_of_no_installed_package_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_networks_of_no_installed_package_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though modules lie on the path that a model's folder may mean: they are not imported."""
     with monkeypatch.context() as patched:
         patched.syspath_prepend(install(tmp_path / "here", PROJECT.format(place="here"), theirs_here=THEIRS))
         saved(tmp_path / "mine", "own/flat")
-    run = json.loads((tmp_path / "mine" / "run.json").read_text())
-    run["config"]["classifier"]["name"] = name
-    (tmp_path / "mine" / "run.json").write_text(json.dumps(run))
+    names = ["own/flat", "own/theirs_here", "own/theirs_here:flat"]
+    for i, name in enumerate(names):
+        folder = shutil.copytree(tmp_path / "mine", tmp_path / f"mine_{i}")
+        run = json.loads((folder / "run.json").read_text())
+        run["config"]["classifier"]["name"] = name
+        (folder / "run.json").write_text(json.dumps(run))
     for module in ("theirs_here", "flat"):
         (tmp_path / f"{module}.py").write_text("open('imported', 'w')")
-    load = "from dmat_ray import load_classifier; load_classifier('mine')"
-    done = subprocess.run([sys.executable, "-c", load], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert f"UserError: classifier.name '{name}': no installed package names it" in done.stderr
+    command = [sys.executable, "-c", LOAD_EACH, *(f"mine_{i}" for i in range(len(names)))]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    told = done.stdout.splitlines()
+    assert len(told) == len(names)
+    for name, line in zip(names, told, strict=True):
+        assert line.startswith(f"UserError: classifier.name '{name}': no installed package names it")
     assert not (tmp_path / "imported").exists()

@@ -201,6 +201,7 @@ def timeless(reports: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{k: v for k, v in report.items() if k != "images_per_second"} for report in reports]
 
 
+@pytest.mark.exhaustive
 def test_a_killed_training_goes_on_with_the_very_numbers(tmp_path: Path, generator_folder: Path) -> None:
     """SIGKILL in mid-training; losses and weights are then those of one that nothing disturbed."""
     config = settings(kimg=4.8)
@@ -259,6 +260,7 @@ def test_sigterm_leaves_a_checkpoint_within_an_interval(
     assert all(torch.equal(state[key], expected[key]) for key in expected)
 
 
+@pytest.mark.exhaustive
 def test_two_workers_train_on_the_samples_of_one(
     tmp_path: Path, generator: StyleGAN2, generator_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
