@@ -26,8 +26,7 @@ from dmat_ray.data.pixels import to_unit
 from dmat_ray.data.sources import list_examples, read_pixels
 from dmat_ray.files import write_json
 from dmat_ray.local import LocalContext
-from dmat_ray.manifold import generators, quality
-from dmat_ray.manifold.projection import Projector
+from dmat_ray.manifold import generators, quality, set_maker
 
 
 @torch.no_grad()
@@ -53,8 +52,8 @@ def main() -> None:
         splits[split] = to_unit(np.stack([found[i] for i in keep])), torch.tensor(labels), ids
     cpu = torch.device("cpu")
     judge = quality.train_classifier(*splits["train"][:2], len(listing.class_names), 12, cpu)
-    generator = generators.load_configured(config.generator)
-    projector = Projector(generator, config.projection, cpu)
+    projector = set_maker.build_projector(config, cpu)
+    generator = projector.generator
     x, y, ids = splits["test"]
     began, size = time.monotonic(), config.projection.batch_size
     parts = [projector.project(x[i : i + size], ids[i : i + size]) for i in range(0, len(x), size)]

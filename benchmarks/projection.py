@@ -46,8 +46,7 @@ from dmat_ray.config import Config, DataConfig, ProjectionConfig
 from dmat_ray.data import sources
 from dmat_ray.data.pixels import unit
 from dmat_ray.errors import UserError
-from dmat_ray.manifold import encoder as encoders
-from dmat_ray.manifold import fast, generators
+from dmat_ray.manifold import fast, generators, set_maker
 from dmat_ray.manifold.projection import Projection, Projector, learning_rate, noise_scale
 from dmat_ray.types import Generator
 
@@ -207,12 +206,7 @@ def projector_of(preset: str, arguments: argparse.Namespace, device: torch.devic
     )
     options = dict(entry.split("=", 1) for entry in arguments.option)
     values = presets.merge(values, {"projection": {**options, "compile": arguments.compile}})
-    config = Config.model_validate(values)
-    start = None
-    if config.projection.start == "encoder":
-        folder = encoders.locate_encoder(config.projection.encoder, None, config.generator.path)
-        start = encoders.load_encoder(folder, generators.fingerprint(config.generator.path), device)
-    return Projector(generators.load_configured(config.generator, device), config.projection, device, start)
+    return set_maker.build_projector(Config.model_validate(values), device)
 
 
 def plain_images(x: Tensor, cached: bool, arguments: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@
 
 Networks and images are random: the arithmetic does not depend on them. Projection is that of presets `paper` and `fast` (started
 at the mean) in fewer steps, and its rate that of their whole number of steps; training is DMAT with five steps in each space on
-ResNet-50; evaluation is a PGD step on an image and one on the manifold; the generator's training is preset `stylegan2_256`. Each
+ResNet-50; evaluation is PGD on an image and on the manifold; the generator's training is preset `stylegan2_256`. Each
 is run once for warming up and then `--rounds` times, of which the median counts. TFLOP/s are by the operations that `--dry-run`
 counts, so that `--cluster.tflops` with the number of a stage makes its hours.
 """
@@ -124,7 +124,8 @@ class Bench:
                 )
 
     def gan(self) -> None:
-        config = _config(["stylegan2_256"], {}).gan
+        whole = _config(["stylegan2_256"], {})
+        config = whole.gan
         shape = config.architecture.model_copy(
             update={"resolution": self.given.resolution, "channel_max": self.given.channel_max}
         )
@@ -141,7 +142,8 @@ class Bench:
                 for _ in range(EACH):
                     t.step(next(c), x, y)
 
-            self.timed(f"train StyleGAN 2, {precision}", settings.batch_size * EACH, 0.0, steps)
+            flops = estimate.train_generator(whole.model_copy(update={"gan": settings}), 0).flops / (settings.kimg * 1000)
+            self.timed(f"train StyleGAN 2, {precision}", settings.batch_size * EACH, flops, steps)
 
 
 class _Here(LocalContext):

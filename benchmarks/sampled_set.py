@@ -50,9 +50,15 @@ def main() -> None:
     number = 1 + max(int(name[5:11]) for name in manifest["shards"])
     set_writer.write_shard(target, f"part-{number:06d}.parquet", rows, {})
     records = set_writer.read_records(target)
-    shards = [set_writer.Shard(name, set_reader.read_columns(target, [name], ["id"])) for name in sorted(records)]
+    shards = []
+    for name, record in sorted(records.items()):
+        found = set_reader.read_columns(target, [name], ["id"])["id"].to_pylist()
+        # those of SET that could not be read, once each: a file of what was tried again names its own as well
+        lacking = [id for id in record.rejected if id in manifest["rejected"] and not record.ids]
+        shards.append(set_writer.Shard(name, pa.table({"id": pa.array([*found, *lacking], pa.string())})))
     described = {key: manifest[key] for key in ("shapes", "lpips_is_perceptual")}
     described |= {
+        "examples": manifest["examples"] + len(kept),
         "versions": checkpoint.versions(),
         "sampled": {"count": len(kept), "seed": given.seed, "means_of_the_others": manifest["means"]},
     }

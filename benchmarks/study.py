@@ -39,7 +39,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.files import read_json, write_json
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators, set_maker
-from dmat_ray.manifold.gan_trainer import train_generator
+from dmat_ray.manifold.gan_trainer import result_of, train_generator
 from dmat_ray.manifold.samples import sample_grid
 from dmat_ray.storage import at, set_folder
 
@@ -139,7 +139,7 @@ class _Study:
         generator = train_generator(self.config.gan, images, labels, context)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "samples.png").write_bytes(sample_grid(generator, self.config.gan.seed))
-        best = min((m for m in history if "fid" in m), key=lambda m: m["fid"], default={})
+        _, best = result_of(context.checkpoints()[0], self.config.gan)
         about = {"training": self.config.gan.model_dump(mode="json"), "data": self.config.data.model_dump(mode="json")}
         generators.save_generator(folder, generator, {**about, "quality": best, "versions": checkpoint.versions()})
         return {"images": len(images), "history": history, "kept": best}

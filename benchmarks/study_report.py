@@ -152,7 +152,8 @@ class Study:
 
     def cell(self, method: str, set_name: str, column: str, seeds: Sequence[int] | None = None) -> Estimate:
         """Of all models of a method, or of some."""
-        return estimate([self.of_examples(method, seed, set_name, column) for seed in seeds or self.seeds[method]])
+        chosen = self.seeds[method] if seeds is None else seeds
+        return estimate([self.of_examples(method, seed, set_name, column) for seed in chosen])
 
     def columns(self, set_name: str) -> list[str]:
         """Those whose cells are means over examples."""
@@ -176,7 +177,7 @@ class Study:
         lines = [f"| method | models | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 2)]
         for m in methods:
             shown = [f"**{cells[m, c]}**" if round(cells[m, c].value, 1) == best[c] else str(cells[m, c]) for c in columns]
-            lines.append(f"| {m} | {len(seeds or self.seeds[m])} | {' | '.join(shown)} |")
+            lines.append(f"| {m} | {len(self.seeds[m] if seeds is None else seeds)} | {' | '.join(shown)} |")
         return lines
 
     def verdicts(self, set_name: str) -> list[str]:
@@ -269,7 +270,8 @@ def ablations(study: Study) -> list[str]:
     lines = []
     for title, there in shown.items():
         shared = sorted(set.intersection(*(set(study.seeds[m]) for m in there)))
-        lines += ["", f"### {title}", "", *study.table(there, "on_manifold", columns, shared)]
+        if shared:
+            lines += ["", f"### {title}", "", *study.table(there, "on_manifold", columns, shared)]
     about = (
         f"On {SET_NAMES['on_manifold']}. One thing is changed of `dmat`, evaluation is the same. Only seeds that a table's "
         "methods share are counted; with one seed, intervals are of images alone."

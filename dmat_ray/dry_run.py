@@ -29,7 +29,7 @@ def sizes(config: Config) -> tuple[dict[str, int], int]:
     folder = set_folder(config)
     if (config.manifold_set or folder.local) and (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
-        return dict(manifest["usable"]), len(manifest["class_names"])
+        return {split: manifest["usable"].get(split, 0) for split in ("train", "test")}, len(manifest["class_names"])
     listing = list_examples(config.data)
     return {split: listing.rows(split).num_rows for split in ("train", "test")}, len(listing.class_names)
 
@@ -48,7 +48,7 @@ def stages(
     generator = generators.load_configured(config.generator, "cpu")
     one = estimate.passes(config, generator, classes)
     found = [estimate.project(config, one, sum(counts.values()))] if project else []
-    found += [estimate.train(method, one, generator, counts["train"]) for method in train]
+    found += [estimate.train(method, _passes(method, generator, classes), generator, counts["train"]) for method in train]
     if trials:
         kinds = {corner.fingerprint(): corner for corner in corners}.values()
         each = [estimate.train(kind, _passes(kind, generator, classes), generator, counts["train"]) for kind in kinds]
@@ -57,7 +57,9 @@ def stages(
         if config.tune.confirm_seeds:
             found.append(estimate.confirm(config, dearest))
     if models:
-        found.append(estimate.evaluate(config, one, counts["test"], models))
+        every = [_passes(method, generator, classes) for method in train] or [one]
+        dearest_network = max(every, key=lambda passes: passes.classifier_back)
+        found.append(estimate.evaluate(config, dearest_network, counts["test"], models))
     return found
 
 

@@ -28,13 +28,12 @@ from dmat_ray.config import (
     Row,
 )
 from dmat_ray.manifold.base import LatentGenerator
-from dmat_ray.manifold.discriminator import Discriminator
+from dmat_ray.manifold.discriminator import GROUP, Discriminator
 from dmat_ray.manifold.encoder import untrained
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.types import Generator
 from dmat_ray.wording import number_of
 
-GROUP = 4  # images that a discriminator looks at together
 # passes an image, forward and back, and forward alone, of AutoAttack's parts: their usual steps, ten classes; FAB's are rough
 AUTOATTACK = {
     "apgd-ce": (100, 0),
@@ -180,11 +179,14 @@ def train(config: Config, one: Passes, generator: Generator, images: int) -> Sta
     held_out = min(settings.val_examples, images)
     looked_at = one.classifier + sum(attack(one, term) for term in validation.terms(config).values())
     attacks = [attack(one, term) for _, term, _ in objective.active]
+    kl = [term.divergence == "kl" for _, term, _ in objective.active]
+    share, passes = [1.0] * len(attacks), float(len(objective.passes))
     if config.objective.terms == "sample":
         share = [term.weight / sum(objective.weights.values()) for _, term, _ in objective.active]
-        attacks = [round(a * s) for a, s in zip(attacks, share, strict=True)]
-    attacks += [one.classifier for _, term, _ in objective.active if term.divergence == "kl"]
-    updates = len(objective.passes) * one.classifier_train * (2 if settings.awp_gamma else 1)
+        # the drawn term's images, and the clean ones that a divergence needs
+        passes = 1 + sum(s for s, needs in zip(share, kl, strict=True) if needs)
+    attacks = [round(s * (a + needs * one.classifier)) for a, s, needs in zip(attacks, share, kl, strict=True)]
+    updates = round(passes * one.classifier_train * (2 if settings.awp_gamma else 1))
     epoch = (images - held_out) * (sum(attacks) + updates) + held_out * looked_at
     name = f"train {config.name}".strip()
     return Stage(name, images, number_of(settings.epochs, "epoch"), settings.epochs * epoch, config.cluster.train_workers)

@@ -21,7 +21,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     config, arguments = cli.parse(str(__doc__), preset=["demo"], add=add)
-    prepare_environment(config)
+    prepare_environment(config, places={"to": arguments.to})
     from dmat_ray import model_export, models
     from dmat_ray.cluster import export, jobs
 

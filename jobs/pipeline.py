@@ -35,8 +35,9 @@ def main() -> None:
 
     speaker = jobs.Speaker()
     say = speaker.stage("pipeline")
-    limits = config.data.train_limit, config.data.test_limit
-    subset = f", a subset: at most {limits[0]} training and {limits[1]} test images" if any(limits) else ""
+    limits = {"training": config.data.train_limit, "test": config.data.test_limit}
+    taken = " and ".join(f"{most} {split}" for split, most in limits.items() if most is not None)
+    subset = f", a subset: at most {taken} images" if taken else ""
     say(f"data {config.data.source}{subset}; output in {config.output}")
     with connected(config.cluster, config.output, say), tracking.tracked(config, "", "pipeline") as run:
         jobs.project(config, speaker.stage("project"), run)

@@ -20,7 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     config, arguments = cli.parse(str(__doc__), preset=["demo"], add=add)
-    prepare_environment(config, tracked=False)
+    prepare_environment(config, tracked=False, places={"to": arguments.to})
     from dmat_ray import models
     from dmat_ray.cluster import jobs
 

@@ -1,5 +1,7 @@
 """Estimates of --dry-run against the operations that PyTorch counts while the thing itself runs."""
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -52,8 +54,10 @@ def counting() -> Iterator[Any]:
         {"clean": {"weight": 1}, "image": {"weight": 0}, "latent": {"weight": 0}},
         {"image": {"weight": 6, "eps": 0.1, "steps": 3, "divergence": "kl"}, "latent": {"weight": 0}},
         {"more": {"both": {"threat": "joint", "weight": 1, "steps": 4, "restarts": 2}}},
+        # two of equal work, of which a step has one
+        {"terms": "sample", "latent": {"weight": 0}, "more": {"again": {"threat": "image", "weight": 1, "eps": 0.1, "steps": 2}}},
     ],
-    ids=["dmat", "standard", "trades", "joint"],
+    ids=["dmat", "standard", "trades", "joint", "sampled"],
 )
 def test_a_training_step_is_counted(
     make_config: MakeConfig, generator: StyleGAN2, make_batch: Callable[..., Batch], tmp_path: Path, objective: dict[str, Any]
@@ -134,6 +138,25 @@ def test_an_attack_is_counted(
         attack(network, threats.build(row, generator), batch, row, seed=0, purpose="test")
     one = estimate.passes(config, generator, 4)
     assert counter.get_total_flops() == pytest.approx(4 * estimate.attack(one, row), rel=0.15)
+
+
+def test_every_training_is_counted_with_its_own_network(make_config: MakeConfig, set_folder: Path) -> None:
+    small = make_config(manifold_set=str(set_folder))
+    large = make_config(manifold_set=str(set_folder), classifier={"name": "resnet18"})
+    one, two, judged = dry_run.stages(small, train=[small, large], models=2)
+    assert two.flops > 3 * one.flops
+    (alone,) = dry_run.stages(small, models=2)
+    assert judged.flops > 3 * alone.flops, "as if all were the dearest"
+
+
+def test_a_split_without_usable_images_is_one_of_none(make_config: MakeConfig, set_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(set_folder, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["usable"].pop("test")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    config = make_config(manifold_set=str(folder))
+    assert [stage.images for stage in dry_run.stages(config, train=[config], models=1)] == [manifest["usable"]["train"], 0]
 
 
 def test_an_evaluation_adds_up(make_config: MakeConfig, generator: StyleGAN2) -> None:

@@ -107,6 +107,7 @@ def test_sigterm_leaves_a_checkpoint_within_an_interval(tmp_path: Path, monkeypa
     assert is_finished(tmp_path / "stopped" / "checkpoint")
 
 
+@pytest.mark.exhaustive
 def test_two_workers_on_different_parts_of_a_batch_stay_equal(tmp_path: Path) -> None:
     config = settings(keep="last", ada_target=0.6, path_length=2.0, kimg=0.08)
     (tmp_path / "config.json").write_text(json.dumps(config.model_dump(mode="json")))

@@ -257,6 +257,15 @@ def _shard_elsewhere(folder: Path) -> None:
     edit_manifest(folder, shards={f"../../{name}" if key == name else key: rows for key, rows in shards.items()})
 
 
+def _natural_image_null(folder: Path) -> None:
+    path = folder / "shards" / "part-000001.parquet"
+    table = pq.read_table(path)
+    files = table["image"].to_pylist()
+    files[0]["bytes"] = None
+    column = pa.array(files, table.schema.field("image").type)
+    pq.write_table(table.set_column(table.column_names.index("image"), table.schema.field("image"), column), path)
+
+
 def _other_version(folder: Path) -> None:
     edit_manifest(folder, version=99)
 
@@ -273,6 +282,7 @@ def _other_version(folder: Path) -> None:
         (_other_columns, "has other columns than its manifest says: lpips is double, not float"),
         (_other_shape, r"has other columns than its manifest says: w is fixed_size_list<.*>\[\d+\], not .*\[8\]"),
         (_natural_image_damaged, "part-000001.parquet of .*: the natural image of 'example-.*' cannot be read"),
+        (_natural_image_null, "part-000001.parquet of .*: the natural image of 'example-.*' cannot be read"),
         (_other_count, "24 images to read in its train split, its manifest says 23"),
         (_list_as_manifest, "is damaged: it holds a list, not an object"),
         (_shard_elsewhere, r"names a shard '\.\./\.\./part-000001\.parquet', which is no file of its own"),

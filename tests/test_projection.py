@@ -451,6 +451,20 @@ def test_images_that_do_not_fit_are_refused(generator: StyleGAN2, mixed: Tensor)
         projector.project(mixed / 0, names(12))
 
 
+def test_a_layer_without_effect_has_axes_of_length_0(generator: StyleGAN2, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of length 0 / 0, with which w is no number any more."""
+    whole = generator.synthesis
+
+    def without_the_last(w_BLD: Tensor, clamp: bool = True) -> Tensor:
+        return whole(torch.cat([w_BLD[:, :-1], w_BLD[:, :-1].mean(dim=1, keepdim=True)], dim=1), clamp)
+
+    monkeypatch.setattr(generator, "synthesis", without_the_last)
+    axes, lengths = principal_axes(generator, seed=0)
+    assert torch.isfinite(axes).all()
+    assert (lengths[-1] == 0).all()
+    assert (lengths[:-1] == 1).any()
+
+
 def test_principal_axes_are_those_of_the_derivative(generator: StyleGAN2) -> None:
     axes, lengths = principal_axes(generator, seed=0)
     unit = torch.eye(8).expand(generator.num_ws, -1, -1)

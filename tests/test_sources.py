@@ -334,11 +334,25 @@ def test_a_part_of_a_listing_travels(folder: Path) -> None:
         (lambda p: _with(p, "a/x.png", "a/y.png", "b/x.png"), "class 'b' .* no image in the train split"),
         (lambda p: _with(p, "x.png") / "x.png", r"x\.png' is a file, but not a Parquet file"),
     ],
-    ids=["missing", "empty", "one class", "class without images", "class with one image", "a file"],
+    ids=[
+        "missing",
+        "empty",
+        "one class",
+        "class without images",
+        "class of a part without images",
+        "class with one image",
+        "a file",
+    ],
 )
 def test_folders_that_cannot_be_used(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
     with pytest.raises(UserError, match=message):
         list_examples(DataConfig(source=str(make(tmp_path))))
+
+
+def test_a_class_of_a_part_without_images_is_named_where_it_lies(tmp_path: Path) -> None:
+    _with(tmp_path, *(f"{part}/{c}/x.png" for part in ("train", "test") for c in "ab"), "train/c/readme.md")
+    with pytest.raises(UserError, match=r"class folder '.*/train/c' holds no images"):
+        list_examples(DataConfig(source=str(tmp_path), official_split=True))
 
 
 def test_urls_that_cannot_be_used(server: s3.Server) -> None:

@@ -1,4 +1,4 @@
-"""How the weights are moved: cosine's largest rate and warm-up, batch, decay, averaging, and adversarial weight perturbation."""
+"""How the weights are moved: cosine's largest rate and warm-up, weight decay, averaging, and adversarial weight perturbation."""
 
 from ray import tune
 

@@ -144,7 +144,8 @@ def _judge(
 def _retrain(search: Plan, best: Trial, say: Callable[[str], None]) -> dict[str, dict[str, Config]]:
     """The best settings and those the search began from, each with several seeds for all of training.epochs; published."""
     config, epochs = search.config, search.base["training"]["epochs"]
-    settings = {"best": {**search.space.constants, **best.knobs}, "start": {}}
+    found = spaces.stretched({**search.space.constants, **best.knobs}, epochs / config.tune.epochs)
+    settings = {"best": found, "start": {}}
     made: dict[str, dict[str, Config]] = {}
     for kind, given in settings.items():
         for seed in range(1, config.tune.confirm_seeds + 1):

@@ -112,10 +112,8 @@ def train(config: Config, folder: Location, command: str, say: Callable[[str], N
             "versions": versions(),
         }
         lease.check()
-        if folder.local is not None:
-            save_encoder(folder.local, encoder, card)
-        else:
-            replace_folder(folder, lambda fresh: save_encoder(fresh, encoder, card))
+        replace_folder(folder, lambda fresh: save_encoder(fresh, encoder, card))
+        run.done = True
         run.artifact(folder, "encoder")
         run.metrics({f"fresh_{key}": value for key, value in errors.items()}, step=round(config.encoder.kimg * 1000))
         (storage / name).remove()

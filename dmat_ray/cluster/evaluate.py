@@ -117,7 +117,8 @@ class _Work:
         self.config, self.set_path, self.models, self.folder = config, set_path, models, folder / UNITS
         self.data = manifold_set.open_set(set_path, "test")
         self.positions = units.chosen(self.data, config.evaluation)
-        self.facts = {k: v for k, v in fingerprint(config, set_path, models).items() if k != "evaluation"}
+        self.made_for = fingerprint(config, set_path, models)
+        self.facts = {k: v for k, v in self.made_for.items() if k != "evaluation"}
 
     def name(self, unit: Unit) -> str:
         """A unit's file."""
@@ -205,7 +206,9 @@ def evaluate(
     findings = checks.judge(Results(rows, settings), measurements)
     (folder / ROWS).write_bytes(_as_parquet(rows))
     (folder / CHECKS).write_json({"measurements": measurements, "findings": [f.to_json() for f in findings]})
-    (folder / DONE).write_json(fingerprint(config, set_path, models))
+    if fingerprint(config, set_path, models) != work.made_for:
+        raise UserError("the set or a model was replaced while it was evaluated, so its rows are of both; run the same again")
+    (folder / DONE).write_json(work.made_for)
     return rows, findings
 
 

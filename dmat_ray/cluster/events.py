@@ -59,7 +59,7 @@ class _Mailbox:
 
 
 def send(mailbox: str, event: dict[str, Any]) -> None:
-    """From any process of the job: hand `event` (JSON values) to the driver's listener, if that is still there.
+    """From any process of the job: hand `event` (what Ray can serialise) to the driver's listener, if that is still there.
 
     Losing a line must not end a training: its numbers are in the checkpoint's history as well.
     """
@@ -167,15 +167,19 @@ def listen(
     stop = threading.Event()
     complained = False
 
-    def drain() -> None:
+    def tell(event: dict[str, Any]) -> None:
         nonlocal complained
-        for event in ray.get(actor.take.remote(), timeout=60):
-            try:
-                handle(event)
-            except Exception as error:  # hours of training must not end because a tracking server has a bad minute
-                if not complained:
+        try:
+            handle(event)
+        except Exception as error:  # hours of training must not end because a tracking server has a bad minute
+            if not complained:
+                with contextlib.suppress(OSError):  # nobody may be there to read it
                     print(f"warning: an event could not be handled: {error}", file=sys.stderr, flush=True)
-                complained = True
+            complained = True
+
+    def drain() -> None:
+        for event in ray.get(actor.take.remote(), timeout=60):
+            tell(event)
 
     def loop() -> None:
         told, alone = False, False
@@ -184,12 +188,12 @@ def listen(
                 drain()
                 if asked is not None and asked.is_set():
                     if not told:
-                        handle({"text": "asked to stop (SIGTERM): writing a checkpoint first; a second SIGTERM stops at once"})
                         ray.get(actor.stop.remote(), timeout=60)
                         told = True
+                        tell({"text": "asked to stop (SIGTERM): writing a checkpoint first; a second SIGTERM stops at once"})
                     if alone or not ray.get(actor.hears.remote(), timeout=60):
                         if not alone:
-                            handle({"text": "no worker is at work: stopping at once"})
+                            tell({"text": "no worker is at work: stopping at once"})
                         alone = True
                         os.kill(os.getpid(), signal.SIGTERM)  # again and again: the first may come too soon (see heed_sigterm)
 

@@ -98,16 +98,17 @@ def _log(
                 # two: of a batch of one torch.export takes the size for a constant
                 input_example=np.full((2, *shape), 0.5, np.float32),
                 serialization_format="pt2",
-                registered_model_name=register,
                 extra_files=files,
                 pip_requirements=[f"torch=={torch.__version__.split('+')[0]}"],
             )
+        # before it is registered: nobody shall find another function under the name
+        _require_equal(name, network, mlflow.pytorch.load_model(info.model_uri), shape)
+        version = mlflow.register_model(info.model_uri, register).version if register else None
         if register and alias:
-            mlflow.MlflowClient().set_registered_model_alias(register, alias, info.registered_model_version)
+            mlflow.MlflowClient().set_registered_model_alias(register, alias, version)
     except MlflowException as error:
         raise UserError(f"MLflow refuses model '{name}': {str(error).splitlines()[0]}") from None
-    _require_equal(name, network, mlflow.pytorch.load_model(info.model_uri), shape)
-    where = f", version {info.registered_model_version} of '{register}'{f' ({alias})' if alias else ''}" if register else ""
+    where = f", version {version} of '{register}'{f' ({alias})' if alias else ''}" if register else ""
     say(f"{name}: {info.model_uri}{where}")
     return str(info.model_uri)
 

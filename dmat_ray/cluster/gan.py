@@ -259,6 +259,7 @@ def _train(
             lease.check()
 
         replace_folder(folder, write)
+        run.done = True
         run.artifact(folder, "generator")
         run.metrics({f"kept_{key}": float(value) for key, value in kept.items()}, step=round(kept["kimg"] * 1000))
         for leftover in (storage / name, cache.folder):

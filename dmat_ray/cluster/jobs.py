@@ -1,4 +1,5 @@
-"""What the scripts in jobs/ call: each stage with its session, its MLflow run and its lines."""
+"""What the scripts in jobs/ call: projection, training, evaluation and prediction, each with its session, its lines and, but for
+prediction, its MLflow run."""
 
 import contextlib
 import os
@@ -88,7 +89,8 @@ def evaluate(
         return results, checked[1]
     with contextlib.ExitStack() as stack:
         stack.enter_context(exclusive(folder))  # two evaluations must not mix their rows
-        page.unlink()  # a page of other rows must not pass for theirs, whenever this run may end
+        for file in (page, *report.siblings(page)):
+            file.unlink()  # those of other rows must not pass for theirs, whenever this run may end
         stack.enter_context(connected(config.cluster, config.output, say, (EVALUATE,)))
         run = stack.enter_context(tracking.tracked(config, "", "evaluate", parent))
         rows, findings = stage.evaluate(config, set_folder(config), models, folder, say)

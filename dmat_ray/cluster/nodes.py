@@ -81,7 +81,9 @@ def _strange(output: Location, mark: str, node: str, driver: str) -> list[str]:
         time.sleep(0.2)
     same = f"output '{output}' is not the same folder on node {node} as on the driver's, {driver}"
     hint = "give an --output on a file system that all nodes share"
-    return [f"{same}; {hint if output.local else 'do both have one AWS_ENDPOINT_URL?'}"]
+    if output.local is None:
+        hint = "do both have one AWS_ENDPOINT_URL?" if str(output).startswith("s3:") else "do both read one store?"
+    return [f"{same}; {hint}"]
 
 
 def require_like_driver() -> None:
@@ -105,20 +107,24 @@ def look_at_all(told: str, say: Callable[[str], None]) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    alive = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
     task = ray.remote(look)
     began = time.time()
-    asked = [
-        task.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(told)
-        for node in alive
-    ]
-    ready, silent = ray.wait(asked, num_returns=len(asked), timeout=PATIENCE_S)
+    asked = {
+        task.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(told): name
+        for node, name in alive.items()
+    }
+    ready, silent = ray.wait(list(asked), num_returns=len(asked), timeout=PATIENCE_S)
     if silent:
         say(f"warning: {len(silent)} of {len(asked)} nodes did not answer within {PATIENCE_S:.0f} s and were not looked at")
     said = []
     for answer in ready:
         try:
             found = ray.get(answer)
+        except ray.exceptions.RayTaskError as error:  # it answers, and cannot look: dmat_ray is not there, e.g.
+            last = str(error).strip().splitlines()[-1].strip()
+            said.append(f"node {asked[answer]} cannot run what the driver sends: {last}; install the driver's packages there")
+            continue
         except ray.exceptions.RayError:
             continue  # a machine may go at any time
         said += found["complaints"]

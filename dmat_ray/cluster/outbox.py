@@ -28,6 +28,7 @@ EPOCH = "epoch"  # a metric of trainings
 FRONT = "pareto_front"  # a tag of trials and of models
 KINDS = {"create", "metrics", "artifact", "text", "tag", "register", "finish"}
 STORED = {"artifact", "text"}  # what goes to a store of artifacts, by way of packages whose errors are their own
+GATEWAY = (502, 503, 504)  # of what stands before a server that is not there
 PAUSES_S = (0.5, 1, 2, 5, 10)
 TRIES = 20  # of what may pass or not: about three minutes, of one job or of several
 Entry = dict[str, Any]
@@ -187,7 +188,7 @@ class Outbox:
             if found[0].info.status != "FINISHED":
                 self._client.update_run(run_id, status="RUNNING")
             self._epochs[run_id] = found[0].data.metrics.get(EPOCH, -1.0)
-            if entry.get("reopen"):
+            if entry.get("reopen") and found[0].data.params:
                 return run_id  # its params are there; those that may differ, such as a budget, cannot be changed
         else:
             parent = entry.get("parent_id") or self._ids.get(entry["parent"] or "")
@@ -261,6 +262,8 @@ def _refused(entry: Entry, error: Exception) -> bool | None:
     """Whether sending it again can only fail again; None if that cannot be told."""
     status = _status(error)
     if status is not None:
+        if entry["do"] in STORED and getattr(error, "response", None) is not None and status >= 500 and status not in GATEWAY:
+            return None  # the server answers, and what is behind it may not
         return 400 <= status < 500 and status not in (401, 408, 429)  # a password may be renewed
     if isinstance(error, FileNotFoundError):
         return True

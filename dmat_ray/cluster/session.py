@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,18 +54,23 @@ TRAIN, PROJECT, EVALUATE = "train_workers", "projection_actors", "evaluation_act
 
 
 def prepare_environment(
-    config: Config | None = None, cluster: ClusterConfig | None = None, *, tracked: bool = True, elastic: bool = True
+    config: Config | None = None,
+    cluster: ClusterConfig | None = None,
+    *,
+    tracked: bool = True,
+    elastic: bool = True,
+    places: Mapping[str, str | None] | None = None,
 ) -> None:
     """Set what is not set, for the cluster of `config`, or for `cluster`. Call it before ray is imported.
 
     `elastic` is False for a job whose trainings have all of their workers or none, whatever `train_workers_min` says.
-    Raises UserError for an output that would be lost, since a submitted job runs in a copy of its working directory, or that
-    cannot hold the database of a job that is `tracked`.
+    Raises UserError for an output (or one of the job's own `places` to write to, by option) that would be lost, since a
+    submitted job runs in a copy of its working directory, or that cannot hold the database of a job that is `tracked`.
     """
     if config is not None and tracked:
         tracking_uri(config)
     if config is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        for name, place in (("output", config.output), ("manifold_set", config.manifold_set)):
+        for name, place in {"output": config.output, "manifold_set": config.manifold_set, **(places or {})}.items():
             if place is not None and "://" not in place and not Path(place).is_absolute():
                 raise UserError(
                     f"{name} '{place}' is relative, but a submitted job runs in a temporary copy of its working directory; "
@@ -75,9 +80,7 @@ def prepare_environment(
         # after a machine is lost Ray Train may count on it for so long, before it starts with those that are left
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
     cluster = cluster if config is None else config.cluster
-    own = cluster is None or cluster_address(cluster) is None
-    local = LOCAL_ENVIRONMENT if own and not os.environ.get("RAY_ADDRESS") else {}
-    for key, value in {**ENVIRONMENT, **local}.items():
+    for key, value in {**ENVIRONMENT, **(LOCAL_ENVIRONMENT if is_own(cluster or ClusterConfig()) else {})}.items():
         os.environ.setdefault(key, value)
 
 
@@ -89,7 +92,7 @@ def cluster_address(config: ClusterConfig) -> str | None:
 
 def is_own(config: ClusterConfig) -> bool:
     """True if the job starts a Ray of its own on this machine."""
-    return cluster_address(config) is None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
+    return cluster_address(config) is None
 
 
 def worker_count(config: ClusterConfig) -> int | tuple[int, int]:

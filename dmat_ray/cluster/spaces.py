@@ -144,6 +144,20 @@ class Space:
                 raise UserError(f"tune.space '{self.path}' reaches where trials cannot go, with {where}: {error}") from None
 
 
+SCHEDULE = ("training.lr_epochs", "training.lr_warmup", "training.awp_warmup")  # counted in epochs
+
+
+def stretched(settings: Mapping[str, Any], share: float) -> dict[str, Any]:
+    """A trial's settings for a training of `share` times its epochs: what is counted in epochs keeps its share of the whole."""
+
+    def longer(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [longer(k) for k in value]
+        return round(value * share) if isinstance(value, int) else value * share
+
+    return {key: longer(value) if key in SCHEDULE else value for key, value in settings.items()}
+
+
 def trial_config(base: Mapping[str, Any], settings: Mapping[str, Any], name: str, epochs: int) -> Config:
     """The base with a trial's settings (by dotted name); raises UserError for keys and values that do not fit."""
     old = base["training"]

@@ -29,6 +29,7 @@ class Run:
 
     def __init__(self, outbox: Outbox, handle: str) -> None:
         self._outbox, self.handle = outbox, handle
+        self.done = False  # its result is there, so that nothing that comes after it makes it a failure
 
     @property
     def id(self) -> str:
@@ -101,12 +102,14 @@ def open_run(config: Config, name: str, stage: str, parent: Run | None = None, *
 
 @contextmanager
 def tracked(config: Config, name: str, stage: str, parent: Run | None = None, *, key: str | None = None) -> Iterator[Run]:
-    """A run that ends as FINISHED, or as FAILED when the body raises; all is sent when this returns, or kept (see Outbox)."""
+    """A run that ends as FINISHED, or as FAILED when the body raises and it is not `done`.
+
+    All is sent when this returns, or kept (see Outbox).
+    """
     run = open_run(config, name, stage, parent, key=key)
-    status = "FAILED"
     try:
         yield run
-        status = "FINISHED"
+        run.done = True
     finally:
-        run.finish(status)
+        run.finish("FINISHED" if run.done else "FAILED")
         _outbox(config).flush()

@@ -128,6 +128,7 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
             if found is None:
                 raise RuntimeError(f"Ray Train finished, but '{folder}' holds no final checkpoint of {config.name}")
             publish(found, model_folder(config))
+            runs[config.name].done = True
             runs[config.name].artifact(model_folder(config), "checkpoint")
         folder.remove()
 

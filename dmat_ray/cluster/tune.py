@@ -103,7 +103,7 @@ class _Watcher:
         return float(seconds[name])
 
     def gpu_hours(self) -> float:
-        """What all trials have used so far, before a kill, too."""
+        """What all trials have used up to their last epochs, before a kill, too."""
         cluster = self.search.config.cluster
         return float(cluster.gpus_per_worker * cluster.train_workers * sum(self.spent["seconds"].values()) / 3600)
 
@@ -323,7 +323,8 @@ def _search(plan: Plan, say: Callable[[str], None], *, resume: bool) -> champion
         try:
             found = _fit(plan, watcher, at_once, resume=resume)
         except BaseException:
-            for one in watcher.runs.values():
-                one.finish("FAILED")
+            for trial, one in watcher.runs.items():
+                if trial not in watcher.closed:
+                    one.finish("FAILED")
             raise
         return champion.crown(plan, found, watcher.runs, parent, say, watcher.ended_by)

@@ -41,7 +41,7 @@ def folder_items(root: Location, files: list[str], folders: list[str], config: D
         ignored.append(f"{len(others)} file{'s' if len(others) > 1 else ''} {why}, the first: '{text(others[0])}'")
     empty = sorted(set(range(len(names))) - set(labels))
     if empty and not config.classes:
-        raise UserError(f"class folder '{root / names[empty[0]]}' holds no images ({', '.join(sorted(EXTENSIONS))})")
+        raise UserError(f"class folder '{root / above[0] / names[empty[0]]}' holds no images ({', '.join(sorted(EXTENSIONS))})")
     return Items(
         pa.array([text(path) for path in images], pa.string()),
         np.array(labels, np.int64),

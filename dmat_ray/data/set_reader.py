@@ -99,7 +99,7 @@ def decoded(table: pa.Table, manifest: dict[str, Any], where: str) -> np.ndarray
     most, resize = max_pixels_of(manifest), resize_of(manifest)
     for i, content in enumerate(pc.struct_field(table["image"], "bytes")):
         try:
-            pixels[i] = decode(content.as_py(), resolution, channels, most, resize)
+            pixels[i] = decode(content.as_py() or b"", resolution, channels, most, resize)
         except ValueError as error:
             raise UserError(f"{where}: the natural image of '{table['id'][i]}' {error}") from None
     return pixels

@@ -37,4 +37,6 @@ def principal_axes(generator: Generator, seed: int) -> tuple[Tensor, Tensor]:
         total += by_layer.transpose(1, 2) @ by_layer
     values, axes = torch.linalg.eigh(total)
     effect = values.clamp(min=0).sqrt()
-    return axes.to(dtype), (effect / (FULL * effect.amax(dim=1, keepdim=True))).clamp(max=1).to(dtype)
+    # a layer that moves no pixel has no direction that counts
+    most = effect.amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    return axes.to(dtype), (effect / (FULL * most)).clamp(max=1).to(dtype)

@@ -30,6 +30,9 @@ class EqualConv(nn.Module):
         return F.conv2d(filter_1331(x, (2, 2)), weight, self.bias, stride=2)
 
 
+GROUP = 4
+
+
 class DiscriminatorBlock(nn.Module):
     """Residual block that halves the resolution."""
 
@@ -46,14 +49,14 @@ class DiscriminatorBlock(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """x_BCHW in [-1, 1] -> logit_B, against minibatch standard deviation of groups of `group` images.
+    """x_BCHW in [-1, 1] -> logit_B, against minibatch standard deviation of groups of GROUP images.
 
     With classes, the logit is a projection of the features on the embedded class (arXiv 1802.05637).
     """
 
-    def __init__(self, config: StyleGAN2Config, group: int = 4) -> None:
+    def __init__(self, config: StyleGAN2Config) -> None:
         super().__init__()
-        width, self.group, self.num_classes = config.width, group, config.num_classes
+        width, self.num_classes = config.width, config.num_classes
         self.stem = EqualConv(config.channels, width(config.resolution), 1)
         self.blocks = nn.Sequential(*(DiscriminatorBlock(width(r), width(r // 2)) for r in reversed(config.resolutions[1:])))
         self.conv = EqualConv(width(4) + 1, width(4), 3)
@@ -64,7 +67,7 @@ class Discriminator(nn.Module):
     def forward(self, x: Tensor, y_B: Tensor | None = None) -> Tensor:
         x = self.blocks(leaky_relu(self.stem(x)))
         b, c, h, w = x.shape
-        group = self.group if b % self.group == 0 else b
+        group = GROUP if b % GROUP == 0 else b
         spread = x.reshape(group, b // group, c, h, w).var(dim=0, unbiased=False).add(1e-8).sqrt()
         spread = spread.mean(dim=(1, 2, 3)).repeat(group)[:, None, None, None].expand(-1, 1, h, w)
         x = leaky_relu(self.conv(torch.cat([x, spread], dim=1)))

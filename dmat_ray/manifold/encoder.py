@@ -178,8 +178,9 @@ def load_encoder(folder: Place, generator_sha256: str, device: torch.device | st
         )
     try:
         state = load_file(path)
-        # the two that bound all others: a card alone must not make this reserve memory
-        for name, shape in (("head.bias", (sizes["num_ws"] * sizes["w_dim"],)), ("hidden.bias", (sizes["width_max"],))):
+        with torch.device("meta"):  # a card alone must not make this reserve memory
+            wanted = {name: tuple(value.shape) for name, value in Encoder(**sizes).state_dict().items()}
+        for name, shape in wanted.items():
             if name not in state or tuple(state[name].shape) != shape:
                 found = "not there" if name not in state else tuple(state[name].shape)
                 raise UserError(f"the weights of encoder '{folder}' do not fit its card: {name} is {found}, not {shape}")

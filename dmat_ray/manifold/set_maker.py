@@ -71,7 +71,8 @@ def prepare(config: Config, say: Callable[[str], None]) -> Listing:
     build_projector(config.model_copy(update={"projection": cheap}), torch.device("cpu"))
     taken = listing.table.num_rows
     if taken < listing.found:
-        say(f"taking {taken} of {listing.found} images (data.train_limit, data.test_limit)")
+        why = [name for name in ("balanced", "train_limit", "test_limit") if getattr(config.data, name)]
+        say(f"taking {taken} of {listing.found} images ({', '.join(f'data.{name}' for name in why)})")
     if listing.ignored:
         say(f"not taken: {listing.ignored}")
     return listing

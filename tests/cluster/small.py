@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -37,8 +38,25 @@ SMALL = [
 DMAT = ["--training.epochs", "3", "--objective.latent.steps", "10"]
 
 
+@functools.cache
+def _database() -> bytes:
+    """An MLflow database without runs. To make its tables takes MLflow seconds, in every folder of a test anew."""
+    import mlflow
+
+    with tempfile.TemporaryDirectory() as folder:
+        mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
+        return (Path(folder) / "mlflow.db").read_bytes()
+
+
+def with_database(output: Path) -> None:
+    """Give a folder that is there the database that its first job would make."""
+    if output.is_absolute() and output.is_dir() and not (output / "mlflow.db").exists():
+        (output / "mlflow.db").write_bytes(_database())
+
+
 def settings(output: Path, *options: Any, preset: tuple[str, ...] = ("demo",)) -> Config:
     """The demo's settings at a size for tests, under `output`."""
+    with_database(Path(output))
     config, _ = cli.parse("test", ["--preset", *preset, "--output", str(output), *SMALL, *map(str, options)])
     return config
 
@@ -168,6 +186,7 @@ def train_workers() -> list[psutil.Process]:
 
 def start_job(job: str, output: Path, *options: str) -> "subprocess.Popen[str]":
     """A job as a user starts it, with its own Ray unless the options say otherwise."""
+    with_database(output)
     command = [sys.executable, str(ROOT / "jobs" / job), "--output", str(output), *SMALL, *options]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -1,6 +1,7 @@
 """Evaluation on a real Ray: killed and taken up again, extended, damaged, transferred, by groups."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from small import settings, start_job, wait_for
 
 from dmat_ray.cluster import evaluate as stage
 from dmat_ray.cluster import jobs
+from dmat_ray.errors import UserError
+from dmat_ray.storage import at
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session", "impatient")]
 
@@ -106,6 +109,18 @@ def test_a_killed_evaluation_goes_on_where_it_was(finished, suite, undisturbed, 
     _, expected, expected_findings, _ = undisturbed
     assert without_time(results.rows) == without_time(expected.rows)
     assert findings == expected_findings
+
+
+def test_rows_of_a_model_that_was_replaced_on_the_way_are_not_taken_for_whole(
+    finished, undisturbed, suite, tmp_path, monkeypatch, say
+):
+    folder = at(shutil.copytree(undisturbed[0] / "evaluation", tmp_path / "evaluation"))
+    config, place = settings(tmp_path, preset=("demo", str(suite))), at(undisturbed[0] / "on_manifold_set")
+    facts = iter([stage.fingerprint(config, place, finished.models)])
+    monkeypatch.setattr(stage, "fingerprint", lambda *_: next(facts, {"models": "others"}))
+    with pytest.raises(UserError, match="a model was replaced while it was evaluated"):
+        stage.evaluate(config, place, finished.models, folder, say)
+    assert not (folder / stage.DONE).is_file()
 
 
 def test_only_what_is_new_or_damaged_runs(finished, undisturbed, tmp_path, say, lines):

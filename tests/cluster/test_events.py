@@ -65,6 +65,30 @@ def test_a_job_without_workers_stops_at_once(monkeypatch):
     assert said[1:] == ["no worker is at work: stopping at once"]
 
 
+def test_workers_are_told_to_stop_though_nobody_reads_the_lines(monkeypatch):
+    """`job | tee log`, of which both are sent SIGTERM: the pipe breaks."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+
+    def read_no_more(event: dict) -> None:
+        raise BrokenPipeError
+
+    def told() -> None:
+        with (
+            events.heed_sigterm() as asked,
+            events.listen(read_no_more, asked) as mailbox,
+            events.no_retry_of_user_errors(mailbox),
+        ):
+            assert comes_true(lambda: ray.get(ray.get_actor(mailbox).hears.remote()))
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert comes_true(lambda: events.is_stopping(mailbox))
+
+    try:
+        with pytest.raises(SystemExit):
+            told()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_second_sigterm_ends_at_once_unless_it_is_the_first_once_more(monkeypatch):
     """As `timeout` sends it to a process and to all of its group, in one breath."""
     got: list[int] = []

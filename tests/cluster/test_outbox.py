@@ -7,6 +7,7 @@ from typing import Any
 
 import mlflow
 import pytest
+import requests
 
 from dmat_ray.cluster import outbox
 from dmat_ray.cluster.outbox import Outbox
@@ -99,7 +100,16 @@ class S3UploadFailedError(Exception):
     """boto3's: no OSError, and without a status."""
 
 
-@pytest.mark.parametrize("error", [S3UploadFailedError("SlowDown"), PermissionError(13, "Permission denied", "mlartifacts")])
+def answered(status: int) -> requests.HTTPError:
+    """What an upload through MLflow's server raises."""
+    response = requests.Response()
+    response.status_code = status
+    return requests.HTTPError(f"{status} Server Error", response=response)
+
+
+@pytest.mark.parametrize(
+    "error", [S3UploadFailedError("SlowDown"), PermissionError(13, "Permission denied", "mlartifacts"), answered(503)]
+)
 def test_an_artifact_is_sent_once_its_store_takes_it(client, tmp_path, capfd, error):
     times = []
 
@@ -120,7 +130,9 @@ def test_an_artifact_is_sent_once_its_store_takes_it(client, tmp_path, capfd, er
     assert "answers again" in said
 
 
-@pytest.mark.parametrize("error", [S3UploadFailedError("AccessDenied"), PermissionError(13, "Permission denied", "mlartifacts")])
+@pytest.mark.parametrize(
+    "error", [S3UploadFailedError("AccessDenied"), PermissionError(13, "Permission denied", "mlartifacts"), answered(500)]
+)
 def test_an_artifact_that_its_store_never_takes_does_not_hold_up_the_rest(client, tmp_path, capfd, error):
     tried = 0
 

@@ -94,6 +94,7 @@ def test_rows_are_one_per_example_and_attack(finished):
             assert row["l2"] <= budget["PGD-20 L2"] + 1e-4
 
 
+@pytest.mark.exhaustive
 def test_rows_do_not_depend_on_the_number_of_actors(finished, tmp_path, say):
     finished.copy_set(tmp_path)
     one = {"dmat": finished.models["dmat"]}

@@ -265,16 +265,32 @@ def test_a_gpu_that_torch_cannot_use_is_no_reason_to_compute_on_the_cpu(nodes):
     assert "finds none there" in answer
 
 
-def test_a_node_with_another_torch_is_refused_before_anything_runs(nodes, start_on, tmp_path):
+WITHOUT = """
+import sys
+
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "dmat_ray":
+            raise ModuleNotFoundError("No module named 'dmat_ray'")
+
+sys.meta_path.insert(0, Without())
+"""
+
+
+def test_nodes_without_the_drivers_packages_are_refused_before_anything_runs(nodes, start_on, tmp_path):
     metadata = tmp_path / "site" / "torch-9.9.9.dist-info" / "METADATA"
     metadata.parent.mkdir(parents=True)
     metadata.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n")
-    node = nodes.cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": str(tmp_path / "site")})
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "sitecustomize.py").write_text(WITHOUT)
+    added = [nodes.cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": str(tmp_path / name)}) for name in ("site", "none")]
     process = start_on(tmp_path / "out", *OPTIONS)
     told, _ = process.communicate(timeout=400)
-    nodes.cluster.remove_node(node)
+    for node in added:
+        nodes.cluster.remove_node(node)
     assert process.returncode == 2, told
     assert "has torch 9.9.9 (the driver has 2." in told
+    assert re.search(r"node \S+ cannot run what the driver sends: .*No module named 'dmat_ray'", told), told
     assert not written(tmp_path / "out")
 
 

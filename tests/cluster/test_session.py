@@ -19,7 +19,7 @@ from small import settings
 
 from dmat_ray import models
 from dmat_ray.cluster import encoder, evaluate, gan, jobs, session, train
-from dmat_ray.cluster.session import connected, prepare_environment
+from dmat_ray.cluster.session import connected, is_own, prepare_environment
 from dmat_ray.config import ClusterConfig
 from dmat_ray.errors import UserError
 from dmat_ray.storage import at
@@ -102,6 +102,23 @@ def test_relative_output_of_a_submitted_job_is_refused(monkeypatch, tmp_path):
     prepare_environment(settings(tmp_path, "--manifold_set", "s3://bucket/set"))
     with pytest.raises(UserError, match=r"manifold_set 'sets/mine' is relative.*--manifold_set an absolute path"):
         prepare_environment(settings(tmp_path, "--manifold_set", "sets/mine"))
+    with pytest.raises(UserError, match=r"to 'labels\.parquet' is relative"):
+        prepare_environment(settings(tmp_path), places={"to": "labels.parquet"})
+
+
+@pytest.mark.parametrize(("exported", "asked", "own"), [
+    (None, None, True), ("local", None, True), ("10.0.0.1:6379", "local", True), ("10.0.0.1:6379", None, False)
+])  # fmt: skip
+def test_a_ray_of_ones_own_stays_on_loopback(monkeypatch, exported, asked, own):
+    """Whatever cluster the shell knows of."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if exported:
+        monkeypatch.setenv("RAY_ADDRESS", exported)
+    cluster = ClusterConfig(address=asked)
+    prepare_environment(cluster=cluster)
+    assert is_own(cluster) == own
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == ("lo" if own else None)
 
 
 def test_an_output_in_an_object_store_needs_an_mlflow_server():

@@ -82,6 +82,16 @@ def test_a_trials_schedule_is_the_whole_one_squeezed(config):
     assert list(trial.training.lr_values) == old["lr_values"]
 
 
+def test_what_a_trial_found_in_epochs_keeps_its_share_of_a_longer_training():
+    """A warm-up of one of eight epochs is that of two and a half of twenty."""
+    found = {"training.lr_warmup": 1.0, "training.awp_warmup": 2, "training.lr_epochs": [0, 2, 8], "objective.image.eps": 0.1}
+    longer = spaces.stretched(found, 20 / 8)
+    assert longer == {
+        "training.lr_warmup": 2.5, "training.awp_warmup": 5, "training.lr_epochs": [0, 5, 20], "objective.image.eps": 0.1
+    }  # fmt: skip
+    assert isinstance(longer["training.awp_warmup"], int)
+
+
 def test_a_trial_is_what_it_is_after_its_last_epoch(config):
     base = config.to_json()
     base["training"] |= {"keep": "best", "checkpoint_every": 5, "checkpoint_minutes": 1.0}

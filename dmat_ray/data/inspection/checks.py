@@ -89,12 +89,12 @@ class Check:
         """'ok', 'failed' or 'not made'."""
         return "failed" if self.defects else ("ok" if self.detail else "not made")
 
-    def defect(self, line: str, count: int = 1) -> None:
-        """Note a defect, or `count` of them in one line; after MOST_DEFECTS lines only their number."""
+    def defect(self, line: str) -> None:
+        """Note a defect; after MOST_DEFECTS lines only their number."""
         if len(self.defects) < MOST_DEFECTS:
             self.defects.append(line)
         else:
-            self.more += count
+            self.more += 1
 
     @contextmanager
     def guard(self, what: str) -> Iterator[None]:
