@@ -339,7 +339,6 @@ def test_a_part_of_a_listing_travels(folder: Path) -> None:
         "empty",
         "one class",
         "class without images",
-        "class of a part without images",
         "class with one image",
         "a file",
     ],
