@@ -39,7 +39,7 @@ DMAT = ["--training.epochs", "3", "--objective.latent.steps", "10"]
 
 
 @functools.cache
-def _database() -> bytes:
+def database() -> bytes:
     """An MLflow database without runs. To make its tables takes MLflow seconds, in every folder of a test anew."""
     import mlflow
 
@@ -51,7 +51,7 @@ def _database() -> bytes:
 def with_database(output: Path) -> None:
     """Give a folder that is there the database that its first job would make."""
     if output.is_absolute() and output.is_dir() and not (output / "mlflow.db").exists():
-        (output / "mlflow.db").write_bytes(_database())
+        (output / "mlflow.db").write_bytes(database())
 
 
 def settings(output: Path, *options: Any, preset: tuple[str, ...] = ("demo",)) -> Config:

@@ -178,3 +178,20 @@ def test_a_server_that_is_not_there_at_the_start_is_named(tmp_path):
     uri = f"http://127.0.0.1:{free_ports(1)[0]}"
     with pytest.raises(UserError, match=f"MLflow at tracking.uri '{uri}' does not answer: .*; start it, correct the address"):
         Outbox(uri, tmp_path, 1.0)
+
+
+def test_a_run_whose_result_is_there_is_finished_whatever_comes_after(server, tmp_path):
+    """SIGTERM in a training's last moments, after its model was published."""
+    config = settings(tmp_path, "--tracking.uri", server.url, "--tracking.experiment", "done")
+
+    def stopped(name: str, done: bool) -> None:
+        with tracking.tracked(config, name, "train") as run:
+            run.done = done
+            raise SystemExit(143)
+
+    for name, done in (("published", True), ("stopped", False)):
+        with pytest.raises(SystemExit):
+            stopped(name, done)
+    assert {name: run.info.status for name, run in runs(server, "done").items()} == {
+        "train: published": "FINISHED", "train: stopped": "FAILED"
+    }  # fmt: skip
