@@ -12,6 +12,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -530,14 +531,23 @@ def job(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
 
 
-def refused(*arguments: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """What the job prints where it inspects nothing; in this process, which is sooner ready."""
+def job_here(*arguments: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The same in this process, which is sooner ready."""
     monkeypatch.setattr(sys, "argv", ["inspect_set.py", *arguments])
-    with pytest.raises(SystemExit) as ended:
+    code: Any = 0
+    try:
         runpy.run_path(str(ROOT / "jobs" / "inspect_set.py"), run_name="__main__")
+    except SystemExit as ended:
+        code = ended.code
     told = capsys.readouterr()
-    assert (ended.value.code, told.out) == (2, "")
-    return told.err
+    return SimpleNamespace(returncode=code, stdout=told.out, stderr=told.err)
+
+
+def refused(*arguments: str, **here: Any) -> str:
+    """What the job prints where it inspects nothing."""
+    done = job_here(*arguments, **here)
+    assert (done.returncode, done.stdout) == (2, "")
+    return str(done.stderr)
 
 
 def test_job_says_what_it_found_by_its_exit_code(
@@ -552,18 +562,17 @@ def test_job_says_what_it_found_by_its_exit_code(
     assert done.stdout.splitlines()[-2:] == [
         f"{sum(usable.values())} of 36 images are usable, the others poor", "the set is sound"
     ]  # fmt: skip
-    done = job(*base, "--no-render", "--page", str(folder / "afile" / "p.html"))
+    here: Any = {"capsys": capsys, "monkeypatch": monkeypatch}
+    done = job_here(*base, "--no-render", "--page", str(folder / "afile" / "p.html"), **here)
     assert done.stdout.splitlines()[-1] == "the set is sound, as far as it was checked"
     assert Page((folder.parent / "inspection.html").read_text()).tables
     with_value("label", 7)(folder)
-    done = job(
-        "--manifold_set", str(folder), "--output", str(folder.parent), "--no-render", "--page", str(folder.parent / "p.html")
-    )
+    elsewhere = ["--manifold_set", str(folder), "--output", str(folder.parent), "--page", str(folder.parent / "p.html")]
+    done = job_here(*elsewhere, "--no-render", **here)
     assert (done.returncode, done.stderr) == (1, "")
     assert re.search(r"^ +- part-000001.parquet: label of 'example-\d+' is 7$", done.stdout, flags=re.MULTILINE)
     assert re.search(r"^not made +rendering", done.stdout, flags=re.MULTILINE)
     assert (folder.parent / "p.html").is_file()
-    here: Any = {"capsys": capsys, "monkeypatch": monkeypatch}
     assert "there is no on-manifold set at" in refused(*base[2:], "--output", str(folder / "absent"), **here)
     told = refused("--manifold_set", str(folder.parent), "--output", str(folder / "absent"), **here)
     assert f"holds no on-manifold set; give --manifold_set {folder}" in told
