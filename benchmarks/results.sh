@@ -19,7 +19,7 @@ test -f runs/study/mnist_sampled/manifest.json ||
 "$python" benchmarks/release.py runs/study/mnist models/mnist standard at_eps_20 dmat_eps_20
 
 if [ -n "${CIFAR10:-}" ]; then
-    methods=(standard at om_at_fgsm om_at dmat trades dmat_trades joint dmat_trades_wide)
+    methods=(standard at om_at_fgsm om_at dmat trades dmat_trades joint dmat_trades_wide dmat_recolor)
     "$python" benchmarks/study.py --preset cifar10 benchmarks/studies/cifar5.yaml --more-methods benchmarks/studies/cifar5_methods.yaml \
         --data.source "$CIFAR10" --processes "$processes" --trained "${methods[@]}" --seeds 3
     "$python" benchmarks/study_report.py runs/study/cifar5 --pack benchmarks/results/cifar5

@@ -13,7 +13,10 @@ METHODS = (
     "dmat_trades_plus",
     "dmat_trades_wide",
 )
-"""In the order of the main tables."""
+"""What every study trains, in the order of the main tables."""
+
+TABLE = (*METHODS, "dmat_recolor")
+"""The main tables' rows: those of METHODS, and what a study's own file of methods adds."""
 
 ABLATIONS = {
     "Share of the on-manifold term, from none to all": ("at", "dmat_latent_25", "dmat", "dmat_latent_75", "om_at"),

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 from scipy import stats
-from study_methods import ABLATIONS, METHODS
+from study_methods import ABLATIONS, METHODS, TABLE
 
 from dmat_ray import cli, suites
 from dmat_ray.config import EvaluationConfig
@@ -82,6 +82,13 @@ def claims(columns: list[str]) -> list[Claim]:
                                  ("dmat_trades_plus", "DMAT with TRADES, averaged and perturbed weights"),
                                  ("dmat_trades_wide", "DMAT with TRADES, averaged and perturbed weights, twice the radius,"))
         ),
+        *(
+            Claim(f"DMAT with ReColorAdv as a third term is {better} than {name} {where}", "dmat_recolor", method, column)
+            for method, name in (("dmat", "DMAT"), ("at", "AT"))
+            for column, better, where in (("worst", "more robust", "in its worst case over all attacks"),
+                                          ("clean", "more accurate", "on clean images"))
+        ),
+        Claim("DMAT with ReColorAdv is about as robust to L∞ as AT", "dmat_recolor", "at", image, comparable=True),
         Claim("DMAT with twice the radius is more robust than DMAT in its worst case", "dmat_eps_20", "dmat", "worst"),
         *(
             Claim(f"With twice the radius in both, DMAT is better than AT {where}", "dmat_eps_20", "at_eps_20", column)
@@ -143,7 +150,7 @@ class Study:
     @cached_property
     def methods(self) -> list[str]:
         """Those of the main tables, in their order."""
-        return [method for method in METHODS if method in self.seeds]
+        return [method for method in TABLE if method in self.seeds]
 
     def of_examples(self, method: str, seed: int, set_name: str, column: str) -> np.ndarray:
         """Right or not, of each example; `clean` of all test images."""
@@ -200,7 +207,7 @@ class Study:
         results = Results(pa.concat_tables([pq.read_table(file) for file in files]), config)
         columns = results.columns("natural")
         lines = [f"| model | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
-        for method in (m for m in METHODS if f"{m}-0" in results.models):
+        for method in (m for m in TABLE if f"{m}-0" in results.models):
             cells = [results.accuracy(f"{method}-0", "natural", column) for column in columns]
             shown = [f"{100 * c.value:.0f} ({100 * c.low:.0f} to {100 * c.high:.0f})" for c in cells]
             lines.append(f"| {method}-0 | {' | '.join(shown)} |")
