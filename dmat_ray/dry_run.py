@@ -16,9 +16,6 @@ from dmat_ray.data.sources import list_examples
 from dmat_ray.manifold import encoder_trainer, generators
 from dmat_ray.manifold.gan_trainer import check_images, check_workers
 from dmat_ray.storage import set_folder
-from dmat_ray.types import Generator
-
-_counted: dict[tuple[str, int], estimate.Passes] = {}  # the networks of a space are often one
 
 
 def sizes(config: Config) -> tuple[dict[str, int], int]:
@@ -46,20 +43,27 @@ def stages(
     """Projection, trainings of these settings, evaluation of so many models, so many trials, each the dearest of `corners`."""
     counts, classes = sizes(config)
     generator = generators.load_configured(config.generator, "cpu")
-    one = estimate.passes(config, generator, classes)
+    counted: dict[str, estimate.Passes] = {}  # the networks of methods and of a space are often one
+
+    def passes(of: Config) -> estimate.Passes:
+        key = of.classifier.fingerprint()
+        if key not in counted:
+            counted[key] = estimate.passes(of, generator, classes)
+        return counted[key]
+
+    one = passes(config)
     found = [estimate.project(config, one, sum(counts.values()))] if project else []
-    found += [estimate.train(method, _passes(method, generator, classes), generator, counts["train"]) for method in train]
+    found += [estimate.train(method, passes(method), generator, counts["train"]) for method in train]
     if trials:
         kinds = {corner.fingerprint(): corner for corner in corners}.values()
-        each = [estimate.train(kind, _passes(kind, generator, classes), generator, counts["train"]) for kind in kinds]
+        each = [estimate.train(kind, passes(kind), generator, counts["train"]) for kind in kinds]
         dearest = max(each, key=lambda stage: stage.flops)
         found.append(estimate.search(config, dearest, trials))
         if config.tune.confirm_seeds:
             found.append(estimate.confirm(config, dearest))
     if models:
-        every = [_passes(method, generator, classes) for method in train] or [one]
-        dearest_network = max(every, key=lambda passes: passes.classifier_back)
-        found.append(estimate.evaluate(config, dearest_network, counts["test"], models))
+        network = max([passes(method) for method in train] or [one], key=lambda of: of.classifier_back)
+        found.append(estimate.evaluate(config, network, counts["test"], models))
     return found
 
 
@@ -76,13 +80,6 @@ def encoder_stages(config: Config) -> list[estimate.Stage]:
     """Training of an encoder for the generator that the settings name."""
     encoder_trainer.check_workers(config.encoder, config.cluster.train_workers)
     return [estimate.train_encoder(config, generators.load_configured(config.generator, "cpu"))]
-
-
-def _passes(config: Config, generator: Generator, classes: int) -> estimate.Passes:
-    key = (config.classifier.fingerprint(), classes)
-    if key not in _counted:
-        _counted[key] = estimate.passes(config, generator, classes)
-    return _counted[key]
 
 
 def text(config: Config, found: Sequence[estimate.Stage]) -> str:

@@ -139,16 +139,16 @@ def train_generator(config: Config, images: int) -> Stage:
     The judging of snapshots is not counted."""
     settings = config.gan
     shape = settings.architecture
-    x_shape, group = (GROUP, shape.channels, shape.resolution, shape.resolution), GROUP
+    x_shape = (GROUP, shape.channels, shape.resolution, shape.resolution)
     generator, critic = StyleGAN2(shape).to("meta"), Discriminator(shape).to("meta")
-    w_shape = (group, generator.num_ws, generator.w_dim)
+    w_shape = (GROUP, generator.num_ws, generator.w_dim)
     learned, judged = counted(generator.synth, w_shape, back=True), counted(critic, x_shape, back=True)
     generator.requires_grad_(False)  # PyTorch's counter does without a gradient only where none is wanted
     made, felt = counted(generator.synth, w_shape), counted(critic.requires_grad_(False), x_shape, back=True)
     step = learned + felt + made + 2 * judged
     step += 2 * judged // settings.r1_interval if settings.r1_gamma else 0
     step += learned // settings.path_interval if settings.path_length else 0  # two passes of half of the images
-    flops = settings.kimg * 1000 * step / group
+    flops = settings.kimg * 1000 * step / GROUP
     work = f"{settings.kimg:g} thousand shown"
     return Stage("generator", images, work, flops, config.cluster.train_workers)
 

@@ -204,10 +204,10 @@ def evaluate(
     rows = rows.sort_by(evaluation.SORT)
     measurements = probes.joined((unit, (work.folder / work.name(unit)).read_json()) for unit in looks)
     findings = checks.judge(Results(rows, settings), measurements)
-    (folder / ROWS).write_bytes(_as_parquet(rows))
-    (folder / CHECKS).write_json({"measurements": measurements, "findings": [f.to_json() for f in findings]})
     if fingerprint(config, set_path, models) != work.made_for:
         raise UserError("the set or a model was replaced while it was evaluated, so its rows are of both; run the same again")
+    (folder / ROWS).write_bytes(_as_parquet(rows))
+    (folder / CHECKS).write_json({"measurements": measurements, "findings": [f.to_json() for f in findings]})
     (folder / DONE).write_json(work.made_for)
     return rows, findings
 

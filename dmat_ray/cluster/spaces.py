@@ -144,18 +144,18 @@ class Space:
                 raise UserError(f"tune.space '{self.path}' reaches where trials cannot go, with {where}: {error}") from None
 
 
-SCHEDULE = ("training.lr_epochs", "training.lr_warmup", "training.awp_warmup")  # counted in epochs
+COUNTED_IN_EPOCHS: dict[str, Callable[[Any, float], Any]] = {
+    "lr_epochs": lambda value, share: [k * share for k in value],
+    "lr_warmup": lambda value, share: value * share,
+    "awp_warmup": lambda value, share: int(value * share),
+}
+"""Settings of training -> the same in a training of `share` times the epochs."""
 
 
 def stretched(settings: Mapping[str, Any], share: float) -> dict[str, Any]:
-    """A trial's settings for a training of `share` times its epochs: what is counted in epochs keeps its share of the whole."""
-
-    def longer(value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return [longer(k) for k in value]
-        return round(value * share) if isinstance(value, int) else value * share
-
-    return {key: longer(value) if key in SCHEDULE else value for key, value in settings.items()}
+    """A trial's settings (by dotted name) for a training of `share` times its epochs: a schedule keeps its share of the whole."""
+    how = {f"training.{key}": scale for key, scale in COUNTED_IN_EPOCHS.items()}
+    return {key: how[key](value, share) if key in how else value for key, value in settings.items()}
 
 
 def trial_config(base: Mapping[str, Any], settings: Mapping[str, Any], name: str, epochs: int) -> Config:
@@ -164,9 +164,7 @@ def trial_config(base: Mapping[str, Any], settings: Mapping[str, Any], name: str
     # the whole schedule in the trial's few epochs: a trial must not be judged in the middle of its highest rates
     share = epochs / old["epochs"]
     shorter = {
-        "lr_epochs": [k * share for k in old["lr_epochs"]],
-        "lr_warmup": old["lr_warmup"] * share,
-        "awp_warmup": int(old["awp_warmup"] * share),
+        **{key: scale(old[key], share) for key, scale in COUNTED_IN_EPOCHS.items()},
         # what is judged, passed on and published is what a trial is after an epoch, whichever is its last
         **{"keep": "last", "checkpoint_every": 1, "checkpoint_minutes": None},
     }

@@ -30,7 +30,7 @@ class EqualConv(nn.Module):
         return F.conv2d(filter_1331(x, (2, 2)), weight, self.bias, stride=2)
 
 
-GROUP = 4
+GROUP = 4  # images that are judged beside each other
 
 
 class DiscriminatorBlock(nn.Module):
