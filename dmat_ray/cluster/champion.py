@@ -141,8 +141,8 @@ def _judge(
     return found
 
 
-def _retrain(search: Plan, best: Trial, say: Callable[[str], None]) -> dict[str, dict[str, Config]]:
-    """The best settings and those the search began from, each with several seeds for all of training.epochs; published."""
+def anew(search: Plan, best: Trial) -> dict[str, dict[str, Config]]:
+    """The best settings and those the search began from, each by name with several seeds, for all of training.epochs."""
     config, epochs = search.config, search.base["training"]["epochs"]
     found = spaces.stretched({**search.space.constants, **best.knobs}, epochs / config.tune.epochs)
     settings = {"best": found, "start": {}}
@@ -152,6 +152,12 @@ def _retrain(search: Plan, best: Trial, say: Callable[[str], None]) -> dict[str,
             name = f"{search.folder.name}_{kind}_seed{seed}"
             one = spaces.trial_config(search.base, {**given, "training.seed": seed}, name, epochs)
             made.setdefault(kind, {})[name] = one
+    return made
+
+
+def _retrain(search: Plan, best: Trial, say: Callable[[str], None]) -> dict[str, dict[str, Config]]:
+    """Train `anew`, and publish."""
+    config, epochs, made = search.config, search.base["training"]["epochs"], anew(search, best)
     every = {name: one for kind in made.values() for name, one in kind.items()}
     size = f"{number_of(config.tune.confirm_seeds, 'seed')}, {number_of(epochs, 'epoch')} each"
     say(f"training the best settings and those of the start anew: {size}")

@@ -8,10 +8,11 @@ import ray
 from searches import ONE_BY_ONE, SPACE, tuned
 from small import database
 
-from dmat_ray.cluster import searchers, tune
+from dmat_ray.cluster import champion, searchers, tune
 from dmat_ray.cluster.search_plan import Plan
 from dmat_ray.config import ClusterConfig, TuneConfig
 from dmat_ray.errors import UserError
+from dmat_ray.trials import Trial
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 
@@ -72,3 +73,16 @@ def test_a_dry_run_knows_how_many_trials_there_will_be(finished, tmp_path, say):
     config = tuned(tmp_path, *grid, "--tune.grid_points", 4)
     Path(config.tune.space).write_text(SPACE.replace("times(0.5, 2)", "tune.choice([0.01, 0.02, 0.03])"))
     assert Plan(config, say).trials == 2 * 3 * 4
+
+
+def test_the_best_settings_are_trained_anew_with_their_share_of_the_schedule(finished, tmp_path, say):
+    """A warm-up that was half of a trial is half of the whole training."""
+    finished.copy_set(tmp_path)
+    more = ["--tune.confirm_seeds", "2", "--tune.epochs", "1", "--training.schedule", "cosine", "--training.lr", "0.1"]
+    plan = Plan(tuned(tmp_path, *more, "--training.lr_warmup", "0.25"), say)
+    best = Trial("little_001", "finished", {"training.lr_warmup": 0.5}, 1, 0.0, {})
+    made = champion.anew(plan, best)
+    assert {kind: [one.training.lr_warmup for one in configs.values()] for kind, configs in made.items()} == {
+        "best": [1.0, 1.0], "start": [0.25, 0.25]
+    }  # fmt: skip
+    assert [one.training.seed for one in made["best"].values()] == [1, 2]
