@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from generator import alternate, prepared, record, stopwatch
+from generator import alternate, prepared, quartiles, record, stopwatch
 from torch import Tensor, nn
 
 from dmat_ray import classifiers
@@ -199,10 +199,6 @@ def outcome(network: nn.Module, batch: Batch, side: Attack) -> tuple[float, floa
     with torch.no_grad():
         loss = F.cross_entropy(network(images), batch.y_B)
     return float(loss), float((images - batch.x_BCHW).abs().max()) / EPS
-
-
-def quartiles(values: np.ndarray) -> list[float]:
-    return [float(v) for v in np.quantile(values, (0.25, 0.5, 0.75))]
 
 
 def compare(name: str, size: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:

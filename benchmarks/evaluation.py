@@ -33,8 +33,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from attack import quartiles, settled
-from generator import alternate, prepared, record, stopwatch
+from attack import settled
+from generator import alternate, prepared, quartiles, record, stopwatch
 from published_code import ElasticRow, GaborRow, JpegRow, SnowRow, advex_attack, advex_uar, digit_network, digits, run_advex
 from torch import Tensor, nn
 

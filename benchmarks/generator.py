@@ -225,7 +225,7 @@ def compare(kind: str, resolution: int, batch: int, arguments: argparse.Namespac
         for name, times in seconds.items():
             plain = name.split()[0]
             rate = flops[plain] / float(np.median(times))
-            low, middle, high = np.quantile(times / seconds[first], (0.25, 0.5, 0.75))
+            low, middle, high = quartiles(times / seconds[first])
             rows.append(
                 {
                     "kind": kind,
@@ -239,8 +239,8 @@ def compare(kind: str, resolution: int, batch: int, arguments: argparse.Namespac
                     "tflop_per_second": rate / 1e12,
                     "share_of_limit": rate / limits[torch.bfloat16 if plain == "bf16" else torch.float32],
                     "ratio_to": first,
-                    "ratio": float(middle),
-                    "ratio_quartiles": [float(low), float(high)],
+                    "ratio": middle,
+                    "ratio_quartiles": [low, high],
                     "rounds": arguments.rounds,
                 }
             )
@@ -261,11 +261,27 @@ def show(rows: list[dict[str, Any]]) -> None:
         )
 
 
+def quartiles(values: np.ndarray) -> list[float]:
+    return [float(v) for v in np.quantile(values, (0.25, 0.5, 0.75))]
+
+
+def add_batch(parser: argparse.ArgumentParser, what: str) -> None:
+    """The option that `batch_at` reads."""
+    parser.add_argument("--batch", nargs="+", default=["16", "256:4"], help=f"images a {what}; RESOLUTION:IMAGES for one size")
+
+
+def batch_at(resolution: int, arguments: argparse.Namespace) -> int:
+    """Images of this resolution at a time."""
+    sizes = dict(entry.split(":") for entry in arguments.batch if ":" in entry)
+    common = next((entry for entry in arguments.batch if ":" not in entry), "16")
+    return int(sizes.get(str(resolution), common))
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=["stylegan1", "stylegan2"], default=["stylegan1", "stylegan2"])
     parser.add_argument("--resolutions", nargs="+", type=int, default=[64, 256], help="image sizes in pixels")
-    parser.add_argument("--batch", nargs="+", default=["16", "256:4"], help="images a pass; RESOLUTION:IMAGES for one size")
+    add_batch(parser, "pass")
     parser.add_argument("--channel-base", type=int, help="feature channels at resolution r are this / r; default as published")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of one operation")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -280,12 +296,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     prepared(arguments)
-    sizes = dict(entry.split(":") for entry in arguments.batch if ":" in entry)
-    common = next((entry for entry in arguments.batch if ":" not in entry), "16")
     rows = []
     for kind in arguments.kinds:
         for resolution in arguments.resolutions:
-            part = compare(kind, resolution, int(sizes.get(str(resolution), common)), arguments)
+            part = compare(kind, resolution, batch_at(resolution, arguments), arguments)
             show(part)
             rows += part
     record(arguments, rows)

@@ -38,7 +38,7 @@ from typing import Any
 import lpips
 import numpy as np
 import torch
-from generator import alternate, build, flops_of, prepared, record, stopwatch
+from generator import add_batch, alternate, batch_at, build, flops_of, prepared, quartiles, record, stopwatch
 from torch import Tensor
 
 from dmat_ray import presets
@@ -147,18 +147,12 @@ def step_sides(kind: str, resolution: int, batch: int, arguments: argparse.Names
     return sides
 
 
-def quartiles(values: np.ndarray) -> list[float]:
-    return [float(v) for v in np.quantile(values, (0.25, 0.5, 0.75))]
-
-
 def compare_steps(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for every generator and side."""
-    sizes = dict(entry.split(":") for entry in arguments.batch if ":" in entry)
-    common = next((entry for entry in arguments.batch if ":" not in entry), "16")
     rows = []
     for kind in arguments.kinds:
         for resolution in arguments.resolutions:
-            batch = int(sizes.get(str(resolution), common))
+            batch = batch_at(resolution, arguments)
             sides = step_sides(kind, resolution, batch, arguments)
             print(f"\nstep on {kind} {resolution}x{resolution}, batch {batch}")
             case = {"kind": kind, "resolution": resolution, "batch": batch}
@@ -300,7 +294,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("what", choices=["step", "images", "recover"])
     parser.add_argument("--kinds", nargs="+", choices=["stylegan1", "stylegan2"], default=["stylegan1", "stylegan2"])
     parser.add_argument("--resolutions", nargs="+", type=int, default=[64, 256], help="image sizes in pixels")
-    parser.add_argument("--batch", nargs="+", default=["16", "256:4"], help="images a step; RESOLUTION:IMAGES for one size")
+    add_batch(parser, "step")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of steps")
     parser.add_argument("--count", action="store_true", help="step: count floating-point operations instead of timing")
     parser.add_argument("--digits", type=int, default=48, help="test digits to project")

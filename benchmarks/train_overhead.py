@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from attack import quartiles
-from generator import prepared, record
+from generator import prepared, quartiles, record
 from torch import Tensor
 
 from dmat_ray import cli

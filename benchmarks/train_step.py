@@ -47,8 +47,20 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from attack import CLASSES, quartiles, settled
-from generator import alternate, build, flops_of, machine_limit, prepared, published_stylegan1, record, stopwatch
+from attack import CLASSES, settled
+from generator import (
+    add_batch,
+    alternate,
+    batch_at,
+    build,
+    flops_of,
+    machine_limit,
+    prepared,
+    published_stylegan1,
+    quartiles,
+    record,
+    stopwatch,
+)
 from torch import Tensor, nn
 
 from dmat_ray.attack import frozen
@@ -414,13 +426,11 @@ def shares_of(sides: dict[str, Side], case: Case, clock: Callable[[], float]) ->
 
 def compare_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """All kinds and sizes."""
-    sizes = dict(entry.split(":") for entry in arguments.batch if ":" in entry)
-    common = next((entry for entry in arguments.batch if ":" not in entry), "16")
     return [
         row
         for kind in arguments.kinds
         for resolution in arguments.resolutions
-        for row in compare(kind, resolution, int(sizes.get(str(resolution), common)), arguments)
+        for row in compare(kind, resolution, batch_at(resolution, arguments), arguments)
     ]
 
 
@@ -429,7 +439,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--network", default="resnet50", help="torchvision's name")
     parser.add_argument("--kinds", nargs="+", choices=["stylegan1", "stylegan2"], default=["stylegan1"])
     parser.add_argument("--resolutions", nargs="+", type=int, default=[64], help="image sizes in pixels")
-    parser.add_argument("--batch", nargs="+", default=["16", "256:4"], help="images a step; RESOLUTION:IMAGES for one size")
+    add_batch(parser, "step")
     parser.add_argument("--channel-base", type=int, help="feature channels at resolution r are this / r; default as published")
     parser.add_argument("--sides", nargs="+", help="only these, and published; default all")
     parser.add_argument("--stylegan1-code", type=Path, help="clone of genforce/higan or genforce/interfacegan")

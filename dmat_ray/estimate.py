@@ -1,13 +1,13 @@
 """What a job will compute and what that will cost, before any machine starts.
 
 Passes of the networks are counted from the settings, and the operations of a pass by PyTorch, on tensors without data. All
-numbers are upper bounds, but for FAB's, for perceptual attacks (a step is counted with one pass of LPIPS and takes several) and
-for terms that are sampled, of which it is the mean: searches that stop early, and rows that meet only what others have left,
-take less. What is not multiplied with matrices (decoding, rendering of unseen threats, batch norm) is not counted, nor are an
-evaluation's checks and transfer.
+numbers are upper bounds, but for FAB's and for terms that are sampled, of which it is the mean: searches that stop early, and
+rows that meet only what others have left, take less. What is not multiplied with matrices (decoding, rendering of unseen threats,
+batch norm) is not counted, nor are an evaluation's checks and transfer.
 """
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -43,11 +43,15 @@ AUTOATTACK = {
     "fab-t": (900, 900),
     "square": (0, 5000),
 }
+# passes forward of the network of a perceptual attack, of a step and of a search besides: most are its way back into the ball
+PERCEPTUAL = {"pgd": (36, 14), "momentum": (36, 14), "apgd": (48, 14), "lagrange": (5, 26), "random": (12, 14)}
 
 
 @dataclass(frozen=True)
 class Passes:
-    """Floating-point operations of one image through each network: forward, forward and back to the input, with weights too."""
+    """Floating-point operations of one image (of shape `image`, C H W) through each network: forward, forward and back to the
+    input, with weights too.
+    """
 
     generator: int
     generator_back: int
@@ -55,6 +59,7 @@ class Passes:
     classifier_back: int
     classifier_train: int
     lpips_back: int
+    image: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,7 @@ def passes(config: Config, generator: Generator, num_classes: int) -> Passes:
         classifier_back=counted(network, shape, back=True, device=device),
         classifier_train=train,
         lpips_back=_lpips(config.projection, shape),
+        image=shape[1:],
     )
 
 
@@ -119,19 +125,31 @@ def _lpips(config: ProjectionConfig, shape: tuple[int, ...]) -> int:
     return counted(lambda x: network.distance(x, features), shape, back=True)
 
 
+@functools.cache
+def _judged(net: str, image: tuple[int, ...]) -> int:
+    """The network that a perceptual attack compares images by, forward."""
+    from dmat_ray.manifold.perceptual import SMALLEST, Perceptual
+
+    network, least = Perceptual(net, "random").to("meta"), min(image[1:])
+    sides = image[1:] if least >= SMALLEST else [-(-side * SMALLEST // least) for side in image[1:]]
+    return counted(lambda x: torch.cat([m.flatten() for m in network.maps(x)]), (1, image[0], *sides))
+
+
 def attack(one: Passes, row: AttackConfig) -> int:
     """An image under one attack, the image that it ends with included; at another eps it costs as much again."""
     on_manifold = isinstance(row, ON_MANIFOLD)
     render = one.generator if on_manifold else 0
     gradient = row.method not in ("square", "random")
     step = one.classifier_back + (one.generator_back if on_manifold else 0) if gradient else one.classifier + render
+    besides = 0
     if isinstance(row, PerceptualThreat):
-        step += one.lpips_back
+        a_step, besides = (passes * _judged(row.net, one.image) for passes in PERCEPTUAL[row.method])
+        step += a_step
     targets = row.targets if isinstance(row, Row) else 0
     points = 1 + len(row.curve) if isinstance(row, Row) else 1
     # what is looked at once more: the image that it ends with, APGD's last candidate, the clean image for its likeliest classes
     looks = 1 + (row.method == "apgd") + (targets > 0)
-    return points * row.restarts * max(1, targets) * (row.steps * step + looks * (render + one.classifier))
+    return points * row.restarts * max(1, targets) * (row.steps * step + besides + looks * (render + one.classifier))
 
 
 def train_generator(config: Config, images: int) -> Stage:

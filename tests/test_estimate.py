@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dmat_ray import classifiers, dry_run, estimate, threats
 from dmat_ray.attack import attack
-from dmat_ray.config import Config, ImageRow, LatentRow
+from dmat_ray.config import Config, ImageRow, LatentRow, PerceptualRow
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import encoder_trainer, gan_trainer
@@ -138,6 +138,22 @@ def test_an_attack_is_counted(
         attack(network, threats.build(row, generator), batch, row, seed=0, purpose="test")
     one = estimate.passes(config, generator, 4)
     assert counter.get_total_flops() == pytest.approx(4 * estimate.attack(one, row), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "method", ["pgd", "lagrange", *(pytest.param(m, marks=pytest.mark.exhaustive) for m in ("momentum", "apgd", "random"))]
+)
+def test_a_perceptual_attack_is_counted(
+    make_config: MakeConfig, generator: StyleGAN2, make_batch: Callable[..., Batch], method: Any
+) -> None:
+    """Its network by far outweighs the classifier, also where projection does without LPIPS."""
+    config = make_config(projection={"lpips": 0, "l1": 1})
+    network: nn.Module = classifiers.build(config.classifier, channels=1, num_classes=4).eval()
+    row = PerceptualRow(name="P", eps=0.5, steps=4, method=method, weights="random")
+    with counting() as counter:
+        attack(network, threats.build(row, generator), make_batch(2), row, seed=0, purpose="test")
+    one = estimate.passes(config, generator, 4)
+    assert counter.get_total_flops() == pytest.approx(2 * estimate.attack(one, row), rel=0.15)
 
 
 def test_every_training_is_counted_with_its_own_network(make_config: MakeConfig, set_folder: Path) -> None:

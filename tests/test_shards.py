@@ -48,7 +48,7 @@ def shard(generator: StyleGAN2, tmp_path: Path) -> pa.Table:
     config = DataConfig(source=str(tmp_path), resolution=8, channels=1, test_share=0.3)
     listing = list_examples(config)
     (planned,) = set_writer.plan(listing, 100)
-    return shard_tasks.read_shard(shard_tasks.pack(planned.name, planned.rows, {}, 0.0), data=config.model_dump())
+    return shard_tasks.read_shard(shard_tasks.pack(planned.name, planned.rows, {}), data=config.model_dump())
 
 
 def made_by(generator: StyleGAN2) -> np.ndarray:
@@ -65,7 +65,7 @@ def rows_of(generator: StyleGAN2, shard: pa.Table) -> RowsOf:
         settings = ProjectionConfig.model_validate({"lpips": 0, "l1": 10, "l2": 50, "steps": 20, "noise": 0, **values})
         projector = kind(generator, settings, torch.device("cpu"))
         row = project_shard(projector, shard, settings, ["a", "b"])
-        _, table, rejected, _ = shard_tasks.unpack(row)
+        _, table, rejected = shard_tasks.unpack(row)
         assert rejected.keys() == {"b/empty.png"}
         return {r["id"]: r for r in table.to_pylist()}
 

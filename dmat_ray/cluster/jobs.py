@@ -2,6 +2,7 @@
 prediction, its MLflow run."""
 
 import contextlib
+import json
 import os
 import sys
 import time
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dmat_ray.cluster import tracking
 from dmat_ray.cluster.session import EVALUATE, PROJECT, TRAIN, connected
 from dmat_ray.config import Config
+from dmat_ray.files import text_digest
 from dmat_ray.storage import Location, Place, at, set_folder, tracking_uri
 
 if TYPE_CHECKING:
@@ -79,21 +81,24 @@ def evaluate(
 
     folder, page = at(config.output) / "evaluation", report_page(config)
     stage.check(config, set_folder(config), models)
-    if stage.is_evaluated(config, set_folder(config), models, folder):
-        results, checked = Results(stage.read_rows(folder), config.evaluation), stage.read_checks(folder)
-        if page.is_file():
-            say("the rows and the report are there and unchanged, nothing to do")
-        else:
-            say("the rows are there and unchanged: writing the report")
-            report.write(config, set_folder(config), models, results, checked, page)
-        return results, checked[1]
+    made_for = stage.fingerprint(config, set_folder(config), models)
+    if stage.is_evaluated(made_for, folder) and page.is_file():
+        say("the rows and the report are there and unchanged, nothing to do")
+        return Results(stage.read_rows(folder), config.evaluation), stage.read_checks(folder)[1]
     with contextlib.ExitStack() as stack:
         stack.enter_context(exclusive(folder))  # two evaluations must not mix their rows
-        for file in (page, *report.siblings(page)):
-            file.unlink()  # those of other rows must not pass for theirs, whenever this run may end
-        stack.enter_context(connected(config.cluster, config.output, say, (EVALUATE,)))
-        run = stack.enter_context(tracking.tracked(config, "", "evaluate", parent))
-        rows, findings = stage.evaluate(config, set_folder(config), models, folder, say)
+        # a run that was killed after its last row, and one whose page was removed, are gone on with as the same one
+        key = f"evaluate/{config.fingerprint()}/{text_digest(json.dumps(made_for, sort_keys=True))}"
+        if stage.is_evaluated(made_for, folder):
+            say("the rows are there and unchanged")
+            run = stack.enter_context(tracking.tracked(config, "", "evaluate", parent, key=key))
+            rows, findings = stage.read_rows(folder), stage.read_checks(folder)[1]
+        else:
+            for file in (page, *report.siblings(page)):
+                file.unlink()  # those of other rows must not pass for theirs, whenever this run may end
+            stack.enter_context(connected(config.cluster, config.output, say, (EVALUATE,)))
+            run = stack.enter_context(tracking.tracked(config, "", "evaluate", parent, key=key))
+            rows, findings = stage.evaluate(config, set_folder(config), models, folder, say)
         results = Results(rows, config.evaluation)
         for (model, set_name, column), accuracy in results.accuracies().items():
             run.metrics({f"{model}/{set_name}/{column}": accuracy.value}, step=0)

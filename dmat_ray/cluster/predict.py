@@ -32,7 +32,7 @@ class Predictor:
         self.network, self.run = checkpoint.load_classifier(model, self.device)
 
     def __call__(self, row: pa.Table) -> pa.Table:
-        _, table, rejected, _ = unpack(row)
+        _, table, rejected = unpack(row)
         shape = (self.run["channels"], self.run["resolution"], self.run["resolution"])
         pixels = set_format.from_lists(table["pixels"], shape)
         found = prediction.predict(self.network, self.run["class_names"], table["id"].to_pylist(), pixels, self.device)
@@ -80,7 +80,7 @@ def _parts(listing: pa.Table, size: int) -> list[dict[str, Any]]:
     """The listing cut into rows of work, as `shard_tasks.unpack` takes them."""
     starts = range(0, listing.num_rows, size)
     contents = [as_bytes(listing.slice(start, size)).to_pybytes() for start in starts]
-    return [{"name": str(k), "payload": content, "rejected": "{}", "seconds": 0.0} for k, content in enumerate(contents)]
+    return [{"name": str(k), "payload": content, "rejected": "{}"} for k, content in enumerate(contents)]
 
 
 def _collected(predicted: ray.data.Dataset, listing: pa.Table, say: Callable[[str], None]) -> pa.Table:

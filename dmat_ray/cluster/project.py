@@ -144,9 +144,7 @@ def _dataset(
     # alone on a machine, more readers than cores would only be more processes to start
     tasks = ray.data.TaskPoolStrategy(size=max(1, (os.cpu_count() or 1) // 2)) if session.is_own(cluster) else None
     # one block a shard: Ray then hands out whole shards
-    rows = [
-        {"name": shard.name, "payload": as_bytes(shard.rows).to_pybytes(), "rejected": "{}", "seconds": 0.0} for shard in todo
-    ]
+    rows = [{"name": shard.name, "payload": as_bytes(shard.rows).to_pybytes(), "rejected": "{}"} for shard in todo]
     shards = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         read_shard,
         batch_size=1,

@@ -1,6 +1,5 @@
 """The projector as an actor of Ray Data: images of a shard in, rows of the set out."""
 
-import time
 from typing import Any
 
 import pyarrow as pa
@@ -28,6 +27,5 @@ class ShardProjector:
 
 def project_shard(projector: Projector, row: pa.Table, settings: ProjectionConfig, class_names: list[str]) -> pa.Table:
     """The rows of the set for the images of one shard, with what could not be read passed on."""
-    name, images, rejected, _ = unpack(row)
-    began = time.monotonic()
-    return pack(name, set_maker.rows_of(projector, images, settings, class_names), rejected, time.monotonic() - began)
+    name, images, rejected = unpack(row)
+    return pack(name, set_maker.rows_of(projector, images, settings, class_names), rejected)

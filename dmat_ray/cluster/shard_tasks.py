@@ -25,52 +25,48 @@ def as_bytes(table: pa.Table) -> pa.Buffer:
     return sink.getvalue()
 
 
-def pack(name: str, table: pa.Table, rejected: dict[str, str], seconds: float) -> pa.Table:
+def pack(name: str, table: pa.Table, rejected: dict[str, str]) -> pa.Table:
     """A shard as one row. Its table travels as bytes, which are not copied when they are opened again."""
     content = as_bytes(table)
     ends = pa.py_buffer(np.array([0, content.size], np.int64))
     payload = pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, ends, content])
-    return pa.table({"name": [name], "payload": payload, "rejected": [json.dumps(rejected)], "seconds": [seconds]})
+    return pa.table({"name": [name], "payload": payload, "rejected": [json.dumps(rejected)]})
 
 
-def unpack(row: pa.Table) -> tuple[str, pa.Table, dict[str, str], float]:
+def unpack(row: pa.Table) -> tuple[str, pa.Table, dict[str, str]]:
     """What `pack` was given."""
     table = pa.ipc.open_stream(row["payload"][0].as_buffer()).read_all()
-    return row["name"][0].as_py(), table, json.loads(row["rejected"][0].as_py()), row["seconds"][0].as_py()
+    return row["name"][0].as_py(), table, json.loads(row["rejected"][0].as_py())
 
 
 def read_shard(row: pa.Table, *, data: dict[str, Any]) -> pa.Table:
     """A task: the images of a shard, encoded and decoded; those that cannot be read are set aside with the reason."""
-    name, wanted, _, _ = unpack(row)
+    name, wanted, _ = unpack(row)
     images, rejected = read_images(wanted, DataConfig.model_validate(data))
-    return pack(name, images, rejected, 0.0)
+    return pack(name, images, rejected)
 
 
 def read_pictures(row: pa.Table, *, data: dict[str, Any]) -> pa.Table:
     """A task: the decoded images of a part of a folder; those that cannot be read are set aside with the reason."""
-    name, wanted, _, _ = unpack(row)
+    name, wanted, _ = unpack(row)
     config = DataConfig.model_validate(data)
     found = dict(zip(wanted["id"].to_pylist(), read_pixels(wanted, config), strict=True))
     rejected = {id: reason for id, reason in found.items() if isinstance(reason, str)}
     kept = {id: pixels for id, pixels in found.items() if not isinstance(pixels, str)}
     shape = (config.channels, config.resolution, config.resolution)
     images = np.stack(list(kept.values())) if kept else np.empty((0, *shape), np.uint8)
-    return pack(
-        name,
-        pa.table({"id": pa.array(list(kept), pa.string()), "pixels": set_format.fixed_list(images, pa.uint8())}),
-        rejected,
-        0.0,
-    )
+    pixels = set_format.fixed_list(images, pa.uint8())
+    return pack(name, pa.table({"id": pa.array(list(kept), pa.string()), "pixels": pixels}), rejected)
 
 
 def write_shard(row: pa.Table, *, folder: str) -> pa.Table:
     """A task: writes a shard into the set, and returns what the driver wants to know of it."""
-    name, table, rejected, seconds = unpack(row)
+    name, table, rejected = unpack(row)
     try:
         written = set_writer.write_shard(at(folder), name, table, rejected)
     except OSError as error:
         raise UserError(f"'{folder}' cannot be written: {error.strerror or error}") from None
-    summary = {"name": name, "rows": table.num_rows, "rejected": len(rejected), "written": written, "seconds": seconds}
+    summary = {"name": name, "rows": table.num_rows, "rejected": len(rejected), "written": written}
     return pa.table({key: [value] for key, value in summary.items()})
 
 

@@ -15,6 +15,11 @@ from dmat_ray.config import StyleGANConfig
 LRELU_GAIN = math.sqrt(2.0)
 
 
+def class_of_z(z_BZ: Tensor, num_classes: int) -> Tensor:
+    """The class (B) that a conditional generator makes of z: the largest of its first `num_classes` coordinates."""
+    return z_BZ[:, :num_classes].argmax(dim=1)
+
+
 def leaky_relu(x: Tensor) -> Tensor:
     """Leaky ReLU of slope 0.2 times sqrt(2), which keeps the variance of its input."""
     return F.leaky_relu(x, 0.2) * LRELU_GAIN
@@ -52,14 +57,10 @@ class Mapping(nn.Module):
         self.embed = EqualLinear(config.num_classes, config.w_dim) if config.num_classes else None
         self.layers = nn.ModuleList(EqualLinear(a, b, rate=config.mapping_rate) for a, b in pairwise(config.mapping_widths))
 
-    def class_of(self, z: Tensor) -> Tensor:
-        """The class (B) that a conditional generator makes of z."""
-        return z[:, : self.num_classes].argmax(dim=1)
-
     def forward(self, z: Tensor) -> Tensor:
         x = unit_moment(z)
         if self.embed is not None:
-            label = F.one_hot(self.class_of(z), self.num_classes).to(z)
+            label = F.one_hot(class_of_z(z, self.num_classes), self.num_classes).to(z)
             x = torch.cat([x, unit_moment(self.embed(label))], dim=1)
         for layer in self.layers:
             x = leaky_relu(layer(x))
@@ -99,7 +100,7 @@ class LatentGenerator(nn.Module):
 
     def class_of(self, z_BZ: Tensor) -> Tensor | None:
         """The class (B) that each z is made into; None for an unconditional generator."""
-        return z_BZ[:, : self.num_classes].argmax(dim=1) if self.num_classes else None
+        return class_of_z(z_BZ, self.num_classes) if self.num_classes else None
 
     @torch.no_grad()
     def measure_w(self, samples: int = 10_000, seed: int = 0, *, mean: bool = True) -> None:

@@ -1,13 +1,17 @@
 """The main path on a real Ray: project, train with two DDP workers, evaluate, report, MLflow in sqlite."""
 
 import json
+import shutil
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Run
 from small import DMAT, settings
 
 from dmat_ray.cluster import jobs, tracking
@@ -67,14 +71,35 @@ def test_second_run_has_nothing_to_do(finished, say, lines):
     assert before == {p: p.stat().st_mtime_ns for p in finished.output.rglob("*.parquet")}
 
 
-def test_a_lost_page_is_written_again_from_the_rows(finished, say, lines):
-    page, done = finished.output / "report.html", {p: p.stat().st_mtime_ns for p in finished.output.rglob("*.parquet")}
+def evaluation_run(output: Path) -> Run:
+    """The one run that an evaluation left in MLflow."""
+    client = MlflowClient(f"sqlite:///{output / 'mlflow.db'}")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    (found,) = client.search_runs(experiments, filter_string="tags.`dmat_ray.stage` = 'evaluate'")
+    return found
+
+
+def test_an_evaluation_that_was_killed_after_its_last_row_is_told_and_tracked_to_the_end(finished, say, lines):
+    """As such a kill leaves it: no page, and a run without artifacts that has not ended. It stays one run."""
+    client, run = MlflowClient(f"sqlite:///{finished.output / 'mlflow.db'}"), evaluation_run(finished.output)
+    client.update_run(run.info.run_id, status="RUNNING")
+    artifacts = Path(url2pathname(urlparse(run.info.artifact_uri).path))
+    names = sorted(path.name for path in artifacts.iterdir())
+    shutil.rmtree(artifacts)
+    page, folder = finished.output / "report.html", finished.output / "evaluation"
+    done = {p: p.stat().st_mtime_ns for p in folder.rglob("*.parquet")}
     content = page.read_text()
     page.unlink()
     jobs.evaluate(finished.config, finished.models, say)
     assert page.read_text() == content
     assert "writing the report" in lines[-1]
-    assert done == {p: p.stat().st_mtime_ns for p in finished.output.rglob("*.parquet")}
+    assert not any("batches for" in line for line in lines)
+    after = evaluation_run(finished.output)
+    assert (after.info.run_id, after.info.status) == (run.info.run_id, "FINISHED")
+    assert after.data.metrics == run.data.metrics
+    assert sorted(path.name for path in artifacts.iterdir()) == names
+    assert {"report.html", "rows.parquet"} <= set(names)
+    assert done == {p: p.stat().st_mtime_ns for p in folder.rglob("*.parquet")}
 
 
 def test_rows_are_one_per_example_and_attack(finished):
