@@ -33,6 +33,7 @@ evaluation:
     - {name: worst, of: [PGD, APGD]}
   transfer: [PGD]
 """
+BATCHES = ["--evaluation.batch_size", "5"]  # two of each attack
 MORE = ATTACKS.replace("  summaries:", "    - {threat: fog, name: fog, eps: 0.2, steps: 2}\n  summaries:")
 
 
@@ -59,7 +60,7 @@ def undisturbed(finished, impatient, suite, tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed")
     finished.copy_set(output)
     lines: list[str] = []
-    results, findings = jobs.evaluate(settings(output, preset=("demo", str(suite))), finished.models, lines.append)
+    results, findings = jobs.evaluate(settings(output, *BATCHES, preset=("demo", str(suite))), finished.models, lines.append)
     return output, results, findings, lines
 
 
@@ -82,7 +83,7 @@ def test_rows_and_columns_are_whole(finished, undisturbed):
         }
         met = {r["id"] for r in rows if r["model"] == model and r["set"] == "natural" and r["attack"] == "DLR"}
         assert met == right["clean"] & right["CE"]
-        assert results.accuracy(model, "natural", "worst").value == len(right["PGD"] & right["DLR"]) / 20
+        assert results.accuracy(model, "natural", "worst").value == len(right["PGD"] & right["DLR"]) / 10
     assert all(r["seconds"] > 0 for r in rows)
     measurements, kept = stage.read_checks(output / "evaluation")
     assert {m["model"] for m in measurements} == set(finished.models)
@@ -95,13 +96,13 @@ def test_a_killed_evaluation_goes_on_where_it_was(finished, suite, undisturbed, 
     finished.copy_set(tmp_path)
     names = [str(path) for path in finished.models.values()]
     address = ray.get_runtime_context().gcs_address
-    options = ("--models", *names, "--preset", "demo", str(suite), "--cluster.address", address)
+    options = ("--models", *names, "--preset", "demo", str(suite), "--cluster.address", address, *BATCHES)
     process = start_job("evaluate.py", tmp_path, *options)
     wait_for(lambda: len(units(tmp_path)) >= 3, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     before = units(tmp_path)
-    results, findings = jobs.evaluate(settings(tmp_path, preset=("demo", str(suite))), finished.models, say)
+    results, findings = jobs.evaluate(settings(tmp_path, *BATCHES, preset=("demo", str(suite))), finished.models, say)
     after = units(tmp_path)
     assert len(before) < len(after)
     assert {name: after[name] for name in before} == before
@@ -115,7 +116,7 @@ def test_rows_of_a_model_that_was_replaced_on_the_way_are_not_taken_for_whole(
     finished, undisturbed, suite, tmp_path, monkeypatch, say
 ):
     folder = at(shutil.copytree(undisturbed[0] / "evaluation", tmp_path / "evaluation"))
-    config, place = settings(tmp_path, preset=("demo", str(suite))), at(undisturbed[0] / "on_manifold_set")
+    config, place = settings(tmp_path, *BATCHES, preset=("demo", str(suite))), at(undisturbed[0] / "on_manifold_set")
     facts = iter([stage.fingerprint(config, place, finished.models)])
     monkeypatch.setattr(stage, "fingerprint", lambda *_: next(facts, {"models": "others"}))
     with pytest.raises(UserError, match="a model was replaced while it was evaluated"):
@@ -130,7 +131,7 @@ def test_only_what_is_new_or_damaged_runs(finished, undisturbed, tmp_path, say, 
     path = output / "evaluation" / "units" / damaged
     path.write_bytes(path.read_bytes()[:100])
     (tmp_path / "more.yaml").write_text(MORE)
-    results, _ = jobs.evaluate(settings(output, preset=("demo", str(tmp_path / "more.yaml"))), finished.models, say)
+    results, _ = jobs.evaluate(settings(output, *BATCHES, preset=("demo", str(tmp_path / "more.yaml"))), finished.models, say)
     after = units(output)
     again = {name for name in before if after[name] != before[name]}
     assert again == {damaged}

@@ -107,7 +107,7 @@ def test_rows_are_one_per_example_and_attack(finished):
     names = list(rows_to_run(finished.config.evaluation))
     assert {"clean", "PGD-20 @ 0.05", "OM-PGD-20"} < set(names)
     natural = [n for n in names if not n.startswith("OM-")]
-    assert rows.num_rows == 2 * 20 * (len(names) + len(natural))
+    assert rows.num_rows == 2 * 10 * (len(names) + len(natural))
     keys = list(zip(*(rows[c].to_pylist() for c in ("model", "set", "attack", "id")), strict=True))
     assert len(set(keys)) == len(keys)
     budget = {row.name: getattr(row, "eps", 0.0) for row in finished.config.evaluation.attacks}
