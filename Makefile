@@ -9,7 +9,7 @@ CHROMIUM_STAMP := $(VENV)/.chromium
 POSTGRES_STAMP := $(VENV)/.postgres
 DOCS_STAMP := $(VENV)/.docs
 
-.PHONY: help demo test test-fast test-all test-core test-cluster coverage mutations check docs results format clean
+.PHONY: help demo tools test test-fast test-all test-core test-cluster coverage mutations check docs results format clean
 
 help:
 	@echo "make demo       digits -> StyleGAN manifold -> four classifiers -> attacks -> table, report, MLflow (CPU, minutes)"
@@ -52,11 +52,13 @@ $(POSTGRES_STAMP): | $(STAMP) $(CHROMIUM_STAMP)
 		|| echo "postgresql cannot be installed, and sqlite takes its place; later: apt-get install postgresql"
 	@touch $(POSTGRES_STAMP)
 
+tools: $(CHROMIUM_STAMP) $(POSTGRES_STAMP)
+
 # Those that start clusters run one after the other and come first; all others, a process a core, have what these leave idle.
 WHICH := not exhaustive
 EVERY := exhaustive or not exhaustive
 ALONE := --numprocesses auto --maxprocesses 8 --ignore tests/cluster
-test: $(STAMP) $(CHROMIUM_STAMP) $(POSTGRES_STAMP)
+test: $(STAMP) tools
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-core test-cluster
 
 test-all:

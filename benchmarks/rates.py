@@ -45,7 +45,7 @@ class Bench:
         self.plain = StyleGAN1(shape).eval().requires_grad_(False)
         self.plain.measure_w(seed=0)
         self.rows: list[dict[str, Any]] = []
-        # of one image; ResNet-50 and LPIPS of VGG are those of all stages, and the generator, whose precise form takes a quarter more
+        # of one image; ResNet-50 and LPIPS of VGG are those of all stages; the precise generator takes a quarter more
         quick = fast.accelerate(self.plain, torch.float32)
         self.passes = estimate.passes(_config(["paper"], {"lpips_weights": "random"}), quick, CLASSES)
 

@@ -7,9 +7,9 @@
 DIR holds CIFAR-10's own binary files. Needs no Ray: one machine, with or without a GPU, on which `--processes` trainings or
 evaluations run at a time. Whatever is finished is kept, so the same command goes on where it was stopped. OUTPUT then holds the
 generator, on_manifold_set, models/METHOD-SEED, rows/METHOD-SEED.parquet (the format of an evaluation's rows), clean/ (the same of
-all test images without an attack), with --autoattack SUITE autoattack/ (of the first seed's models), and study.json with versions
-and run times. A method is a preset of the package or an entry of benchmarks/studies/methods.yaml, or of the file that
-`--more-methods` names, which wins.
+all test images without an attack), with --worst-case worst/ (of all test images, what stands every attack), with --autoattack
+SUITE autoattack/ (of the first seed's models), and study.json with versions and run times. A method is a preset of the package or
+an entry of benchmarks/studies/methods.yaml, or of the file that `--more-methods` names, which wins.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
-from study_methods import ABLATIONS, METHODS
+from study_methods import ABLATIONS, METHODS, worst_case
 
 from dmat_ray import checkpoint, cli, evaluation, suites
 from dmat_ray.config import Config
@@ -71,6 +71,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ablations", action="store_true", help="instead, those that only tables of ablations have")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of every method")
     parser.add_argument("--processes", type=int, default=1, help="trainings or evaluations at a time")
+    parser.add_argument("--worst-case", action="store_true", help="also what stands every attack, of all test images")
     parser.add_argument(
         "--autoattack", metavar="SUITE", help="of AutoAttack, run on the natural images of the first seed's models"
     )
@@ -178,6 +179,7 @@ class _Study:
             if not (kinds := evaluations(self.config, self.given, name)):
                 return
             asked = ["--autoattack", self.given.autoattack] if self.given.autoattack else []
+            asked += ["--worst-case"] if self.given.worst_case else []
             asked += ["--autoattack-limit", str(self.given.autoattack_limit), "--evaluate", name]
             evaluated = self._run([str(HERE / "study.py"), "--preset", str(self.settings), *asked], f"{name}-evaluation")
             self.note(f"{name} {'+'.join(kinds)}", {"seconds": evaluated, "processes": self.given.processes})
@@ -229,6 +231,8 @@ def evaluations(config: Config, given: argparse.Namespace, name: str) -> dict[st
         "rows": {},
         "clean": {"suites": [], "attacks": [{"threat": "clean", "name": "clean"}], "limit": None},
     }
+    if given.worst_case:
+        kinds["worst"] = {**kinds["clean"], "attacks": worst_case(config.evaluation)}
     if given.autoattack and name.endswith("-0"):
         suite = {"suites": [given.autoattack], "sets": ["natural"], "limit": given.autoattack_limit}
         kinds["autoattack"] = {**kinds["clean"], **suite}

@@ -1,4 +1,12 @@
-"""What a study trains: presets of the package, or entries of studies/methods.yaml or of a study's own such file."""
+"""What a study trains: presets of the package, or entries of studies/methods.yaml or of a study's own such file.
+
+And how it looks at the worst case of all of its test images.
+"""
+
+from typing import Any
+
+from dmat_ray.config import EvaluationConfig
+from dmat_ray.units import group_of
 
 METHODS = (
     "standard",
@@ -15,7 +23,7 @@ METHODS = (
 )
 """What every study trains, in the order of the main tables."""
 
-TABLE = (*METHODS, "dmat_recolor")
+TABLE = (*METHODS, "dmat_recolor", "dmat_fog_recolor")
 """The main tables' rows: those of METHODS, and what a study's own file of methods adds."""
 
 ABLATIONS = {
@@ -35,3 +43,19 @@ ABLATIONS = {
     ),
 }
 """Title -> the methods that a table sets side by side."""
+
+WORST = "worst"
+"""The summary over all attacks, and the group that `worst_case` makes of them."""
+HARDEST = ("recolor", "stadv", "joint", "fog", "elastic")
+
+
+def worst_case(evaluation: EvaluationConfig) -> list[dict[str, Any]]:
+    """The attacks of the summary `worst` as one group: each meets what the ones before have left.
+
+    Those come first that leave the fewest, so that all test images take no longer than a few of them under every attack.
+    """
+    (summary,) = (summary for summary in evaluation.summaries if summary.name == WORST)
+    rows = [row for row in evaluation.attacks if row.name in summary.of or group_of(row) in summary.of]
+    rows.sort(key=lambda row: HARDEST.index(row.name) if row.name in HARDEST else len(HARDEST))
+    clean = {"threat": "clean", "name": "clean"}
+    return [clean, *({**row.model_dump(mode="json"), "group": WORST, "curve": []} for row in rows)]

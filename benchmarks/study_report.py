@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 from scipy import stats
-from study_methods import ABLATIONS, METHODS, TABLE
+from study_methods import ABLATIONS, METHODS, TABLE, WORST, worst_case
 
 from dmat_ray import cli, suites
 from dmat_ray.config import EvaluationConfig
@@ -135,6 +135,8 @@ class Study:
         self.config = cli.validate(yaml.safe_load((folder / "settings.yaml").read_text()))
         self.results = self._read("rows", {})
         self.clean = self._read("clean", {"suites": [], "attacks": [{"threat": "clean", "name": "clean"}]})
+        attacks = {"attacks": worst_case(self.config.evaluation)} if (folder / "worst").is_dir() else {}
+        self.worst = self._read("worst", {"suites": [], **attacks}) if attacks else None
         names = [name.rsplit("-", 1) for name in self.results.models if name in self.clean.models]
         self.seeds = {method: sorted(int(s) for m, s in names if m == method) for method, _ in names}
 
@@ -197,6 +199,39 @@ class Study:
                 lines.append(f"| {claim.text} | {claim.column} | {shown} | {found.models} | {told} |")
         return lines
 
+    def unseen_worst(self, method: str, seed: int, set_name: str) -> np.ndarray:
+        """What stands every attack, of the test images that `results` has not."""
+        assert self.worst is not None
+        model = f"{method}-{seed}"
+        others = ~np.isin(self.worst.ids(model, set_name), self.results.ids(self.results.models[0], set_name))
+        found: np.ndarray = self.worst.per_example(model, set_name, WORST)[others]
+        return found
+
+    def worst_cases(self) -> list[str]:
+        """Methods by test sets, and each method's difference to DMAT and to AT."""
+        if self.worst is None:
+            return []
+        names = (name.rsplit("-", 1) for name in self.worst.models)
+        seeds: dict[str, list[int]] = {}
+        for method, seed in names:
+            seeds.setdefault(method, []).append(int(seed))
+        sets = self.config.evaluation.sets
+        heads = [f"{SET_NAMES[s]}{what}" for s in sets for what in ("", ", less DMAT's", ", less AT's")]
+        lines = [f"| method | models | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 2)]
+        for method in (m for m in TABLE if m in seeds):
+            cells = []
+            for set_name in sets:
+                cells.append(str(estimate([self.unseen_worst(method, seed, set_name) for seed in seeds[method]])))
+                for than in ("dmat", "at"):
+                    both = sorted(set(seeds[method]) & set(seeds.get(than, ()))) if method != than else []
+                    pairs = [(self.unseen_worst(method, s, set_name), self.unseen_worst(than, s, set_name)) for s in both]
+                    found = estimate([a - b for a, b in pairs]) if pairs else None
+                    sure = found is not None and abs(found.value) > found.half
+                    told = "" if found is None else f"{found.value:+.1f} ± {found.half:.1f}"
+                    cells.append(f"**{told}**" if sure else told)
+            lines.append(f"| {method} | {len(seeds[method])} | {' | '.join(cells)} |")
+        return lines
+
     def autoattack(self) -> list[str]:
         """The library's attacks, on the first seed's models."""
         files = sorted((self.folder / "autoattack").glob("*.parquet"))
@@ -250,7 +285,7 @@ def pack(folder: Path, target: Path) -> None:
     before = target / "settings.yaml"
     if before.is_file() and yaml.safe_load(before.read_text()) != slim:
         raise UserError(f"'{target}' holds rows of other settings; pack into another folder")
-    for kind in ("rows", "clean", "autoattack"):
+    for kind in ("rows", "clean", "worst", "autoattack"):
         if files := sorted((folder / kind).glob("*.parquet")):
             (target / kind).mkdir(parents=True, exist_ok=True)
             rows = pa.concat_tables([pq.read_table(file).select(KEPT) for file in files])
@@ -317,6 +352,18 @@ def page(study: Study) -> list[str]:
         lines += study.table(study.methods, set_name, study.columns(set_name))
         lines += ["", "What this says to the paper's claims:", "", *study.verdicts(set_name)]
     lines += ["", f"Comparable: less than {NEAR:g} points below. Open: the interval holds both answers."]
+    if found := study.worst_cases():
+        model, set_name = study.results.models[0], study.config.evaluation.sets[0]
+        count = len(study.clean.ids(model, set_name)) - len(study.results.ids(model, set_name))
+        lines += [
+            "",
+            "## The worst case, on the other test images",
+            "",
+            f"`{WORST}` on the {count} test images that the tables above have not, by which no method was chosen: the same "
+            "attacks one after the other, each on what the ones before have left. Differences beyond their interval are bold.",
+            "",
+            *found,
+        ]
     if found := study.autoattack():
         lines += [
             "",

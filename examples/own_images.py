@@ -5,7 +5,7 @@ For practitioners. Run it as a script, or cell by cell in an editor that knows "
 
 # %% Sizes: a minute or two on two cores
 IMAGES, NEW, OUTPUT = "runs/own_images/photos", "runs/own_images/new", "runs/own_images"
-A_CLASS, EPOCHS = 30, 8  # images of each class
+A_CLASS, EPOCHS = 20, 8  # images of each class
 
 # %% A folder with one sub-folder a class. Put yours there; here digits stand in for them
 from pathlib import Path

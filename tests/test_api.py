@@ -250,7 +250,7 @@ def test_a_set_made_here_is_the_jobs(tmp_path: Path, capsys: pytest.CaptureFixtu
     listing = set_maker.prepare(config, lambda line: None)
     assert set_writer.is_finished(folder, set_maker.settings_of(config, listing))
     (shard,) = set_writer.plan(listing, 256)
-    row = shard_tasks.read_shard(shard_tasks.pack(shard.name, shard.rows, {}, 0.0), data=config.data.model_dump(mode="json"))
+    row = shard_tasks.read_shard(shard_tasks.pack(shard.name, shard.rows, {}), data=config.data.model_dump(mode="json"))
     from dmat_ray.cluster.shard_projector import project_shard
 
     made = project_shard(set_maker.build_projector(config, CPU), row, config.projection, list(listing.class_names))

@@ -38,7 +38,7 @@ def test_the_practitioners_example(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     names, said = run_example("own_images.py", capsys)
     assert len(list(Path(names["IMAGES"]).glob("*/*.png"))) == 10 * names["A_CLASS"]
-    assert names["test"].manifest["splits"] == {"test": 60, "train": 240}
+    assert names["test"].manifest["splits"] == {"test": 40, "train": 160}
     accuracy = names["results"].accuracy
     assert accuracy("dmat", "natural", "clean").value > 0.7
     assert accuracy("dmat", "natural", "PGD-20").value > 0.4

@@ -142,7 +142,7 @@ def test_training_learns_the_brightness_of_its_classes(tmp_path: Path) -> None:
     )
     generator = train(config, images, labels, tmp_path, reports)
     z = torch.randn(300, 8, generator=rng)
-    made = generator.map.class_of(z)
+    made = generator.class_of(z)
     level = generator.synthesis(generator.mapping(z)).mean(dim=(1, 2, 3))
     means = [level[made == c].mean().item() for c in range(3)]
     assert means == pytest.approx([0.1, 0.5, 0.9], abs=0.2)

@@ -563,7 +563,8 @@ def test_lpips_guides_the_search(make_generator: Callable[..., StyleGAN2]) -> No
     assert (project(generator, x, steps=20, **values).lpips_B < 0.7 * project(generator, x, steps=1, **values).lpips_B).all()
 
 
-@pytest.mark.parametrize("precision", ["float32", pytest.param("bf16", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_a_step_with_lpips_is_one_graph(make_generator: Callable[..., StyleGAN2], precision: str) -> None:
     """What torch.compile is given: no break, and the same numbers."""
     generator, x = fast.accelerate(make_generator(32), torch.float32), torch.rand(2, 1, 32, 32)

@@ -79,10 +79,10 @@ def test_the_study_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.
     run(*command, "standard")
     first = (output / "models" / "standard-0" / "model.safetensors").stat().st_mtime_ns
     (tmp_path / "more.yaml").write_text("at: {include: [at], objective: {image: {eps: 0.05}}}")
-    said = run(*command, "standard", "om_at_fgsm", "at", "--more-methods", str(tmp_path / "more.yaml"))
+    said = run(*command, "standard", "om_at_fgsm", "at", "--more-methods", str(tmp_path / "more.yaml"), "--worst-case")
     assert "om_at_fgsm-0: trained" in said
     assert checkpoint.read_run(at(output / "models" / "at-0"))["config"]["objective"]["image"]["eps"] == 0.05
-    assert "standard-0" not in said
+    assert "standard-0: trained" not in said
     assert (output / "models" / "standard-0" / "model.safetensors").stat().st_mtime_ns == first
     step = checkpoint.read_run(at(output / "models" / "om_at_fgsm-0"))["config"]["objective"]["latent"]
     assert (step["steps"], step["step_size"]) == (1, pytest.approx(1.2 * 0.06))
@@ -93,6 +93,13 @@ def test_the_study_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.
     study_report.pack(output, packed_at)
     here, packed = study_report.Study(output), study_report.Study(packed_at)
     assert study_report.page(packed) == study_report.page(here)
+    assert packed.worst is not None
+    for model, set_name in (("at-0", "on_manifold"), ("at-0", "natural"), ("standard-0", "natural")):
+        both = np.isin(packed.worst.ids(model, set_name), packed.results.ids(model, set_name))
+        assert (both.sum(), len(both)) == (10, 20)
+        worst = packed.worst.per_example(model, set_name, "worst")
+        np.testing.assert_array_equal(worst[both], packed.results.per_example(model, set_name, "worst"))
+        assert packed.unseen_worst(*model.split("-"), set_name).tolist() == worst[~both].tolist()  # type: ignore[arg-type]
     rows = pq.read_table(output / "rows" / "om_at_fgsm-0.parquet").to_pylist()
     right = [row["correct"] for row in rows if (row["set"], row["attack"]) == ("on_manifold", "PGD-20")]
     assert len(right) == 10

@@ -6,10 +6,11 @@ import numpy as np
 import packed_files
 import pytest
 from PIL import Image
-from small import finish, settings, start_job
+from small import settings
 
 from dmat_ray import presets
 from dmat_ray.cluster import jobs
+from dmat_ray.data.inspection import inspect_set
 from dmat_ray.data.manifold_set import open_set
 from dmat_ray.data.sources import list_examples
 from dmat_ray.errors import UserError
@@ -33,7 +34,7 @@ def test_mnist_in_an_object_store_becomes_a_set(store, ray_session, tmp_path, sa
             assert label == labels[k]
             np.testing.assert_array_equal(natural[0], np.pad(pixels[k], 2))
     # it decodes the stored images again, as the set says, and compares them with the errors that the projector has measured
-    assert "the set is sound" in finish(start_job("inspect_set.py", tmp_path / "out"))
+    assert inspect_set(tmp_path / "out" / "on_manifold_set").sound
 
 
 def test_a_tree_of_imagenet_becomes_a_set_of_mixed10(ray_session, tmp_path, say, lines):
@@ -66,7 +67,7 @@ def test_a_tree_of_imagenet_becomes_a_set_of_mixed10(ray_session, tmp_path, say,
     assert manifest["splits"] == {"test": 60, "train": 119}
     assert list(manifest["rejected"]) == ["train/n02085620/n02085620_0.JPEG"]
     assert "not taken: 3 images of 1 classes that data.classes does not name" in lines
-    assert "the set is sound" in finish(start_job("inspect_set.py", tmp_path / "out"))
+    assert inspect_set(tmp_path / "out" / "on_manifold_set").sound
     with pytest.raises(UserError, match=r"was begun with data\.resize = stretch, now it is its default"):
         jobs.project(config.model_copy(update={"data": config.data.model_copy(update={"resize": "crop"})}), say)
 

@@ -33,7 +33,7 @@ evaluation:
     - {name: worst, of: [PGD, APGD]}
   transfer: [PGD]
 """
-BATCHES = ["--evaluation.batch_size", "5"]  # two of each attack
+BATCHES = ["--evaluation.batch_size", "5", "--evaluation.check_examples", "5"]  # two of each attack
 MORE = ATTACKS.replace("  summaries:", "    - {threat: fog, name: fog, eps: 0.2, steps: 2}\n  summaries:")
 
 

@@ -277,6 +277,7 @@ sys.meta_path.insert(0, Without())
 """
 
 
+@pytest.mark.exhaustive
 def test_nodes_without_the_drivers_packages_are_refused_before_anything_runs(nodes, start_on, tmp_path):
     metadata = tmp_path / "site" / "torch-9.9.9.dist-info" / "METADATA"
     metadata.parent.mkdir(parents=True)

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.cluster
 @pytest.fixture(scope="module")
 def head(tmp_path_factory) -> Iterator[Head]:
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": "60", "RAY_metrics_report_interval_ms": "1000"}
-    with Head(tmp_path_factory.mktemp("head"), cpus=6, **variables) as running:
+    with Head(tmp_path_factory.mktemp("head"), cpus=3, **variables) as running:
         yield running
 
 
@@ -132,6 +132,7 @@ def test_prometheus_sees_the_work_and_the_dashboard_draws_it(head):
     assert ours <= drawn <= seen.keys()
 
 
+@pytest.mark.exhaustive
 def test_a_job_that_fails_says_so(head, tmp_path):
     failed = head.run("jobs/train.py", "--output", str(tmp_path / "nothing"), *SMALL)
     assert failed.returncode != 0
