@@ -23,10 +23,32 @@ class _Tracer(fx.Tracer):
         return isinstance(m, nn.modules.batchnorm._BatchNorm) or super().is_leaf_module(m, module_qualified_name)
 
 
+class _Called(nn.Module):
+    """A network as it is called: with one argument, so that all others have their defaults, and with the hooks that it has."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Any:
+        return self.network(x)
+
+
+def _named(name: str) -> str:
+    """A layer's name in a network, by that in `_Called`."""
+    return name.removeprefix("network.")
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether something else is done when a layer is called: pruning and older norms of weights make its weights anew."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def _foldable(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[tuple[fx.Node, fx.Node]]:
     """Convolutions whose output goes to one batch norm and nowhere else, and those batch norms.
 
     Not those whose weights are at work elsewhere, too: tied to another layer's, or taken out of it by the network's own forward.
+    Nor those with hooks, which may see or change what goes in and out, or the weights.
     """
     calls: dict[Any, int] = {}
     owners: dict[int, int] = {}
@@ -44,9 +66,30 @@ def _foldable(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[tuple[fx.N
         alone = isinstance(conv, fx.Node) and len(conv.users) == 1 and calls[conv.target] == calls[node.target] == 1
         if not alone or conv.op != "call_module" or type(modules[conv.target]) is not nn.Conv2d or conv.target in taken:
             continue
+        if _has_hooks(modules[conv.target]) or _has_hooks(modules[node.target]):
+            continue
         if all(owners[id(parameter)] == 1 for parameter in modules[conv.target].parameters()):
             pairs.append((conv, node))
     return pairs
+
+
+def _fold(view: fx.GraphModule) -> tuple[fx.GraphModule, list[tuple[str, str]]]:
+    """Take batch norms out, in place; the convolutions that are to take them up, and they, by name."""
+    modules, folded = dict(view.named_modules()), []
+    for conv, bn in _foldable(view.graph, modules):
+        layer = modules[str(conv.target)]
+        assert isinstance(layer, nn.Conv2d)
+        if layer.bias is None:
+            layer.bias = nn.Parameter(torch.zeros(layer.out_channels, device=layer.weight.device))
+        # how it does on GPUs has not been measured
+        if fits(layer) and layer.weight.device.type == "cpu":
+            view.set_submodule(str(conv.target), Stem(layer))
+        bn.replace_all_uses_with(conv)
+        view.graph.erase_node(bn)
+        folded.append((str(conv.target), str(bn.target)))
+    view.delete_all_unused_submodules()
+    view.recompile()
+    return view, folded
 
 
 TRACES = 6  # of a forward pass: a coin of its own is seen by all but one network in 32
@@ -73,8 +116,8 @@ class AttackView(nn.Module):
         self._source = (network,)  # in a tuple, so that it is no submodule
         self._dtype = dtype
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
-        view = copy.deepcopy(network).eval()
-        self.folded: list[tuple[str, str]] = []
+        view: nn.Module = _Called(copy.deepcopy(network).eval())
+        folded: list[tuple[str, str]] = []
         try:
             graph, *others = [_Tracer().trace(view) for _ in range(TRACES)]
         except Exception:  # whatever a foreign network does with a stand-in for its input
@@ -84,33 +127,19 @@ class AttackView(nn.Module):
             # a constant, of Python's numbers as another graph each time
             constant = any(node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graph.nodes)
             if not constant and all(str(other) == str(graph) for other in others):
-                view = self._fold(fx.GraphModule(view, graph))
+                view, folded = _fold(fx.GraphModule(view, graph))
+        self.folded = [(_named(conv), _named(bn)) for conv, bn in folded]
         self.view = view.to(dtype, memory_format=self._layout).requires_grad_(False)  # type: ignore[call-overload]
-        inside = {f"{conv}.{part}" for conv, _ in self.folded for part in ("weight", "bias", "kernel")}
+        inside = {f"{conv}.{part}" for conv, _ in folded for part in ("weight", "bias", "kernel")}
         theirs = dict(self.view.named_parameters()) | dict(self.view.named_buffers())
-        live = dict(network.named_parameters()) | dict(network.named_buffers())
+        source = _Called(network)
+        # of tensors that two layers share the copy may have lost the first
+        live = dict(source.named_parameters(remove_duplicate=False)) | dict(source.named_buffers(remove_duplicate=False))
         self._copied = [(theirs[name], live[name]) for name in theirs if name not in inside]
-        modules, seen = dict(network.named_modules()), dict(self.view.named_modules())
-        self._pairs: list[tuple[Any, Any, Any]] = [(seen[conv], modules[conv], modules[bn]) for conv, bn in self.folded]
+        modules, seen = dict(source.named_modules()), dict(self.view.named_modules())
+        self._pairs: list[tuple[Any, Any, Any]] = [(seen[conv], modules[conv], modules[bn]) for conv, bn in folded]
         self._stems = [module for module in self.view.modules() if isinstance(module, Stem)]
         self.refresh()
-
-    def _fold(self, view: fx.GraphModule) -> fx.GraphModule:
-        modules = dict(view.named_modules())
-        for conv, bn in _foldable(view.graph, modules):
-            layer = modules[str(conv.target)]
-            assert isinstance(layer, nn.Conv2d)
-            if layer.bias is None:
-                layer.bias = nn.Parameter(torch.zeros(layer.out_channels, device=layer.weight.device))
-            # how it does on GPUs has not been measured
-            if fits(layer) and layer.weight.device.type == "cpu":
-                view.set_submodule(str(conv.target), Stem(layer))
-            bn.replace_all_uses_with(conv)
-            view.graph.erase_node(bn)
-            self.folded.append((str(conv.target), str(bn.target)))
-        view.delete_all_unused_submodules()
-        view.recompile()
-        return view
 
     @property
     def source(self) -> nn.Module:

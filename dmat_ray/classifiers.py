@@ -42,7 +42,7 @@ class DigitsCNN(nn.Sequential):
 
 
 class Classifier(nn.Module):
-    """Input check, normalisation, network: x_BCHW in [0, 1] -> logits_BK."""
+    """Normalisation, then the network: x_BCHW in [0, 1] -> logits_BK."""
 
     mean: Tensor
     std: Tensor
@@ -188,19 +188,20 @@ def _own(name: str, channels: int, num_classes: int) -> nn.Module:
     return network
 
 
-def require_trainable(config: ClassifierConfig, channels: int, resolution: int, num_classes: int) -> None:
-    """Raise UserError unless the network takes such images in training mode, puts out a logit a class, and can be copied."""
+def require_trainable(config: ClassifierConfig, channels: int, resolution: int, num_classes: int, images: int = 2) -> None:
+    """Raise UserError unless the network takes so many images in training mode, puts out a logit a class, and can be copied."""
     network = build(config, channels, num_classes).train()
     try:
-        logits = network(torch.zeros(2, channels, resolution, resolution))
+        logits = network(torch.zeros(images, channels, resolution, resolution))
     except Exception as error:  # whatever a network of others may raise
+        alone = " one at a time, as training.batch_size over the workers is" if images == 1 else ""
         raise UserError(
-            f"classifier.name '{config.name}' cannot take {resolution}x{resolution} images: {_told(error)}"
+            f"classifier.name '{config.name}' cannot take {resolution}x{resolution} images{alone}: {_told(error)}"
         ) from error
-    if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
+    if not isinstance(logits, Tensor) or logits.shape != (images, num_classes):
         found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise UserError(
-            f"classifier.name '{config.name}' does not put out one logit a class, shape (2, {num_classes}), but {found}"
+            f"classifier.name '{config.name}' does not put out one logit a class, shape ({images}, {num_classes}), but {found}"
         )
     try:
         copy.deepcopy(network)

@@ -84,6 +84,7 @@ class LocalContext:
         if self._on_report is not None and self.rank == 0 and metrics:
             self._on_report(metrics)
         if self._stopping:
+            self.say(f"asked to stop: the same command goes on from the checkpoint in '{self._checkpoint}'")
             raise SystemExit(128 + signal.SIGTERM)
 
     def checkpoints(self) -> Sequence[Path]:

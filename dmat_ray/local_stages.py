@@ -1,6 +1,7 @@
 """The stages from images to a model without Ray: in this process, or a training in each of several under torchrun."""
 
 import sys
+from contextlib import nullcontext
 
 import torch
 import torch.distributed
@@ -9,6 +10,7 @@ from dmat_ray import models
 from dmat_ray.config import Config
 from dmat_ray.data import manifold_set
 from dmat_ray.errors import UserError
+from dmat_ray.lease import sole
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators, set_maker
 from dmat_ray.storage import Location, local_output, set_folder
@@ -41,7 +43,8 @@ def train(config: Config, *, heed_sigterm: bool = False) -> Location:
     on a GPU if there is one. A line for every epoch goes to standard error. A model that is there with these settings is not
     trained again; a training that was interrupted goes on from its newest checkpoint, in OUTPUT/local/NAME. Under torchrun no
     process returns before the model is there. With `heed_sigterm` SIGTERM makes it write a checkpoint and end with exit code 143.
-    Raises UserError for settings that do not fit the set, and NotFiniteError, with step and term, if training diverges.
+    Raises UserError for settings that do not fit the set or while another process trains this, and NotFiniteError, with step and
+    term, if training diverges.
 
     >>> from dmat_ray import load_classifier, make_set, settings, train
     >>> config = settings("demo", "dmat", "small", output="runs/small")
@@ -62,10 +65,12 @@ def train(config: Config, *, heed_sigterm: bool = False) -> Location:
         folder.mkdir(parents=True, exist_ok=True)
         data = manifold_set.open_set(set_folder(config), "train", images=config.training.images)
         generator = generators.load_configured(config.generator, context.device)
-        training_loop(config, data, generator, generators.fingerprint(config.generator.path), context)
-        if context.rank == 0:
-            models.publish(context.checkpoints()[0], model)
-            context.say(f"model in {model}")
+        # another training of this name would put its checkpoints in the place of ours
+        with sole(folder) if context.rank == 0 else nullcontext():
+            training_loop(config, data, generator, generators.fingerprint(config.generator.path), context)
+            if context.rank == 0:
+                models.publish(context.checkpoints()[0], model)
+                context.say(f"model in {model}")
         if context.world_size > 1:
             torch.distributed.barrier()
     return model

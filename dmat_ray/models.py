@@ -90,8 +90,10 @@ def untrained(configs: list[Config], say: Callable[[str], None], workers: int | 
         if usable == 0:
             raise UserError(f"the set '{set_folder(todo[0])}' has no usable image in its train split")
         for config in todo:
-            check_inputs(config, manifest, generators.fingerprint(config.generator.path), workers or config.cluster.train_workers)
-            classifiers.require_trainable(config.classifier, channels, resolution, len(manifest["class_names"]))
+            count = workers or config.cluster.train_workers
+            check_inputs(config, manifest, generators.fingerprint(config.generator.path), count)
+            share = min(2, config.training.batch_size // count)  # of one image some networks have no batch statistics
+            classifiers.require_trainable(config.classifier, channels, resolution, len(manifest["class_names"]), share)
             held_out_positions(usable, config.training)
         if len({c.training.loader for c in todo}) > 1:
             raise UserError("training.loader must be the same for all methods that are trained together")

@@ -1,6 +1,5 @@
 """What models do to attacks, measured on some images: the numbers that `checks` judges and the page draws."""
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -86,7 +85,7 @@ def _of_outputs(evaluator: Evaluator, model: str, batch: Batch) -> dict[str, Any
 
 def _of_gradients(network: nn.Module, batch: Batch) -> dict[str, Any]:
     """Shares of images without a gradient, and how true the gradient is: the median of what the loss gained by a small step
-    along its sign, over what the gradient said.
+    along its sign, over what the gradient said; None where there is none.
     """
     x = batch.x_BCHW.clone().requires_grad_(True)
     logits = network(x)
@@ -106,7 +105,7 @@ def _of_gradients(network: nn.Module, batch: Batch) -> dict[str, Any]:
     return {
         "zero_gradient": (of_loss.flatten(1).abs().amax(dim=1) == 0).float().mean().item(),
         "zero_margin_gradient": (of_margin.flatten(1).abs().amax(dim=1) == 0).float().mean().item(),
-        "truth": ratio.median().item() if len(ratio) else math.nan,
+        "truth": ratio.median().item() if len(ratio) else None,
     }
 
 

@@ -1,9 +1,12 @@
 """The copy that attacks see is the network: its outputs and its gradients to the image."""
 
+import functools
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from gradients import require_same
 from torch import Tensor, nn
 
@@ -87,6 +90,87 @@ def test_weights_at_work_in_two_places_are_not_folded(tied: bool) -> None:
     view = AttackView(network, torch.float64)
     assert view.folded == [("three", "norm_three")]
     require_same(view, network, torch.rand(3, 3, 8, 8, dtype=torch.float64))
+
+
+class Small(nn.Module):
+    """A convolution and its batch norm; all else that a forward may have is with those that inherit from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.conv(x)).relu().mean(dim=(2, 3)))
+
+
+class Normalising(Small):
+    def forward(self, x: Tensor, normalised: Tensor | None = None, scale: float = 0.3) -> Tensor:
+        return super().forward((x - 0.4) / scale if normalised is None else normalised)
+
+
+def with_hooks(where: str) -> nn.Module:
+    """Before and after the whole network, or a layer of it."""
+    network = Small()
+    layer = network if where == "network" else network.get_submodule(where)
+    layer.register_forward_pre_hook(lambda _, inputs: ((inputs[0] - 0.1) / 0.3,))
+    layer.register_forward_hook(lambda _, inputs, output: output * 2 + inputs[0].mean())
+    return network
+
+
+def with_weights_made_anew(how: str) -> nn.Module:
+    network = Small()
+    if how == "pruned":
+        nn.utils.prune.random_unstructured(network.conv, "weight", 0.3)
+    elif how == "weight norm":
+        nn.utils.weight_norm(network.conv)
+    elif how == "spectral norm":
+        nn.utils.spectral_norm(network.conv)
+    elif how == "parametrised":
+        nn.utils.parametrizations.weight_norm(network.conv)
+    return network
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize(
+    ("make", "folds"),
+    [
+        (Normalising, True),
+        *((functools.partial(with_hooks, where), where in ("network", "head")) for where in ("network", "conv", "norm", "head")),
+        *(
+            (functools.partial(with_weights_made_anew, how), False)
+            for how in ("pruned", "weight norm", "spectral norm", "parametrised")
+        ),
+    ],
+)
+def test_the_view_is_the_network_as_it_is_called(make: Callable[[], nn.Module], folds: bool) -> None:
+    """Arguments with defaults, hooks, weights that are made anew by each call: an attack on another function finds less."""
+    torch.manual_seed(0)
+    network = trained_a_little(make(), 1, 8)
+    x = torch.rand(3, 1, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        network(x)  # of older norms of weights a copy can be made only after such a call
+    view = AttackView(network, torch.float64)
+    assert view.folded == ([("conv", "norm")] if folds else [])
+    require_same(view, network, x)
+    with torch.no_grad():
+        for tensor in network.parameters():
+            tensor.mul_(1.1)
+    view.refresh()
+    require_same(view, network, x)
+
+
+def test_a_layer_that_forward_does_not_use_may_own_another_ones_weights() -> None:
+    network = Small()
+    del network.head  # so that the other comes first
+    network.aside, network.head = nn.Linear(4, 3), nn.Linear(4, 3)
+    network.head.weight = network.aside.weight
+    network = trained_a_little(network, 1, 8)
+    view, x = AttackView(network, torch.float64), torch.rand(3, 1, 8, 8, dtype=torch.float64)
+    require_same(view, network, x)
+    with torch.no_grad():
+        network.head.weight.mul_(2)
+    view.refresh()
+    require_same(view, network, x)
 
 
 class Deciding(nn.Module):

@@ -174,6 +174,16 @@ def test_what_is_wrong_with_a_network_is_told(tmp_path: Path, monkeypatch: pytes
         classifiers.require_trainable(ClassifierConfig(name="own/flat"), 3, 9, 5)
 
 
+def test_a_worker_of_one_image_a_step_is_refused_where_batch_norm_has_nothing_to_measure() -> None:
+    """A ResNet leaves one pixel of an image of 32; of what leaves more, one image has statistics."""
+    with pytest.raises(
+        UserError, match=r"'resnet18' cannot take 32x32 images one at a time, as training\.batch_size over the workers"
+    ):
+        classifiers.require_trainable(ClassifierConfig(name="resnet18"), 3, 32, 5, images=1)
+    classifiers.require_trainable(ClassifierConfig(name="resnet18"), 3, 32, 5)
+    classifiers.require_trainable(ClassifierConfig(name="digits_cnn"), 3, 32, 5, images=1)
+
+
 def saved(folder: Path, name: str, channels: int = 3) -> Config:
     config = Config(name="mine", classifier=ClassifierConfig(name=name))
     network = classifiers.build(config.classifier, channels, 5)

@@ -265,3 +265,20 @@ def test_presets_of_divergences_and_of_joint_attacks() -> None:
 def test_dmat_preset_is_the_published_mixture() -> None:
     objective = Config.model_validate(presets.load(["dmat"])).objective
     assert (objective.clean.weight, objective.image.weight, objective.latent.weight) == (0, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("threat", "curve", "words"),
+    [
+        ("image", [0.01, 2], r"curve, eps 2: .*pixels are in \[0, 1\]; did you mean 2/255"),
+        ("fog", [4], "curve, eps 4: Input should be less than or equal to 1"),
+        ("image", ["-4/255"], "curve, eps -0.0157: Input should be greater than or equal to 0"),
+        ("image", [0.123412, 0.123414], "0.123412 and 0.123414 are one in the four digits"),
+    ],
+)
+def test_points_of_a_curve_take_no_eps_that_their_row_would_not(threat: str, curve: list[Any], words: str) -> None:
+    row = {"threat": threat, "name": "row", "eps": 0.1}
+    evaluation = {"attacks": [{"threat": "clean"}, {**row, "curve": [0.05, 0.05, "1/4"]}]}
+    assert Config.model_validate({"evaluation": evaluation}).evaluation.attacks[1].curve == (0.05, 0.05, 0.25)
+    with pytest.raises(ValidationError, match=words):
+        Config.model_validate({"evaluation": {"attacks": [{"threat": "clean"}, {**row, "curve": curve}]}})

@@ -292,8 +292,9 @@ def test_sigterm_writes_a_checkpoint_and_a_rerun_goes_on_from_it(
     assert "epoch 1/40" in seen
     time.sleep(0.5)
     os.kill(process.pid, signal.SIGTERM)
-    process.communicate(timeout=100)
+    _, said = process.communicate(timeout=100)
     assert process.returncode == 143
+    assert "asked to stop: the same command goes on from the checkpoint in '" in said
     run = checkpoint.read_run(tmp_path / "local" / "tiny" / "checkpoint")
     assert 1 <= run["epoch"] < 40
     again = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

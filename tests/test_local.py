@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from dmat_ray.attack_view import AttackView
 from dmat_ray.config import Config
 from dmat_ray.data.epochs import held_out_positions
 from dmat_ray.data.manifold_set import epoch_batches, open_set
+from dmat_ray.errors import UserError
+from dmat_ray.lease import sole
 from dmat_ray.local import LocalContext
+from dmat_ray.local_stages import train
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.schedules import learning_rate
 
@@ -117,6 +121,17 @@ def test_no_worker_returns_before_the_model_is_there(
     config = make_config(output=str(tmp_path), manifold_set=str(set_folder), name="tiny")
     (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
     run_two_workers("train_two_workers.py", str(tmp_path / "config.json"))
+
+
+def test_two_trainings_of_one_name_are_refused(make_config: Callable[..., Config], set_folder: Path, tmp_path: Path) -> None:
+    """Either might publish what the other has just written, and not finished."""
+    config = make_config(output=str(tmp_path), manifold_set=str(set_folder), name="tiny")
+    (tmp_path / "local" / "tiny").mkdir(parents=True)
+    with sole(tmp_path / "local" / "tiny"), pytest.raises(UserError, match=rf"is being written by process {os.getpid()} "):
+        train(config)
+    assert not (tmp_path / "models").exists()
+    assert (train(config) / "model.safetensors").is_file()
+    assert not list((tmp_path / "local").glob(".*")), "its own lease is taken away again"
 
 
 def test_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:

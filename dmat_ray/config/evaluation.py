@@ -4,7 +4,7 @@ import functools
 import operator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import CliSuppress
 
 from dmat_ray.config.attacks import AttackConfig
@@ -36,6 +36,21 @@ class Row(AttackConfig, ThreatSettings):
     def _in_one_place(self) -> "Row":
         if self.group and self.curve:
             raise ValueError("a row of a group has no curve: it meets only what others have left; give a row of its own")
+        return self
+
+    @model_validator(mode="after")
+    def _curve_of_rows(self) -> "Row":
+        """Each point is a row, and takes no eps that the row would not."""
+        shown: dict[str, float] = {}
+        for eps in self.curve:
+            try:
+                type(self).model_validate({**self.model_dump(), "eps": eps, "curve": ()})
+            except ValidationError as error:
+                raise ValueError(f"curve, eps {eps:.3g}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+            if shown.setdefault(f"{eps:.4g}", eps) != eps:
+                raise ValueError(
+                    f"curve: {shown[f'{eps:.4g}']!r} and {eps!r} are one in the four digits by which points are named"
+                )
         return self
 
 
