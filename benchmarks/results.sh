@@ -19,13 +19,13 @@ test -f runs/study/mnist_sampled/manifest.json ||
 "$python" benchmarks/release.py runs/study/mnist models/mnist standard at_eps_20 dmat_eps_20
 
 if [ -n "${CIFAR10:-}" ]; then
-    methods=(standard at om_at_fgsm om_at dmat trades dmat_trades joint dmat_trades_wide dmat_recolor dmat_fog_recolor)
+    methods=(standard at om_at_fgsm om_at dmat trades dmat_trades joint dmat_trades_wide dmat_recolor dmat_fog_recolor dmat_fog_recolor_stadv)
     study=(benchmarks/study.py --preset cifar10 benchmarks/studies/cifar5.yaml --more-methods benchmarks/studies/cifar5_methods.yaml
         --data.source "$CIFAR10" --processes "$processes")
     "$python" "${study[@]}" --trained "${methods[@]}" --seeds 3
-    "$python" "${study[@]}" --trained at joint dmat_trades_wide dmat_recolor --seeds 3 --worst-case
+    "$python" "${study[@]}" --trained at joint dmat_trades_wide dmat_recolor dmat_fog_recolor_stadv --seeds 3 --worst-case
     "$python" "${study[@]}" --trained dmat dmat_fog_recolor --seeds 5 --worst-case
     "$python" benchmarks/study_report.py runs/study/cifar5 --pack benchmarks/results/cifar5
     "$python" benchmarks/study_report.py benchmarks/results/cifar5 --page docs/results/cifar5.md
-    "$python" benchmarks/release.py runs/study/cifar5 models/cifar5 standard at om_at dmat dmat_trades_wide dmat_fog_recolor
+    "$python" benchmarks/release.py runs/study/cifar5 models/cifar5 standard at om_at dmat dmat_trades_wide dmat_fog_recolor_stadv
 fi

@@ -23,7 +23,7 @@ METHODS = (
 )
 """What every study trains, in the order of the main tables."""
 
-TABLE = (*METHODS, "dmat_recolor", "dmat_fog_recolor")
+TABLE = (*METHODS, "dmat_recolor", "dmat_fog_recolor", "dmat_fog_recolor_stadv")
 """The main tables' rows: those of METHODS, and what a study's own file of methods adds."""
 
 ABLATIONS = {

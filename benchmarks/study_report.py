@@ -85,13 +85,15 @@ def claims(columns: list[str]) -> list[Claim]:
         *(
             Claim(f"DMAT with {terms} is {better} than {name} {where}", with_more, method, column)
             for with_more, terms in (("dmat_recolor", "ReColorAdv as a third term"),
-                                     ("dmat_fog_recolor", "fog and ReColorAdv as further terms"))
+                                     ("dmat_fog_recolor", "fog and ReColorAdv as further terms"),
+                                     ("dmat_fog_recolor_stadv", "fog, ReColorAdv and StAdv as further terms"))
             for method, name in (("dmat", "DMAT"), ("at", "AT"))
             for column, better, where in (("worst", "more robust", "in its worst case over all attacks"),
                                           ("clean", "more accurate", "on clean images"))
         ),
         Claim("DMAT with ReColorAdv is about as robust to L∞ as AT", "dmat_recolor", "at", image, comparable=True),
         Claim("DMAT with fog and ReColorAdv is about as robust to L∞ as AT", "dmat_fog_recolor", "at", image, comparable=True),
+        Claim("DMAT with all three is about as robust to L∞ as AT", "dmat_fog_recolor_stadv", "at", image, comparable=True),
         *(
             Claim(f"DMAT with fog and ReColorAdv is more robust to {c} than DMAT", "dmat_fog_recolor", "dmat", c)
             for c in (image, "snow", "elastic", "gabor", "jpeg L1", "PGD-50 L2", "PGD-50 L1", "stadv")
