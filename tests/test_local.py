@@ -13,7 +13,7 @@ import torch
 from torchrun import run_two_workers
 from two_workers import one_step
 
-from dmat_ray import checkpoint, objectives
+from dmat_ray import checkpoint, models, objectives
 from dmat_ray.attack_view import AttackView
 from dmat_ray.config import Config
 from dmat_ray.data.epochs import held_out_positions
@@ -155,3 +155,13 @@ def test_one_process_is_its_own_average(tmp_path: Path) -> None:
     assert value.item() == 3.0
     assert context.wrap(network) is network
     assert (context.rank, context.world_size) == (0, 1)
+
+
+def test_one_image_a_worker_is_refused_before_anything_is_trained(
+    make_config: Callable[..., Config], set_folder: Path, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"training": {"batch_size": 3}, "classifier": {"name": "resnet18"}}
+    config = make_config(output=str(tmp_path), manifold_set=str(set_folder), name="tiny", **changes)
+    assert models.untrained([config], print, 1) == [config]
+    with pytest.raises(UserError, match="'resnet18' cannot take 8x8 images one at a time"):
+        models.untrained([config], print, 2)
