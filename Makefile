@@ -14,6 +14,7 @@ DOCS_STAMP := $(VENV)/.docs
 help:
 	@echo "make demo       digits -> StyleGAN manifold -> four classifiers -> attacks -> table, report, MLflow (CPU, minutes)"
 	@echo "make test       the tests, with a real local Ray and MLflow; what CI runs"
+	@echo "make tools      Debian's chromium and postgresql, which two tests use where they can be installed; make test does this, too"
 	@echo "make test-fast  those of them that take no Ray and a second or two at most (under 3 minutes)"
 	@echo "make test-all   also those that take minutes each, or check at more places (an hour and more)"
 	@echo "make coverage   lines of the core that tests without Ray reach"

@@ -144,8 +144,9 @@ class Study:
         self.config = cli.validate(yaml.safe_load((folder / "settings.yaml").read_text()))
         self.results = self._read("rows", {})
         self.clean = self._read("clean", {"suites": [], "attacks": [{"threat": "clean", "name": "clean"}]})
-        attacks = {"attacks": worst_case(self.config.evaluation)} if (folder / "worst").is_dir() else {}
-        self.worst = self._read("worst", {"suites": [], **attacks}) if attacks else None
+        self.worst: Results | None = None
+        if (folder / "worst").is_dir():
+            self.worst = self._read("worst", {"suites": [], "attacks": worst_case(self.config.evaluation)})
         names = [name.rsplit("-", 1) for name in self.results.models if name in self.clean.models]
         self.seeds = {method: sorted(int(s) for m, s in names if m == method) for method, _ in names}
 
@@ -208,7 +209,7 @@ class Study:
                 lines.append(f"| {claim.text} | {claim.column} | {shown} | {found.models} | {told} |")
         return lines
 
-    def unseen_worst(self, method: str, seed: int, set_name: str) -> np.ndarray:
+    def worst_of_others(self, method: str, seed: int, set_name: str) -> np.ndarray:
         """What stands every attack, of the test images that `results` has not."""
         assert self.worst is not None
         model = f"{method}-{seed}"
@@ -230,10 +231,10 @@ class Study:
         for method in (m for m in TABLE if m in seeds):
             cells = []
             for set_name in sets:
-                cells.append(str(estimate([self.unseen_worst(method, seed, set_name) for seed in seeds[method]])))
+                cells.append(str(estimate([self.worst_of_others(method, seed, set_name) for seed in seeds[method]])))
                 for than in ("dmat", "at"):
                     both = sorted(set(seeds[method]) & set(seeds.get(than, ()))) if method != than else []
-                    pairs = [(self.unseen_worst(method, s, set_name), self.unseen_worst(than, s, set_name)) for s in both]
+                    pairs = [(self.worst_of_others(method, s, set_name), self.worst_of_others(than, s, set_name)) for s in both]
                     found = estimate([a - b for a, b in pairs]) if pairs else None
                     sure = found is not None and abs(found.value) > found.half
                     told = "" if found is None else f"{found.value:+.1f} ± {found.half:.1f}"
@@ -368,7 +369,7 @@ def page(study: Study) -> list[str]:
             "",
             "## The worst case, on the other test images",
             "",
-            f"`{WORST}` on the {count} test images that the tables above have not, by which no method was chosen: the same "
+            f"`{WORST}` on the {count} test images that the tables above have not, by which no terms were chosen: the same "
             "attacks one after the other, each on what the ones before have left. Differences beyond their interval are bold.",
             "",
             *found,

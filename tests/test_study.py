@@ -99,7 +99,7 @@ def test_the_study_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.
         assert (both.sum(), len(both)) == (10, 20)
         worst = packed.worst.per_example(model, set_name, "worst")
         np.testing.assert_array_equal(worst[both], packed.results.per_example(model, set_name, "worst"))
-        assert packed.unseen_worst(*model.split("-"), set_name).tolist() == worst[~both].tolist()  # type: ignore[arg-type]
+        assert packed.worst_of_others(model.removesuffix("-0"), 0, set_name).tolist() == worst[~both].tolist()
     rows = pq.read_table(output / "rows" / "om_at_fgsm-0.parquet").to_pylist()
     right = [row["correct"] for row in rows if (row["set"], row["attack"]) == ("on_manifold", "PGD-20")]
     assert len(right) == 10
@@ -154,6 +154,14 @@ def test_published_results_are_what_their_rows_say(name: str) -> None:
     study = study_report.Study(ROOT / "benchmarks" / "results" / name)
     page = (ROOT / "docs" / "results" / f"{name}.md").read_text(encoding="utf-8")
     assert page == "\n".join(study_report.page(study)) + "\n"
+
+
+def test_what_the_readme_says_of_the_worst_case_in_colour_is_what_the_rows_say() -> None:
+    study = study_report.Study(ROOT / "benchmarks" / "results" / "cifar5")
+    (row,) = [line for line in study.worst_cases() if line.startswith("| dmat_fog_recolor_stadv |")]
+    _, _, _, _, over_dmat, _, _, natural_over_dmat, *_ = (cell.strip(" *+") for cell in row.split("|"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"worst case over all attacks is {natural_over_dmat} points better on natural images and {over_dmat} on proj" in readme
 
 
 def test_the_readme_shows_the_study_on_digits() -> None:

@@ -99,6 +99,9 @@ def test_an_evaluation_that_was_killed_after_its_last_row_is_told_and_tracked_to
     assert after.data.metrics == run.data.metrics
     assert sorted(path.name for path in artifacts.iterdir()) == names
     assert {"report.html", "rows.parquet"} <= set(names)
+    page.unlink()  # of a run that has ended
+    jobs.evaluate(finished.config, finished.models, say)
+    assert evaluation_run(finished.output).info.run_id == run.info.run_id
     assert done == {p: p.stat().st_mtime_ns for p in folder.rglob("*.parquet")}
 
 
