@@ -13,6 +13,7 @@ test -f runs/study/mnist_sampled/manifest.json ||
     "$python" benchmarks/sampled_set.py runs/study/mnist/on_manifold_set runs/study/mnist/models/standard-0 runs/study/mnist_sampled --generator.precision fast
 "$python" "${study[@]}" --processes "$processes" --ablations --seeds 1
 "$python" "${study[@]}" --processes "$processes" --trained at_eps_20 dmat_eps_20 --seeds 3
+"$python" "${study[@]}" --processes "$processes" --trained at at_eps_20 dmat dmat_eps_20 dmat_trades_wide --seeds 3 --worst-case
 "$python" "${study[@]}" --processes "$processes" --seeds 1 --autoattack digits_autoattack --autoattack-limit 50
 "$python" benchmarks/study_report.py runs/study/mnist --pack benchmarks/results/mnist
 "$python" benchmarks/study_report.py benchmarks/results/mnist --page docs/results/mnist.md --headline README.md

@@ -228,7 +228,7 @@ class Study:
         sets = self.config.evaluation.sets
         heads = [f"{SET_NAMES[s]}{what}" for s in sets for what in ("", ", less DMAT's", ", less AT's")]
         lines = [f"| method | models | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 2)]
-        for method in (m for m in TABLE if m in seeds):
+        for method in sorted(seeds, key=lambda m: (TABLE.index(m) if m in TABLE else len(TABLE), m)):
             cells = []
             for set_name in sets:
                 cells.append(str(estimate([self.worst_of_others(method, seed, set_name) for seed in seeds[method]])))

@@ -110,6 +110,27 @@ def losses_of(network: nn.Module, batch: Batch, config: AttackConfig) -> list[Lo
     return [targeted_dlr(batch.y_B, t) if name == "dlr" else towards(t) for t in likeliest.unbind(dim=1)]
 
 
+class _Breaking:
+    """Of the queries that broke an example the one with the highest loss: a loss may be higher where the label still wins."""
+
+    def __init__(self, y_B: Tensor) -> None:
+        self.y_B = y_B
+        self.theta: Tensor | None = None
+
+    def note(self, theta: Tensor, loss_B: Tensor, logits_BK: Tensor) -> None:
+        """What a query found."""
+        if self.theta is None:
+            self.theta, self.loss_B = theta, torch.full_like(loss_B, -torch.inf)
+        better = (logits_BK.argmax(dim=1) != self.y_B) & (loss_B > self.loss_B)
+        self.theta = torch.where(per_example(better, theta), theta, self.theta)
+        self.loss_B = torch.where(better, loss_B, self.loss_B)
+
+    def instead_of(self, theta: Tensor) -> Tensor:
+        """`theta`, but where a query broke the example."""
+        assert self.theta is not None
+        return torch.where(per_example(self.loss_B > -torch.inf, theta), self.theta, theta)
+
+
 def _search(
     network: nn.Module,
     threat: Threat,
@@ -120,18 +141,28 @@ def _search(
     judge: nn.Module | None,
 ) -> Attacked:
     search = SEARCHES[config.method](threat, batch, config, draws)
+    breaking = _Breaking(batch.y_B) if search.keeps_best and judge is not None else None
+
+    def query(theta: Tensor) -> tuple[Tensor, Tensor]:
+        logits: Tensor = network(threat.render(batch, theta))
+        value_B = loss(logits)
+        if breaking is not None:
+            breaking.note(theta.detach(), value_B.detach(), logits.detach())
+        return logits, value_B
+
     theta = search.start()
     gradient = theta.new_empty(0)
     for _ in range(config.steps):
         with torch.set_grad_enabled(search.needs_gradient):
             theta = theta.detach().requires_grad_(search.needs_gradient)
-            logits = network(threat.render(batch, theta))
-            value_B = loss(logits)
+            logits, value_B = query(theta)
             if search.needs_gradient:
                 (gradient,) = torch.autograd.grad(value_B.sum(), theta)
         theta = search.next(theta.detach(), value_B.detach(), gradient)
     with torch.no_grad():
-        theta = search.last(theta, lambda last: loss(network(threat.render(batch, last))))
+        theta = search.last(theta, lambda last: query(last)[1])
+        if breaking is not None:
+            theta = breaking.instead_of(theta)
         x = threat.render(batch, theta)
         if judge is not None:
             logits = judge(x)
@@ -162,10 +193,11 @@ def attack(
     """Search the threat for each example's worst case of `loss` (default: cross entropy to the label).
 
     Random starts derive from (seed, example id, purpose, restart). Of several searches each example keeps one that broke it, and
-    among those the one with the highest loss. Raises UserError if the batch is outside [0, 1],
-    NotFiniteError if the network puts out values that are not finite. Without `measure`, which training does without, the
-    images that it ends with do not go through the network again: `loss_B` and `broken_B` are those of one step before. `judge` is
-    the network, in eval mode, of which `network` is a copy for attacks, in another precision perhaps: it has the last word.
+    among those the one with the highest loss; so of the queries of one search that keeps its best (apgd, square, random). Raises
+    UserError if the batch is outside [0, 1], NotFiniteError if the network puts out values that are not finite. Without
+    `measure`, as in training, the best query is that of the highest loss alone, and the images that it ends with do not go
+    through the network again: `loss_B` and `broken_B` are those of one step before. `judge` is the network, in eval mode, of
+    which `network` is a copy for attacks, in another precision perhaps: it has the last word.
     """
     low, high = batch.x_BCHW.aminmax()
     if not (low >= 0 and high <= 1):

@@ -27,6 +27,7 @@ class Random:
     """Random points of the budget, each independent of those before; the result is the worst."""
 
     needs_gradient = False
+    keeps_best = True
 
     def __init__(self, threat: Threat, batch: Batch, config: AttackConfig, draws: Draws | None) -> None:
         if draws is None:

@@ -38,6 +38,7 @@ class Search(Protocol):
     """One search from one start. It is made of a threat, a batch, settings, and with random_start the draws to start from."""
 
     needs_gradient: bool
+    keeps_best: bool  # the result is one of the queries, wherever it goes on to; else it is where it ends
 
     def start(self) -> Tensor:
         """The first theta."""
@@ -53,6 +54,7 @@ class Pgd:
     """Steps of one length (arXiv 1706.06083); the result is where it ends, as published. FGSM is one of them."""
 
     needs_gradient = True
+    keeps_best = False
 
     def __init__(self, threat: Threat, batch: Batch, config: AttackConfig, draws: Draws | None) -> None:
         self.threat, self.batch, self.draws, self.step_size = threat, batch, draws, step_size_of(config, threat)
@@ -87,6 +89,8 @@ class Apgd(Pgd):
     """Auto-PGD (arXiv 2003.01690): starts with steps as wide as the budget and halves them, example by example, where the loss
     has stopped rising; then it goes on from the best theta so far, which is also its result.
     """
+
+    keeps_best = True
 
     def __init__(self, threat: Threat, batch: Batch, config: AttackConfig, draws: Draws | None) -> None:
         super().__init__(threat, batch, config, draws)

@@ -140,6 +140,31 @@ def test_squares_do_without_a_gradient(small_net: nn.Module, make_batch: Any) ->
     assert square.broken_B.sum() > masked.broken_B.sum()
 
 
+class Dilemma(nn.Module):
+    """Brighter images have another label and a lower loss: three probabilities, linear in the mean of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        share = x.mean(dim=(1, 2, 3))
+        return torch.stack([0.4 + 0.05 * share, 0.3 + 0.25 * share, 0.3 - 0.3 * share], dim=1).log()
+
+
+@pytest.mark.parametrize("method", ["random", "square", "apgd"])
+def test_a_query_that_broke_an_example_is_kept_though_others_have_higher_losses(method: str) -> None:
+    x = torch.linspace(0.2, 0.6, 60)[:, None, None, None].expand(60, 1, 5, 5)
+    batch = Batch([str(i) for i in range(60)], x, torch.zeros(60, dtype=torch.int64))
+    network, asked = Dilemma(), []
+    handle = network.register_forward_hook(lambda *told: asked.append(told[2].detach()))
+    found = search(network, batch, ImageThreat(eps=0.3), method=method, steps=4)
+    handle.remove()
+    logits = torch.stack(asked[:-1])  # the last is the result's measure
+    losses, broke = -logits[:, :, 0], logits.argmax(dim=2) != 0
+    assert len(losses) == 5
+    torch.testing.assert_close(found.broken_B, broke.any(dim=0))
+    torch.testing.assert_close(found.loss_B, torch.where(broke | ~broke.any(dim=0), losses, -torch.inf).amax(dim=0))
+    assert (found.broken_B & (losses.amax(dim=0) > found.loss_B)).sum() > 10, "the highest loss alone would have missed these"
+    assert 10 < found.broken_B.sum() < 60
+
+
 def test_what_they_need_is_said(small_net: nn.Module, make_batch: Any) -> None:
     batch = make_batch()
     for method in ("square", "random"):
