@@ -110,11 +110,17 @@ def claims(columns: list[str]) -> list[Claim]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with the half of its 95 % interval, in points, and how many models are behind it."""
+    """A mean with the half of its 95 % interval, in points, how many models are behind it, and the t that the interval is of."""
 
     value: float
     half: float
     models: int
+    error: float = 0.0
+    freedom: float = math.inf
+
+    def chance(self, of: float) -> float:
+        """Two-sided p-value of the mean being `of`; 1 where all values were the same, which no t is of."""
+        return float(2 * stats.t.sf(abs(self.value - of) / self.error, self.freedom)) if self.error else 1.0
 
     def __str__(self) -> str:
         return f"{self.value:.1f} ± {self.half:.1f}"
@@ -131,7 +137,16 @@ def estimate(models: Sequence[np.ndarray]) -> Estimate:
         return Estimate(float(values.mean()), 300.0 / examples, count)
     # few seeds: Student's t with the degrees of freedom of a sum of two variances (Welch, Satterthwaite)
     freedom = variance**2 / (of_images**2 / (examples - 1) + of_seeds**2 / max(count - 1, 1))
-    return Estimate(float(values.mean()), float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance), count)
+    error = math.sqrt(variance)
+    return Estimate(float(values.mean()), float(stats.t.ppf(0.975, freedom)) * error, count, error, freedom)
+
+
+def holm(chances: Sequence[float]) -> list[float]:
+    """p-values of claims that are made together (Holm, Scandinavian Journal of Statistics 6, 1979)."""
+    order = np.argsort(chances, kind="stable")
+    together = np.empty(len(chances))
+    together[order] = np.minimum(1.0, np.maximum.accumulate(np.asarray(chances)[order] * np.arange(len(chances), 0, -1)))
+    return [float(p) for p in together]
 
 
 class Study:
@@ -201,12 +216,16 @@ class Study:
 
     def verdicts(self, set_name: str) -> list[str]:
         """Each claim with the difference behind it."""
-        lines = ["| claim | column | difference in points | models | |", "|---|---|---|---|---|"]
-        for claim in claims(self.columns(set_name)):
-            if (found := self.difference(claim, set_name)) is not None:
-                shown = f"{found.value:+.1f} ± {found.half:.1f}"
-                told = verdict(found, claim.comparable) if found.models > 1 else "open (one seed)"
-                lines.append(f"| {claim.text} | {claim.column} | {shown} | {found.models} | {told} |")
+        made = [(c, found) for c in claims(self.columns(set_name)) if (found := self.difference(c, set_name)) is not None]
+        settled = [(c, found) for c, found in made if found.models > 1]
+        together = dict(zip((c for c, _ in settled), holm([found.chance(_bound(c)) for c, found in settled]), strict=True))
+        lines = ["| claim | column | difference in points | models | | p, all together |", "|---|---|---|---|---|---|"]
+        for claim, found in made:
+            shown = f"{found.value:+.1f} ± {found.half:.1f}"
+            told, p = (verdict(found, _bound(claim)), f"{together[claim]:.2g}") if claim in together else ("open (one seed)", "")
+            if told != "open" and together.get(claim, 1.0) < 0.05:
+                told = f"**{told}**"
+            lines.append(f"| {claim.text} | {claim.column} | {shown} | {found.models} | {told} | {p} |")
         return lines
 
     def worst_of_others(self, method: str, seed: int, set_name: str) -> np.ndarray:
@@ -259,9 +278,13 @@ class Study:
         return lines
 
 
-def verdict(found: Estimate, comparable: bool) -> str:
+def _bound(claim: Claim) -> float:
+    """The difference beyond which the claim holds."""
+    return -NEAR if claim.comparable else 0.0
+
+
+def verdict(found: Estimate, bound: float) -> str:
     """Confirmed or not where the whole interval says so, else open."""
-    bound = -NEAR if comparable else 0.0
     if found.value - found.half > bound:
         return "confirmed"
     return "not confirmed" if found.value + found.half < bound else "open"
@@ -361,7 +384,11 @@ def page(study: Study) -> list[str]:
         lines += ["", f"## {count} {SET_NAMES[set_name]}", "", f"(`clean`: all {clean:,})", ""]
         lines += study.table(study.methods, set_name, study.columns(set_name))
         lines += ["", "What this says to the paper's claims:", "", *study.verdicts(set_name)]
-    lines += ["", f"Comparable: less than {NEAR:g} points below. Open: the interval holds both answers."]
+    lines += [
+        "",
+        f"About as robust: less than {NEAR:g} points below. Open: the interval holds both answers. Intervals are of one claim "
+        "each; the last column is the claim's p-value among all of its table (Holm), and bold what holds by that at 5 %.",
+    ]
     if found := study.worst_cases():
         model, set_name = study.results.models[0], study.config.evaluation.sets[0]
         count = len(study.clean.ids(model, set_name)) - len(study.results.ids(model, set_name))

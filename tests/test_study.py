@@ -58,12 +58,31 @@ def test_an_interval_covers_the_truth_when_images_and_seeds_are_drawn() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "half", "comparable", "told"),
-    [(3, 2, False, "confirmed"), (3, 4, False, "open"), (-3, 2, False, "not confirmed"), (-0.5, 1, True, "confirmed"),
-     (-3, 2, True, "open"), (-5, 2, True, "not confirmed")],
+    ("value", "half", "bound", "told"),
+    [(3, 2, 0, "confirmed"), (3, 4, 0, "open"), (-3, 2, 0, "not confirmed"), (-0.5, 1, -2, "confirmed"),
+     (-3, 2, -2, "open"), (-5, 2, -2, "not confirmed")],
 )  # fmt: skip
-def test_a_claim_is_settled_only_by_the_whole_interval(value: float, half: float, comparable: bool, told: str) -> None:
-    assert study_report.verdict(study_report.Estimate(value, half, 3), comparable) == told
+def test_a_claim_is_settled_only_by_the_whole_interval(value: float, half: float, bound: float, told: str) -> None:
+    assert study_report.verdict(study_report.Estimate(value, half, 3), bound) == told
+
+
+def test_a_p_value_is_that_of_students_test_and_below_5_percent_where_the_interval_ends() -> None:
+    values = np.random.default_rng(1).normal(0.05, 0.3, 200)
+    found = study_report.estimate([values])
+    assert found.chance(0.0) == pytest.approx(scipy.stats.ttest_1samp(values, 0).pvalue)
+    assert found.chance(-2.0) == pytest.approx(scipy.stats.ttest_1samp(values, -0.02).pvalue)
+    assert found.chance(found.value - found.half) == pytest.approx(0.05)
+    assert study_report.estimate([np.ones(50)]).chance(0.0) == 1.0
+
+
+def test_p_values_of_claims_made_together() -> None:
+    # what R's p.adjust(p, "holm") gives
+    assert study_report.holm([0.01, 0.04, 0.02, 0.03, 0.05]) == pytest.approx([0.05, 0.09, 0.08, 0.09, 0.09])
+    assert study_report.holm([0.7, 0.0001, 0.6]) == pytest.approx([1.0, 0.0003, 1.0])
+    # of claims none of which is true one in twenty families has one that seems so
+    rng = np.random.default_rng(0)
+    seems = [min(study_report.holm(list(rng.random(15)))) < 0.05 for _ in range(4000)]
+    assert 0.04 < np.mean(seems) < 0.06
 
 
 @pytest.mark.exhaustive
