@@ -11,7 +11,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import dmat_ray
 from dmat_ray import classifiers
 from dmat_ray.cli import validate
 from dmat_ray.config import Config
-from dmat_ray.errors import UserError
+from dmat_ray.errors import StorageError, UserError
 from dmat_ray.files import is_full, read_json, sha256, text_digest, write_json
 from dmat_ray.folders import fetched
 from dmat_ray.storage import Location, Place, at
@@ -117,17 +117,24 @@ def require_whole(folder: Place, name: str) -> dict[str, Any]:
 
 
 def newest(context: RunContext, name: str) -> Location | None:
-    """The newest checkpoint of a run that is whole, to go on from; None for a run without any.
+    """The newest checkpoint of a run that is whole, to go on from: see `newest_of`."""
+    return newest_of(context.checkpoints(), name, context.say)
 
-    Says which ones are damaged; raises UserError if all of them are.
+
+def newest_of(folders: Iterable[Place], name: str, say: Callable[[str], None]) -> Location | None:
+    """The first of a run's checkpoints, the newest first, that is whole; None if there are none.
+
+    Says which ones are damaged; raises UserError if all of them are, StorageError if they cannot be looked at.
     """
     damaged = None
-    for folder in map(at, context.checkpoints()):
+    for folder in map(at, folders):
         try:
             require_whole(folder, name)
+        except StorageError:
+            raise  # which says nothing of the checkpoint
         except UserError as error:
             damaged = error
-            context.say(f"warning: {error}; going back to the one before")
+            say(f"warning: {error}; going back to the one before")
             continue
         return folder
     if damaged is not None:

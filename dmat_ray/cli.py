@@ -242,7 +242,7 @@ def user_error_behind(error: BaseException) -> UserError | None:
         queue += [current.__cause__, getattr(current, "cause", None), getattr(current, "_base_exc", None)]
         failures = getattr(current, "worker_failures", None)
         queue += list(failures.values()) if isinstance(failures, dict) else []
-    told = re.search(r"^dmat_ray\.errors\.UserError: (.+)$", str(error), re.MULTILINE)
+    told = re.search(r"^dmat_ray\.errors\.(?:User|Storage|NotFinite)Error: (.+)$", str(error), re.MULTILINE)
     return UserError(told[1]) if told else None
 
 

@@ -208,14 +208,22 @@ def left_out(manifest: dict[str, Any]) -> str:
 
 def require_suite(config: EvaluationConfig, data: ManifoldSet) -> None:
     """Raise UserError for a row that these classes or images do not allow, or whose weights are not there."""
-    one, size = data.batch(np.array([0]), "natural"), " x ".join(map(str, data.natural.shape[1:]))
-    count = len(data.class_names)
+    require_rows(config, data.batch(np.array([0]), "natural"), len(data.class_names))
+
+
+def require_rows(config: EvaluationConfig, one: Batch, count: int) -> None:
+    """The same for a batch of one natural image, which may be blank, of so many classes."""
+    size = " x ".join(map(str, one.x_BCHW.shape[1:]))
     for row in config.attacks:
         try:
             _try(row, one, count, config.seed)
         except (UserError, RuntimeError) as error:
             raise UserError(f"attack '{row.name}' on {size} images of {count} classes: {str(error).splitlines()[0]}") from None
     if config.lpips != "none":
+        from dmat_ray.manifold.perceptual import SMALLEST
+
+        if (side := one.x_BCHW.shape[2]) < SMALLEST:
+            raise UserError(f"LPIPS needs images of {SMALLEST} pixels or more, the set's have {side}; set evaluation.lpips none")
         _perceptual(config).features(one.x_BCHW)
 
 
@@ -240,10 +248,10 @@ def _try(row: AttackRow, one: Batch, num_classes: int, seed: int) -> None:
 
 def evaluate_here(evaluator: Evaluator, positions: np.ndarray | None = None) -> pa.Table:
     """All rows of a suite, in this process, one unit after the other."""
-    config, data = evaluator.config, evaluator.data
-    where = chosen(data, config) if positions is None else positions
+    config, ids = evaluator.config, evaluator.data.id
+    where = chosen(ids, config) if positions is None else positions
     rows = SCHEMA.empty_table()
     for names in rounds(config):
-        work = units(evaluator.models, names, config, still_standing(rows, config, data, where))
+        work = units(evaluator.models, names, config, still_standing(rows, config, ids, where))
         rows = pa.concat_tables([rows, *(evaluator.table(unit) for unit in work)])
     return rows.sort_by(SORT)

@@ -141,11 +141,13 @@ def sole(folder: Place) -> Iterator[Lease]:
     """Like `exclusive`, for a folder that may be removed meanwhile: the lease lies beside it."""
     place = at(folder)
     beside = place.parent / f".{place.name}.lease"
-    with exclusive(beside) as lease:
-        yield lease
-    if beside.local is not None:
-        with suppress(OSError):
-            beside.local.rmdir()
+    try:
+        with exclusive(beside) as lease:
+            yield lease
+    finally:
+        if beside.local is not None:
+            with suppress(OSError):  # another's, who is at work, is not empty
+                beside.local.rmdir()
 
 
 @contextmanager

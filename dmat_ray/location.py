@@ -20,7 +20,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from dmat_ray import object_store
-from dmat_ray.errors import UserError
+from dmat_ray.errors import StorageError, UserError
 
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 PARTIAL = re.compile(r"\.[0-9a-f]{16}\.partial")
@@ -283,7 +283,7 @@ class Location:
 
     @contextlib.contextmanager
     def _explained(self, done: str) -> Iterator[None]:
-        """An object store's refusal in plain words: FileNotFoundError, PermissionError of a file to be read, else UserError."""
+        """An object store's refusal in plain words: FileNotFoundError, PermissionError of a file read, else StorageError."""
         try:
             yield
         except FileNotFoundError:
@@ -293,4 +293,4 @@ class Location:
         except OSError as error:
             if done == "read" and any(word in str(error) for word in object_store.REFUSALS):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self)) from None
-            raise UserError(f"'{self}' cannot be {done}: {object_store.explain(str(error))}") from None
+            raise StorageError(f"'{self}' cannot be {done}: {object_store.explain(str(error))}") from None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dmat_ray import checkpoint, classifiers
 from dmat_ray.config import ClassifierConfig, Config
+from dmat_ray.config.training import of_levels
 from dmat_ray.errors import UserError
 from dmat_ray.files import sha256
 from dmat_ray.manifold.formats import checkpoints
@@ -144,6 +145,9 @@ def _normalisation(path: Path, tensors: Tensors, channels: int, notes: list[str]
         if min(values[1]) <= 0:
             raise UserError(f"checkpoint '{path}' normalises by '{found[std]}' of {shown(values[1])}, which must be above 0")
         notes.append(f"it normalises inside: mean {shown(values[0])} and std {shown(values[1])} are the file's own")
+        if of_levels(*values):
+            notes.append("they are of levels up to 255: divided by 255, for images in [0, 1]")
+            values = [tuple(number / 255 for number in numbers) for numbers in values]
         return values[0], values[1]
     return None
 

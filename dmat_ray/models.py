@@ -1,15 +1,15 @@
 """The trained models of an output folder, and which of them are still to be trained."""
 
-import contextlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
+from typing import Any
 
 from dmat_ray import checkpoint, classifiers
 from dmat_ray.config import Config
 from dmat_ray.data import set_reader
 from dmat_ray.data.epochs import held_out_positions
-from dmat_ray.errors import UserError
+from dmat_ray.errors import StorageError, UserError
 from dmat_ray.folders import fetched, replace_folder
 from dmat_ray.manifold import generators
 from dmat_ray.storage import Location, Place, at, set_folder
@@ -55,13 +55,20 @@ def is_trained(config: Config) -> bool:
     if not (folder / checkpoint.RUN).is_file():
         return False
     run = checkpoint.read_run(folder)
-    with contextlib.suppress(UserError):
+    return bool(run["finished"]) and is_of(run, config, folder)
+
+
+def is_of(run: dict[str, Any], config: Config, folder: Location) -> bool:
+    """Whether the run.json of a folder says that it is of these settings, this generator and this set."""
+    try:
         checkpoint.require_same_config(run["config"], config, folder)
         checkpoint.require_network_of(run, folder, unchanged=True)
         same_generator = run["generator_sha256"] == generators.fingerprint(config.generator.path)
-        same_set = run.get("set_sha256") == set_digest(config)
-        return bool(run["finished"] and same_generator and same_set)
-    return False
+        return bool(same_generator and run.get("set_sha256") == set_digest(config))
+    except StorageError:
+        raise  # nothing is known of the model, which may have taken days
+    except UserError:
+        return False
 
 
 def set_digest(config: Config) -> str:

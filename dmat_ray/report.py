@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -88,7 +89,11 @@ def write(
     measurements, findings = checked
     names = list(models)
     runs = {name: checkpoint.read_run(folder) for name, folder in models.items()}
-    data = manifold_set.open_set(set_folder, "test")
+    listed = manifold_set.usable(set_folder, "test")
+    ids = listed["id"].to_pylist()
+    shown = gallery.one_of_each_class(listed["label"].to_numpy(), chosen(ids, config.evaluation))
+    data = manifold_set.open_set(set_folder, "test", only=[ids[i] for i in shown])
+    positions = np.argsort(np.argsort(shown))  # of the set, which is in the order of ids
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     evaluator = Evaluator(
         config.evaluation.model_copy(update={"lpips": "none"}),
@@ -98,7 +103,6 @@ def write(
         names,
         device,
     )
-    positions = gallery.one_of_each_class(data.label, chosen(data, config.evaluation))
     settings = str(yaml.safe_dump(config.to_json(), sort_keys=False, allow_unicode=True))
     tables, facts = report_values.tables(results, names), _facts(config, data.manifest, runs)
     good, every = report_text.passed(findings)

@@ -244,7 +244,7 @@ def confusions(results: Results, table: Table, class_names: Sequence[str]) -> li
     attacks = _attacks(table, results)
     image = _strongest(table, [c for c in attacks if all(map(_is_image, _parts(results, c)))])
     latent = _strongest(table, [c for c in attacks if all(isinstance(r, LatentRow) for r in _parts(results, c))])
-    found = []
+    found, small = [], len(class_names) <= MOST_CLASSES
     for model in table.models:
         shown = []
         for column in filter(None, (results.clean, image, latent)):
@@ -253,7 +253,8 @@ def confusions(results: Results, table: Table, class_names: Sequence[str]) -> li
             pairs = [(int(counts[k]), k) for k in zip(*np.nonzero(counts), strict=True) if k[0] != k[1]]
             pairs.sort(key=lambda pair: -pair[0])
             most = [{"count": n, "label": class_names[a], "taken": class_names[b]} for n, (a, b) in pairs[:MOST_PAIRS]]
-            small = len(class_names) <= MOST_CLASSES
-            shown.append({"name": column, "counts": counts.tolist() if small else None, "shares": shares.tolist(), "most": most})
+            # of many classes the page shows no more, and all pairs of a thousand, as lists, are gigabytes over a table
+            whole = {"counts": counts.tolist(), "shares": shares.tolist()} if small else {"counts": None, "shares": None}
+            shown.append({"name": column, **whole, "most": most})
         found.append({"model": model, "tables": shown})
     return found

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 from dmat_ray import object_store
 from dmat_ray.config import Config
-from dmat_ray.errors import UserError
+from dmat_ray.errors import StorageError, UserError
 from dmat_ray.location import Location
 
 Place = str | Path | Location
@@ -24,11 +24,11 @@ OF_THE_FILE = (
 
 
 def require_not_of_storage(error: Exception, place: Location) -> None:
-    """Raise UserError if an error of reading this file says nothing of the file, but of the way to it."""
+    """Raise StorageError if an error of reading this file says nothing of the file, but of the way to it."""
     if object_store.is_its_error(error):
-        raise UserError(f"'{place}' cannot be read: {object_store.explain(str(error))}") from None
+        raise StorageError(f"'{place}' cannot be read: {object_store.explain(str(error))}") from None
     if isinstance(error, OSError) and error.errno is not None and error.errno not in OF_THE_FILE:
-        raise UserError(f"'{place}' cannot be read: {error.strerror}") from None
+        raise StorageError(f"'{place}' cannot be read: {error.strerror}") from None
 
 
 def at(place: Place) -> Location:

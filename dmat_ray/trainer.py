@@ -122,7 +122,7 @@ class _Run:
         self.step = TrainingStep(config, network, generator, context)
         self.about = checkpoint.describe_run(config, class_names, channels, resolution, generator_sha256, set_sha256)
         self.steps = steps_per_epoch(source.size, self.settings.batch_size)
-        held_out = source.held_out
+        held_out = source.held_out(context.rank, context.world_size)
         self.validators: list[Callable[[nn.Module, RunContext], dict[str, float]]] = []
         if held_out is not None and judged_by is not None:
             self.validators.append(Yardstick(judged_by, held_out, generator))

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dmat_ray.config import ON_CURVE, ON_MANIFOLD, AttackRow, CleanRow, EvaluationConfig
-from dmat_ray.data.manifold_set import ManifoldSet
 from dmat_ray.files import sha256, text_digest
 from dmat_ray.folders import fetched
 from dmat_ray.rng import derive
@@ -89,11 +88,11 @@ def rounds(config: EvaluationConfig) -> list[list[str]]:
     return [alone, *([names[k] for names in groups.values() if k < len(names)] for k in range(deepest))]
 
 
-def chosen(data: ManifoldSet, config: EvaluationConfig) -> np.ndarray:
+def chosen(ids: Sequence[str], config: EvaluationConfig) -> np.ndarray:
     """Positions of the examples to evaluate: all, or `limit` of them, drawn by the seed and each one's id."""
-    if config.limit is None or config.limit >= len(data):
-        return np.arange(len(data))
-    lots = np.array([derive(config.seed, "evaluation/limit", id) for id in data.id])
+    if config.limit is None or config.limit >= len(ids):
+        return np.arange(len(ids))
+    lots = np.array([derive(config.seed, "evaluation/limit", id) for id in ids])
     return np.sort(np.argsort(lots)[: config.limit])
 
 
@@ -117,7 +116,7 @@ def units(
     return work
 
 
-def still_standing(rows: pa.Table, config: EvaluationConfig, data: ManifoldSet, positions: np.ndarray) -> Any:
+def still_standing(rows: pa.Table, config: EvaluationConfig, ids: Sequence[str], positions: np.ndarray) -> Any:
     """For `units`: all of `positions` for a row of no group, else those right on clean images and under its group so far."""
     suite = rows_to_run(config)
     clean = next(name for name, row in suite.items() if isinstance(row, CleanRow))
@@ -133,7 +132,7 @@ def still_standing(rows: pa.Table, config: EvaluationConfig, data: ManifoldSet, 
         if not (group := group_of(suite[name])):
             return positions
         out = fallen.get((model, set_name, CLEAN), set()) | fallen.get((model, set_name, group), set())
-        return np.array([p for p in positions if data.id[p] not in out], dtype=int)
+        return np.array([p for p in positions if ids[p] not in out], dtype=int)
 
     return standing
 

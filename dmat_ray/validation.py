@@ -15,7 +15,10 @@ from dmat_ray.types import Batch, Generator, RunContext
 
 @dataclass(frozen=True)
 class Validator:
-    """Accuracy on held-out training examples: clean, under each space's attack, and standing under all of them."""
+    """Accuracy on held-out training examples: clean, under each space's attack, and standing under all of them.
+
+    `data` is this worker's part of them; accuracies are of all.
+    """
 
     config: Config
     data: ManifoldSet
@@ -23,7 +26,7 @@ class Validator:
 
     def __call__(self, network: nn.Module, context: RunContext) -> dict[str, float]:
         attacks, seed = terms(self.config), self.config.training.seed
-        mine = np.arange(len(self.data))[context.rank :: context.world_size]
+        mine = np.arange(len(self.data))
         names = ["clean", *attacks, "robust"]
         right = torch.zeros(len(names) + 1, device=context.device)
         network.eval()  # as it will be used, and so that its batch-norm statistics stay those of the training

@@ -25,7 +25,7 @@ def columns(config: EvaluationConfig) -> list[str]:
 
 @dataclass(frozen=True)
 class Yardstick:
-    """A suite on held-out examples of one test set. Every column is a mean over examples, so workers share them out."""
+    """A suite on held-out examples of one test set; `data` is this worker's part. Every column is a mean over examples."""
 
     config: EvaluationConfig
     data: ManifoldSet
@@ -33,13 +33,13 @@ class Yardstick:
 
     def __call__(self, network: nn.Module, context: RunContext) -> dict[str, float]:
         """PREFIX + column -> accuracy in [0, 1], over all workers. Leaves the network in eval mode."""
-        mine, names = np.arange(len(self.data))[context.rank :: context.world_size], columns(self.config)
+        count, names = len(self.data), columns(self.config)
         found = [0.0] * len(names)
-        if len(mine):
+        if count:
             # a new one each time: what it keeps of a network are its weights of that time
             evaluator = Evaluator(self.config, self.data, self.generator, lambda _: network, ["trial"], context.device)
-            results = Results(evaluate_here(evaluator, mine), self.config)
+            results = Results(evaluate_here(evaluator, np.arange(count)), self.config)
             found = [results.accuracy("trial", self.config.sets[0], name).value for name in names]
-        sums = torch.tensor([*(value * len(mine) for value in found), len(mine)], dtype=torch.float64, device=context.device)
+        sums = torch.tensor([*(value * count for value in found), count], dtype=torch.float64, device=context.device)
         context.average_([sums])
         return {f"{PREFIX}{name}": float(total / sums[-1]) for name, total in zip(names, sums, strict=False)}

@@ -41,7 +41,7 @@ def shortened(attack: AutoAttack) -> AutoAttack:
     return attack
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.15), pytest.param("l2", 2.5, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.15), pytest.param("l2", 2.0, marks=pytest.mark.exhaustive)])
 def test_batches_are_the_librarys(
     robust: nn.Module,  # noqa: F811
     data: ManifoldSet,  # noqa: F811

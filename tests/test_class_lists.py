@@ -310,14 +310,14 @@ def test_hugging_face_cifar(tmp_path: Path) -> None:
             }
         )
         pq.write_table(table, tmp_path / f"{part}-00000-of-00001.parquet")
-    refused("has no column 'image' .data.image_column.; it has 'img', 'fine_label', 'coarse_label'", tmp_path, (), resolution=32)
-    refused("has no column 'label' .data.label_column.; it has 'img', 'fine_label'", tmp_path, (), image_column="img")
-    columns = {"image_column": "img", "label_column": "fine_label", "resolution": 32}
-    listing, config = listed(tmp_path, (), official_split=True, **columns)
+    cifar = {"resolution": 32, "official_split": True}
+    refused("has no column 'image' .data.image_column.; it has 'img', 'fine_label', 'coarse_label'", tmp_path, (), **cifar)
+    refused("has no column 'label' .data.label_column.; it has 'img', 'fine_label'", tmp_path, (), image_column="img", **cifar)
+    columns = {"image_column": "img", "label_column": "fine_label", **cifar}
+    listing, config = listed(tmp_path, (), **columns)
     assert listing.class_names == ("0", "1", "2", "3")
     assert parts(listing.rows("test")["id"].to_pylist()) == {"test": 10}
     assert parts(listing.rows("train")["id"].to_pylist()) == {"train": 20}
     assert all(not isinstance(p, str) for p in read_pixels(listing.table, config))
-    mixed, _ = listed(tmp_path, (), **columns)
-    assert parts(mixed.table["id"].to_pylist()) == {"test": 10, "train": 20}
-    assert parts(mixed.rows("test")["id"].to_pylist()) != {"test": 10}, "as ever where nothing is asked for"
+    told = "has Parquet files of parts .*, such as 'train-00000-of-00001.parquet' and 'test-00000-of-00001.parquet'; give --data"
+    refused(told, tmp_path, (), **{**columns, "official_split": None})

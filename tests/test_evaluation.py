@@ -295,10 +295,10 @@ def test_images_that_fool_one_model_are_shown_to_the_others(network: nn.Module, 
 
 
 def test_a_limit_takes_the_same_examples_every_time(make: Make, data: ManifoldSet) -> None:
-    few, more = (units.chosen(data, SUITE.model_copy(update={"limit": n})) for n in (4, 7))
+    few, more = (units.chosen(data.id, SUITE.model_copy(update={"limit": n})) for n in (4, 7))
     assert (len(few), len(more)) == (4, 7)
     assert set(few) < set(more)
-    assert set(units.chosen(data, SUITE.model_copy(update={"limit": 4, "seed": 1}))) != set(few)
+    assert set(units.chosen(data.id, SUITE.model_copy(update={"limit": 4, "seed": 1}))) != set(few)
     found = evaluation.evaluate_here(make(limit=4, sets=["natural"]))
     assert sorted(select(found, "natural", "PGD")["id"]) == sorted(data.id[i] for i in few)
 
@@ -320,6 +320,12 @@ def test_a_row_that_cannot_run_is_named_before_anything_runs(data: ManifoldSet, 
     config = EvaluationConfig.model_validate({"attacks": [{"threat": "clean"}, {"name": "mine", **row}]})
     with pytest.raises(UserError, match=f"attack 'mine' on 1 x 8 x 8 images of 3 classes: .*{words}"):
         evaluation.require_suite(config, data)
+
+
+def test_lpips_of_images_that_it_cannot_take_is_refused_before_anything_runs(data: ManifoldSet) -> None:
+    suite = {"attacks": [{"threat": "clean"}], "lpips": "alex", "lpips_weights": "random"}
+    with pytest.raises(UserError, match=r"LPIPS needs images of 32 pixels or more, the set's have 8; set evaluation\.lpips none"):
+        evaluation.require_suite(EvaluationConfig.model_validate(suite), data)
 
 
 def test_a_units_key_changes_with_the_weights_it_needs(tmp_path: Path) -> None:

@@ -160,6 +160,22 @@ def test_open_set_keeps_only_the_images_that_are_asked_for(set_folder: Path) -> 
         assert torch.equal(few.x_BCHW, whole.batch(np.array([3, 1]), kind).x_BCHW)
 
 
+def test_no_images_are_read_but_those_that_are_asked_for(make_set: MakeSet) -> None:
+    """Those of a shard are damaged: whoever reads them notices."""
+    folder = make_set()
+    whole = open_set(folder, "train")
+    _flipped_bit(folder)
+    hit = set(pq.read_table(folder / "shards" / "part-000001.parquet", columns=["id"])["id"].to_pylist())
+    for wanted in ({"only": [i for i in whole.id if i not in hit]}, {"images": "natural"}, {"images": "none"}):
+        found = open_set(folder, "train", **wanted)  # type: ignore[arg-type]
+        there = [whole.id.index(i) for i in found.id]
+        assert len(there) == len(wanted.get("only", whole.id))
+        np.testing.assert_array_equal(found.w, whole.w[there])
+        assert len(found.natural) == (0 if wanted.get("images") == "none" else len(there))
+    with pytest.raises(UserError, match="checksum"):
+        open_set(folder, "train", images="on_manifold")
+
+
 def test_w_renders_the_stored_image(set_folder: Path, generator_folder: Path) -> None:
     data = open_set(set_folder, "train")
     batch = data.batch(np.arange(len(data)), "on_manifold")

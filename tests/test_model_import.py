@@ -15,7 +15,7 @@ from foreign_files import Call, torch_saved, with_ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dmat_ray import checkpoint, classifiers, model_import, threats
+from dmat_ray import checkpoint, classifiers, model_import, settings, threats
 from dmat_ray.attack import attack
 from dmat_ray.attack_view import AttackView
 from dmat_ray.config import AttackConfig, ClassifierConfig, Config, ImageThreat
@@ -189,6 +189,27 @@ def test_networks_that_normalise_inside(tmp_path: Path, shufflenet: nn.Module, i
     with torch.no_grad():
         assert torch.equal(told.network(images), shufflenet((images - 0.5) / 0.25))
     assert any("take their place" in note for note in told.notes)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 58.4], ids=["mean and std", "mean alone"])
+def test_a_normalisation_of_levels_is_one_of_unit_images(
+    tmp_path: Path, shufflenet: nn.Module, images: Tensor, scale: float
+) -> None:
+    """Networks that were trained on bytes: what they say of levels is what is said here of the same image in [0, 1]."""
+    theirs = Normalised(shufflenet).eval()
+    theirs.mean = torch.tensor([123.675, 116.28, 103.53]).view(1, 3, 1, 1)
+    theirs.std = torch.tensor([58.4, 58.4, 58.4]).view(1, 3, 1, 1) * scale
+    network, _ = imported(saved(theirs.state_dict(), tmp_path / "x.pth"), tmp_path / "model")
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), theirs(images * 255), rtol=1e-4, atol=1e-4)
+    assert "they are of levels up to 255: divided by 255, for images in [0, 1]" in read(tmp_path / "x.pth").notes
+
+
+def test_a_normalisation_of_levels_by_hand_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^classifier: mean \[123\.675\] and std \[58\.4\] .* in \[0, 1\]; divide both by 255$"):
+        settings(classifier={"mean": [123.675], "std": [58.4]})
+    of_minus_one_to_one = settings(classifier={"mean": [-1.0], "std": [2.0]}).classifier
+    assert (of_minus_one_to_one.mean, of_minus_one_to_one.std) == ((-1.0,), (2.0,))
 
 
 def test_robustness_checkpoints(tmp_path: Path, shufflenet: nn.Module) -> None:

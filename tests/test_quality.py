@@ -229,6 +229,18 @@ def test_a_trained_classifier_gives_features(tmp_path: Path, classifier_folder: 
         quality.Judge(QualityConfig(network=str(tmp_path / "none")), *digits(), HERE)
 
 
+def test_a_network_without_a_linear_layer_has_no_features(tmp_path: Path, make_config: Callable[..., Config]) -> None:
+    """SqueezeNet's classes come out of a convolution."""
+    config = make_config(classifier={"name": "squeezenet1_1"})
+    network = classifiers.build(config.classifier, 1, 3)
+    run = checkpoint.describe_run(config, ("a", "b", "c"), 1, 32, "g", "s") | {"epoch": 1}
+    checkpoint.save(tmp_path / "model", network, run)
+    before = torch.random.get_rng_state()
+    with pytest.raises(UserError, match="is a squeezenet1_1, which has no linear layer to take features from; give another"):
+        quality.check(QualityConfig(network=str(tmp_path / "model")), 1, 32, torch.arange(3))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_one_class_cannot_train_a_classifier() -> None:
     images, labels = digits()
     with pytest.raises(UserError, match="two classes or more; choose 'inception' or 'none'"):

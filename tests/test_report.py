@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import re
+import tracemalloc
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from html import unescape
@@ -340,6 +341,33 @@ def test_confusions_are_counted_by_hand(page: Page, written: Written, set_folder
                 assert table[0][1:] == [row[0] for row in table[1:]] == names
                 assert [[int(c) for c in row[1:]] for row in table[1:]] == expected.tolist()
     assert tables == []
+
+
+def test_a_thousand_classes_cost_what_the_page_shows_of_them() -> None:
+    """Pairs that were confused, and no lists of all the million that there might be."""
+    labels, taken = [7] * 30 + [900] * 20 + [3] * 10, [8] * 30 + [901] * 20 + [3] * 10
+    rows = [
+        {"model": "m", "source": "m", "set": "natural", "attack": attack, "id": f"{i:02d}", "label": label, "prediction": other}
+        | {"correct": label == other}
+        for attack in ("clean", "PGD")
+        for i, (label, other) in enumerate(zip(labels, taken, strict=True))
+    ]
+    attacks = [{"threat": "clean", "name": "clean"}, {"threat": "image", "name": "PGD", "eps": 0.1}]
+    results = Results(pa.Table.from_pylist(rows), EvaluationConfig.model_validate({"sets": ["natural"], "attacks": attacks}))
+    (table,) = report_values.tables(results, ["m"])
+    tracemalloc.start()
+    try:
+        (found,) = report_values.confusions(results, table, [f"class {k}" for k in range(1000)])
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 1_000_000
+    assert [part["name"] for part in found["tables"]] == ["clean", "PGD"]
+    for part in found["tables"]:
+        assert [(pair["label"], pair["taken"], pair["count"]) for pair in part["most"]] == [
+            ("class 7", "class 8", 30),
+            ("class 900", "class 901", 20),
+        ]
 
 
 def test_checks_are_shown(page: Page, written: Written) -> None:

@@ -18,6 +18,7 @@ from dmat_ray.cluster.shard_projector import project_shard
 from dmat_ray.config import DataConfig, ProjectionConfig
 from dmat_ray.data import set_format, set_writer
 from dmat_ray.data.sources import list_examples
+from dmat_ray.errors import StorageError
 from dmat_ray.manifold.projection import Projection, Projector
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 
@@ -70,6 +71,26 @@ def rows_of(generator: StyleGAN2, shard: pa.Table) -> RowsOf:
         return {r["id"]: r for r in table.to_pylist()}
 
     return project
+
+
+def test_a_machine_that_sees_none_of_the_images_says_so_and_rejects_none(tmp_path: Path) -> None:
+    """One that is gone is rejected; a folder that is not mounted says nothing of its images."""
+    folder = tmp_path / "photos"
+    for label in "ab":
+        (folder / label).mkdir(parents=True)
+        for i in range(3):
+            (folder / label / f"{i}.png").write_bytes(png(np.full((8, 8), 40 * i, np.uint8)))
+    config = DataConfig(source=str(folder), resolution=8, channels=1, test_share=0.3)
+    (planned,) = set_writer.plan(list_examples(config), 100)
+    row = shard_tasks.pack(planned.name, planned.rows, {})
+    (folder / "a" / "1.png").unlink()
+    assert shard_tasks.unpack(shard_tasks.read_shard(row, data=config.model_dump()))[2].keys() == {"a/1.png"}
+    folder.rename(tmp_path / "elsewhere")
+    for task in (shard_tasks.read_shard, shard_tasks.read_pictures):
+        with pytest.raises(
+            StorageError, match=rf"sees none of the files .* '{folder}/a/0\.png'; mount their folder on all nodes"
+        ):
+            task(row, data=config.model_dump())
 
 
 def test_rows_carry_what_was_read_and_what_was_found(rows_of: RowsOf) -> None:

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 import s3
 
-from dmat_ray.errors import UserError
+from dmat_ray import checkpoint
+from dmat_ray.errors import StorageError, UserError
 from dmat_ray.storage import Location, at
 
 NAMES = [
@@ -392,9 +393,14 @@ def test_a_store_that_is_not_there(server: s3.Server) -> None:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
         with s3.environment(AWS_ENDPOINT_URL=url):
             file = at("s3://bucket/x")
-            for use, done in ((file.read_bytes, "read"), (file.parent.tree, "listed")):
+            # neither is what lies there said to be damaged, nor to be missing
+            for use, done in (
+                (file.read_bytes, "read"),
+                (file.parent.tree, "listed"),
+                (lambda: checkpoint.newest_of(["s3://bucket/checkpoint_1"], "run.json", print), "looked at"),
+            ):
                 with pytest.raises(
-                    UserError, match=f"'s3://bucket.*' cannot be {done}: {url} cannot be reached .*connect"
+                    StorageError, match=f"'s3://bucket.*' cannot be {done}: {url} cannot be reached .*connect"
                 ) as told:
                     use()
                 assert "\n" not in str(told.value)

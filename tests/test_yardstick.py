@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from dmat_ray import checkpoint, classifiers, trainer, yardstick
-from dmat_ray.config import ClassifierConfig, Config, EvaluationConfig
-from dmat_ray.data.epochs import held_out_positions
+from dmat_ray.config import ClassifierConfig, Config, EvaluationConfig, TrainingConfig
+from dmat_ray.data.epochs import InMemory, held_out_positions
 from dmat_ray.data.manifold_set import ManifoldSet, open_set
 from dmat_ray.evaluation import Evaluator, evaluate_here
 from dmat_ray.local import LocalContext
@@ -77,18 +77,25 @@ def test_its_numbers_are_those_of_an_evaluation(data, network, generator, tmp_pa
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_workers_share_it_out(data, network, generator, tmp_path, count) -> None:
-    alone = Yardstick(SUITE, data, generator)(network, LocalContext(tmp_path))
+    source = InMemory(data, TrainingConfig(val_examples=len(data) - 1))
+    held_out = source.held_out(0, 1)
+    assert held_out is not None
+    alone = Yardstick(SUITE, held_out, generator)(network, LocalContext(tmp_path))
     workers = [Worker(tmp_path, rank, count) for rank in range(count)]
     for worker in workers:
-        Yardstick(SUITE, data, generator)(network, worker)
+        part = source.held_out(worker.rank, count)
+        assert part is not None
+        Yardstick(SUITE, part, generator)(network, worker)
     total = torch.stack([worker.sums for worker in workers]).sum(dim=0)
-    assert total[-1] == len(data)
+    assert total[-1] == len(held_out) == len(data) - 1
     assert dict(zip(alone, (total / total[-1]).tolist(), strict=False)) == pytest.approx(alone)
 
 
 def test_a_worker_without_examples_adds_nothing(data, network, generator, tmp_path) -> None:
-    worker = Worker(tmp_path, len(data), len(data) + 1)
-    Yardstick(SUITE, data, generator)(network, worker)
+    worker = Worker(tmp_path, 2, 3)
+    part = InMemory(data, TrainingConfig(val_examples=2)).held_out(worker.rank, worker.world_size)
+    assert part is not None
+    Yardstick(SUITE, part, generator)(network, worker)
     assert worker.sums.tolist() == [0.0] * len(worker.sums)
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from dmat_ray.checkpoint import versions
+from dmat_ray.checkpoint import newest_of, versions
 from dmat_ray.cluster import session, tracking, workers
-from dmat_ray.cluster.context import RayContext, StoppedError
-from dmat_ray.cluster.events import heed_sigterm, listen, no_retry_of_user_errors
+from dmat_ray.cluster.context import RayContext, StoppedError, stored_checkpoints
+from dmat_ray.cluster.events import heed_stop, listen, no_retry_of_user_errors
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
 from dmat_ray.files import text_digest
@@ -69,7 +69,8 @@ def is_trained(config: Config, folder: Location) -> bool:
 def train(config: Config, folder: Location, command: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Train an encoder for `config.generator` and write it to `folder`; returns its card. Ray must be connected.
 
-    A rerun after a crash goes on from the latest checkpoint. Sent SIGTERM it has one written, and raises SystemExit.
+    A rerun after a crash goes on from the latest checkpoint. Asked to stop (SIGTERM, Ctrl-C) it has one written, and raises
+    SystemExit.
     """
     storage = at(config.output) / "train"
     sha = generators.fingerprint(config.generator.path)
@@ -79,7 +80,7 @@ def train(config: Config, folder: Location, command: str, say: Callable[[str], N
     if others:
         say(f"'{storage}' holds unfinished trainings of other settings, which this one leaves: " + ", ".join(others))
     began = time.monotonic()
-    with sole(storage / name) as lease, tracking.tracked(config, "", "train_encoder") as run, heed_sigterm() as asked:
+    with sole(storage / name) as lease, tracking.tracked(config, "", "train_encoder") as run, heed_stop() as asked:
 
         def handle(event: dict[str, Any]) -> None:
             if "text" in event:
@@ -90,16 +91,17 @@ def train(config: Config, folder: Location, command: str, say: Callable[[str], N
             say(describe(metrics, config.encoder.kimg))
 
         with listen(handle, asked) as mailbox:
-            session.await_machine(config.cluster, say)
+            session.await_machines(config.cluster, say, config.cluster.train_workers)
             settings = {"config": config.to_json(), "mailbox": mailbox}
-            result = workers.fit(worker, settings, config.cluster, storage / name, keep=2)
-        assert result.checkpoint is not None
+            result = workers.fit(worker, settings, config.cluster, storage / name, say, keep=2)
         if asked.is_set() and result.return_value is None:
             say("stopped; the same command goes on from the checkpoint")
             return {}  # which is where the signal takes effect
         generator = generators.load_configured(config.generator)
-        with result.checkpoint.as_directory() as found:
-            encoder = encoder_trainer.result_of(found, config.encoder, generator, sha)
+        # not the one that Ray Train knows of: it has not heard of the last, if this process was killed just then
+        last = newest_of(stored_checkpoints(storage / name), encoder_trainer.PROGRESS, say)
+        assert last is not None
+        encoder = encoder_trainer.result_of(last, config.encoder, generator, sha)
         errors = result.return_value
         card = {
             "command": command,

@@ -7,6 +7,7 @@ is not done again, whatever was killed, and an attack that is added to a suite i
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ READERS = 16  # files read at a time: an object store answers slowly, and many a
 
 
 class UnitEvaluator:
-    """An actor: attacks one model on some examples. Models and the set are read once, from their folders."""
+    """An actor: attacks one model on some examples. Models and the examples of the set are read once, from their folders."""
 
     def __init__(self, config: dict[str, Any], set_path: str, models: dict[str, str], folder: str) -> None:
         settings = Config.model_validate(config)
@@ -43,13 +44,20 @@ class UnitEvaluator:
         def load(name: str) -> torch.nn.Module:
             return checkpoint.load_classifier(models[name], device)[0]
 
-        data = manifold_set.open_set(set_path, "test")
+        ids = manifold_set.usable(set_path, "test")["id"].to_pylist()
+        self.positions = units.chosen(ids, settings.evaluation)
+        sets = settings.evaluation.sets
+        data = manifold_set.open_set(
+            set_path, "test", only=[ids[i] for i in self.positions], images=sets[0] if len(sets) == 1 else None
+        )
         generator = generators.load_configured(settings.generator, device)
         self.evaluator = Evaluator(settings.evaluation, data, generator, load, list(models), device)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         for name, text in zip(batch["name"], batch["unit"], strict=True):
             unit = Unit.from_json(text)
+            # in the split's order, of which only those that are evaluated are here
+            unit = replace(unit, positions=tuple(np.searchsorted(self.positions, unit.positions).tolist()))
             if unit.checks:
                 (self.folder / name).write_json(probes.probe(self.evaluator, unit))
             else:
@@ -98,7 +106,7 @@ def read_checks(folder: Place) -> tuple[list[dict[str, Any]], list[Finding]]:
 
 def check(config: Config, set_path: Location, models: Mapping[str, Place]) -> None:
     """Raise UserError for a set, generator or model that is missing or does not fit the others. Needs no Ray."""
-    data = manifold_set.open_set(set_path, "test")
+    data = manifold_set.open_set(set_path, "test", only=manifold_set.usable(set_path, "test")["id"][:1].to_pylist())
     sha = generators.fingerprint(config.generator.path)
     set_reader.require_generator(data.manifest, sha, f"the set '{set_path}'")
     evaluation.require_suite(config.evaluation, data)
@@ -112,8 +120,8 @@ class _Work:
 
     def __init__(self, config: Config, set_path: Location, models: Mapping[str, Place], folder: Location) -> None:
         self.config, self.set_path, self.models, self.folder = config, set_path, models, folder / UNITS
-        self.data = manifold_set.open_set(set_path, "test")
-        self.positions = units.chosen(self.data, config.evaluation)
+        self.ids = manifold_set.usable(set_path, "test")["id"].to_pylist()
+        self.positions = units.chosen(self.ids, config.evaluation)
         self.made_for = fingerprint(config, set_path, models)
         self.facts = {k: v for k, v in self.made_for.items() if k != "evaluation"}
 
@@ -180,7 +188,7 @@ def evaluate(
         if left_out := [row.name for row in settings.attacks if not units.applies(row, set_name)]:
             say(f"on {set_name} images, which have no w, there is no {', '.join(left_out)}")
     for number, names in enumerate(rounds):
-        standing = units.still_standing(rows, settings, work.data, work.positions)
+        standing = units.still_standing(rows, settings, work.ids, work.positions)
         attacks = units.units(list(models), names, settings, standing)
         both = [*attacks, *(looks if number == 0 else [])]
         with ThreadPoolExecutor(READERS) as pool:
@@ -211,7 +219,7 @@ def evaluate(
 
 def _run_all(work: _Work, todo: Sequence[Unit], what: str, say: Callable[[str], None]) -> None:
     """Do these units, and say how far it is."""
-    session.await_machine(work.config.cluster, say)
+    session.await_machines(work.config.cluster, say)
     began = said = time.monotonic()
     say(f"{what}{len(todo)} batches for {min(work.config.cluster.evaluation_actors, len(todo))} actors")
     for number, unit in enumerate(work.run(todo), 1):

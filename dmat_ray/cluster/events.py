@@ -19,10 +19,12 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dmat_ray.errors import UserError
+from dmat_ray.errors import StorageError, UserError
 
 BEAT_S, DEAF_S = 10.0, 60.0  # between two beats of a worker, and without any from which on there is none
-TWICE_S = 1.0  # two SIGTERMs that are nearer than this are one
+SILENCE_S = 300.0  # without a worker, before that is told
+TWICE_S = 1.0  # two requests to stop that are nearer than this are one
+SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
 class _Mailbox:
@@ -76,35 +78,47 @@ def is_stopping(mailbox: str) -> bool:
     return False
 
 
+class Asked(threading.Event):
+    """Set once this process was asked to stop, by the signal `number`."""
+
+    number = signal.SIGTERM
+
+
 @contextmanager
-def heed_sigterm() -> Iterator[threading.Event]:
-    """Inside, the first SIGTERM only sets the event, which `listen` passes on; the second ends the process as it otherwise would.
+def heed_stop() -> Iterator[Asked]:
+    """Inside, the first SIGTERM or Ctrl-C only sets the event, which `listen` passes on; the second does what it otherwise would.
 
     One that follows within `TWICE_S` is the first once more: `timeout` sends it to the process and to its group. Raises
     SystemExit at the end if there was one. In other threads than the main one nothing changes.
     """
-    asked = threading.Event()
+    asked = Asked()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before, first = signal.getsignal(signal.SIGTERM), 0.0
+    before, first = {number: signal.getsignal(number) for number in SIGNALS}, 0.0
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal first
         if not asked.is_set():
+            asked.number = signal.Signals(number)
             asked.set()
             first = time.monotonic()
         elif time.monotonic() - first > TWICE_S:
-            signal.signal(signal.SIGTERM, before)
-            os.kill(os.getpid(), signal.SIGTERM)
+            restore()
+            os.kill(os.getpid(), number)
 
-    signal.signal(signal.SIGTERM, note)
+    for number in SIGNALS:
+        signal.signal(number, note)
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        restore()
     if asked.is_set():
-        raise SystemExit(128 + signal.SIGTERM)
+        raise SystemExit(128 + asked.number)
 
 
 @contextmanager
@@ -112,8 +126,8 @@ def no_retry_of_user_errors(mailbox: str) -> Iterator[bool]:
     """For the body of a worker: yields False if an earlier attempt found what only a user can mend, and the body must do nothing.
 
     Ray Train starts a failed group anew, whatever it failed of. This first attempt fails, so that all of its workers are
-    stopped at once; the next one ends without doing anything, and the listener raises the UserError. While the body runs the
-    listener knows that there is a worker (see `listen`).
+    stopped at once; the next one ends without doing anything, and the listener raises the UserError. A StorageError is tried
+    again as any other failure is. While the body runs the listener knows that there is a worker (see `listen`).
     """
     actor = None
     with contextlib.suppress(ValueError):
@@ -124,6 +138,8 @@ def no_retry_of_user_errors(mailbox: str) -> Iterator[bool]:
     try:
         with _beating(actor):
             yield True
+    except StorageError:
+        raise
     except UserError as error:
         if actor is not None:
             ray.get(actor.put_user_error.remote(type(error)(str(error))))
@@ -151,13 +167,11 @@ def _beating(actor: Any) -> Iterator[None]:
 
 
 @contextmanager
-def listen(
-    handle: Callable[[dict[str, Any]], None], asked: threading.Event | None = None, interval_s: float = 0.3
-) -> Iterator[str]:
+def listen(handle: Callable[[dict[str, Any]], None], asked: Asked | None = None, interval_s: float = 0.3) -> Iterator[str]:
     """Calls `handle` in a thread for every event sent to the mailbox whose name this yields; all are handled at exit.
 
     Workers are told when `asked` is set (see `is_stopping`), and answer at their next step; if there are none (yet, or any more),
-    this process is sent SIGTERM again.
+    this process is sent the signal again. That there are none is told every `SILENCE_S`.
     Raises the UserError that a worker has left there (see `no_retry_of_user_errors`), whatever the body raises.
     """
     name = f"dmat_ray_events_{uuid.uuid4().hex[:12]}"
@@ -182,20 +196,27 @@ def listen(
             tell(event)
 
     def loop() -> None:
-        told, alone = False, False
+        told, alone, look = False, False, time.monotonic() + SILENCE_S
         while not stop.wait(interval_s):
             with contextlib.suppress(ray.exceptions.RayError):
                 drain()
-                if asked is not None and asked.is_set():
+                if asked is None:
+                    continue
+                if asked.is_set():
+                    by = SIGNALS[asked.number]
                     if not told:
                         ray.get(actor.stop.remote(), timeout=60)
                         told = True
-                        tell({"text": "asked to stop (SIGTERM): writing a checkpoint first; a second SIGTERM stops at once"})
+                        tell({"text": f"asked to stop ({by}): writing a checkpoint first; a second {by} stops at once"})
                     if alone or not ray.get(actor.hears.remote(), timeout=60):
                         if not alone:
                             tell({"text": "no worker is at work: stopping at once"})
                         alone = True
-                        os.kill(os.getpid(), signal.SIGTERM)  # again and again: the first may come too soon (see heed_sigterm)
+                        os.kill(os.getpid(), asked.number)  # again and again: the first may come too soon (see heed_stop)
+                elif time.monotonic() > look:
+                    look = time.monotonic() + SILENCE_S
+                    if not ray.get(actor.hears.remote(), timeout=60):
+                        tell({"text": "no worker is at work: waiting for machines, or for what runs on them (see `ray status`)"})
 
     thread = threading.Thread(target=loop, daemon=True)
     thread.start()

@@ -15,10 +15,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from dmat_ray.checkpoint import versions
+from dmat_ray.checkpoint import newest_of, versions
 from dmat_ray.cluster import session, tracking, workers
-from dmat_ray.cluster.context import RayContext, StoppedError
-from dmat_ray.cluster.events import heed_sigterm, listen, no_retry_of_user_errors, send
+from dmat_ray.cluster.context import RayContext, StoppedError, stored_checkpoints
+from dmat_ray.cluster.events import heed_stop, listen, no_retry_of_user_errors, send
 from dmat_ray.config import Config, DataConfig
 from dmat_ray.data.sources import list_examples, read_pixels, versions_of_images
 from dmat_ray.errors import UserError
@@ -27,7 +27,7 @@ from dmat_ray.folders import replace_folder
 from dmat_ray.lease import Lease, sole
 from dmat_ray.manifold import quality
 from dmat_ray.manifold.base import LatentGenerator
-from dmat_ray.manifold.gan_trainer import DEAD_END, check_images, check_workers, is_finished, result_of, train_generator
+from dmat_ray.manifold.gan_trainer import DEAD_END, PROGRESS, check_images, check_workers, is_finished, result_of, train_generator
 from dmat_ray.manifold.generators import CARD, WEIGHTS, save_generator
 from dmat_ray.manifold.samples import sample_grid
 from dmat_ray.storage import local_output
@@ -70,9 +70,12 @@ def _listing(config: Config) -> tuple[pa.Table, str]:
 def prepare_images(config: Config, storage: Path) -> ImageCache:
     """Decode the training split into a folder below `storage`, unless it is there.
 
-    Raises UserError if more than `data.max_rejected` of the images cannot be read.
+    Raises UserError for settings that do not fit the images, before one is decoded, and if more than `data.max_rejected` of them
+    cannot be read.
     """
     rows, digest = _listing(config)
+    blank = torch.zeros(1, config.data.channels, config.data.resolution, config.data.resolution)
+    _require_fit(config, blank, torch.tensor(rows["label"].to_pylist()))
     cache = storage / f"images-{digest[:16]}"
     if all((cache / name).is_file() for name in (PIXELS, LABELS, REJECTED)):
         return ImageCache(cache, digest, read_json(cache / REJECTED))
@@ -153,15 +156,16 @@ def is_trained(config: Config, folder: Path) -> bool:
     )
 
 
+def _require_fit(config: Config, images: Tensor, labels: Tensor) -> None:
+    check_images(config.gan, images, labels)
+    quality.check(config.gan.quality, images.shape[1], images.shape[2], labels)
+
+
 def check(config: Config, storage: Path) -> ImageCache:
     """Raise UserError for settings that do not fit the images; returns the decoded images. Needs no Ray."""
     check_workers(config.gan, config.cluster.train_workers)
-    if config.gan.quality.network != "classifier":  # before all images are decoded
-        quality.check(config.gan.quality, config.data.channels, config.data.resolution, torch.zeros(0))
     cache = prepare_images(config, storage)
-    images, labels = cache.open()
-    check_images(config.gan, images, labels)
-    quality.check(config.gan.quality, images.shape[1], images.shape[2], labels)
+    _require_fit(config, *cache.open())  # a class may have been of images that cannot be read
     return cache
 
 
@@ -182,7 +186,8 @@ def _warnings(metrics: dict[str, float], config: Config) -> list[str]:
 def train(config: Config, folder: Path, command: str, say: Callable[[str], None]) -> Path:
     """Train a generator on the training split of `config.data`, with its session, and write it to `folder`.
 
-    A rerun after a crash goes on from the latest snapshot. Sent SIGTERM it has a checkpoint written, and raises SystemExit.
+    A rerun after a crash goes on from the latest snapshot. Asked to stop (SIGTERM, Ctrl-C) it has a checkpoint written, and
+    raises SystemExit.
     """
     storage = local_output(config, "jobs/train_generator.py") / "train"
     # one at a time, whatever its settings: the decoded images, which the first to end removes, are the same for many
@@ -208,7 +213,7 @@ def _train(
             + ", ".join(others)
         )
     grids = folder.with_name(f"{folder.name}_samples") / name
-    with tracking.tracked(config, "", "train_generator") as run, heed_sigterm() as asked:
+    with tracking.tracked(config, "", "train_generator") as run, heed_stop() as asked:
 
         def handle(event: dict[str, Any]) -> None:
             if "text" in event:
@@ -226,19 +231,21 @@ def _train(
                 say(line)
 
         with listen(handle, asked) as mailbox:
-            session.await_machine(config.cluster, say)
+            session.await_machines(config.cluster, say, config.cluster.train_workers)
             say(
                 f"training on {len(cache.open()[1])} images, shown {config.gan.kimg:g} thousand times in all: a line every "
                 f"{config.gan.report_kimg:g} thousand, a snapshot every "
                 f"{config.gan.snapshot_kimg:g} thousand (on CPUs that may be hours)"
             )
             settings = {"config": config.to_json(), "mailbox": mailbox, "images": str(cache.folder)}
-            result = workers.fit(worker, settings, config.cluster, storage / name, keep=2)
-        assert result.checkpoint is not None
-        if asked.is_set() and not is_finished(Path(result.checkpoint.path)):
+            workers.fit(worker, settings, config.cluster, storage / name, say, keep=2)
+        # not the one that Ray Train knows of: it has not heard of the last, if this process was killed just then
+        last = newest_of(stored_checkpoints(storage / name), PROGRESS, say)
+        assert last is not None
+        if asked.is_set() and not is_finished(last):
             say("stopped; the same command goes on from the checkpoint")
             return folder  # which is where the signal takes effect
-        generator, kept = result_of(result.checkpoint.path, config.gan)
+        generator, kept = result_of(last, config.gan)
         fid = f", FID {kept['fid']:.3g}" if "fid" in kept else ""
         say(f"keeping the snapshot of {kept['kimg']:.3g} thousand images (gan.keep {config.gan.keep}){fid}")
         card = {

@@ -24,7 +24,6 @@ from dmat_ray.data.epochs import NOTHING, Done, held_out_positions
 from dmat_ray.data.manifold_set import ManifoldSet
 from dmat_ray.data.pixels import to_unit
 from dmat_ray.rng import derive
-from dmat_ray.storage import at
 from dmat_ray.types import Batch
 
 BLOCKS = 256  # that are shuffled: the exchange makes as many objects as the square of them
@@ -36,13 +35,10 @@ class Streamed:
     def __init__(self, place: str, config: TrainingConfig) -> None:
         self._place, self._config = place, config
         self._manifest = set_reader.read_manifest(place)
-        table = set_reader.read_columns(at(place), self._manifest["shards"], ["id", "split", "status"])
-        usable = pc.and_(pc.equal(table["split"], "train"), pc.equal(table["status"], "ok"))
-        ids = np.sort(np.array(table.filter(usable)["id"].to_pylist(), dtype=object))
+        ids = np.array(manifold_set.usable(place, "train")["id"].to_pylist(), dtype=object)
         train, held_out = held_out_positions(len(ids), config)
         self._ids, self._held_out_ids = ids[train], ids[held_out].tolist()
         self._seen_N = np.zeros(len(self._ids), bool)
-        self._held_out = manifold_set.open_set(place, "train", only=self._held_out_ids) if self._held_out_ids else None
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -54,10 +50,13 @@ class Streamed:
         """See EpochSource."""
         return len(self._ids)
 
-    @property
-    def held_out(self) -> ManifoldSet | None:
+    def held_out(self, rank: int, world_size: int) -> ManifoldSet | None:
         """See EpochSource."""
-        return self._held_out
+        if not self._held_out_ids:
+            return None
+        mine = self._held_out_ids[rank::world_size]
+        found = manifold_set.open_set(self._place, "train", only=mine or self._held_out_ids[:1])
+        return found.take(np.arange(len(mine)))
 
     def seen(self) -> Tensor:
         """See EpochSource."""

@@ -88,7 +88,7 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         stack.enter_context(exclusive(folder))  # two evaluations must not mix their rows
         # a run that was killed after its last row, and one whose page was removed, are gone on with as the same one
-        key = f"evaluate/{config.fingerprint()}/{text_digest(json.dumps(made_for, sort_keys=True))}"
+        key = f"evaluate/{tracking.identity(config)}/{text_digest(json.dumps(made_for, sort_keys=True))}"
         if stage.is_evaluated(made_for, folder):
             say("the rows are there and unchanged")
             run = stack.enter_context(tracking.tracked(config, "", "evaluate", parent, key=key))

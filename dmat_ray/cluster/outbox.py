@@ -188,15 +188,15 @@ class Outbox:
             if found[0].info.status != "FINISHED":
                 self._client.update_run(run_id, status="RUNNING")
             self._epochs[run_id] = found[0].data.metrics.get(EPOCH, -1.0)
-            if entry.get("reopen") and found[0].data.params:
-                return run_id  # its params are there; those that may differ, such as a budget, cannot be changed
+            there = found[0].data.params  # which cannot be changed, though some may differ, such as a budget or the workers
         else:
+            there = {}
             parent = entry.get("parent_id") or self._ids.get(entry["parent"] or "")
             # tags with the run itself: a kill right after it must not leave one that is never found again
             tags = {KEY: entry["key"], **entry["tags"], **({PARENT: parent} if parent else {})}
             made = self._client.create_run(place, tags=tags, run_name=entry["name"], start_time=entry["time"])
             run_id = str(made.info.run_id)
-        params = [Param(key, value) for key, value in entry["params"].items()]
+        params = [Param(key, value) for key, value in entry["params"].items() if key not in there]
         for start in range(0, len(params), 100):
             self._client.log_batch(run_id, params=params[start : start + 100])
         return run_id

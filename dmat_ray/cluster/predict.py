@@ -48,7 +48,7 @@ def predict(
     """
     run = checkpoint.read_run(model)
     data = prediction.read_as(run, config.data, images)
-    session.await_machine(config.cluster, say)
+    session.await_machines(config.cluster, say)
     parts = _parts(listing, config.evaluation.batch_size)
     actors = min(config.cluster.evaluation_actors, len(parts))
     say(f"starting {number_of(actors, 'actor')} for {number_of(listing.num_rows, 'image')}")

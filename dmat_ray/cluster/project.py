@@ -42,7 +42,7 @@ def project(config: Config, work: Begun, say: Callable[[str], None]) -> dict[str
     if again := sum(s.rows.num_rows for s in todo if s.is_supplement):
         say(f"trying again what could not be read: {number_of(again, 'image')}")
     if todo:
-        session.await_machine(config.cluster, say)
+        session.await_machines(config.cluster, say)
         actors = min(config.cluster.projection_actors, len(todo))
         least = min(config.cluster.projection_actors_min, actors)
         size = number_of(max(shard.rows.num_rows for shard in todo), "image")

@@ -51,7 +51,8 @@ class Plan:
         trials.require_columns(config.tune.objective, self.columns, config.tune.suites)
         untrained([probe], say)
         self._require_networks()
-        data = manifold_set.open_set(set_folder(self.config), "test")
+        place = set_folder(self.config)
+        data = manifold_set.open_set(place, "test", only=manifold_set.usable(place, "test")["id"][:1].to_pylist())
         for suite in (self.judged_by, *([config.evaluation] if config.tune.evaluate else [])):
             evaluation.require_suite(suite, data)
         self.axes = trials.axes(config.tune.objective, self.columns)

@@ -121,32 +121,39 @@ def require_a_gpu_each(config: ClusterConfig) -> None:
         )
 
 
-def await_machine(config: ClusterConfig, say: Callable[[str], None]) -> None:
-    """Wait until a node has what one worker needs, which an autoscaler may first have to start. Ray must be connected.
+def await_machines(config: ClusterConfig, say: Callable[[str], None], count: int = 1) -> None:
+    """Wait until the nodes are large enough for `count` workers, whoever uses them now, for which an autoscaler may first have to
+    start some: Ray Train would wait for them for ever, and in silence. Ray must be connected.
 
-    Raises UserError if none comes within `wait_minutes`.
+    Raises UserError if they do not come within `wait_minutes`.
     """
     import ray
     from ray.autoscaler.sdk import request_resources
 
-    need = worker_resources(config)
+    need = {name: amount for name, amount in worker_resources(config).items() if amount}
 
-    def there() -> bool:
+    def room() -> int:
+        """For how many workers."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        return any(all(node.get(name, 0) >= amount for name, amount in need.items()) for node in nodes)
+        # rounded, because 0.3 is 2.9999999999999996 times 0.1
+        return sum(min(int(round(node.get(name, 0) / amount, 6)) for name, amount in need.items()) for node in nodes)
 
-    if there():
+    if room() >= count:
         return
     wanted = " and ".join(f"{amount:g} {name}" for name, amount in need.items())
-    say(f"no node has {wanted}: asking the autoscaler, and waiting {config.wait_minutes:g} minutes for one")
-    request_resources(bundles=[need])
+    lacking = f"no node has {wanted}" if count == 1 else f"the nodes have room for {room()} of {count} workers with {wanted} each"
+    say(f"{lacking}: asking the autoscaler, and waiting {config.wait_minutes:g} minutes for {'one' if count == 1 else 'more'}")
+    request_resources(bundles=[need] * count)
     try:
         end = time.monotonic() + 60 * config.wait_minutes
-        while not there():
+        while (found := room()) < count:
             if time.monotonic() > end:
+                other = "lower cluster.gpus_per_worker (0 = CPU) or cluster.threads_per_worker, or raise cluster.wait_minutes"
+                if count == 1:
+                    raise UserError(f"no node with {wanted} came within {config.wait_minutes:g} minutes; start one, {other}")
                 raise UserError(
-                    f"no node with {wanted} came within {config.wait_minutes:g} minutes; start one, lower "
-                    "cluster.gpus_per_worker (0 = CPU) or cluster.threads_per_worker, or raise cluster.wait_minutes"
+                    f"room for only {found} of {count} workers with {wanted} each came within {config.wait_minutes:g} minutes; "
+                    f"start more nodes, lower cluster.train_workers or cluster.train_workers_min, {other}"
                 )
             time.sleep(1.0)
     finally:

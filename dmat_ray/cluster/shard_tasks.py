@@ -3,18 +3,23 @@
 Between them a shard is one row, and its table travels as bytes, which are not copied when they are opened again.
 """
 
+import functools
 import json
+import os
+import platform
 from collections import Counter
+from collections.abc import Sized
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dmat_ray.cluster.nodes import require_like_driver
 from dmat_ray.config import DataConfig
 from dmat_ray.data import set_format, set_reader, set_writer
 from dmat_ray.data.sources import read_images, read_pixels
-from dmat_ray.errors import UserError
+from dmat_ray.errors import StorageError, UserError
 from dmat_ray.storage import Location, at
 
 
@@ -39,19 +44,40 @@ def unpack(row: pa.Table) -> tuple[str, pa.Table, dict[str, str]]:
     return row["name"][0].as_py(), table, json.loads(row["rejected"][0].as_py())
 
 
+@functools.cache
+def _look_at_this_machine() -> None:
+    """It may have come after the others were looked at. Once a process; raises like `require_like_driver`."""
+    require_like_driver()
+
+
+def _require_source(wanted: pa.Table, source: str, rejected: Sized) -> None:
+    """Raise StorageError if all were rejected because this machine sees no file that the driver has listed: none is at fault."""
+    files = [at(source) / os.fsdecode(file) for file in pc.unique(wanted["file"]).to_pylist() if file is not None]
+    if files and len(rejected) == wanted.num_rows and not any(file.is_file() for file in (at(source), *files)):
+        raise StorageError(
+            f"node {platform.node()} sees none of the files that the driver has listed, such as '{files[0]}'; mount their folder "
+            "on all nodes, or give an s3:// or gs:// URL"
+        )
+
+
 def read_shard(row: pa.Table, *, data: dict[str, Any]) -> pa.Table:
     """A task: the images of a shard, encoded and decoded; those that cannot be read are set aside with the reason."""
+    _look_at_this_machine()
     name, wanted, _ = unpack(row)
-    images, rejected = read_images(wanted, DataConfig.model_validate(data))
+    config = DataConfig.model_validate(data)
+    images, rejected = read_images(wanted, config)
+    _require_source(wanted, config.source, rejected)
     return pack(name, images, rejected)
 
 
 def read_pictures(row: pa.Table, *, data: dict[str, Any]) -> pa.Table:
     """A task: the decoded images of a part of a folder; those that cannot be read are set aside with the reason."""
+    _look_at_this_machine()
     name, wanted, _ = unpack(row)
     config = DataConfig.model_validate(data)
     found = dict(zip(wanted["id"].to_pylist(), read_pixels(wanted, config), strict=True))
     rejected = {id: reason for id, reason in found.items() if isinstance(reason, str)}
+    _require_source(wanted, config.source, rejected)
     kept = {id: pixels for id, pixels in found.items() if not isinstance(pixels, str)}
     shape = (config.channels, config.resolution, config.resolution)
     images = np.stack(list(kept.values())) if kept else np.empty((0, *shape), np.uint8)
@@ -61,6 +87,7 @@ def read_pictures(row: pa.Table, *, data: dict[str, Any]) -> pa.Table:
 
 def write_shard(row: pa.Table, *, folder: str) -> pa.Table:
     """A task: writes a shard into the set, and returns what the driver wants to know of it."""
+    _look_at_this_machine()
     name, table, rejected = unpack(row)
     try:
         written = set_writer.write_shard(at(folder), name, table, rejected)
@@ -74,6 +101,7 @@ def read_examples(
     row: pa.Table, *, place: str, images: str, manifest: dict[str, Any], without: list[str], twice: list[str]
 ) -> pa.Table:
     """A task: the usable training examples of some shards, but for those `without`; those in `twice` come a second time."""
+    _look_at_this_machine()
     parts = [_read_shard(at(place), name, images, manifest, without, twice) for name in row["shards"][0].as_py()]
     return pa.concat_tables(parts)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from dmat_ray.checkpoint import flatten_config
 from dmat_ray.cluster.outbox import Outbox, new_handle, now_ms
-from dmat_ray.config import Config
+from dmat_ray.config import ClusterConfig, Config, TrackingConfig
 from dmat_ray.storage import Place, at, tracking_uri
 
 _OUTBOXES: dict[tuple[str, str], Outbox] = {}
@@ -75,11 +75,16 @@ def _name(text: str) -> str:
     return "".join(c if c.isalnum() or c in "-_. /" else "_" for c in text)
 
 
-def open_run(config: Config, name: str, stage: str, parent: Run | None = None, *, key: str | None = None) -> Run:
+def identity(config: Config) -> str:
+    """Changes with every setting but those that may be others when work goes on: machines, and where it is tracked."""
+    return config.model_copy(update={"cluster": ClusterConfig(), "tracking": TrackingConfig()}).fingerprint()
+
+
+def open_run(config: Config, name: str, stage: str, parent: Run | None = None, *, of: str = "", key: str | None = None) -> Run:
     """The run of a stage: a new one with the config as params, or, if one with the same key is unfinished, that one.
 
-    The key is made of all of these, unless one is given, whose run is found again though it is finished.
-    Raises UserError if the first of a process finds no server.
+    The key is made of all of these, and of what the stage works `of`, unless one is given, whose run is found again though it is
+    finished. Raises UserError if the first of a process finds no server.
     """
     outbox, handle = _outbox(config), new_handle()
     outbox.put(
@@ -88,7 +93,7 @@ def open_run(config: Config, name: str, stage: str, parent: Run | None = None, *
             "run": handle,
             "experiment": config.tracking.experiment,
             "artifacts": None if config.tracking.uri else Path(str(at(config.output) / "mlartifacts")).as_uri(),
-            "key": key or f"{stage}/{name}/{config.fingerprint()}",
+            "key": key or f"{stage}/{name}/{identity(config)}/{of}",
             "reopen": key is not None,
             "name": f"{stage}: {name}" if name else stage,
             "parent": parent.handle if parent else None,
@@ -101,12 +106,14 @@ def open_run(config: Config, name: str, stage: str, parent: Run | None = None, *
 
 
 @contextmanager
-def tracked(config: Config, name: str, stage: str, parent: Run | None = None, *, key: str | None = None) -> Iterator[Run]:
+def tracked(
+    config: Config, name: str, stage: str, parent: Run | None = None, *, of: str = "", key: str | None = None
+) -> Iterator[Run]:
     """A run that ends as FINISHED, or as FAILED when the body raises and it is not `done`.
 
     All is sent when this returns, or kept (see Outbox).
     """
-    run = open_run(config, name, stage, parent, key=key)
+    run = open_run(config, name, stage, parent, of=of, key=key)
     try:
         yield run
         run.done = True

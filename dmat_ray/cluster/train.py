@@ -2,19 +2,20 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from dmat_ray import checkpoint
 from dmat_ray.cluster import gauges, session, tracking, workers
-from dmat_ray.cluster.context import RayContext, StoppedError, stored_checkpoints
-from dmat_ray.cluster.events import heed_sigterm, listen, no_retry_of_user_errors
+from dmat_ray.cluster.context import RayContext, StoppedError
+from dmat_ray.cluster.events import heed_stop, listen, no_retry_of_user_errors
 from dmat_ray.cluster.ingest import Streamed
+from dmat_ray.cluster.leftovers import GROUP, Leftover, left_by_others
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.data import manifold_set
-from dmat_ray.errors import UserError
+from dmat_ray.errors import StorageError, UserError
 from dmat_ray.files import text_digest
 from dmat_ray.lease import sole
 from dmat_ray.manifold import generators
@@ -25,9 +26,16 @@ from dmat_ray.wording import number_of
 
 
 class _NamedContext(RayContext):
-    """Goes on from the group's checkpoints only if they belong to this run."""
+    """Goes on from the group's checkpoints only if they belong to this run, and without any from those `left` by other groups."""
+
+    def __init__(self, name: str, mailbox: str, left: Sequence[str], *, wait: bool) -> None:
+        super().__init__(name, mailbox, wait=wait)
+        self._left = left
 
     def checkpoints(self) -> Sequence[str]:
+        return self._of_group() or self._left
+
+    def _of_group(self) -> Sequence[str]:
         found = super().checkpoints()
         names = [_run_name(folder) for folder in found]
         if self._name not in names:
@@ -41,6 +49,8 @@ def _run_name(folder: str) -> str | None:
     """Whose a checkpoint is; None for one that is damaged."""
     try:
         return str(checkpoint.read_run(folder)["config"]["name"])
+    except StorageError:
+        raise
     except UserError:
         return None
 
@@ -67,7 +77,8 @@ def _train(settings: dict[str, Any]) -> None:
     data = manifold_set.open_set(settings["set"], "train", images=images) if loader == "memory" else None
     for config in configs:
         # a trial's epoch is told with its checkpoint, which another trial may go on from
-        context = _NamedContext(config.name, settings["mailbox"], wait="judged_by" in settings)
+        left = settings.get("left", {}).get(config.name, ())
+        context = _NamedContext(config.name, settings["mailbox"], left, wait="judged_by" in settings)
         generator = generators.load_configured(config.generator, context.device)
         source = Streamed(settings["set"], config.training) if data is None else data
         judged_by, branch_from = settings.get("judged_by"), settings.get("branch_from")
@@ -85,8 +96,9 @@ def _train(settings: dict[str, Any]) -> None:
 def train_models(todo: list[Config], say: Callable[[str], None], parent: tracking.Run | None = None) -> None:
     """Train models that `untrained` returned. Ray must be connected.
 
-    All runs share one worker group, one after the other: its start-up is paid once. A rerun after a crash goes on from
-    the latest checkpoint. Sent SIGTERM it has one written, and raises SystemExit.
+    All runs share one worker group, one after the other: its start-up is paid once. A rerun after a crash goes on from the
+    latest checkpoint, whichever models are trained beside it; what a training that fails has finished is published. Asked to stop
+    (SIGTERM, Ctrl-C) it has a checkpoint written, and raises SystemExit.
     """
     for config in todo:
         if (model_folder(config) / checkpoint.RUN).is_file():
@@ -98,7 +110,10 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
         if all(map(is_trained, todo)):
             say("another job has meanwhile trained this")
             return
-        runs = {c.name: stack.enter_context(tracking.tracked(c, c.name, "train", parent)) for c in todo}
+        leftovers = list(left_by_others(todo, folder, stack))
+        final = {c.name: _first(found.final(c) for found in leftovers) for c in todo}
+        configs = [c for c in todo if final[c.name] is None]
+        runs = {c.name: stack.enter_context(tracking.tracked(c, c.name, "train", parent, of=_key(c))) for c in todo}
 
         def handle(event: dict[str, Any]) -> None:
             if "text" in event:
@@ -109,33 +124,44 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
             gauges.training(name, metrics, event["machine"])
             say(describe(name, metrics, epochs[name]))
 
-        asked = stack.enter_context(heed_sigterm())
+        def publish_finished() -> None:
+            lease.check()
+            trained = Leftover(folder)
+            for config in todo:
+                final[config.name] = final[config.name] or trained.final(config)
+                if (found := final[config.name]) is not None:
+                    publish(found, model_folder(config))
+                    runs[config.name].done = True
+                    runs[config.name].artifact(model_folder(config), "checkpoint")
+
+        asked = stack.enter_context(heed_stop())
         mailbox = stack.enter_context(listen(handle, asked))
-        session.await_machine(first.cluster, say)
-        count = session.worker_count(first.cluster)
-        least, most = (count, count) if isinstance(count, int) else count
-        say(f"starting {number_of(most, 'worker', least)} to train {', '.join(epochs)}")
-        settings = {"configs": [c.to_json() for c in todo], "set": str(set_path), "mailbox": mailbox}
-        keep = 2 if len(todo) == 1 else None
-        workers.fit(worker, settings, first.cluster, folder, keep=keep, elastic=True)
-        final = {config.name: _final_checkpoint(folder, config) for config in todo}
-        if asked.is_set() and None in final.values():
+        if configs:
+            count = session.worker_count(first.cluster)
+            least, most = (count, count) if isinstance(count, int) else count
+            session.await_machines(first.cluster, say, least)
+            say(f"starting {number_of(most, 'worker', least)} to train {', '.join(c.name for c in configs)}")
+            left = {c.name: [str(place) for found in leftovers for place in found.of(c)] for c in configs}
+            settings = {"configs": [c.to_json() for c in configs], "set": str(set_path), "mailbox": mailbox, "left": left}
+            keep = 2 if len(todo) == 1 else None
+            try:
+                workers.fit(worker, settings, first.cluster, folder, say, keep=keep, elastic=True)
+            except Exception:
+                publish_finished()  # of several models some may be done
+                raise
+        if asked.is_set() and any(Leftover(folder).final(c) is None for c in configs):
             say("stopped; the same command goes on from the checkpoint")
             return  # which is where the signal takes effect
-        lease.check()
-        for config in todo:
-            found = final[config.name]
-            if found is None:
-                raise RuntimeError(f"Ray Train finished, but '{folder}' holds no final checkpoint of {config.name}")
-            publish(found, model_folder(config))
-            runs[config.name].done = True
-            runs[config.name].artifact(model_folder(config), "checkpoint")
-        folder.remove()
+        publish_finished()
+        if missing := [name for name, found in final.items() if found is None]:
+            raise RuntimeError(f"Ray Train finished, but '{folder}' holds no final checkpoint of {', '.join(missing)}")
+        for used in [folder, *(found.folder for found in leftovers if found.is_used_up(first.output))]:
+            used.remove()
 
 
 def training_folder(todo: list[Config]) -> Location:
     """Where Ray Train keeps what these models' training has come to, until it is finished."""
-    label = todo[0].name if len(todo) == 1 else f"{len(todo)}_models"
+    label = todo[0].name if len(todo) == 1 else f"{len(todo)}_{GROUP}"
     key = text_digest(" ".join(_key(config) for config in todo))[:12]
     return at(todo[0].output) / "train" / f"{label}-{key}"
 
@@ -146,11 +172,5 @@ def _key(config: Config) -> str:
     return text_digest(text)[:8]
 
 
-def _final_checkpoint(folder: Location, config: Config) -> Location | None:
-    for found in stored_checkpoints(folder):
-        with contextlib.suppress(UserError):
-            run = checkpoint.read_run(found)
-            if run["config"]["name"] == config.name and run["finished"]:
-                checkpoint.require_whole(found, checkpoint.RUN)  # all of it, which in an object store is a download
-                return found
-    return None
+def _first(found: Iterable[Location | None]) -> Location | None:
+    return next((place for place in found if place is not None), None)

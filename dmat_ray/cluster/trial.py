@@ -242,7 +242,11 @@ def _train_on_workers(config: Config, line: _Line, work: Work) -> None:
             "judged_by": work.judged_by,
             "branch_from": None if line.branch_from is None else str(line.branch_from),
         }
-        workers.fit(worker, settings, config.cluster, line.folder, keep=work.keep, elastic=True)
+
+        def say(text: str) -> None:
+            print(text, file=sys.stderr, flush=True)
+
+        workers.fit(worker, settings, config.cluster, line.folder, say, keep=work.keep, elastic=True)
     if failed:
         raise failed[0]
     for metrics in last:

@@ -309,7 +309,7 @@ def _search(plan: Plan, say: Callable[[str], None], *, resume: bool) -> champion
         say(f"the search in '{plan.folder}' {what}")
         return found_before
     if not session.is_own(config.cluster):
-        session.await_machine(config.cluster, say)
+        session.await_machines(config.cluster, say)
     at_once = searchers.trials_at_once(tune, config.cluster, alone=plan.work.is_alone)
     name = plan.folder.name
     with (

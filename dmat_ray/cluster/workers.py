@@ -7,8 +7,9 @@ import ray.train
 import ray.train.torch
 
 from dmat_ray.cluster import session
+from dmat_ray.cluster.context import stored_checkpoints
 from dmat_ray.config import ClusterConfig
-from dmat_ray.storage import Place, at
+from dmat_ray.storage import Location, Place, at
 
 
 def fit(
@@ -16,16 +17,38 @@ def fit(
     settings: dict[str, Any],
     cluster: ClusterConfig,
     folder: Place,
+    say: Callable[[str], None],
     *,
     keep: int | None,
     elastic: bool = False,
 ) -> ray.train.Result:
     """Run `worker(settings)` on `cluster.train_workers` workers, anew after a failure; checkpoints in `folder`, `keep` of them.
 
-    With `elastic` fewer will do, if `cluster.train_workers_min` says so. Ray must be connected.
+    After so many failures as `cluster.max_failures` says it ends only if none of them has left a newer checkpoint: spot machines
+    are taken away again and again. With `elastic` fewer workers will do, if `cluster.train_workers_min` says so. Ray must be
+    connected.
     """
     place = at(folder)
-    return ray.train.torch.TorchTrainer(
+    while True:
+        before = stored_checkpoints(place)[:1]
+        try:
+            return _fit(worker, settings, cluster, place, keep, elastic)
+        except ray.train.TrainingFailedError:
+            told = ray.get(ray.get_actor(settings["mailbox"]).get_user_error.remote())
+            if cluster.max_failures == 0 or told is not None or stored_checkpoints(place)[:1] == before:
+                raise
+            say(f"workers failed {cluster.max_failures + 1} times, and have come further: going on")
+
+
+def _fit(
+    worker: Callable[[dict[str, Any]], Any],
+    settings: dict[str, Any],
+    cluster: ClusterConfig,
+    place: Location,
+    keep: int | None,
+    elastic: bool,
+) -> ray.train.Result:
+    trainer = ray.train.torch.TorchTrainer(
         worker,
         train_loop_config=settings,
         torch_config=ray.train.torch.TorchConfig(backend="gloo" if session.has_no_device(cluster) else None),
@@ -42,4 +65,7 @@ def fit(
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=keep),
         ),
-    ).fit()
+    )
+    # Ray Train's handler of Ctrl-C swallows the first two, stays when the training is over, and ends the process with exit code 0
+    trainer._register_sigint_handler = lambda controller: None
+    return trainer.fit()

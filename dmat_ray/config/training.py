@@ -1,6 +1,7 @@
 """Settings of the classifier, its training and the cluster."""
 
 import re
+from collections.abc import Sequence
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -9,6 +10,11 @@ from pydantic import Field, model_validator
 from dmat_ray.config.base import Section
 
 PASSWORD = re.compile(r"(?!file:|sqlite:)[a-z+]+://[^/@]+:[^@]+@", re.IGNORECASE)
+
+
+def of_levels(mean: Sequence[float], std: Sequence[float]) -> bool:
+    """Whether a normalisation is one of images in [0, 255]. Of images in [0, 1] or [-1, 1] nothing exceeds 2."""
+    return max((*mean, *std), default=0.0) > 2
 
 
 class ClassifierConfig(Section):
@@ -21,6 +27,15 @@ class ClassifierConfig(Section):
     )
     mean: tuple[float, ...] = Field((0.5,), description="input normalisation: mean of each channel, or one for all")
     std: tuple[float, ...] = Field((0.5,), description="input normalisation: deviation of each channel, or one for all")
+
+    @model_validator(mode="after")
+    def _check(self) -> "ClassifierConfig":
+        if of_levels(self.mean, self.std):
+            raise ValueError(
+                f"mean {list(self.mean)} and std {list(self.std)} are of levels up to 255, but pixels are in [0, 1]; divide both "
+                "by 255"
+            )
+        return self
 
 
 Precision = Literal["float32", "bf16"]
@@ -80,7 +95,7 @@ class TrainingConfig(Section):
     patience: int | None = Field(None, ge=1, description="stop after so many epochs without a better best_metric; null = never")
     checkpoint_every: int = Field(1, ge=1, description="epochs between checkpoints; the last epoch is always kept")
     checkpoint_minutes: float | None = Field(
-        None, gt=0, description="checkpoint within an epoch, too, when the last is so long ago; null = only between epochs"
+        15.0, gt=0, description="checkpoint within an epoch, too, when the last is so long ago; null = only between epochs"
     )
     val_examples: int = Field(
         0, ge=0, description="training examples held out to measure clean and robust accuracy after every epoch"
@@ -135,7 +150,11 @@ class ClusterConfig(Section):
         description="GPUs of each worker and actor; 0 = CPU; 0.5 = two actors share one, which several DDP workers cannot",
     )
     threads_per_worker: int = Field(1, ge=1, description="CPU threads of each worker and actor")
-    wait_minutes: float = Field(30.0, ge=0, description="minutes to wait for a first machine that has what a worker needs")
+    wait_minutes: float = Field(
+        30.0,
+        ge=0,
+        description="minutes to wait for a machine that has what a worker needs, or for those of all workers of a training",
+    )
     tflops: float | None = Field(
         None, gt=0, description="TFLOP/s that a worker keeps up, for the estimate of --dry-run; null = hours are not told"
     )
@@ -144,7 +163,9 @@ class ClusterConfig(Section):
         ge=0,
         description="price of an hour of one worker's machine, in any currency, for --dry-run; null = costs are not told",
     )
-    max_failures: int = Field(3, ge=0, description="worker failures a training survives")
+    max_failures: int = Field(
+        3, ge=0, description="worker failures that a training survives without a newer checkpoint; with 0 it ends at the first"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "ClusterConfig":
@@ -154,8 +175,11 @@ class ClusterConfig(Section):
             )
         if self.train_workers_min is not None and self.train_workers_min > self.train_workers:
             raise ValueError(f"train_workers_min {self.train_workers_min} is more than train_workers {self.train_workers}")
-        if self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
-            raise ValueError(f"gpus_per_worker {self.gpus_per_worker:g} must be a whole number, or a part of one GPU, below 1")
+        if self.gpus_per_worker > 1:
+            raise ValueError(
+                f"gpus_per_worker {self.gpus_per_worker:g}: a worker computes on one GPU, and the others would idle; give 1, and "
+                "raise train_workers, projection_actors and evaluation_actors instead"
+            )
         return self
 
 

@@ -47,9 +47,8 @@ NO_LEVELS = {
     "I": "signed or 32-bit integers, of which no range is known",
     "LAB": "colours in L*a*b*",
 }
-PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a TIFF tag, and one of its values
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # two tags of TIFF, and a value of the second
 MAX_PIXELS = DataConfig().max_pixels
-WHITE_16 = 65535
 
 
 def decode(content: bytes, resolution: int, channels: int, max_pixels: int = MAX_PIXELS, resize: str = "crop") -> np.ndarray:
@@ -167,14 +166,17 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The upper byte of 16-bit grey; Pillow itself would clip at 255."""
+    """The upper 8 bits of grey of 16, or of a TIFF's 12; Pillow itself would clip at 255."""
     levels: Any = np.array(image).astype(np.uint16)
-    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
-        levels = WHITE_16 - levels
+    tags: Any = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    (bits,) = tags.get(BITS_PER_SAMPLE, (16,))  # Pillow's mode is I;16 for both, and its levels are as they are stored
+    white = (1 << bits) - 1
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        levels = white - levels
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
-        levels[levels == transparent] = WHITE_16
-    return Image.fromarray((levels >> 8).astype(np.uint8))
+        levels[levels == transparent] = white
+    return Image.fromarray((levels >> (bits - 8)).astype(np.uint8))
 
 
 def encode(pixels: np.ndarray) -> bytes:

@@ -40,9 +40,8 @@ class EpochSource(Protocol):
     def size(self) -> int:
         """Examples of an epoch, over all workers."""
 
-    @property
-    def held_out(self) -> ManifoldSet | None:
-        """The validation examples, in memory; None if there are none."""
+    def held_out(self, rank: int, world_size: int) -> ManifoldSet | None:
+        """This worker's part of the validation examples, every `world_size`-th, which may be empty; None if there are none."""
 
     def batches(self, epoch: int, rank: int, world_size: int, done: Done = NOTHING) -> Iterator[Batch]:
         """This worker's part of every global batch of an epoch that is left; all workers have as many, of equal sizes."""
@@ -82,11 +81,10 @@ class InMemory:
         """See EpochSource."""
         return len(held_out_positions(len(self.data), self.config)[0])
 
-    @property
-    def held_out(self) -> ManifoldSet | None:
+    def held_out(self, rank: int, world_size: int) -> ManifoldSet | None:
         """See EpochSource."""
         positions = held_out_positions(len(self.data), self.config)[1]
-        return self.data.take(positions) if len(positions) else None
+        return self.data.take(positions[rank::world_size]) if len(positions) else None
 
     def batches(self, epoch: int, rank: int, world_size: int, done: Done = NOTHING) -> Iterator[Batch]:
         """See EpochSource: the global order depends on (seed, epoch) alone."""

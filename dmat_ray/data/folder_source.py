@@ -60,27 +60,34 @@ def _parts(root: Location, folders: list[str], config: DataConfig) -> tuple[tupl
     top = sorted(folder for folder in folders if "/" not in folder)
     named = {name for one in config.classes for names in one.members for name in names}
     found = None if named.intersection(top) else parts.by_part(top, exactly=True)
+    tested = [part for part in (*found.test, *found.validation) if _has_folders(part, folders)] if found else []
     if found and config.official_split is None and not named:
-        if not found.rest and all(any(f.startswith(f"{part}/") for f in folders) for part in top):
+        called = [part for part in top if part not in found.rest]
+        if _has_folders(found.train[0], folders) and (len(called) > 1 or not found.rest):
+            ways = "true to take its own test part, or false" if tested else "false"
             raise UserError(
-                f"'{root}' has the folders {', '.join(map(repr, top))}, which look like parts of a data set, not like classes; "
-                "give --data.official_split true to take its own test part, or false to split its training part"
+                f"'{root}' has the folders {', '.join(map(repr, called))}, which look like parts of a data set, not like "
+                f"classes; give --data.official_split {ways} to split '{found.train[0]}' alone, or name them in data.classes if "
+                "they are classes"
             )
         found = None
     if found is None:
         if config.official_split:
             raise UserError(f"data.official_split is true, but '{root}' has no folders 'train' and 'test' or 'val'")
         return ("",), "", ()
-    with_classes = [part for part in (*found.test, *found.validation) if any(f.startswith(f"{part}/") for f in folders)]
     train = f"{found.train[0]}/"
-    if config.official_split is False or not with_classes:
+    if config.official_split is False or not tested:
         if config.official_split:
             raise UserError(
                 f"data.official_split is true, but '{root}' has no folder 'test' or 'val' with one sub-folder a class"
             )
         return (train,), "", tuple(f"{part}/" for part in top if f"{part}/" != train)
-    test = f"{with_classes[0]}/"
+    test = f"{tested[0]}/"
     return (train, test), test, tuple(f"{part}/" for part in top if f"{part}/" not in (train, test))
+
+
+def _has_folders(part: str, folders: list[str]) -> bool:
+    return any(folder.startswith(f"{part}/") for folder in folders)
 
 
 def text(path: str) -> str:

@@ -1,7 +1,9 @@
 """A split of an on-manifold set in memory, and the batches of its epochs."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,11 +13,13 @@ import pyarrow.compute as pc
 import torch
 
 from dmat_ray.data.pixels import to_unit
-from dmat_ray.data.set_format import different_columns, from_lists, from_netpbm
-from dmat_ray.data.set_reader import decoded, digest, read_manifest, read_shard, schema_of
+from dmat_ray.data.set_format import from_lists, from_netpbm
+from dmat_ray.data.set_reader import READERS, decoded, digest, read_columns, read_manifest, read_shard
 from dmat_ray.errors import UserError
-from dmat_ray.storage import Location, Place, at
+from dmat_ray.storage import Place, at
 from dmat_ray.types import Batch
+
+AHEAD = 4  # shards with images that are read at a time
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,13 @@ def open_set(
     *,
     include_poor: bool = False,
     only: Sequence[str] | None = None,
-    images: Literal["on_manifold", "natural"] | None = None,
+    images: Literal["on_manifold", "natural", "none"] | None = None,
 ) -> ManifoldSet:
-    """Read one split of a finished set, or `only` the examples of these ids; of one kind of `images`, or of both.
+    """Read one split of a finished set, or `only` the examples of these ids; of one kind of `images`, of both, or of none.
 
-    Images that are not asked for are an array of none. Memory: what is kept, and a shard; as much again while rows are put in
-    order, if shards do not come in the order of ids. Raises UserError if the set is not whole, or has no images of that split.
+    Images that are not asked for are an array of none. Only shards that have what is kept are read but for their ids, and of
+    them only the columns that are kept. Memory: what is kept, and AHEAD shards; as much again while rows are put in order, if
+    shards do not come in the order of ids. Raises UserError if the set is not whole, or has no images of that split.
 
     >>> import numpy as np
     >>> from dmat_ray import load_generator, make_set, open_set, settings
@@ -88,17 +93,22 @@ def open_set(
         np.empty((count if images in (None, kind) else 0, *shape), np.uint8) for kind in ("on_manifold", "natural")
     )
     wanted = None if only is None else pa.array(only, pa.string())
-    tables, end = [], 0
-    for name, rows in sorted(manifest["shards"].items()):
-        if wanted is not None and not pc.any(pc.is_in(read_shard(folder, name, ["id"])["id"], value_set=wanted)).as_py():
-            continue
-        table = _read_rows(folder, name, rows, manifest)
+
+    def kept(name: str) -> pa.ChunkedArray:
+        """Which rows of a shard."""
+        table = read_shard(folder, name, ["id", "split", "status"], manifest)
         keep = pc.equal(table["split"], split)
         if not include_poor:
             keep = pc.and_(keep, pc.equal(table["status"], "ok"))
-        if wanted is not None:
-            keep = pc.and_(keep, pc.is_in(table["id"], value_set=wanted))
-        table = table.filter(keep)
+        return keep if wanted is None else pc.and_(keep, pc.is_in(table["id"], value_set=wanted))
+
+    names = sorted(manifest["shards"])
+    with ThreadPoolExecutor(READERS) as pool:
+        rows = {name: keep for name, keep in zip(names, pool.map(kept, names), strict=True) if pc.any(keep).as_py()}
+    pictures = [column for column, array in (("on_manifold", on_manifold), ("image", natural)) if len(array)]
+    columns = ["id", "label", "w", *pictures]
+    tables, end = [], 0
+    for name, table in _each(lambda name: read_shard(folder, name, columns).filter(rows[name]), list(rows)):
         start, end = end, end + table.num_rows
         if end <= count and len(on_manifold):
             on_manifold[start:end] = from_netpbm(table["on_manifold"], shape)
@@ -122,14 +132,27 @@ def open_set(
     )
 
 
-def _read_rows(folder: Location, name: str, rows: int, manifest: dict[str, Any]) -> pa.Table:
-    """All columns of a shard, checked against the manifest."""
-    table = read_shard(folder, name)
-    if table.num_rows != rows:
-        raise UserError(f"shard {name} of '{folder}' has {table.num_rows} rows, its manifest says {rows}")
-    if odd := different_columns(table.schema, schema_of(manifest)):
-        raise UserError(f"shard {name} of '{folder}' has other columns than its manifest says: {odd}")
-    return table
+def usable(place: Place, split: str) -> pa.Table:
+    """`id` and `label` of all that `open_set` reads of a split, in its order. Raises UserError as `open_set` does."""
+    manifest = read_manifest(place)
+    table = read_columns(at(place), manifest["shards"], ["id", "label", "split", "status"])
+    table = table.filter(pc.and_(pc.equal(table["split"], split), pc.equal(table["status"], "ok")))
+    if table.num_rows == 0:
+        raise UserError(f"the set '{at(place)}' has no usable image in its {split} split")
+    return table.select(["id", "label"]).sort_by("id")
+
+
+def _each(read: Callable[[str], pa.Table], names: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
+    """Each name with what is read of it, AHEAD at a time."""
+    with ThreadPoolExecutor(AHEAD) as pool:
+        waiting: deque[tuple[str, Future[pa.Table]]] = deque()
+        for name in names:
+            waiting.append((name, pool.submit(read, name)))
+            if len(waiting) == AHEAD:
+                ready, table = waiting.popleft()
+                yield ready, table.result()
+        for ready, table in waiting:
+            yield ready, table.result()
 
 
 def steps_per_epoch(size: int, batch_size: int) -> int:

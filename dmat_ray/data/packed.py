@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from dmat_ray.config import DataConfig
-from dmat_ray.data import parquet_source, pickled
+from dmat_ray.data import parquet_rows, pickled
 from dmat_ray.data.decoding import encode
 from dmat_ray.data.items import Items
 from dmat_ray.errors import UserError
@@ -163,7 +163,7 @@ def _told(place: Location) -> Iterator[None]:
     except RefusedError as error:
         raise UserError(f"'{place}' {error}") from None
     except (OSError, EOFError, zlib.error, struct.error) as error:
-        raise UserError(f"'{place}' {parquet_source.reason(error, place)}") from None
+        raise UserError(f"'{place}' {parquet_rows.reason(error, place)}") from None
 
 
 def _whole(place: Location) -> bytes:
@@ -259,7 +259,7 @@ def read_images(place: Location, offsets: Sequence[int]) -> list[bytes | str]:
                 if len(content) == math.prod(shape):
                     found[offset] = encode(np.frombuffer(content, np.uint8).reshape(shape))
     except (OSError, EOFError, zlib.error) as error:
-        reason = parquet_source.reason(error, place)
+        reason = parquet_rows.reason(error, place)
     except RefusedError as error:
         reason = f"cannot be read: the file {error}"
     return [found.get(offset, reason) for offset in offsets]

@@ -7,7 +7,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-PART = re.compile(r"(train|training|test|val|valid|validation|dev)([-_.].*)?", re.IGNORECASE)
+NAMES = "(train|training|test|val|valid|validation|dev)"
+FOLDER = re.compile(NAMES + r"(\.parquet)?", re.IGNORECASE)  # Spark writes a folder of this name
+FILE = re.compile(NAMES + r"([-_.].*)?", re.IGNORECASE)
 OF = {"train": "train", "training": "train", "test": "test"}  # all others are the validation part
 
 
@@ -22,13 +24,13 @@ class Parts:
 
 
 def part_of(path: str, *, exactly: bool) -> str:
-    """'train', 'test' or 'validation', as the first name in a path that tells says; '' if none does.
+    """'train', 'test' or 'validation', as the last name in a path that tells says; '' if none does.
 
-    `exactly` such a name, or also one that goes on after it, as files do.
+    Folders are called `exactly` so; a file's name may go on after it, unless that is asked of it, too.
     """
-    for name in path.split("/"):
-        match = PART.fullmatch(name)
-        if match and not (exactly and match[2]):
+    *folders, name = path.split("/")
+    for match in (FOLDER.fullmatch(name) if exactly else FILE.fullmatch(name), *map(FOLDER.fullmatch, reversed(folders))):
+        if match:
             return OF.get(match[1].lower(), "validation")
     return ""
 

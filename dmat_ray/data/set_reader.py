@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dmat_ray.data.decoding import MAX_PIXELS, SIZED, decode
-from dmat_ray.data.set_format import MANIFEST, SHARDS, VERSION, schema
+from dmat_ray.data.set_format import MANIFEST, SHARDS, VERSION, different_columns, schema
 from dmat_ray.errors import UserError
 from dmat_ray.files import text_digest
 from dmat_ray.storage import Location, Place, at, require_not_of_storage
@@ -53,19 +53,36 @@ def digest(manifest: dict[str, Any]) -> str:
     return text_digest(json.dumps({key: value for key, value in manifest.items() if key != "generator"}, sort_keys=True))
 
 
-def read_shard(folder: Location, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """A shard's table; raises UserError if it is missing or damaged, or its name leads out of the set's folder."""
+def read_shard(
+    folder: Location, name: str, columns: Sequence[str] | None = None, manifest: dict[str, Any] | None = None
+) -> pa.Table:
+    """A shard's table, or some columns of it.
+
+    Raises UserError if it is missing or damaged, or its name leads out of the set's folder; with a manifest also if it has other
+    columns or another number of rows than that says.
+    """
     if "/" in name or "\0" in name:
         raise UserError(f"the set '{folder}' names a shard {name!r}, which is no file of its own; run jobs/project.py again")
     try:
         with (folder / SHARDS / name).open() as file:
-            return pq.read_table(file, columns=None if columns is None else list(columns), page_checksum_verification=True)
+            shard = pq.ParquetFile(file, page_checksum_verification=True)
+            if manifest is not None:
+                _require_described(shard, folder, name, manifest)
+            return shard.read(None if columns is None else list(columns))
     except FileNotFoundError:
         raise UserError(f"the set '{folder}' lacks its shard {name}; run jobs/project.py again") from None
     except (pa.ArrowException, OSError) as error:
         require_not_of_storage(error, folder / SHARDS / name)
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"shard {name} of '{folder}' is damaged ({reason}); remove it and run jobs/project.py again") from None
+
+
+def _require_described(shard: pq.ParquetFile, folder: Location, name: str, manifest: dict[str, Any]) -> None:
+    found, rows = shard.metadata.num_rows, manifest["shards"][name]
+    if found != rows:
+        raise UserError(f"shard {name} of '{folder}' has {found} rows, its manifest says {rows}")
+    if odd := different_columns(shard.schema_arrow, schema_of(manifest)):
+        raise UserError(f"shard {name} of '{folder}' has other columns than its manifest says: {odd}")
 
 
 def read_columns(folder: Location, names: Iterable[str], columns: Sequence[str]) -> pa.Table:

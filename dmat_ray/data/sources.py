@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dmat_ray.config import DataConfig
-from dmat_ray.data import class_lists, packed, parquet_source, parts, set_format
+from dmat_ray.data import class_lists, packed, parquet_rows, parquet_source, parts, set_format
 from dmat_ray.data.decoding import decode
 from dmat_ray.data.digits import DIGITS, digits
-from dmat_ray.data.folder_source import folder_items, is_image
+from dmat_ray.data.folder_source import folder_items, is_image, text
 from dmat_ray.data.items import Items
 from dmat_ray.data.splits import balanced, limited, split_by_class
 from dmat_ray.errors import UserError
@@ -137,7 +137,7 @@ def _is_parquet(path: str) -> bool:
 
 
 def _parquet(root: Location, names: list[str], config: DataConfig, labelled: bool) -> Items:
-    names, test, ignored = _parts(root, names, config)
+    names, test, ignored = _parts(root, names, config, labelled)
     found = parquet_source.list_rows(root, names, config, labelled)
     if not len(found.labels):
         raise UserError(f"data.source '{root}' is Parquet without rows")
@@ -156,12 +156,21 @@ def _parquet(root: Location, names: list[str], config: DataConfig, labelled: boo
     )
 
 
-def _parts(root: Location, names: list[str], config: DataConfig) -> tuple[list[str], set[str], str]:
-    """The files to be read, those of them that are the test part, and what is left aside."""
-    found = parts.by_part(names) if config.official_split is not None or config.classes else None
+def _parts(root: Location, names: list[str], config: DataConfig, labelled: bool) -> tuple[list[str], set[str], str]:
+    """The files to be read, those of them that are the test part, and what is left aside. Raises UserError where it is not clear
+    whether there is one, and for one that is asked for and not there.
+    """
+    found = parts.by_part(names)
+    if found and config.official_split is None and not config.classes:
+        if others := [*found.test, *found.validation]:
+            raise UserError(
+                f"'{root}' has Parquet files of parts of a data set, such as '{text(found.train[0])}' and '{text(others[0])}'; "
+                "give --data.official_split true to take its own test part, or false to split its training part"
+            )
+        found = None
     test = []
     if found and config.official_split is not False:
-        secret = found.test and found.validation and not parquet_source.is_labelled(root, found.test[0], config)
+        secret = found.test and found.validation and not parquet_source.is_labelled(root, found.test[0], config, labelled)
         test = found.validation if secret else found.test or found.validation
     if config.official_split and not test:
         raise UserError(f"data.official_split is true, but no files of '{root}' are named train... and test... or validation...")
@@ -185,7 +194,7 @@ def read(rows: pa.Table, config: DataConfig) -> list[bytes | str]:
     with ThreadPoolExecutor(READERS) as pool:
         if not rows["row"].null_count:
             return _read_parts(root, names, rows["row"].to_pylist(), config.image_column, max_bytes, pool)
-        return list(pool.map(lambda name: parquet_source.read_file(root / os.fsdecode(name), max_bytes), names))
+        return list(pool.map(lambda name: parquet_rows.read_file(root / os.fsdecode(name), max_bytes), names))
 
 
 def _read_parts(
@@ -194,17 +203,20 @@ def _read_parts(
     places: dict[bytes, list[int]] = {}
     for place, name in enumerate(names):
         places.setdefault(name, []).append(place)
+    kept = parquet_rows.readers()
 
     def load(name: bytes) -> list[bytes | str]:
+        place, inside = root / os.fsdecode(name), [rows[i] for i in places[name]]
         if packed.is_packed(os.fsdecode(name)):
-            return packed.read_images(root / os.fsdecode(name), [rows[i] for i in places[name]])
-        below = root if name else root.parent
-        return parquet_source.read_rows(root / os.fsdecode(name), [rows[i] for i in places[name]], column, below, max_bytes)
+            return packed.read_images(place, inside)
+        return parquet_rows.read_rows(place, inside, column, root if name else root.parent, max_bytes, kept)
 
     contents: list[bytes | str] = [b""] * len(rows)
     for name, found in zip(places, pool.map(load, places), strict=True):
         for place, content in zip(places[name], found, strict=True):
             contents[place] = content
+    for other in kept.keys() - [root / os.fsdecode(name) for name in names[-1:]]:
+        del kept[other]  # what is read in order does not come back to it
     return contents
 
 

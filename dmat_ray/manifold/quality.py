@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmat_ray import checkpoint, classifiers
+from dmat_ray.cli import validate
 from dmat_ray.config import ClassifierConfig, QualityConfig
 from dmat_ray.data.pixels import unit
 from dmat_ray.errors import UserError
@@ -52,9 +53,13 @@ def train_classifier(x_BCHW: Tensor, y_B: Tensor, num_classes: int, epochs: int,
     return network.eval().requires_grad_(False)
 
 
+def _linear_layers(network: nn.Module) -> list[nn.Linear]:
+    return [module for module in network.modules() if isinstance(module, nn.Linear)]
+
+
 def classifier_features(network: nn.Module) -> Features:
     """What the last linear layer of a classifier takes in."""
-    last = [m for m in network.modules() if isinstance(m, nn.Linear)][-1]
+    last = _linear_layers(network)[-1]
     seen: list[Tensor] = []
     last.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
 
@@ -103,6 +108,14 @@ def check(config: QualityConfig, channels: int, resolution: int, labels: Tensor)
             raise UserError(
                 f"gan.quality.network '{config.network}' takes {run['resolution']}x{run['resolution']} images with "
                 f"{run['channels']} channel(s), the generator makes {resolution}x{resolution} with {channels}"
+            )
+        classifier = validate(run["config"]).classifier
+        with torch.random.fork_rng(devices=[]):  # weights that nobody uses must not move what is drawn next
+            network = classifiers.build(classifier, channels, len(run["class_names"]))
+        if not _linear_layers(network):
+            raise UserError(
+                f"gan.quality.network '{config.network}' is a {classifier.name}, which has no linear layer to take features "
+                "from; give another classifier's folder, 'classifier', 'inception' or 'none'"
             )
 
 

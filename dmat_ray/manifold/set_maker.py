@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
+from pydantic import ValidationError
 
 from dmat_ray.checkpoint import versions
-from dmat_ray.config import Config, ProjectionConfig
+from dmat_ray.config import Config, DataConfig, ProjectionConfig
 from dmat_ray.data import set_format, set_writer, sources
 from dmat_ray.data.pixels import quantise
 from dmat_ray.data.set_format import MANIFEST, SHARDS
@@ -30,6 +32,8 @@ from dmat_ray.storage import Location, set_folder
 # What may change over a half-finished set: the quality of results does not depend on it. (w itself may, where rounding decides
 # into which of two valleys a search goes. The encoder counts by its weights, not by its folder.)
 HARMLESS = {"batch_size", "compile", "encoder"}
+# settings of the data that say which images the test split is drawn from and which go there; others take fewer of either split
+SPLIT = ("seed", "test_share", "official_split", "classes", "label_column")
 REJECTED_SAID = 20  # the others are in the manifest
 
 
@@ -69,13 +73,57 @@ def prepare(config: Config, say: Callable[[str], None]) -> Listing:
     # without what an actor computes at its start
     cheap = config.projection.model_copy(update={"candidates": 1, "axes": "w"})
     build_projector(config.model_copy(update={"projection": cheap}), torch.device("cpu"))
+    _require_room(config, listing)
     taken = listing.table.num_rows
     if taken < listing.found:
         why = [name for name in ("balanced", "train_limit", "test_limit") if getattr(config.data, name)]
         say(f"taking {taken} of {listing.found} images ({', '.join(f'data.{name}' for name in why)})")
     if listing.ignored:
         say(f"not taken: {listing.ignored}")
+    seen, names = _seen_by_generator(config, listing)
+    if seen != 0:
+        many = "test images may be" if seen is None else f"{seen} of {listing.rows('test').num_rows} test images are"
+        say(
+            f"warning: {many} among those that generator '{config.generator.path}' was trained on, which flatters what is "
+            f"measured on them; give {' and '.join(names)} as under data in its {generators.CARD}"
+        )
     return listing
+
+
+def _seen_by_generator(config: Config, listing: Listing) -> tuple[int | None, list[str]]:
+    """How many test images the generator was trained on, as far as its card tells, and the settings that split them otherwise.
+
+    None for images of the same source that cannot be listed any more as they were then. The card of an imported generator says
+    nothing of its images.
+    """
+    said = generators.read_card(config.generator.path).get("data")
+    if not isinstance(said, dict) or said.get("source") != config.data.source:
+        return 0, []
+    try:
+        theirs = DataConfig.model_validate(said)
+    except ValidationError:
+        return 0, []
+    names = [f"data.{name}" for name in SPLIT if getattr(theirs, name) != getattr(config.data, name)]
+    if not names:
+        return 0, []
+    here = {"id_column": config.data.id_column, "resolution": config.data.resolution}
+    try:
+        known = sources.list_examples(theirs.model_copy(update=here), labelled=False).rows("train")
+    except UserError:
+        return None, names
+    return pc.sum(pc.is_in(listing.rows("test")["id"], value_set=known["id"])).as_py() or 0, names
+
+
+def _require_room(config: Config, listing: Listing) -> None:
+    """Raise UserError for shards of more images than their files can hold."""
+    size = config.data.resolution
+    (one,) = set_format.to_netpbm(np.zeros((1, config.data.channels, size, size), np.uint8)).field("bytes")
+    most = set_format.MOST_BYTES // len(one.as_py())
+    if min(config.projection.shard_size, listing.table.num_rows) > most:
+        raise UserError(
+            f"projection.shard_size {config.projection.shard_size}: so many images of {size}x{size} pixels are more than the 2 "
+            f"GiB that a shard may hold of them; set it to {most} or less"
+        )
 
 
 def encoder_folder(config: Config) -> Location:
@@ -192,6 +240,8 @@ def finish(config: Config, work: Begun, made_by: dict[str, str], say: Callable[[
         "lpips_is_perceptual": config.projection.lpips_weights != "random",
         "versions": made_by,
     }
+    if seen := _seen_by_generator(config, work.listing)[0]:
+        described["test_images_seen_by_generator"] = seen
     return set_writer.finish(work.folder, settings_of(config, work.listing), work.shards, records, described)
 
 

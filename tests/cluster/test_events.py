@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from dmat_ray.cluster import events
-from dmat_ray.errors import UserError
+from dmat_ray.errors import StorageError, UserError
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 
@@ -46,23 +46,55 @@ def test_a_worker_is_heard_while_it_asks_nothing(monkeypatch):
         listened([])
 
 
-def test_a_job_without_workers_stops_at_once(monkeypatch):
-    """It sends itself the second SIGTERM, which counts although the first was only just now."""
+def test_what_a_store_does_not_give_is_tried_again():
+    """All else that only a user can mend is not: see above."""
+
+    def attempt(mailbox: str) -> None:
+        with events.no_retry_of_user_errors(mailbox) as go:
+            assert go
+            raise StorageError("slow down")
+
+    with events.listen(print) as mailbox:
+        for _ in range(2):
+            with pytest.raises(StorageError, match="slow down"):
+                attempt(mailbox)
+
+
+def test_that_no_worker_comes_is_told_again_and_again(monkeypatch):
+    monkeypatch.setattr(events, "SILENCE_S", 0.2)
+    said: list[str] = []
+    with events.heed_stop() as asked, events.listen(lambda event: said.append(event["text"]), asked, 0.05) as mailbox:
+        assert comes_true(lambda: len(said) >= 2)
+        with events.no_retry_of_user_errors(mailbox):
+            assert comes_true(lambda: ray.get(ray.get_actor(mailbox).hears.remote()))
+            time.sleep(0.1)
+            told = len(said)
+            time.sleep(0.6)
+            assert len(said) == told, "one is at work"
+    assert set(said) == {"no worker is at work: waiting for machines, or for what runs on them (see `ray status`)"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_job_without_workers_stops_at_once(monkeypatch, number):
+    """It sends itself the second signal, which counts although the first was only just now."""
     got, said = [], []
     monkeypatch.setattr(events, "TWICE_S", 1.0)
-    before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+    before = signal.signal(number, lambda number, frame: got.append(number))
 
     def told_while_nobody_works() -> None:
-        with events.heed_sigterm() as asked, events.listen(lambda event: said.append(event["text"]), asked):
-            os.kill(os.getpid(), signal.SIGTERM)
+        with events.heed_stop() as asked, events.listen(lambda event: said.append(event["text"]), asked):
+            os.kill(os.getpid(), number)
             assert comes_true(lambda: bool(got))
 
     try:
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as ended:
             told_while_nobody_works()
     finally:
-        signal.signal(signal.SIGTERM, before)
-    assert said[1:] == ["no worker is at work: stopping at once"]
+        signal.signal(number, before)
+    name = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[number]
+    asked = f"asked to stop ({name}): writing a checkpoint first; a second {name} stops at once"
+    assert said == [asked, "no worker is at work: stopping at once"]
+    assert (ended.value.code, set(got)) == (128 + number, {number})
 
 
 def test_workers_are_told_to_stop_though_nobody_reads_the_lines(monkeypatch):
@@ -74,7 +106,7 @@ def test_workers_are_told_to_stop_though_nobody_reads_the_lines(monkeypatch):
 
     def told() -> None:
         with (
-            events.heed_sigterm() as asked,
+            events.heed_stop() as asked,
             events.listen(read_no_more, asked) as mailbox,
             events.no_retry_of_user_errors(mailbox),
         ):
@@ -96,7 +128,7 @@ def test_a_second_sigterm_ends_at_once_unless_it_is_the_first_once_more(monkeypa
     before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
 
     def told_twice_and_once_more() -> None:
-        with events.heed_sigterm() as asked:
+        with events.heed_stop() as asked:
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGTERM)
             assert asked.is_set()

@@ -174,12 +174,23 @@ def test_what_only_a_user_can_mend_is_not_tried_again(tmp_path):
         ["--output", str(tmp_path), *OPTIONS, "--gan.lr_generator", "1e30", "--gan.lr_discriminator", "1e30"],
         preset=["mnist32_generator"],
     )
-    began = time.monotonic()
-    with pytest.raises(UserError, match=r"^generator training diverged: .*lower gan\.lr_generator"):
-        gan.train(config, tmp_path / "generator", "diverges", print)
-    attempts = list((tmp_path / "train").glob("generator-*"))
-    assert len(attempts) == 1
-    assert time.monotonic() - began < 150
+    seen: set[int] = set()
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.1):
+            seen.update(process.pid for process in train_workers())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        with pytest.raises(UserError, match=r"^generator training diverged: .*lower gan\.lr_generator"):
+            gan.train(config, tmp_path / "generator", "diverges", print)
+    finally:
+        done.set()
+        watcher.join()
+    assert config.cluster.max_failures > 1
+    assert config.cluster.train_workers <= len(seen) <= 2 * config.cluster.train_workers
     assert not (tmp_path / "generator").exists()
 
 
@@ -253,6 +264,34 @@ def test_a_folder_of_nothing_but_images(tmp_path):
         gan.check(photo_settings(flat, tmp_path, *none, "--gan.architecture.num_classes", "2"), tmp_path / "train")
     with pytest.raises(UserError, match="choose 'inception' or 'none'"):
         gan.check(photo_settings(flat, tmp_path, "--cluster.train_workers", "1"), tmp_path / "train")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--data.resolution", "16"], r"images are \(1, 16, 16\) \(C, H, W\), but gan.architecture makes \(1, 8, 8\)"),
+        (["--gan.architecture.num_classes", "3"], r"num_classes is 3, but the images have 2 class\(es\)"),
+        (
+            ["--gan.quality.network", "inception", "--gan.quality.weights", "/none.pth"],
+            "gan.quality.weights '/none.pth' is no file",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_an_image_is_decoded(tmp_path, monkeypatch, options, words):
+    config = photo_settings(photo_folder(tmp_path / "photos"), tmp_path, "--cluster.train_workers", "1", *options)
+    monkeypatch.setattr(gan, "read_pixels", None)
+    with pytest.raises(UserError, match=words):
+        gan.check(config, tmp_path / "train")
+    assert not (tmp_path / "train").exists()
+
+
+def test_one_class_trains_no_classifier_and_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(gan, "read_pixels", None)
+    with pytest.raises(UserError, match="choose 'inception' or 'none'"):
+        gan.check(
+            photo_settings(photo_folder(tmp_path / "photos", classes=0), tmp_path, "--cluster.train_workers", "1"), tmp_path
+        )
+    assert not list(tmp_path.glob("*images-*"))
 
 
 def test_a_generator_that_is_there_is_not_replaced_unasked(calm, tmp_path):

@@ -51,7 +51,10 @@ def collect(config: dict[str, Any]) -> None:
     assert one.w_BLD is not None
     rows = zip(one.id, one.x_BCHW, one.w_BLD, one.y_B, strict=True)
     found["example"] = {id: [x.sum().item(), w.sum().item(), int(y)] for id, x, w, y in rows}
-    found["held_out"] = streamed.held_out.id if streamed.held_out is not None else None
+    parts = {world_size: streamed.held_out(rank, world_size) for world_size in (2, 20)}
+    found["held_out"] = {f"{size}": part.id if part is not None else None for size, part in parts.items()}
+    late = streamed.held_out(rank + 18, 20)  # more workers than examples
+    found["held_out"]["none"] = late.id if late is not None else None
     (Path(config["out"]) / f"{rank}.json").write_text(json.dumps(found))
 
 
@@ -82,9 +85,11 @@ def workers(place, tmp_path_factory) -> list[dict[str, Any]]:
 
 def test_every_example_comes_once_and_none_that_is_held_out(workers, place):
     memory = InMemory(open_set(place, "train"), TRAINING)
-    held_out = memory.held_out
-    assert held_out is not None
-    assert workers[0]["held_out"] == workers[1]["held_out"] == held_out.id
+    for rank, worker in enumerate(workers):
+        parts = [memory.held_out(rank, 2), memory.held_out(rank, 20), memory.held_out(rank + 18, 20)]
+        assert list(worker["held_out"].values()) == [part.id for part in parts if part is not None]
+    every = [id for worker in workers for id in worker["held_out"]["2"]]
+    assert len(set(every)) == len(every) == TRAINING.val_examples
     for epoch in (0, 1):
         parts = [worker["batches"][epoch] for worker in workers]
         sizes = [[len(batch) for batch in part] for part in parts]

@@ -23,7 +23,7 @@ from small import finish, processes_below, settings, start_job, wait_for
 
 from dmat_ray.cli import user_error_behind
 from dmat_ray.cluster import jobs, pools
-from dmat_ray.cluster.session import await_machine
+from dmat_ray.cluster.session import await_machines
 from dmat_ray.config import ClusterConfig
 from dmat_ray.data.inspection import inspect_set
 from dmat_ray.data.manifold_set import open_set
@@ -237,12 +237,21 @@ def test_full_object_store_corrupt_images_and_their_repair(nodes, start_on, tmp_
 
 
 def test_machines_that_do_not_come_are_not_waited_for_for_ever(ray_session, say, lines):
-    await_machine(ClusterConfig(), say)
+    await_machines(ClusterConfig(), say)
     assert lines == []
-    asked = ClusterConfig(threads_per_worker=64, gpus_per_worker=2, wait_minutes=0.02)
-    with pytest.raises(UserError, match=r"no node with 64 CPU and 2 GPU came within 0\.02 minutes; start one, lower"):
-        await_machine(asked, say)
-    assert lines == ["no node has 64 CPU and 2 GPU: asking the autoscaler, and waiting 0.02 minutes for one"]
+    asked = ClusterConfig(threads_per_worker=64, gpus_per_worker=1, wait_minutes=0.02)
+    with pytest.raises(UserError, match=r"no node with 64 CPU and 1 GPU came within 0\.02 minutes; start one, lower"):
+        await_machines(asked, say)
+    assert lines.pop() == "no node has 64 CPU and 1 GPU: asking the autoscaler, and waiting 0.02 minutes for one"
+    # a training has all of its workers or does not begin
+    room = int(sum(node["Resources"]["CPU"] for node in ray.nodes() if node["Alive"]))
+    await_machines(ClusterConfig(), say, room)
+    assert lines == []
+    with pytest.raises(
+        UserError, match=rf"room for only {room} of {room + 1} workers with 1 CPU each came within .* lower cluster.train_w"
+    ):
+        await_machines(asked.model_copy(update={"threads_per_worker": 1, "gpus_per_worker": 0}), say, room + 1)
+    assert lines[0].startswith(f"the nodes have room for {room} of {room + 1} workers with 1 CPU each: asking the autoscaler, ")
 
 
 ASKER = """

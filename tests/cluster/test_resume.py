@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import ray
+import ray.train
+import torch
+from safetensors.torch import load_file
 from searches import tuned
 from small import DMAT, ROOT, SMALL, finish, free_ports, history, same_training, settings, start_job, train_workers, wait_for
 
@@ -56,8 +59,12 @@ def test_a_job_that_is_submitted_twice_is_refused(tmp_path, finished, say):
             again()
 
 
-def test_worker_killed_within_an_epoch_is_replaced_and_training_goes_on(tmp_path, finished):
-    """Ray with a killed worker ends where torchrun does undisturbed: ten steps an epoch, each with a dozen of an attack."""
+@pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_worker_killed_within_an_epoch_is_replaced_and_training_goes_on(tmp_path, finished, kills):
+    """Ray with a killed worker ends where torchrun does undisturbed: ten steps an epoch, each with a dozen of an attack.
+
+    A second kill is one more than `max_failures` says, but the first attempt has come further.
+    """
     finished.copy_set(tmp_path)
     slow = ("--training.epochs", "1", "--training.batch_size", "4", "--objective.latent.steps", "12", "--name", "dmat")
     torchrun(tmp_path / "calm", tmp_path / "on_manifold_set", *slow)
@@ -68,22 +75,58 @@ def test_worker_killed_within_an_epoch_is_replaced_and_training_goes_on(tmp_path
         def steps() -> list[int]:
             return [json.loads(path.read_text())["step"] for path in tmp_path.glob("train/*/checkpoint_*/run.json")]
 
-        # when the second is there the first is registered
-        while len(steps()) < 2:
-            time.sleep(0.05)
-        assert all(0 < step < 9 for step in steps())
-        os.kill(train_workers()[0].pid, signal.SIGKILL)
+        for _ in range(kills):
+            # when the second of an attempt is there the first is registered
+            before = max(steps(), default=0)
+            while max(steps(), default=0) < before + 2:
+                time.sleep(0.05)
+            assert all(0 < step < 9 for step in steps())
+            os.kill(train_workers()[0].pid, signal.SIGKILL)
         killed.set()
 
     threading.Thread(target=kill_within_the_first_epoch, daemon=True).start()
-    often = ("--training.checkpoint_minutes", "0.001")
+    often = ("--training.checkpoint_minutes", "0.001", "--cluster.max_failures", "1")
     jobs.train([settings(tmp_path, *slow, *often, preset=("demo", "dmat"))], lines.append)
     assert killed.is_set()
     assert any("going on with epoch 1, after step" in line for line in lines)
     assert not any("warning" in line for line in lines)
+    assert sum("failed 2 times, and have come further: going on" in line for line in lines) == kills - 1
     assert [h["epoch"] for h in history(tmp_path)] == [1]
     for found, expected in zip(history(tmp_path), history(tmp_path / "calm"), strict=True):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_what_a_group_has_finished_is_kept_when_it_fails_and_the_next_goes_on_in_another_group(tmp_path, finished, say, lines):
+    finished.copy_set(tmp_path)
+    once = ("--cluster.max_failures", "0")
+    standard = settings(tmp_path, "--name", "standard", *once, preset=("demo", "standard"))
+    dmat = settings(tmp_path, "--name", "dmat", *DMAT, *once, preset=("demo", "dmat"))
+    before = signal.getsignal(signal.SIGINT)
+
+    def kill_in_the_second_epoch_of_the_second() -> None:
+        def epochs() -> set[tuple[str, int]]:
+            runs = [json.loads(path.read_text()) for path in tmp_path.glob("train/*/checkpoint_*/run.json")]
+            return {(run["config"]["name"], run["epoch"]) for run in runs}
+
+        while ("dmat", 1) not in epochs():
+            time.sleep(0.05)
+        os.kill(train_workers()[0].pid, signal.SIGKILL)
+
+    threading.Thread(target=kill_in_the_second_epoch_of_the_second, daemon=True).start()
+    with pytest.raises(ray.train.TrainingFailedError):
+        jobs.train([standard, dmat], say)
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["standard"]
+    trained, calm = (load_file(place / "models" / "standard" / "model.safetensors") for place in (tmp_path, finished.output))
+    assert all(torch.allclose(trained[name], calm[name], rtol=1e-3, atol=1e-5) for name in calm)
+    assert [path.name[:9] for path in (tmp_path / "train").iterdir()] == ["2_models-"]
+
+    del lines[:]
+    jobs.train([dmat], say)
+    assert any("dmat: going on with epoch 2" in line for line in lines)
+    assert not any("epoch 1/3" in line for line in lines)
+    same_training(tmp_path, finished.output)
+    assert list((tmp_path / "train").iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is before, "Ctrl-C does what it did before a training"
 
 
 def torchrun(output: Path, place: Path, *options: str) -> None:

@@ -192,26 +192,27 @@ def test_workers_of_a_training_do_not_share_a_gpu(monkeypatch):
 def test_every_stage_waits_for_a_machine_no_longer_than_it_is_told(monkeypatch, tmp_path):
     """Projection, prediction and search have tests of their own. Nothing is started here."""
 
-    def await_machine(cluster, say):
-        raise UserError("no node came")
+    def await_machines(cluster, say, count=1):
+        raise UserError(f"no nodes for {count} workers came")
 
-    monkeypatch.setattr(session, "await_machine", await_machine)
+    monkeypatch.setattr(session, "await_machines", await_machines)
     monkeypatch.setattr(session, "connected", lambda *_: contextlib.nullcontext())
     for stage in (encoder, gan, train):
         monkeypatch.setattr(stage, "listen", lambda *_: contextlib.nullcontext("mailbox"))
-        monkeypatch.setattr(stage, "heed_sigterm", lambda: contextlib.nullcontext(threading.Event()))
-        monkeypatch.setattr(stage.tracking, "tracked", lambda *_: contextlib.nullcontext())
+        monkeypatch.setattr(stage, "heed_stop", lambda: contextlib.nullcontext(threading.Event()))
+        monkeypatch.setattr(stage.tracking, "tracked", lambda *_, **__: contextlib.nullcontext())
         monkeypatch.setattr(stage.workers, "fit", None)
     monkeypatch.setattr(train, "training_folder", lambda todo: at(tmp_path) / "train" / "dmat")
     monkeypatch.setattr(train, "is_trained", lambda config: False)
+    monkeypatch.setattr(train, "_key", lambda config: "")
     monkeypatch.setattr(gan, "check", lambda config, storage: gan.ImageCache(tmp_path / "images", "0" * 64, {}))
     config = settings(tmp_path)
     place = at(tmp_path) / "made"
-    with pytest.raises(UserError, match="no node came"):
+    with pytest.raises(UserError, match="no nodes for 2 workers came"):
         train.train_models([config], print)
-    with pytest.raises(UserError, match="no node came"):
+    with pytest.raises(UserError, match="no nodes for 2 workers came"):
         gan.train(config, tmp_path / "generator", "", print)
-    with pytest.raises(UserError, match="no node came"):
+    with pytest.raises(UserError, match="no nodes for 2 workers came"):
         encoder.train(config, place, "", print)
-    with pytest.raises(UserError, match="no node came"):
+    with pytest.raises(UserError, match="no nodes for 1 workers came"):
         evaluate._run_all(SimpleNamespace(config=config, run=None), [Unit("dmat", "natural", "clean", (0,))], "", print)

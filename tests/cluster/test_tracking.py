@@ -180,6 +180,24 @@ def test_a_server_that_is_not_there_at_the_start_is_named(tmp_path):
         Outbox(uri, tmp_path, 1.0)
 
 
+def test_work_that_goes_on_with_other_machines_goes_on_in_its_run(server, tmp_path):
+    """Another set's does not, though all settings are the same."""
+    options = ("--tracking.uri", server.url, "--tracking.experiment", "moved", "--tracking.patience_s", 600)
+
+    def begun(workers: int, of: str) -> str:
+        config = settings(tmp_path, *options, "--cluster.train_workers", workers)
+        with contextlib.suppress(InterruptedError), tracking.tracked(config, "dmat", "train", of=of) as run:
+            run.metrics({"epoch": float(workers), "loss": 1.0 / workers}, step=workers)
+            raise InterruptedError
+        return run.id
+
+    first, again, other = begun(2, "set"), begun(4, "set"), begun(4, "another")
+    assert first == again != other
+    found = MlflowClient(server.url).get_run(first)
+    assert found.data.params["cluster.train_workers"] == "2", "as it began"
+    assert values(server, found, "loss") == [(2, 0.5), (4, 0.25)]
+
+
 def test_a_run_whose_result_is_there_is_finished_whatever_comes_after(server, tmp_path):
     """SIGTERM in a training's last moments, after its model was published."""
     config = settings(tmp_path, "--tracking.uri", server.url, "--tracking.experiment", "done")

@@ -1,0 +1,78 @@
+"""Checkpoints that trainings which did not end have left: a model goes on from them in whatever group it is trained next."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pydantic
+
+from dmat_ray import checkpoint
+from dmat_ray.cluster.context import stored_checkpoints
+from dmat_ray.config import Config
+from dmat_ray.errors import StorageError, UserError
+from dmat_ray.lease import sole
+from dmat_ray.models import is_of, is_trained
+from dmat_ray.storage import Location
+
+GROUP = "models"  # what the folder of several models is called after their number
+
+
+class Leftover:
+    """What lies in the folder of a training: checkpoints by the model's name, the newest first, each with its run.json."""
+
+    def __init__(self, folder: Location) -> None:
+        self.folder = folder
+        self._found: dict[str, list[tuple[Location, dict[str, Any]]]] = {}
+        for place in stored_checkpoints(folder):
+            try:
+                run = checkpoint.read_run(place)
+            except StorageError:
+                raise
+            except UserError:
+                continue  # damaged, and so of nobody
+            self._found.setdefault(run["config"]["name"], []).append((place, run))
+
+    def of(self, config: Config) -> list[Location]:
+        """Those that a training of these settings, with this set and generator, may go on from."""
+        found = self._found.get(config.name, [])
+        # one name, one training: a folder's name is made of all that its models depend on
+        return [place for place, _ in found] if found and is_of(found[0][1], config, found[0][0]) else []
+
+    def final(self, config: Config) -> Location | None:
+        """The one that such a training ended with."""
+        finished = [place for place, run in self._found.get(config.name, []) if run["finished"]]
+        for place in finished if self.of(config) else []:
+            try:
+                checkpoint.require_whole(place, checkpoint.RUN)  # all of it, which in an object store is a download
+                return place
+            except StorageError:
+                raise
+            except UserError:
+                continue
+        return None
+
+    def is_used_up(self, output: str) -> bool:
+        """Whether all models that it is of are trained."""
+        runs = [found[0][1]["config"] for found in self._found.values()]
+        with contextlib.suppress(pydantic.ValidationError):  # of a version with other settings
+            return all(is_trained(Config.model_validate({**values, "output": output})) for values in runs)
+        return False
+
+
+def left_by_others(todo: list[Config], own: Location, stack: contextlib.ExitStack) -> Iterator[Leftover]:
+    """What lies beside the folder `own` of a training of these models, and may be of one of them.
+
+    Where another job is at work is left out; until `stack` is closed none begins there.
+    """
+    names = {config.name for config in todo}
+    for folder in own.parent.folders():
+        label = folder.name.rsplit("-", 1)[0]
+        if folder.name != own.name and (label in names or re.fullmatch(rf"\d+_{GROUP}", label)):
+            try:
+                stack.enter_context(sole(folder))
+            except StorageError:
+                raise
+            except UserError:
+                continue  # another job is at work there
+            yield Leftover(folder)

@@ -1,0 +1,172 @@
+"""The training and test parts that a source has of its own: how they are told, and that none is taken for what it is not."""
+
+import io
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from dmat_ray import cli
+from dmat_ray.config import DataConfig
+from dmat_ray.data import parts
+from dmat_ray.data.sources import Listing, list_examples, read
+from dmat_ray.errors import UserError
+
+
+def png(level: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8), level % 256).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def tree(root: Path, *folders: str, each: int = 4) -> Path:
+    """A folder with so many images in each of these."""
+    for folder in folders:
+        (root / folder).mkdir(parents=True)
+        for i in range(each):
+            (root / folder / f"{i}.png").write_bytes(png(i))
+    return root
+
+
+def shards(root: Path, *names: str, labels: tuple[int, ...] = (0, 1, 0, 1), column: str = "label") -> Path:
+    """Parquet files of these names, each image of a grey level of its own."""
+    for k, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        images = [png(10 * k + i) for i in range(len(labels))]
+        pq.write_table(pa.table({"image": images, column: labels}), root / name)
+    return root
+
+
+def listed(source: Path, *, labelled: bool = True, **settings: Any) -> Listing:
+    config = cli.validate({"data": {"source": str(source), "resolution": 8, **settings}}).data
+    return list_examples(config, labelled=labelled)
+
+
+def refused(source: Path, message: str, *, labelled: bool = True, **settings: Any) -> None:
+    with pytest.raises(UserError, match=message) as told:
+        listed(source, labelled=labelled, **settings)
+    assert "\n" not in str(told.value)
+
+
+def tops(listing: Listing, split: str) -> set[str]:
+    return {id.split("/")[0] for id in listing.rows(split)["id"].to_pylist()}
+
+
+FLAT = {
+    "ImageNet, whose validation images lie in one folder": (["train/n01440764", "train/n01443537", "val"], "'train', 'val'"),
+    "Kaggle": (["train/cat", "train/dog", "test"], "'test', 'train'"),
+    "both and more": (["train/cat", "train/dog", "test", "val", "extra"], "'test', 'train', 'val'"),
+}
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("name", FLAT)
+def test_a_part_without_classes_is_no_class(tmp_path: Path, name: str, labelled: bool) -> None:
+    folders, shown = FLAT[name]
+    tree(tmp_path, *folders)
+    told = f"has the folders {shown}, which look like parts of a data set, not like classes; give --data.official_split false to "
+    refused(tmp_path, told, labelled=labelled)
+    own = listed(tmp_path, labelled=labelled, official_split=False)
+    assert own.class_names == tuple(folder.removeprefix("train/") for folder in folders[:2])
+    assert tops(own, "train") == tops(own, "test") == {"train"}
+    assert own.found == 8
+    assert all(f"the folder '{other}' (data.official_split)" in own.ignored for other in folders[2:])
+    refused(
+        tmp_path, "official_split is true, but .* has no folder 'test' or 'val' with one sub-folder a class", official_split=True
+    )
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_parts_with_classes_beside_another_folder(tmp_path: Path, labelled: bool) -> None:
+    tree(tmp_path, "train/a", "train/b", "val/a", "val/b", "extra")
+    told = "has the folders 'train', 'val', which .* give --data.official_split true to take its own test part, or false to split"
+    refused(tmp_path, told, labelled=labelled)
+    official = listed(tmp_path, labelled=labelled, official_split=True)
+    assert (tops(official, "train"), tops(official, "test"), official.class_names) == ({"train"}, {"val"}, ("a", "b"))
+    own = listed(tmp_path, labelled=labelled, official_split=False)
+    assert (tops(own, "train"), tops(own, "test"), own.class_names) == ({"train"}, {"train"}, ("a", "b"))
+    assert "the folder 'extra' (data.official_split)" in own.ignored
+
+
+def test_what_is_called_like_a_part_may_be_a_class(tmp_path: Path) -> None:
+    """Trains are vehicles; where the name of another folder is a part's, too, a class list says so."""
+    tree(tmp_path, "train/steam", "train/diesel", "car")
+    assert listed(tmp_path).class_names == ("car", "train")
+    tree(tmp_path, "test")
+    refused(tmp_path, "name them in data.classes if they are classes")
+    named = listed(tmp_path, classes={"railway": ["train"], "exam": ["test"]})
+    assert named.class_names == ("railway", "exam")
+    assert Counter(named.table["label"].to_pylist()) == {0: 8, 1: 4}
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("other", ["test", "validation"])
+def test_parts_in_parquet_are_not_pooled_unasked(tmp_path: Path, other: str, labelled: bool) -> None:
+    names = ("data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", f"data/{other}-00000-of-00001.parquet")
+    shards(tmp_path, *names)
+    told = f"has Parquet files of parts of a data set, such as '{names[0]}' and '{names[2]}'; give --data.official_split true to"
+    refused(tmp_path, told, labelled=labelled)
+    settings = {"source": str(tmp_path), "resolution": 8}
+    for official, (train, test) in ((True, (names[:2], names[2:])), (False, (names[:2], names[:2]))):
+        listing = listed(tmp_path, labelled=labelled, official_split=official)
+        found = {split: set(read(listing.rows(split), DataConfig(**settings))) for split in ("train", "test")}
+        held = [{image for n in ns for image in pq.read_table(tmp_path / n)["image"].to_pylist()} for ns in (train, test)]
+        assert found["train"] | found["test"] == held[0] | held[1]
+        assert found["test"] <= held[1]
+        assert not official or found["test"] == held[1]
+
+
+def test_training_files_alone_are_one_source(tmp_path: Path) -> None:
+    shards(tmp_path, "train-0.parquet", "train-1.parquet", "more.parquet")
+    assert listed(tmp_path).found == 12
+
+
+def test_parts_without_labels(tmp_path: Path) -> None:
+    """For a generator without classes: no label is asked for to tell whether the test part's are kept secret."""
+    shards(tmp_path, "train.parquet", "test.parquet", "validation.parquet", column="number")
+    refused(tmp_path, "has Parquet files of parts", labelled=False)
+    assert listed(tmp_path, labelled=False, official_split=False).found == 4
+    official = listed(tmp_path, labelled=False, official_split=True)
+    assert [id.split(".")[0] for id in official.rows("test")["id"].to_pylist()] == ["test"] * 4
+
+
+@pytest.mark.parametrize(
+    ("path", "part"),
+    [
+        ("train-00000-of-00294.parquet", "train"),
+        ("data/validation-00000-of-00014.parquet", "validation"),
+        ("TEST_x.parquet", "test"),
+        ("val.parquet", "validation"),
+        ("training.parquet", "train"),
+        ("0000.parquet", ""),
+        ("trained-0.parquet", ""),
+        # the file's own name comes first
+        ("train_test_split/test-0.parquet", "test"),
+        ("train/test-0.parquet", "test"),
+        ("dev-kit/train-0.parquet", "train"),
+        # then the folders', the nearest first, which must be called exactly so
+        ("plain_text/train/0000.parquet", "train"),
+        ("train/test/0000.parquet", "test"),
+        ("Val/deeper/0000.parquet", "validation"),
+        ("train_test_split/0000.parquet", ""),
+        ("dev-kit/0000.parquet", ""),
+        ("test.old/0000.parquet", ""),
+        # or as Spark calls the folder that it writes for a file
+        ("test.parquet/part-00000-c0ffee.snappy.parquet", "test"),
+    ],
+)
+def test_a_part_is_told_by_the_name_of_the_file_then_by_those_of_folders(path: str, part: str) -> None:
+    assert parts.part_of(path, exactly=False) == part
+
+
+def test_a_folder_whose_name_begins_like_a_part_is_none(tmp_path: Path) -> None:
+    shards(tmp_path, "train_test_split/train-0.parquet", "train_test_split/test-0.parquet", "train_test_split/more.parquet")
+    official = listed(tmp_path, official_split=True)
+    assert {id.split("#")[0] for id in official.rows("test")["id"].to_pylist()} == {"train_test_split/test-0.parquet"}
+    assert official.ignored == (
+        "1 Parquet files of other parts, the first: 'train_test_split/more.parquet' (data.official_split)"
+    )

@@ -1,0 +1,84 @@
+"""What a pipeline refuses before Ray starts: its later stages would find it out after hours of projection and training."""
+
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dmat_ray import evaluation, suites
+from dmat_ray.config import EvaluationConfig
+from dmat_ray.errors import UserError
+from dmat_ray.types import Batch
+
+pytestmark = pytest.mark.slow
+PIPELINE = Path(__file__).parent.parent / "jobs" / "pipeline.py"
+
+
+class StartedError(Exception):
+    """Ray would have been started."""
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Runs the demo's pipeline with options up to where Ray starts."""
+    from dmat_ray.cluster import session
+
+    def connected(*_: Any) -> None:
+        raise StartedError
+
+    monkeypatch.setattr(session, "connected", connected)
+    monkeypatch.setattr(session, "prepare_environment", lambda config: None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+    def run(*options: str) -> None:
+        monkeypatch.setattr("sys.argv", ["pipeline.py", "--output", str(tmp_path / "out"), *options])
+        runpy.run_path(str(PIPELINE))["main"]()
+
+    return run
+
+
+SUITE = "attacks: [{threat: image, name: mine, loss: dlr, targets: 12}]"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--classifier.name", "resnet81"], r"classifier\.name 'resnet81' is not known"),
+        (["--classifier.name", "alexnet"], r"classifier\.name 'alexnet' cannot take 32x32 images"),
+        (["--classifier.name", "resnet18", "--training.batch_size", "3"], "cannot take 32x32 images one at a time"),
+        (["--training.batch_size", "1"], "batch_size 1 is smaller than the 2 workers"),
+        (["--training.val_examples", "2000"], "val_examples is 2000, but the training split has 2000"),
+        (["--training.images", "natural"], "latent needs training.images on_manifold"),
+        (["--methods", "standard,OTHER"], "was made with generator 'mnist32' "),
+        (["--evaluation.suites", "perceptual"], r"attack 'PPGD' on 1 x 32 x 32 images of 10 classes: .*alexnet.* is needed"),
+        (["--evaluation.suites", "SUITE"], "attack 'mine' on 1 x 32 x 32 images of 10 classes: targets is 12"),
+        (["--evaluation.lpips", "vgg"], "vgg16 is needed"),
+    ],
+)
+def test_what_later_stages_would_refuse(
+    pipeline: Callable[..., None], tmp_path: Path, generator_folder: Path, options: list[str], words: str
+) -> None:
+    (tmp_path / "suite.yaml").write_text(SUITE)
+    (tmp_path / "other.yaml").write_text(f"include: [dmat]\ngenerator: {{path: {generator_folder}}}\n")
+    named = {"SUITE": str(tmp_path / "suite.yaml"), "standard,OTHER": f"standard,{tmp_path / 'other.yaml'}"}
+    with pytest.raises(UserError, match=words):
+        pipeline(*(named.get(option, option) for option in options))
+    assert not (tmp_path / "out" / "on_manifold_set").exists()
+
+
+def test_what_fits_goes_on(pipeline: Callable[..., None]) -> None:
+    with pytest.raises(StartedError):
+        pipeline()
+
+
+def test_a_blank_image_is_as_good_as_any_to_try_a_suite_on() -> None:
+    """Of every suite here, but for weights that cannot be had."""
+    for name in suites.names():
+        rows = [row | ({"weights": "random"} if row["threat"] == "perceptual" else {}) for row in suites.load(name)["attacks"]]
+        config = EvaluationConfig.model_validate({"attacks": rows})
+        for channels in (1, 3):
+            blank = Batch(["blank"], torch.zeros(1, channels, 32, 32), torch.zeros(1, dtype=torch.int64), None)
+            evaluation.require_rows(config, blank, 10)
