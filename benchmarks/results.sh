@@ -26,6 +26,7 @@ if [ -n "${CIFAR10:-}" ]; then
     "$python" "${study[@]}" --trained "${methods[@]}" --seeds 3
     "$python" "${study[@]}" --trained at joint dmat_trades_wide dmat_recolor dmat_fog_recolor_stadv --seeds 3 --worst-case
     "$python" "${study[@]}" --trained dmat dmat_fog_recolor --seeds 5 --worst-case
+    "$python" "${study[@]}" --trained at dmat joint dmat_fog_recolor_stadv --seeds 1 --autoattack cifar10_autoattack --autoattack-limit 100
     "$python" benchmarks/study_report.py runs/study/cifar5 --pack benchmarks/results/cifar5
     "$python" benchmarks/study_report.py benchmarks/results/cifar5 --page docs/results/cifar5.md
     "$python" benchmarks/release.py runs/study/cifar5 models/cifar5 standard at om_at dmat dmat_trades_wide dmat_fog_recolor_stadv

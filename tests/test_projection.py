@@ -526,6 +526,7 @@ def test_bf16_guides_nearly_as_well(make_generator: Callable[..., StyleGAN2]) ->
     assert (low.lpips_B + low.l1_B < 1.3 * (exact.lpips_B + exact.l1_B)).all()
 
 
+@pytest.mark.exhaustive
 def test_compiled_steps_give_the_same_result(generator: StyleGAN2, mixed: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     values: dict[str, object] = {**STOPPING, "steps": 30, "batch_size": 3, "noise": 0.01}
     plain = project(generator, mixed[:7], **values)

@@ -96,6 +96,7 @@ def test_worker_killed_within_an_epoch_is_replaced_and_training_goes_on(tmp_path
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_what_a_group_has_finished_is_kept_when_it_fails_and_the_next_goes_on_in_another_group(tmp_path, finished, say, lines):
     finished.copy_set(tmp_path)
     once = ("--cluster.max_failures", "0")

@@ -1,0 +1,68 @@
+"""What unfinished trainings have left, of whichever group. In test_resume.py one is killed, and another goes on from it."""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from small import settings
+
+from dmat_ray import models, trainer
+from dmat_ray.cluster.leftovers import Leftover, left_by_others
+from dmat_ray.config import Config
+from dmat_ray.data.manifold_set import open_set
+from dmat_ray.lease import sole
+from dmat_ray.local import LocalContext
+from dmat_ray.manifold import generators
+from dmat_ray.storage import at
+
+pytestmark = pytest.mark.cluster
+
+
+def trained(config: Config, folder: Path, group: Path) -> None:
+    """A training in this process, whose last checkpoint is put where Ray Train keeps them; and one of the epoch before."""
+    data, sha = open_set(models.set_folder(config), "train"), generators.fingerprint(config.generator.path)
+    folder.mkdir()
+    trainer.train(config, data, generators.load_configured(config.generator, "cpu"), sha, LocalContext(folder))
+    for second in (1, 2):
+        place = shutil.copytree(folder / "checkpoint", group / f"checkpoint_2026-01-01_00-00-0{second}")
+        run = json.loads((place / "run.json").read_text())
+        (place / "run.json").write_text(json.dumps({**run, "epoch": second, "finished": second == 2}))
+
+
+def test_a_model_finds_its_checkpoints_in_the_folder_of_any_group(tmp_path, finished):
+    finished.copy_set(tmp_path)
+    mine = settings(tmp_path, "--name", "mine", preset=("demo", "standard"))
+    group = tmp_path / "train" / "2_models-0123456789ab"
+    group.mkdir(parents=True)
+    trained(mine, tmp_path / "local", group)
+    (tmp_path / "train" / "encoder-0123456789ab").mkdir()
+    newest, older = sorted(map(at, group.iterdir()), key=str, reverse=True)
+
+    found = Leftover(at(group))
+    assert found.of(mine) == [newest, older]
+    assert found.final(mine) == newest
+    for other in (
+        settings(tmp_path, "--name", "mine", "--training.weight_decay", "0.1", preset=("demo", "standard")),
+        settings(tmp_path, "--name", "other", preset=("demo", "standard")),
+    ):
+        assert found.of(other) == []
+        assert found.final(other) is None
+
+    own = at(tmp_path / "train" / "mine-ba9876543210")
+    with contextlib.ExitStack() as stack:
+        (beside,) = left_by_others([mine], own, stack)
+        assert beside.folder == at(group)
+    with sole(group), contextlib.ExitStack() as stack:
+        assert list(left_by_others([mine], own, stack)) == [], "another job is at work there"
+
+    assert not found.is_used_up(str(tmp_path))
+    models.publish(newest, models.model_folder(mine))
+    assert found.is_used_up(str(tmp_path))
+
+    content = (group / newest.name / "model.safetensors").read_bytes()
+    (group / newest.name / "model.safetensors").write_bytes(content[:-1])
+    assert found.final(mine) is None, "it is damaged"
+    (group / newest.name / "run.json").write_text(json.dumps({"epoch": 2})[:5])
+    assert Leftover(at(group)).of(mine) == [older]
