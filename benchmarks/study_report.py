@@ -44,6 +44,7 @@ STUDIES = {
 """Folder of a study -> its data set, and the command that makes all of it."""
 KEPT = ["model", "source", "set", "attack", "id", "label", "prediction", "correct"]
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
+BESIDE = ("PGD-50", "APGD-CE", "APGD-DLR")  # of the study's own attacks, set beside AutoAttack
 NEAR = 2.0  # points of accuracy that count as comparable
 
 
@@ -269,12 +270,14 @@ class Study:
         suite = self.notes["autoattack"]["suite"]
         config = suites.resolved(EvaluationConfig(suites=(suite,), sets=("natural",)))
         results = Results(pa.concat_tables([pq.read_table(file) for file in files]), config)
-        columns = results.columns("natural")
-        lines = [f"| model | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
-        for method in (m for m in TABLE if f"{m}-0" in results.models):
-            cells = [results.accuracy(f"{method}-0", "natural", column) for column in columns]
+        columns, beside = results.columns("natural"), [c for c in BESIDE if c in self.results.columns("natural")]
+        lines = [f"| model | {' | '.join([*columns, *beside])} |", "|" + "---|" * (len(columns) + len(beside) + 1)]
+        for model in (f"{m}-0" for m in TABLE if f"{m}-0" in results.models):
+            cells = [results.accuracy(model, "natural", column) for column in columns]
             shown = [f"{100 * c.value:.0f} ({100 * c.low:.0f} to {100 * c.high:.0f})" for c in cells]
-            lines.append(f"| {method}-0 | {' | '.join(shown)} |")
+            same = np.isin(self.results.ids(model, "natural"), results.ids(model, "natural"))
+            shown += [f"{100 * self.results.per_example(model, 'natural', column)[same].mean():.0f}" for column in beside]
+            lines.append(f"| {model} | {' | '.join(shown)} |")
         return lines
 
 
@@ -407,7 +410,7 @@ def page(study: Study) -> list[str]:
             "## AutoAttack",
             "",
             f"The library's standard version, L∞, on {study.notes['autoattack']['limit']} natural images, of models of the first "
-            "seed; Wilson's 95 % interval.",
+            f"seed; Wilson's 95 % interval. Beside it what stands {', '.join(BESIDE)} of the suite, of the same images.",
             "",
             *found,
         ]
