@@ -55,7 +55,7 @@ def test_who_has_no_token_is_refused(head):
 def test_a_training_that_is_stopped_goes_on_within_its_epoch(head, finished, tmp_path):
     """`ray job stop` sends SIGTERM. Submitted again it ends where a training ends that nobody stops, and Ray is not there."""
     finished.copy_set(tmp_path)
-    slow = ["--training.epochs", "2", "--training.batch_size", "4", "--objective.latent.steps", "6"]
+    slow = ["--training.epochs", "2", "--training.batch_size", "4", "--objective.latent.steps", "20"]
     options = ["--name", "dmat", *slow, "--training.checkpoint_minutes", "0.001", "--cluster.train_workers", "1"]
     script = ["jobs/train.py", "--preset", "demo", "dmat", "--output", str(tmp_path), *SMALL, *options]
     first = head.start(tmp_path / "first", *script, name="first")
