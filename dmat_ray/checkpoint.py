@@ -25,7 +25,7 @@ import dmat_ray
 from dmat_ray import classifiers
 from dmat_ray.cli import validate
 from dmat_ray.config import Config
-from dmat_ray.errors import StorageError, UserError
+from dmat_ray.errors import UserError
 from dmat_ray.files import is_full, read_json, sha256, text_digest, write_json
 from dmat_ray.folders import fetched
 from dmat_ray.storage import Location, Place, at
@@ -130,8 +130,6 @@ def newest_of(folders: Iterable[Place], name: str, say: Callable[[str], None]) -
     for folder in map(at, folders):
         try:
             require_whole(folder, name)
-        except StorageError:
-            raise  # which says nothing of the checkpoint
         except UserError as error:
             damaged = error
             say(f"warning: {error}; going back to the one before")

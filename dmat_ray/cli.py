@@ -13,7 +13,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSetti
 
 from dmat_ray import presets, suites
 from dmat_ray.config import Config, EvaluationConfig, PerceptualThreat
-from dmat_ray.errors import UserError
+from dmat_ray.errors import DmatRayError, UserError
 from dmat_ray.wording import did_you_mean, wrong
 
 EPILOG = """\
@@ -225,8 +225,8 @@ def with_absolute_weights(config: EvaluationConfig) -> EvaluationConfig:
     return config.model_copy(update={"attacks": tuple(rows), "lpips_weights": absolute(config.lpips_weights)})
 
 
-def user_error_behind(error: BaseException) -> UserError | None:
-    """The UserError that caused `error`, also through the wrappers in which Ray brings it back from a worker.
+def user_error_behind(error: BaseException) -> DmatRayError | None:
+    """The error for the user that caused `error`, also through the wrappers in which Ray brings it back from a worker.
 
     Of an actor that could not be built Ray brings a text only.
     """
@@ -234,7 +234,7 @@ def user_error_behind(error: BaseException) -> UserError | None:
     seen: set[int] = set()
     while queue:
         current = queue.pop(0)
-        if isinstance(current, UserError):
+        if isinstance(current, DmatRayError):
             return current
         if not isinstance(current, BaseException) or id(current) in seen:
             continue

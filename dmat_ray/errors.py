@@ -1,12 +1,19 @@
-"""The one error type that means: the user can fix this."""
+"""The errors whose message is for the user: it names what was found and what to do, and jobs print it as one line."""
 
 
-class UserError(ValueError):
-    """Something the user gave is wrong. The message names what was found and what to do; jobs print it as one line."""
+class DmatRayError(ValueError):
+    """Any of these."""
 
 
-class StorageError(UserError):
-    """A place could not be read, written or listed: nothing is known of what is there, and the store may come back."""
+class UserError(DmatRayError):
+    """Something the user gave is wrong, or a file is damaged: as long as nobody mends it, it stays so."""
+
+
+class StorageError(DmatRayError):
+    """A place could not be read, written or listed: nothing is known of what is there, and the store may come back.
+
+    No UserError: who takes one for a damaged file, which is made again, must not take a store that does not answer for one.
+    """
 
 
 class NotFiniteError(UserError):

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dmat_ray.errors import UserError
+from dmat_ray.errors import DmatRayError, UserError
 from dmat_ray.storage import Location, Place, at
 
 FILE = "writer.json"
@@ -121,7 +121,7 @@ class Lease:
                     return
                 self._content["beat"] += 1
                 self._file.write_bytes(self._bytes())
-            except (OSError, UserError):
+            except (OSError, DmatRayError):
                 continue  # a storage that is out of reach for a moment; a successor, if there is one, shows at the next beat
 
     def _release(self) -> None:

@@ -167,8 +167,8 @@ class Location:
     def read_bytes(self) -> bytes:
         """The whole file.
 
-        Raises FileNotFoundError, PermissionError, for a file of this machine another OSError, and UserError for an object store
-        that does not answer.
+        Raises FileNotFoundError, PermissionError, for a file of this machine another OSError, and StorageError for an object
+        store that does not answer.
         """
         if not self.scheme:
             return Path(self.key).read_bytes()

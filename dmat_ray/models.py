@@ -9,7 +9,7 @@ from dmat_ray import checkpoint, classifiers
 from dmat_ray.config import Config
 from dmat_ray.data import set_reader
 from dmat_ray.data.epochs import held_out_positions
-from dmat_ray.errors import StorageError, UserError
+from dmat_ray.errors import UserError
 from dmat_ray.folders import fetched, replace_folder
 from dmat_ray.manifold import generators
 from dmat_ray.storage import Location, Place, at, set_folder
@@ -65,8 +65,6 @@ def is_of(run: dict[str, Any], config: Config, folder: Location) -> bool:
         checkpoint.require_network_of(run, folder, unchanged=True)
         same_generator = run["generator_sha256"] == generators.fingerprint(config.generator.path)
         return bool(same_generator and run.get("set_sha256") == set_digest(config))
-    except StorageError:
-        raise  # nothing is known of the model, which may have taken days
     except UserError:
         return False
 

@@ -19,7 +19,7 @@ import torchvision
 from dmat_ray.config import DataConfig
 from dmat_ray.data import packed, pickled
 from dmat_ray.data.sources import Listing, list_examples, read, read_pixels, versions_of_images
-from dmat_ray.errors import UserError
+from dmat_ray.errors import StorageError, UserError
 
 FINE = [f"fine {k:02d}" for k in range(100)]
 COARSE = [f"coarse {k:02d}" for k in range(20)]
@@ -181,7 +181,7 @@ def test_the_same_in_an_object_store(server: s3.Server, cifar10: Path, tmp_path:
         before = len(server.requests())
         assert read(part, config_there) == read(part, config)
         assert len(server.requests()) - before <= 4, "neighbours are read together"
-    with s3.environment(AWS_ENDPOINT_URL="http://127.0.0.1:1"), pytest.raises(UserError, match=r"cannot be reached"):
+    with s3.environment(AWS_ENDPOINT_URL="http://127.0.0.1:1"), pytest.raises(StorageError, match=r"cannot be reached"):
         read(part, config_there)
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from dmat_ray.config import DataConfig
 from dmat_ray.data.sources import Listing, list_examples, read, read_pixels, versions_of_images
-from dmat_ray.errors import UserError
+from dmat_ray.errors import StorageError, UserError
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -351,7 +351,7 @@ def test_parquet_in_a_store(server: s3.Server, tmp_path: Path) -> None:
     server.client().put_object(Bucket="parquet", Key="set/data/1 é#.parquet", Body=b"PAR1")
     refused("s3://parquet/set", "'s3://parquet/set/data/1 é#.parquet' is damaged or no Parquet file: .")
     told = r"cannot be read: http://127\.0\.0\.1:1 cannot be reached"
-    with s3.environment(AWS_ENDPOINT_URL="http://127.0.0.1:1"), pytest.raises(UserError, match=told):
+    with s3.environment(AWS_ENDPOINT_URL="http://127.0.0.1:1"), pytest.raises(StorageError, match=told):
         read(one.table, config)
 
 

@@ -92,6 +92,14 @@ def test_parts_with_classes_beside_another_folder(tmp_path: Path, labelled: bool
     assert "the folder 'extra' (data.official_split)" in own.ignored
 
 
+def test_parts_that_hold_images_directly_are_no_classes(tmp_path: Path) -> None:
+    tree(tmp_path, "Train", "val")
+    told = "has the folders 'Train', 'val', which look like parts of a data set and hold no sub-folders; .* such as 'Train/cat', or "
+    refused(tmp_path, told)
+    assert listed(tmp_path, labelled=False).found == 8
+    assert listed(tmp_path, classes={"railway": ["Train"], "cap": ["val"]}).class_names == ("railway", "cap")
+
+
 def test_what_is_called_like_a_part_may_be_a_class(tmp_path: Path) -> None:
     """Trains are vehicles; where the name of another folder is a part's, too, a class list says so."""
     tree(tmp_path, "train/steam", "train/diesel", "car")

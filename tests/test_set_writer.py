@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from dmat_ray.data import set_format, set_reader, set_writer
 from dmat_ray.data.set_writer import Shard, begin, finish, is_finished, plan, read_records, unfinished, write_shard
 from dmat_ray.data.sources import Listing
-from dmat_ray.errors import UserError
+from dmat_ray.errors import StorageError, UserError
 from dmat_ray.storage import Location, at
 
 SETTINGS = {"projection": {"lr": 0.1, "steps": 5}, "class_names": ["a", "b"]}
@@ -174,9 +174,9 @@ def test_a_store_that_does_not_answer_is_no_reason_to_project_again(tmp_path: Pa
         finished(folder, shards)
         with s3.environment(AWS_ENDPOINT_URL="http://127.0.0.1:9"):
             for ask in (lambda: read_records(folder), lambda: is_finished(folder, SETTINGS)):
-                with pytest.raises(UserError, match=r"127\.0\.0\.1:9 cannot be reached"):
+                with pytest.raises(StorageError, match=r"127\.0\.0\.1:9 cannot be reached"):
                     ask()
-            with pytest.raises(UserError, match=r"127\.0\.0\.1:9 cannot be reached"):
+            with pytest.raises(StorageError, match=r"127\.0\.0\.1:9 cannot be reached"):
                 set_writer.read_record(folder, shards[0].name)
         assert is_finished(folder, SETTINGS)
 

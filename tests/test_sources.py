@@ -24,7 +24,7 @@ from PIL import Image
 from dmat_ray import cli
 from dmat_ray.config import DataConfig
 from dmat_ray.data.sources import Listing, list_examples, read, read_pixels, split_by_class, versions_of_images
-from dmat_ray.errors import UserError
+from dmat_ray.errors import StorageError, UserError
 
 
 def png(level: int = 0, size: int = 8) -> bytes:
@@ -291,7 +291,7 @@ def test_what_ails_the_machine_is_not_taken_for_broken_images(folder: Path) -> N
     table, (soft, hard) = list_examples(config).table, resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
     try:
-        with pytest.raises(UserError, match=r"a/0\.png' cannot be read: Too many open files"):
+        with pytest.raises(StorageError, match=r"a/0\.png' cannot be read: Too many open files"):
             read(table, config)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -308,11 +308,11 @@ def test_reasons_of_a_store(server: s3.Server) -> None:
     assert contents[2] == "cannot be read: No such file or directory"
     with s3.environment(AWS_ACCESS_KEY_ID="stranger"), server.asking_for_credentials():
         assert read(table, config) == ["cannot be read: Permission denied"] * 8
-        with pytest.raises(UserError, match=r"'s3://holes.*' cannot be .*AWS_ACCESS_KEY_ID"):
+        with pytest.raises(StorageError, match=r"'s3://holes.*' cannot be .*AWS_ACCESS_KEY_ID"):
             list_examples(config)
     # this says nothing of the images, of which none must be set aside
     told = r"'s3://holes/a/0\.png' cannot be read: http://127\.0\.0\.1:1 cannot be reached"
-    with s3.environment(AWS_ENDPOINT_URL="http://127.0.0.1:1"), pytest.raises(UserError, match=told):
+    with s3.environment(AWS_ENDPOINT_URL="http://127.0.0.1:1"), pytest.raises(StorageError, match=told):
         read(table.slice(0, 1), config)
 
 

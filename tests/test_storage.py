@@ -325,9 +325,9 @@ def test_a_store_that_does_not_know_us(server: s3.Server) -> None:
             with pytest.raises(PermissionError, match="s3://closed/x"):
                 read()
         for refused, done in ((file.is_file, "looked at"), (folder.files, "listed"), (folder.tree, "listed")):
-            with pytest.raises(UserError, match=f"'s3://closed.*' cannot be {done}: .*AWS_ACCESS_KEY_ID"):
+            with pytest.raises(StorageError, match=f"'s3://closed.*' cannot be {done}: .*AWS_ACCESS_KEY_ID"):
                 refused()
-        with pytest.raises(UserError, match=r"'s3://closed/x' cannot be written: the store does not know the key"):
+        with pytest.raises(StorageError, match=r"'s3://closed/x' cannot be written: the store does not know the key"):
             file.write_bytes(b"y")
     assert file.read_bytes() == b"x"
 
@@ -366,19 +366,19 @@ def test_credentials_that_have_expired_and_a_clock_that_is_wrong(refusing: list[
     file = at("s3://bucket/x")
     refusing[:] = [400, "ExpiredToken"]
     for act in (file.parent.files, lambda: file.write_bytes(b"x")):
-        with pytest.raises(UserError, match="the credentials have expired; renew what AWS_SESSION_TOKEN"):
+        with pytest.raises(StorageError, match="the credentials have expired; renew what AWS_SESSION_TOKEN"):
             act()
     for act in (file.read_bytes, file.is_file):
-        with pytest.raises(UserError, match="as it does when credentials have expired"):
+        with pytest.raises(StorageError, match="as it does when credentials have expired"):
             act()
     refusing[:] = [403, "RequestTimeTooSkewed"]
-    with pytest.raises(UserError, match="the clock of this machine is wrong"):
+    with pytest.raises(StorageError, match="the clock of this machine is wrong"):
         file.parent.files()
 
 
 def test_a_bucket_that_is_not_there(server: s3.Server) -> None:
     absent = at("s3://absent-bucket/x")
-    with pytest.raises(UserError, match="'s3://absent-bucket/x' cannot be written: there is no bucket 'absent-bucket'"):
+    with pytest.raises(StorageError, match="'s3://absent-bucket/x' cannot be written: there is no bucket 'absent-bucket'"):
         absent.write_bytes(b"x")
     with pytest.raises(FileNotFoundError):
         absent.read_bytes()

@@ -17,7 +17,7 @@ from dmat_ray.cluster.events import is_stopping, send
 from dmat_ray.cluster.gauges import of_machine
 from dmat_ray.cluster.nodes import require_like_driver
 from dmat_ray.cluster.session import device_of_actor
-from dmat_ray.errors import UserError
+from dmat_ray.errors import DmatRayError, StorageError, UserError
 from dmat_ray.files import is_full
 from dmat_ray.folders import put
 from dmat_ray.local import average_over_workers_, wrap_ddp
@@ -92,10 +92,10 @@ class RayContext:
         """Copy to the storage; a checkpoint appears there whole or not at all. In a thread of its own, if training goes on."""
         try:
             self._put(Path(checkpoint.path), self._storage / name)
-        except (OSError, UserError) as error:
-            if not isinstance(error, UserError) and not is_full(error):
+        except (OSError, DmatRayError) as error:
+            if not isinstance(error, DmatRayError) and not is_full(error):
                 raise
-            told = error if isinstance(error, UserError) else UserError(no_space(error, self.checkpoints()))
+            told = error if isinstance(error, DmatRayError) else UserError(no_space(error, self.checkpoints()))
             ray.get(ray.get_actor(self._mailbox).put_user_error.remote(told))
             raise told from error
         return ray.train.Checkpoint((self._storage / name).key, self._filesystem)
@@ -104,7 +104,7 @@ class RayContext:
         for pause in UPLOAD_PAUSES_S:
             try:
                 return put(folder, place)
-            except UserError as error:  # of an object store; a day's training should not end because it is away for a minute
+            except StorageError as error:  # a day's training should not end because it is away for a minute
                 self.say(f"warning: {error}; trying again in {pause:.0f} s")
                 time.sleep(pause)
         return put(folder, place)

@@ -19,7 +19,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dmat_ray.errors import StorageError, UserError
+from dmat_ray.errors import DmatRayError, UserError
 
 BEAT_S, DEAF_S = 10.0, 60.0  # between two beats of a worker, and without any from which on there is none
 SILENCE_S = 300.0  # without a worker, before that is told
@@ -30,17 +30,17 @@ SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 class _Mailbox:
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
-        self.user_error: UserError | None = None
+        self.user_error: DmatRayError | None = None
         self.stopping = False
         self.heard: float | None = None  # when a worker last beat
 
     def put(self, event: dict[str, Any]) -> None:
         self.events.append(event)
 
-    def put_user_error(self, error: UserError) -> None:
+    def put_user_error(self, error: DmatRayError) -> None:
         self.user_error = self.user_error or error
 
-    def get_user_error(self) -> UserError | None:
+    def get_user_error(self) -> DmatRayError | None:
         return self.user_error
 
     def stop(self) -> None:
@@ -138,8 +138,6 @@ def no_retry_of_user_errors(mailbox: str) -> Iterator[bool]:
     try:
         with _beating(actor):
             yield True
-    except StorageError:
-        raise
     except UserError as error:
         if actor is not None:
             ray.get(actor.put_user_error.remote(type(error)(str(error))))
@@ -220,7 +218,7 @@ def listen(handle: Callable[[dict[str, Any]], None], asked: Asked | None = None,
 
     thread = threading.Thread(target=loop, daemon=True)
     thread.start()
-    found: UserError | None = None
+    found: DmatRayError | None = None
     try:
         yield name
     finally:

@@ -10,7 +10,7 @@ import pydantic
 from dmat_ray import checkpoint
 from dmat_ray.cluster.context import stored_checkpoints
 from dmat_ray.config import Config
-from dmat_ray.errors import StorageError, UserError
+from dmat_ray.errors import UserError
 from dmat_ray.lease import sole
 from dmat_ray.models import is_of, is_trained
 from dmat_ray.storage import Location
@@ -27,8 +27,6 @@ class Leftover:
         for place in stored_checkpoints(folder):
             try:
                 run = checkpoint.read_run(place)
-            except StorageError:
-                raise
             except UserError:
                 continue  # damaged, and so of nobody
             self._found.setdefault(run["config"]["name"], []).append((place, run))
@@ -46,8 +44,6 @@ class Leftover:
             try:
                 checkpoint.require_whole(place, checkpoint.RUN)  # all of it, which in an object store is a download
                 return place
-            except StorageError:
-                raise
             except UserError:
                 continue
         return None
@@ -71,8 +67,6 @@ def left_by_others(todo: list[Config], own: Location, stack: contextlib.ExitStac
         if folder.name != own.name and (label in names or re.fullmatch(rf"\d+_{GROUP}", label)):
             try:
                 stack.enter_context(sole(folder))
-            except StorageError:
-                raise
             except UserError:
                 continue  # another job is at work there
             yield Leftover(folder)

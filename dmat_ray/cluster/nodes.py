@@ -16,7 +16,7 @@ from importlib import metadata
 from typing import Any
 
 import dmat_ray
-from dmat_ray.errors import UserError
+from dmat_ray.errors import StorageError, UserError
 from dmat_ray.storage import Location, at
 
 EXPECTED = "DMAT_RAY_EXPECTED"
@@ -73,7 +73,7 @@ def _strange(output: Location, mark: str, node: str, driver: str) -> list[str]:
                 return []
         except FileNotFoundError:
             pass
-        except (OSError, UserError) as error:
+        except (OSError, StorageError) as error:
             if output.local is None:
                 return [f"node {node} cannot read what the driver's, {driver}, has written: {error}"]
         if time.monotonic() > end:

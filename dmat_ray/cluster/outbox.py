@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from dmat_ray.errors import UserError
+from dmat_ray.errors import StorageError, UserError
 from dmat_ray.files import text_digest
 from dmat_ray.folders import fetched
 from dmat_ray.storage import OF_THE_FILE, Location
@@ -99,7 +99,7 @@ class Outbox:
             file = self._folder / f"{self._name}_{uuid.uuid4().hex[:12]}.jsonl"
             try:
                 file.write_bytes("".join(json.dumps(entry) + "\n" for entry in left).encode())
-            except (OSError, UserError) as error:
+            except (OSError, StorageError) as error:
                 _warn(f"{len(left)} entries for MLflow cannot be kept in '{file}': {error}")
                 return
             self._remove_files()  # what they held and was not sent stands in the new one
@@ -212,7 +212,7 @@ class Outbox:
     def _artifact(self, run_id: str, entry: Entry) -> None:
         try:
             path = fetched(entry["path"])
-        except UserError as error:  # of an object store, which is no refusal of MLflow's
+        except StorageError as error:  # no refusal of MLflow's
             raise OSError(str(error)) from None
         if path.is_dir():
             self._client.log_artifacts(run_id, str(path), entry["folder"])

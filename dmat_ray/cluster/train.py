@@ -15,7 +15,7 @@ from dmat_ray.cluster.ingest import Streamed
 from dmat_ray.cluster.leftovers import GROUP, Leftover, left_by_others
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.data import manifold_set
-from dmat_ray.errors import StorageError, UserError
+from dmat_ray.errors import UserError
 from dmat_ray.files import text_digest
 from dmat_ray.lease import sole
 from dmat_ray.manifold import generators
@@ -49,8 +49,6 @@ def _run_name(folder: str) -> str | None:
     """Whose a checkpoint is; None for one that is damaged."""
     try:
         return str(checkpoint.read_run(folder)["config"]["name"])
-    except StorageError:
-        raise
     except UserError:
         return None
 

@@ -22,7 +22,7 @@ def is_image(path: str) -> bool:
 def folder_items(root: Location, files: list[str], folders: list[str], config: DataConfig, labelled: bool) -> Items:
     """The images of a tree of these files and folders, in their order. Raises UserError for one without classes or images."""
     images = [path for path in files if is_image(path)]
-    above, test, unused = _parts(root, folders, config)
+    above, test, unused = _parts(root, folders, config, labelled)
     inside = [folder[len(part) :] for part in above for folder in folders if folder.startswith(part)]
     classes = sorted({path for path in inside if path and "/" not in path})
     if not classes and not labelled and images:
@@ -53,7 +53,9 @@ def folder_items(root: Location, files: list[str], folders: list[str], config: D
     )
 
 
-def _parts(root: Location, folders: list[str], config: DataConfig) -> tuple[tuple[str, ...], str, tuple[str, ...]]:
+def _parts(
+    root: Location, folders: list[str], config: DataConfig, labelled: bool
+) -> tuple[tuple[str, ...], str, tuple[str, ...]]:
     """Where class folders lie ('' = in the source itself, else 'train/', 'val/'), which of these is the test part, and what of
     the source is left aside. Raises UserError for a test part that is asked for and not there, and where it is not clear.
     """
@@ -69,6 +71,12 @@ def _parts(root: Location, folders: list[str], config: DataConfig) -> tuple[tupl
                 f"'{root}' has the folders {', '.join(map(repr, called))}, which look like parts of a data set, not like "
                 f"classes; give --data.official_split {ways} to split '{found.train[0]}' alone, or name them in data.classes if "
                 "they are classes"
+            )
+        if labelled and not found.rest and len(called) > 1 and not any(_has_folders(part, folders) for part in called):
+            raise UserError(
+                f"'{root}' has the folders {', '.join(map(repr, called))}, which look like parts of a data set and hold no "
+                f"sub-folders; put the images of each class into one of its own, such as '{found.train[0]}/cat', or name them in "
+                "data.classes if they are classes"
             )
         found = None
     if found is None:

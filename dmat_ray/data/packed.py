@@ -244,7 +244,7 @@ def _opened(place: Location) -> Iterator[tuple[Any, int]]:
 def read_images(place: Location, offsets: Sequence[int]) -> list[bytes | str]:
     """The images that begin at these bytes of a file, as PNG, or the text of the reason why one cannot be read.
 
-    No more than the images asked for is kept in memory. Raises UserError for a storage that does not answer.
+    No more than the images asked for is kept in memory. Raises StorageError for a storage that does not answer.
     """
     found: dict[int, bytes] = {}
     reason = "cannot be read: the file ends before it"

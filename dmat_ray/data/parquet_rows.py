@@ -127,7 +127,7 @@ def read_rows(
 
     Only the column and the row groups that are needed are read, from where the reader of this file in `kept` is, if there is one;
     it is left there for rows further on. A `path` is followed only if it stays `below` this folder, and to a file of at most
-    `max_bytes`. Raises UserError for a storage that does not answer.
+    `max_bytes`. Raises StorageError for a storage that does not answer.
     """
     wanted = np.unique(np.asarray(rows, np.int64))
     found: dict[int, bytes | str] = {}
@@ -171,7 +171,7 @@ def _content(value: Any, place: Location, below: Location, max_bytes: int) -> by
 def read_file(place: Location, max_bytes: int) -> bytes | str:
     """A file's content, or the text of the reason why it cannot be read, such as more than `max_bytes` of it.
 
-    Raises UserError for a storage that does not answer.
+    Raises StorageError for a storage that does not answer.
     """
     try:
         with place.open() as file:
@@ -183,7 +183,7 @@ def read_file(place: Location, max_bytes: int) -> bytes | str:
 
 
 def reason(error: Exception, place: Location) -> str:
-    """Why an image cannot be read. Raises UserError if that says nothing of the image, but of the storage."""
+    """Why an image cannot be read. Raises StorageError if that says nothing of the image, but of the storage."""
     require_not_of_storage(error, place)
     return f"cannot be read: {one_line(error)}"
 

@@ -132,7 +132,7 @@ def _leaves(schema: pa.Schema) -> list[str]:
 def read_record(folder: Location, name: str) -> Record | None:
     """The record of a file; None if it is missing or damaged, which is to say not finished.
 
-    Raises UserError for a storage that does not answer: what is there must not be made again for that.
+    Raises StorageError for a storage that does not answer: what is there must not be made again for that.
     """
     place = folder / SHARDS / name
     try:
@@ -265,7 +265,7 @@ def _counts(table: pa.Table, column: str) -> dict[str, int]:
 
 
 def is_finished(folder: Location, settings: dict[str, Any]) -> bool:
-    """True if `folder` holds the whole set of exactly these settings. Raises UserError for a storage that does not answer."""
+    """True if `folder` holds the whole set of exactly these settings. Raises StorageError for a storage that does not answer."""
     if not (folder / MANIFEST).is_file():
         return False
     try:

@@ -185,7 +185,7 @@ def _parts(root: Location, names: list[str], config: DataConfig, labelled: bool)
 def read(rows: pa.Table, config: DataConfig) -> list[bytes | str]:
     """The encoded image of each row of (a part of) `Listing.table`, or the text of the reason why it cannot be read.
 
-    Raises UserError for an object store that cannot be reached: that says nothing of the images.
+    Raises StorageError for an object store that cannot be reached: that says nothing of the images.
     """
     names: list[Any] = rows["file"].to_pylist()
     if config.source in NAMED:

@@ -22,7 +22,7 @@ from dmat_ray.data.set_format import MANIFEST, SHARDS
 from dmat_ray.data.set_reader import read_manifest
 from dmat_ray.data.set_writer import Record, Shard
 from dmat_ray.data.sources import Listing
-from dmat_ray.errors import UserError
+from dmat_ray.errors import DmatRayError, UserError
 from dmat_ray.files import text_digest
 from dmat_ray.lease import Lease, exclusive
 from dmat_ray.manifold import encoder, generators
@@ -109,7 +109,7 @@ def _seen_by_generator(config: Config, listing: Listing) -> tuple[int | None, li
     here = {"id_column": config.data.id_column, "resolution": config.data.resolution}
     try:
         known = sources.list_examples(theirs.model_copy(update=here), labelled=False).rows("train")
-    except UserError:
+    except DmatRayError:
         return None, names
     return pc.sum(pc.is_in(listing.rows("test")["id"], value_set=known["id"])).as_py() or 0, names
 

@@ -24,7 +24,7 @@ from small import DMAT, ROOT, SMALL, MlflowServer, finish, settings, wait_for
 from dmat_ray.cluster import context, encoder, jobs, nodes
 from dmat_ray.config import DataConfig
 from dmat_ray.data.sources import list_examples, read_pixels
-from dmat_ray.errors import UserError
+from dmat_ray.errors import StorageError
 from dmat_ray.manifold.encoder import load_encoder, locate_encoder
 from dmat_ray.manifold.generators import fingerprint
 from dmat_ray.storage import at
@@ -207,12 +207,12 @@ def test_an_upload_is_tried_again(bucket: Bucket, photos: Path, monkeypatch, lin
     assert len(lines) == 1
     assert lines[0].startswith("warning: 's3://everything/again/")
     monkeypatch.setattr(context, "put", refuse)
-    with pytest.raises(UserError, match="no more"):
+    with pytest.raises(StorageError, match="no more"):
         uploader._put(ASSETS, place)
 
 
 def refuse(*given: object) -> None:
-    raise UserError("no more")
+    raise StorageError("no more")
 
 
 def run_job(monkeypatch: pytest.MonkeyPatch, job: str, *options: str) -> None:
@@ -286,5 +286,5 @@ def test_a_node_that_does_not_see_the_output_is_named(photos: Path, monkeypatch)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     (said,) = nodes.complaints(told)
     assert re.search(r"^node \S+ cannot read what the driver's, \S+, has written: .*127\.0\.0\.1:9 cannot be reached", said)
-    with pytest.raises(UserError, match=r"cannot be (looked at|written): http://127\.0\.0\.1:9 cannot be reached"):
+    with pytest.raises(StorageError, match=r"cannot be (looked at|written): http://127\.0\.0\.1:9 cannot be reached"):
         nodes.expectation("s3://everything/seen")
