@@ -197,12 +197,12 @@ def evaluate(
         set_reader.require_generator(data.manifest, generators.fingerprint(generator), "the set")
     else:
         inputs.require_set_of(g, first)
-    evaluation.require_suite(settings, data)
+    evaluation.require_suite(settings, data.manifest)
     networks: dict[str, nn.Module] = {}
     for name, model in models.items():
         if isinstance(model, Place):
             networks[name], run = checkpoint.load_classifier(model, first.x_BCHW.device)
-            evaluation.require_fit(run, data, name)
+            evaluation.require_fit(run, data.manifest, name)
         else:
             networks[name] = model
         count = inputs.require_classifier(networks[name], first.x_BCHW, f"model '{name}'")

@@ -5,7 +5,7 @@ examples for one model; a row's numbers depend on the settings, the model and th
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -182,13 +182,11 @@ def _perceptual(config: EvaluationConfig) -> "Perceptual":
     return Perceptual(config.lpips, config.lpips_weights, setting="evaluation.lpips_weights")
 
 
-def require_fit(run: dict[str, Any], data: ManifoldSet, model: str) -> None:
+def require_fit(run: Mapping[str, Any], manifest: Mapping[str, Any], model: str) -> None:
     """Raise UserError unless a model's classes and image shape are those of the set."""
-    shape = list(data.natural.shape[1:])
-    if run["class_names"] != list(data.class_names):
-        raise UserError(
-            f"model '{model}' knows the classes {', '.join(run['class_names'])}, the set has {', '.join(data.class_names)}"
-        )
+    shape, classes = manifest["shapes"]["on_manifold"], manifest["class_names"]
+    if run["class_names"] != classes:
+        raise UserError(f"model '{model}' knows the classes {', '.join(run['class_names'])}, the set has {', '.join(classes)}")
     if [run["channels"], run["resolution"], run["resolution"]] != shape:
         raise UserError(
             f"model '{model}' takes {run['channels']}x{run['resolution']}x{run['resolution']} images, the set has {shape}"
@@ -206,14 +204,11 @@ def left_out(manifest: dict[str, Any]) -> str:
     return told if poor else ""
 
 
-def require_suite(config: EvaluationConfig, data: ManifoldSet) -> None:
-    """Raise UserError for a row that these classes or images do not allow, or whose weights are not there."""
-    require_rows(config, data.batch(np.array([0]), "natural"), len(data.class_names))
-
-
-def require_rows(config: EvaluationConfig, one: Batch, count: int) -> None:
-    """The same for a batch of one natural image, which may be blank, of so many classes."""
-    size = " x ".join(map(str, one.x_BCHW.shape[1:]))
+def require_suite(config: EvaluationConfig, manifest: Mapping[str, Any]) -> None:
+    """Raise UserError for a row that the set's classes or images do not allow, or whose weights are not there."""
+    shape, count = manifest["shapes"]["on_manifold"], len(manifest["class_names"])
+    one = Batch(["blank"], torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64))  # no row asks what is on the image
+    size = " x ".join(map(str, shape))
     for row in config.attacks:
         try:
             _try(row, one, count, config.seed)

@@ -89,20 +89,28 @@ def untrained(configs: list[Config], say: Callable[[str], None], workers: int | 
         else:
             todo.append(config)
     if todo:
-        manifest = set_reader.read_manifest(set_folder(todo[0]))
-        channels, resolution, _ = manifest["shapes"]["on_manifold"]
-        usable = manifest["usable"].get("train", 0)
-        if usable == 0:
-            raise UserError(f"the set '{set_folder(todo[0])}' has no usable image in its train split")
-        for config in todo:
-            count = workers or config.cluster.train_workers
-            check_inputs(config, manifest, generators.fingerprint(config.generator.path), count)
-            share = min(2, config.training.batch_size // count)  # of one image some networks have no batch statistics
-            classifiers.require_trainable(config.classifier, channels, resolution, len(manifest["class_names"]), share)
-            held_out_positions(usable, config.training)
-        if len({c.training.loader for c in todo}) > 1:
-            raise UserError("training.loader must be the same for all methods that are trained together")
+        require_fit(todo, set_reader.read_manifest(set_folder(todo[0])), workers)
     return todo
+
+
+def require_fit(configs: Sequence[Config], manifest: Mapping[str, Any], workers: int | None = None) -> None:
+    """Raise UserError for trainings that a set of this manifest does not allow, or that cannot run together.
+
+    `workers` as in `untrained`.
+    """
+    channels, resolution, _ = manifest["shapes"]["on_manifold"]
+    usable, tried = manifest["usable"].get("train", 0), set()
+    for config in configs:
+        set_reader.require_usable(manifest, set_folder(config), "train")
+        count = workers or config.cluster.train_workers
+        check_inputs(config, manifest, generators.fingerprint(config.generator.path), count)
+        share = min(2, config.training.batch_size // count)  # of one image some networks have no batch statistics
+        if (network := (config.classifier.fingerprint(), share)) not in tried:
+            classifiers.require_trainable(config.classifier, channels, resolution, len(manifest["class_names"]), share)
+            tried.add(network)
+        held_out_positions(usable, config.training)
+    if len({c.training.loader for c in configs}) > 1:
+        raise UserError("training.loader must be the same for all methods that are trained together")
 
 
 def publish(source: Place, folder: Location) -> None:

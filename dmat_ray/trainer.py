@@ -25,7 +25,7 @@ from dmat_ray.validation import Validator
 from dmat_ray.yardstick import Yardstick
 
 
-def check_inputs(config: Config, manifest: dict[str, Any], generator_sha256: str, world_size: int) -> None:
+def check_inputs(config: Config, manifest: Mapping[str, Any], generator_sha256: str, world_size: int) -> None:
     """Raise UserError for a combination of settings and set that cannot be trained."""
     require_generator(manifest, generator_sha256, "the on-manifold set")
     if config.training.images == "natural" and (terms := objectives.on_manifold_terms(config.objective)):

@@ -29,9 +29,10 @@ def main() -> None:
         return
     methods = {c.name: c for c in configs}
     prepare_environment(config)
-    from dmat_ray import report
+    from dmat_ray import evaluation, models, report
     from dmat_ray.cluster import jobs, tracking
     from dmat_ray.cluster.session import connected
+    from dmat_ray.manifold import set_maker
 
     speaker = jobs.Speaker()
     say = speaker.stage("pipeline")
@@ -39,46 +40,23 @@ def main() -> None:
     taken = " and ".join(f"{most} {split}" for split, most in limits.items() if most is not None)
     subset = f", a subset: at most {taken} images" if taken else ""
     say(f"data {config.data.source}{subset}; output in {config.output}")
-    _require_fit(config, configs)
+    # before Ray is started, and before hours of other stages: what the set will not allow
+    listing = set_maker.prepare(config, speaker.stage("project"))
+    manifest = set_maker.promised(config, listing)
+    models.require_fit([c for c in configs if not models.is_trained(c)], manifest)
+    evaluation.require_suite(config.evaluation, manifest)
     with connected(config.cluster, config.output, say), tracking.tracked(config, "", "pipeline") as run:
-        jobs.project(config, speaker.stage("project"), run)
+        jobs.project(config, speaker.stage("project"), run, listing)
         folders = jobs.train(list(methods.values()), speaker.stage("train"), run)
-        models = dict(zip(methods, folders, strict=True))
-        results, findings = jobs.evaluate(config, models, speaker.stage("evaluate"), run)
+        trained = dict(zip(methods, folders, strict=True))
+        results, findings = jobs.evaluate(config, trained, speaker.stage("evaluate"), run)
         page = jobs.report_page(config)
         run.artifact(page)
         say("done")
-    print(report.terminal_table(results, list(models)))
+    print(report.terminal_table(results, list(trained)))
     print(report.terminal_checks(findings))
     print(f"\nreport: {page}")
     print(f"MLflow: {jobs.ui_command(config)}")
-
-
-def _require_fit(config: Config, methods: Sequence[Config]) -> None:
-    """Raise UserError for methods or a suite that the set will not allow: each stage says so itself, after hours of others."""
-    import torch
-
-    from dmat_ray import classifiers, dry_run, evaluation, models
-    from dmat_ray.data.epochs import held_out_positions
-    from dmat_ray.manifold import generators
-    from dmat_ray.trainer import check_inputs
-    from dmat_ray.types import Batch
-
-    counts, classes = dry_run.sizes(config)
-    channels, size = config.data.channels, config.data.resolution
-    path = config.generator.path
-    manifest = {"generator": path, "generator_sha256": generators.fingerprint(path), "class_names": range(classes)}
-    tried = set()
-    for method in (m for m in methods if not models.is_trained(m)):
-        workers = method.cluster.train_workers
-        check_inputs(method, manifest, generators.fingerprint(method.generator.path), workers)
-        held_out_positions(counts["train"], method.training)
-        share = min(2, method.training.batch_size // workers)
-        if (network := (method.classifier.fingerprint(), share)) not in tried:
-            classifiers.require_trainable(method.classifier, channels, size, classes, share)
-            tried.add(network)
-    blank = Batch(["blank"], torch.zeros(1, channels, size, size), torch.zeros(1, dtype=torch.int64), None)
-    evaluation.require_rows(config.evaluation, blank, classes)
 
 
 def _method(name: str, argv: Sequence[str] | None = None) -> Config:

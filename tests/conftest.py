@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from dmat_ray.types import Batch
 settings.register_profile("dmat_ray", derandomize=True, deadline=None, database=None, max_examples=20)
 settings.load_profile("dmat_ray")
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the processes that tests start: threads that wait for each other take turns
 
 CLASS_NAMES = ["dark", "light", "<b>bright & white</b>"]
 

@@ -319,13 +319,13 @@ def test_a_limit_takes_the_same_examples_every_time(make: Make, data: ManifoldSe
 def test_a_row_that_cannot_run_is_named_before_anything_runs(data: ManifoldSet, row: dict[str, Any], words: str) -> None:
     config = EvaluationConfig.model_validate({"attacks": [{"threat": "clean"}, {"name": "mine", **row}]})
     with pytest.raises(UserError, match=f"attack 'mine' on 1 x 8 x 8 images of 3 classes: .*{words}"):
-        evaluation.require_suite(config, data)
+        evaluation.require_suite(config, data.manifest)
 
 
 def test_lpips_of_images_that_it_cannot_take_is_refused_before_anything_runs(data: ManifoldSet) -> None:
     suite = {"attacks": [{"threat": "clean"}], "lpips": "alex", "lpips_weights": "random"}
     with pytest.raises(UserError, match=r"LPIPS needs images of 32 pixels or more, the set's have 8; set evaluation\.lpips none"):
-        evaluation.require_suite(EvaluationConfig.model_validate(suite), data)
+        evaluation.require_suite(EvaluationConfig.model_validate(suite), data.manifest)
 
 
 def test_a_units_key_changes_with_the_weights_it_needs(tmp_path: Path) -> None:
@@ -377,8 +377,8 @@ def test_a_suite_that_leaves_natural_images_without_an_attack_is_refused() -> No
 
 def test_models_of_other_classes_or_shapes_are_refused(data: ManifoldSet) -> None:
     run = {"class_names": list(data.class_names), "channels": 1, "resolution": 8}
-    evaluation.require_fit(run, data, "tiny")
+    evaluation.require_fit(run, data.manifest, "tiny")
     with pytest.raises(UserError, match="model 'tiny' knows the classes cat, dog, the set has dark, light"):
-        evaluation.require_fit({**run, "class_names": ["cat", "dog"]}, data, "tiny")
+        evaluation.require_fit({**run, "class_names": ["cat", "dog"]}, data.manifest, "tiny")
     with pytest.raises(UserError, match="model 'tiny' takes 3x8x8 images"):
-        evaluation.require_fit({**run, "channels": 3}, data, "tiny")
+        evaluation.require_fit({**run, "channels": 3}, data.manifest, "tiny")

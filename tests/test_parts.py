@@ -94,7 +94,9 @@ def test_parts_with_classes_beside_another_folder(tmp_path: Path, labelled: bool
 
 def test_parts_that_hold_images_directly_are_no_classes(tmp_path: Path) -> None:
     tree(tmp_path, "Train", "val")
-    told = "has the folders 'Train', 'val', which look like parts of a data set and hold no sub-folders; .* such as 'Train/cat', or "
+    told = (
+        "has the folders 'Train', 'val', which look like parts of a data set and hold no sub-folders; .* such as 'Train/cat', or "
+    )
     refused(tmp_path, told)
     assert listed(tmp_path, labelled=False).found == 8
     assert listed(tmp_path, classes={"railway": ["Train"], "cap": ["val"]}).class_names == ("railway", "cap")

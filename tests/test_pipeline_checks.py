@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dmat_ray import evaluation, suites
 from dmat_ray.config import EvaluationConfig
 from dmat_ray.errors import UserError
-from dmat_ray.types import Batch
 
 pytestmark = pytest.mark.slow
 PIPELINE = Path(__file__).parent.parent / "jobs" / "pipeline.py"
@@ -74,11 +72,10 @@ def test_what_fits_goes_on(pipeline: Callable[..., None]) -> None:
         pipeline()
 
 
-def test_a_blank_image_is_as_good_as_any_to_try_a_suite_on() -> None:
-    """Of every suite here, but for weights that cannot be had."""
+def test_every_suite_can_be_tried_on_a_blank_image() -> None:
+    """For every suite here, but for weights that cannot be had."""
     for name in suites.names():
         rows = [row | ({"weights": "random"} if row["threat"] == "perceptual" else {}) for row in suites.load(name)["attacks"]]
         config = EvaluationConfig.model_validate({"attacks": rows})
         for channels in (1, 3):
-            blank = Batch(["blank"], torch.zeros(1, channels, 32, 32), torch.zeros(1, dtype=torch.int64), None)
-            evaluation.require_rows(config, blank, 10)
+            evaluation.require_suite(config, {"shapes": {"on_manifold": [channels, 32, 32]}, "class_names": list("abcdefghij")})

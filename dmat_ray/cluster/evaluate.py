@@ -106,13 +106,13 @@ def read_checks(folder: Place) -> tuple[list[dict[str, Any]], list[Finding]]:
 
 def check(config: Config, set_path: Location, models: Mapping[str, Place]) -> None:
     """Raise UserError for a set, generator or model that is missing or does not fit the others. Needs no Ray."""
-    data = manifold_set.open_set(set_path, "test", only=manifold_set.usable(set_path, "test")["id"][:1].to_pylist())
-    sha = generators.fingerprint(config.generator.path)
-    set_reader.require_generator(data.manifest, sha, f"the set '{set_path}'")
-    evaluation.require_suite(config.evaluation, data)
+    manifest = set_reader.read_manifest(set_path)
+    set_reader.require_usable(manifest, set_path, "test")
+    set_reader.require_generator(manifest, generators.fingerprint(config.generator.path), f"the set '{set_path}'")
+    evaluation.require_suite(config.evaluation, manifest)
     for name, path in models.items():
         _, run = checkpoint.load_classifier(path)
-        evaluation.require_fit(run, data, name)
+        evaluation.require_fit(run, manifest, name)
 
 
 class _Work:

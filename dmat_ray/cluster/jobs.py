@@ -17,6 +17,7 @@ from dmat_ray.storage import Location, Place, at, set_folder, tracking_uri
 
 if TYPE_CHECKING:
     from dmat_ray.checks import Finding
+    from dmat_ray.data.sources import Listing
     from dmat_ray.metrics import Results
 
 
@@ -35,8 +36,10 @@ class Speaker:
         return say
 
 
-def project(config: Config, say: Callable[[str], None], parent: "tracking.Run | None" = None) -> dict[str, Any]:
-    """Projection, tracked. Returns the manifest."""
+def project(
+    config: Config, say: Callable[[str], None], parent: "tracking.Run | None" = None, listing: "Listing | None" = None
+) -> dict[str, Any]:
+    """Projection, tracked, of the images that `set_maker.prepare` has listed, if it was called. Returns the manifest."""
     from dmat_ray.cluster import project as stage
     from dmat_ray.data.set_format import MANIFEST
     from dmat_ray.data.set_reader import read_manifest
@@ -45,7 +48,7 @@ def project(config: Config, say: Callable[[str], None], parent: "tracking.Run | 
     folder = set_folder(config)
     with contextlib.ExitStack() as stack:
         # before Ray is started: a second writer, other settings and a full disk show at once
-        work = stack.enter_context(set_maker.begun(config, say))
+        work = stack.enter_context(set_maker.begun(config, say, listing))
         if work is None:
             return read_manifest(folder)
         stack.enter_context(connected(config.cluster, config.output, say, (PROJECT,)))

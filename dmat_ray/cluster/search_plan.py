@@ -13,7 +13,7 @@ from dmat_ray.checkpoint import relevant
 from dmat_ray.cluster import spaces
 from dmat_ray.cluster.trial import Work
 from dmat_ray.config import Config, EvaluationConfig
-from dmat_ray.data import manifold_set, set_reader
+from dmat_ray.data import set_reader
 from dmat_ray.errors import UserError
 from dmat_ray.files import read_json, write_json
 from dmat_ray.manifold import generators
@@ -51,10 +51,9 @@ class Plan:
         trials.require_columns(config.tune.objective, self.columns, config.tune.suites)
         untrained([probe], say)
         self._require_networks()
-        place = set_folder(self.config)
-        data = manifold_set.open_set(place, "test", only=manifold_set.usable(place, "test")["id"][:1].to_pylist())
+        manifest = set_reader.read_manifest(set_folder(self.config))
         for suite in (self.judged_by, *([config.evaluation] if config.tune.evaluate else [])):
-            evaluation.require_suite(suite, data)
+            evaluation.require_suite(suite, manifest)
         self.axes = trials.axes(config.tune.objective, self.columns)
         self.work = Work(
             self.base,

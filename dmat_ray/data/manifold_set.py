@@ -14,7 +14,7 @@ import torch
 
 from dmat_ray.data.pixels import to_unit
 from dmat_ray.data.set_format import from_lists, from_netpbm
-from dmat_ray.data.set_reader import READERS, decoded, digest, read_columns, read_manifest, read_shard
+from dmat_ray.data.set_reader import READERS, decoded, digest, read_columns, read_manifest, read_shard, require_usable
 from dmat_ray.errors import UserError
 from dmat_ray.storage import Place, at
 from dmat_ray.types import Batch
@@ -135,10 +135,9 @@ def open_set(
 def usable(place: Place, split: str) -> pa.Table:
     """`id` and `label` of all that `open_set` reads of a split, in its order. Raises UserError as `open_set` does."""
     manifest = read_manifest(place)
+    require_usable(manifest, at(place), split)
     table = read_columns(at(place), manifest["shards"], ["id", "label", "split", "status"])
     table = table.filter(pc.and_(pc.equal(table["split"], split), pc.equal(table["status"], "ok")))
-    if table.num_rows == 0:
-        raise UserError(f"the set '{at(place)}' has no usable image in its {split} split")
     return table.select(["id", "label"]).sort_by("id")
 
 

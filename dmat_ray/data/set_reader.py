@@ -5,7 +5,7 @@ written last, so that a set without one is unfinished by definition.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -127,7 +127,13 @@ def named_generator(sha: str, path: str | None) -> str:
     return sha[:12] if path is None else f"'{path}' ({sha[:12]})"
 
 
-def require_generator(manifest: dict[str, Any], sha: str, what: str) -> None:
+def require_usable(manifest: Mapping[str, Any], folder: Place, split: str) -> None:
+    """Raise UserError for a set without a usable image in a split."""
+    if not manifest["usable"].get(split, 0):
+        raise UserError(f"the set '{folder}' has no usable image in its {split} split")
+
+
+def require_generator(manifest: Mapping[str, Any], sha: str, what: str) -> None:
     """Raise UserError unless the set was made with the generator of this sha256."""
     if (known := manifest["generator_sha256"]) != sha:
         raise UserError(

@@ -197,13 +197,13 @@ class Begun:
 
 
 @contextmanager
-def begun(config: Config, say: Callable[[str], None]) -> Iterator[Begun | None]:
+def begun(config: Config, say: Callable[[str], None], listing: Listing | None = None) -> Iterator[Begun | None]:
     """Inside, the set that the settings describe is this process's to make or to finish; None if it is whole and unchanged.
 
-    Raises UserError like `prepare`, and for a folder that cannot be written, that another process writes, or that was begun with
-    other settings.
+    `listing` is what `prepare` has returned, if it was called. Raises UserError like `prepare`, and for a folder that cannot be
+    written, that another process writes, or that was begun with other settings.
     """
-    folder, listing = set_folder(config), prepare(config, say)
+    folder, listing = set_folder(config), listing or prepare(config, say)
     settings = settings_of(config, listing)
     if set_writer.is_finished(folder, settings):
         say("the on-manifold set is whole and unchanged, nothing to do")
@@ -232,17 +232,28 @@ def finish(config: Config, work: Begun, made_by: dict[str, str], say: Callable[[
     records = set_writer.read_records(work.folder)
     rejected = set_writer.rejected_of(work.shards, records)
     _require_few(rejected, work.listing.table.num_rows, config.data.max_rejected, say)
-    generator = generators.load_configured(config.generator)
-    size = generator.resolution
-    described = {
-        "generator": config.generator.path,
-        "shapes": {"on_manifold": [generator.channels, size, size], "w": [generator.num_ws, generator.w_dim]},
+    described = _of_generator(config) | {
         "lpips_is_perceptual": config.projection.lpips_weights != "random",
         "versions": made_by,
     }
     if seen := _seen_by_generator(config, work.listing)[0]:
         described["test_images_seen_by_generator"] = seen
     return set_writer.finish(work.folder, settings_of(config, work.listing), work.shards, records, described)
+
+
+def _of_generator(config: Config) -> dict[str, Any]:
+    generator = generators.load_configured(config.generator)
+    size = generator.resolution
+    return {
+        "generator": config.generator.path,
+        "shapes": {"on_manifold": [generator.channels, size, size], "w": [generator.num_ws, generator.w_dim]},
+    }
+
+
+def promised(config: Config, listing: Listing) -> dict[str, Any]:
+    """What the manifest will say of a set that is still to be made, as far as trainings ask and if all images will be usable."""
+    usable = {split: listing.rows(split).num_rows for split in ("train", "test")}
+    return {**_of_generator(config), **settings_of(config, listing), "usable": usable}
 
 
 def tell(manifest: dict[str, Any], folder: Location, say: Callable[[str], None]) -> None:
