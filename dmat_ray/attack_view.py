@@ -12,13 +12,27 @@ import torch
 from torch import Tensor, fx, nn
 
 from dmat_ray import batch_norm
+from dmat_ray.arithmetic import tf32
 from dmat_ray.errors import UserError
 from dmat_ray.stem import Stem, fits
 
 BATCH_NORM = (nn.BatchNorm2d, batch_norm.TermBatchNorm2d)
 
 
+SAME_LOGITS, SAME_GRADIENT = 0.01, 0.1  # relative; rounding is far below, another function far above
+
+
 class _Tracer(fx.Tracer):
+    """Raises for a forward whose gradients are not those of its operations, which is all that a graph holds.
+
+    They are where it switches gradients off, and inside an autograd.Function, which has a backward of its own.
+    """
+
+    def create_node(self, *given: Any, **named: Any) -> fx.Node:
+        if not torch.is_grad_enabled():
+            raise NotImplementedError("gradients are switched off")
+        return super().create_node(*given, **named)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, nn.modules.batchnorm._BatchNorm) or super().is_leaf_module(m, module_qualified_name)
 
@@ -92,7 +106,35 @@ def _fold(view: fx.GraphModule) -> tuple[fx.GraphModule, list[tuple[str, str]]]:
     return view, folded
 
 
+def _traced(view: nn.Module) -> fx.GraphModule | None:
+    """The network as a graph; None for one that a graph cannot stand for."""
+    try:
+        with torch.enable_grad():
+            graph, *others = [_Tracer().trace(view) for _ in range(TRACES)]
+    except Exception:  # whatever a foreign network does with a stand-in for its input
+        return None
+    # what forward draws by itself was drawn once, while tracing, and would be the same ever after: of tensors it shows as a
+    # constant, of Python's numbers as another graph each time
+    constant = any(node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graph.nodes)
+    return None if constant or any(str(other) != str(graph) for other in others) else fx.GraphModule(view, graph)
+
+
 TRACES = 6  # of a forward pass: a coin of its own is seen by all but one network in 32
+
+
+def _logits_and_gradients(network: nn.Module, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """And how a mix of them changes with the images."""
+    x = x_BCHW.clone().requires_grad_(True)
+    with torch.enable_grad():
+        logits = network(x)
+        mix = torch.linspace(-1.0, 1.0, logits.numel(), device=x.device, dtype=logits.dtype).view_as(logits)
+        total = (logits * mix).sum() + 0.0 * x.sum()  # of some networks no gradient reaches the images
+        (gradient,) = torch.autograd.grad(total, x)
+    return logits.detach(), gradient
+
+
+def _near(found: Tensor, expected: Tensor, share: float) -> bool:
+    return bool((found - expected).norm() <= share * expected.norm())
 
 
 def view_of(network: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -107,8 +149,9 @@ def view_of(network: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module
 class AttackView(nn.Module):
     """A copy of `network` for attacks; x_BCHW in [0, 1] -> logits_BK, computed in `dtype`, of bfloat16 as float32.
 
-    `folded` names the convolutions and the batch norms that went into them.
-    A network whose forward cannot be traced (one that decides by the values of its input) is copied as it is.
+    `folded` names the convolutions and the batch norms that went into them. Nothing is folded in a network whose forward cannot
+    be traced (one that decides by the values of its input), nor in one of which the first call finds that the folded copy is
+    another function, or has other gradients: an attack on it would find less.
     """
 
     def __init__(self, network: nn.Module, dtype: torch.dtype = torch.float32, channels_last: bool = True) -> None:
@@ -116,20 +159,17 @@ class AttackView(nn.Module):
         self._source = (network,)  # in a tuple, so that it is no submodule
         self._dtype = dtype
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
-        view: nn.Module = _Called(copy.deepcopy(network).eval())
-        folded: list[tuple[str, str]] = []
-        try:
-            graph, *others = [_Tracer().trace(view) for _ in range(TRACES)]
-        except Exception:  # whatever a foreign network does with a stand-in for its input
-            pass
+        traced = _traced(_Called(copy.deepcopy(network).eval()))
+        if traced is not None and _foldable(traced.graph, dict(traced.named_modules())):
+            self._use(*_fold(traced))
         else:
-            # what forward draws by itself was drawn once, while tracing, and would be the same ever after: of tensors it shows as
-            # a constant, of Python's numbers as another graph each time
-            constant = any(node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graph.nodes)
-            if not constant and all(str(other) == str(graph) for other in others):
-                view, folded = _fold(fx.GraphModule(view, graph))
-        self.folded = [(_named(conv), _named(bn)) for conv, bn in folded]
-        self.view = view.to(dtype, memory_format=self._layout).requires_grad_(False)  # type: ignore[call-overload]
+            self._use(_Called(copy.deepcopy(network).eval()), [])
+
+    def _use(self, view: nn.Module, folded: list[tuple[str, str]]) -> None:
+        """Compute with this copy of the network, into which these batch norms were folded."""
+        network = self.source
+        self.folded, self._is_checked = [(_named(conv), _named(bn)) for conv, bn in folded], not folded
+        self.view = view.to(self._dtype, memory_format=self._layout).requires_grad_(False)  # type: ignore[call-overload]
         inside = {f"{conv}.{part}" for conv, _ in folded for part in ("weight", "bias", "kernel")}
         theirs = dict(self.view.named_parameters()) | dict(self.view.named_buffers())
         source = _Called(network)
@@ -160,6 +200,28 @@ class AttackView(nn.Module):
         for stem in self._stems:
             stem.refresh()
 
+    @tf32(False)
+    def _check(self, x_BCHW: Tensor) -> None:
+        """Give the folding up if the network's outputs or gradients, at two images of noise, are not those of the folded copy."""
+        plain = _Called(copy.deepcopy(self.source).eval()).requires_grad_(False)
+        dtype = next(self.source.parameters()).dtype
+        # in the network's own precision: that of the attack may hide a difference
+        folded = self if dtype == self._dtype else AttackView(self.source, dtype)
+        folded.refresh()
+        folded._is_checked = True
+        with torch.random.fork_rng([x_BCHW.device] if x_BCHW.device.type == "cuda" else []):
+            torch.manual_seed(0)
+            x = torch.rand(2, *x_BCHW.shape[1:], dtype=dtype).to(x_BCHW.device)
+            (theirs, g_theirs), (ours, g_ours) = _logits_and_gradients(plain, x), _logits_and_gradients(folded, x)
+        if not (_near(ours, theirs, SAME_LOGITS) and _near(g_ours, g_theirs, SAME_GRADIENT)):
+            compiled = self.view._compiled_call_impl is not None
+            self._use(plain, [])
+            if compiled:
+                self.view.compile()
+        self._is_checked = True
+
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        if not self._is_checked:
+            self._check(x_BCHW)
         logits: Tensor = self.view(x_BCHW.to(self._dtype, memory_format=self._layout))
         return logits.float() if self._dtype == torch.bfloat16 else logits
