@@ -16,11 +16,13 @@ from dmat_ray import black_box
 from dmat_ray.config import AttackConfig
 from dmat_ray.errors import UserError
 from dmat_ray.rng import Draws
-from dmat_ray.threats.balls import per_example
+from dmat_ray.threats.balls import Ball, per_example
 from dmat_ray.types import Batch, Measured, Threat
 
 DECAY = 1.0  # of momentum (arXiv 1710.06081)
 INERTIA, RISING = 0.75, 0.75  # alpha and rho of arXiv 2003.01690
+# of Auto-PGD in L1 (arXiv 2103.01208): share of the steps between two looks, of the coordinates at first; the others by its code
+SPARSE_INTERVAL, SPARSE_FIRST, SPARSER, FEWER, SHORTEST = 0.04, 0.2, 1.5, 0.95, 10.0
 WEIGHT = 10.0  # lambda of arXiv 2006.12655, at the end
 
 
@@ -146,6 +148,44 @@ class Apgd(Pgd):
         return self.best
 
 
+class SparseApgd(Apgd):
+    """Auto-PGD in L1 (arXiv 2103.01208): how many coordinates a step moves follows how many the best theta has, and the step goes
+    back to its full length where these have become fewer.
+    """
+
+    def __init__(self, threat: Threat, batch: Batch, config: AttackConfig, draws: Draws | None) -> None:
+        super().__init__(threat, batch, config, draws)
+        assert isinstance(threat, Ball)
+        self.direction, self.interval = threat.sparse_direction, max(int(SPARSE_INTERVAL * config.steps), 1)
+
+    def next(self, theta: Tensor, loss_B: Tensor, gradient: Tensor) -> Tensor:
+        """The next theta: from the best theta where the steps have become sparser."""
+        most, count = self.threat.limit, theta[0].numel()
+        if not self.started:
+            self._begin(theta, loss_B, gradient)
+            self.size_B, self.sparse_B = torch.full_like(loss_B, most), torch.full_like(loss_B, SPARSE_FIRST)
+            self.moved_B = torch.full_like(loss_B, count)
+        else:
+            self._note(theta, loss_B, gradient)
+        if self.step and self.step % self.interval == 0:
+            moved_B = (self.best != 0).flatten(1).sum(dim=1).to(loss_B)
+            fewer = moved_B < FEWER * self.moved_B
+            self.sparse_B, self.moved_B = moved_B / (SPARSER * count), moved_B
+            self.size_B = torch.where(fewer, most, self.size_B / SPARSER).clamp_min(most / SHORTEST)
+            theta = torch.where(per_example(fewer, theta), self.best, theta)
+            gradient = torch.where(per_example(fewer, theta), self.best_gradient, gradient)
+        self.step += 1
+        direction = self.direction(self.batch, theta, gradient, self.sparse_B)
+        return self.threat.project(self.batch, theta + per_example(self.size_B, theta) * direction)
+
+
+def apgd(threat: Threat, batch: Batch, config: AttackConfig, draws: Draws | None) -> Search:
+    """Auto-PGD, as it is published for the norm of the threat."""
+    if isinstance(threat, Ball) and threat.norm == "l1":
+        return SparseApgd(threat, batch, config, draws)
+    return Apgd(threat, batch, config, draws)
+
+
 def apgd_checkpoints(steps: int) -> list[int]:
     """Steps after which the step's length is reconsidered: at 0.22 of all, then at intervals that shrink by 0.03 down to 0.06."""
     points, interval, at = [], max(int(0.22 * steps), 1), 0
@@ -193,7 +233,7 @@ class Lagrange(Pgd):
 SEARCHES: dict[str, Callable[[Threat, Batch, AttackConfig, Draws | None], Search]] = {
     "pgd": Pgd,
     "momentum": Momentum,
-    "apgd": Apgd,
+    "apgd": apgd,
     "lagrange": Lagrange,
     "square": black_box.Square,
     "random": black_box.Random,

@@ -30,6 +30,7 @@ SEED = 4
 PLACES = [
     *(("standard", "linf", 0.1), ("standard", "linf", 0.07), ("standard", "l2", 1.0)),
     *(("robust", "linf", 0.1), ("robust", "linf", 0.17), ("robust", "l2", 2.0)),
+    *(("standard", "l1", 8.0), ("robust", "l1", 12.0)),
 ]
 TELLING = [place for place in PLACES if place[1:] in (("linf", 0.07), ("linf", 0.17))]
 EASY = [place for place in PLACES if place[1:] == ("linf", 0.1)]
@@ -85,14 +86,17 @@ def ours(network: nn.Module, batch: Batch, row: ImageRow, seed: int = SEED) -> i
 def foolboxs(network: nn.Module, batch: Batch, row: ImageRow, seed: int = SEED) -> int:
     """How many stand under its PGD."""
     starts = Starts(batch, row, seed)
-    peer: Any = {"linf": foolbox.attacks.LinfPGD, "l2": foolbox.attacks.L2PGD}[row.norm]
+    attacks = foolbox.attacks
+    peer: Any = {"linf": attacks.LinfPGD, "l2": attacks.L2PGD, "l1": attacks.SparseL1DescentAttack}[row.norm]
 
     class Peer(peer):
         def get_random_start(self, x0: Any, epsilon: float) -> Any:
             return ep.astensor(starts.next(x0.raw))
 
     model = foolbox.PyTorchModel(network, bounds=(0, 1))
-    _, _, broken = Peer(abs_stepsize=row.step_size, steps=row.steps)(model, batch.x_BCHW, batch.y_B, epsilons=row.eps)
+    _, _, broken = Peer(abs_stepsize=row.step_size, steps=row.steps, random_start=True)(
+        model, batch.x_BCHW, batch.y_B, epsilons=row.eps
+    )
     return int((~broken).sum())
 
 
@@ -103,10 +107,11 @@ def autoattacks(network: nn.Module, batch: Batch, row: ImageRow, seed: int = SEE
 
     class Peer(peer):
         def attack_single_run(self, x: Tensor, y: Tensor, x_init: Tensor | None = None) -> Any:
-            return super().attack_single_run(x, y, starts.next(x))
+            # in L1 it takes from a start that is given how many pixels to move, which a random one does not tell
+            return super().attack_single_run(x, y, x_init if row.norm == "l1" else starts.next(x))
 
     how: dict[str, Any] = {"n_target_classes": row.targets} if row.targets else {"loss": row.loss}
-    norm = {"linf": "Linf", "l2": "L2"}[row.norm]
+    norm = {"linf": "Linf", "l2": "L2", "l1": "L1"}[row.norm]
     with torch.no_grad():
         x = Peer(network, n_iter=row.steps, norm=norm, eps=row.eps, **how).perturb(batch.x_BCHW, batch.y_B)
         return int((network(x).argmax(dim=1) == batch.y_B).sum())

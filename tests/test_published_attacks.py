@@ -29,6 +29,7 @@ from dmat_ray.config import (
     GlitchThreat,
     JpegThreat,
     PixelThreat,
+    RecolorThreat,
     SnowThreat,
     ThreatSettings,
     WoodThreat,
@@ -224,6 +225,43 @@ def test_pixel(recorded: Any) -> None:
 
 def test_colours_of_shapes(recorded: Any) -> None:
     near(hsv_to_rgb(*torch.from_numpy(recorded["hsv/hsv"]).unbind(dim=1)).movedim(3, 1).numpy(), recorded["hsv/rgb"])
+
+
+@pytest.fixture(scope="module")
+def recolored() -> dict[str, Tensor]:
+    """What benchmarks/published_recolor.py has recorded."""
+    with np.load(HERE / "published" / "recolor.npz") as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+def test_recolor_of_colours_that_stay_in_srgb(recolored: dict[str, Tensor]) -> None:
+    """Their matrices have four digits."""
+    x, theta = recolored["x"].numpy(), recolored["theta"]
+    found = rendered(RecolorThreat(eps=0.06, grid=tuple(theta.shape[2:])), x, theta.numpy())  # type: ignore[arg-type]
+    near(found, recolored["images"].numpy(), atol=1e-3)
+    assert np.abs(found - x).max() > 0.08
+
+
+def test_recolor_moves_greys_no_further(recolored: dict[str, Tensor]) -> None:
+    """By the same search. In the dark, where most of the ball is no colour, theirs clips the knots into sRGB and ours each
+    colour, which leaves a little more room; both stay far from the saturated colours that no clipping would let them reach.
+    """
+    threat = threats.build(RecolorThreat(eps=0.06), None)
+    for grey, theirs in zip(recolored["greys"].tolist(), recolored["rises"].tolist(), strict=True):
+        batch = Batch(["grey"], torch.full((1, 3, 2, 2), grey), torch.zeros(1, dtype=torch.int64))
+        found = [-1.0] * 3
+        for channel in range(3):
+            for seed in range(4):
+                theta = 0.06 * (2 * torch.rand(1, 3, 16, 32, 32, generator=torch.Generator().manual_seed(seed)) - 1)
+                for _ in range(30):
+                    theta.requires_grad_(True)
+                    moved = (threat.render(batch, theta) - batch.x_BCHW)[:, channel].mean()
+                    found[channel] = max(found[channel], moved.item())
+                    (gradient,) = torch.autograd.grad(moved, theta)
+                    theta = threat.project(batch, theta.detach() + 0.02 * gradient.sign())
+        assert np.all(np.array(found) < np.array(theirs) + 0.05), grey
+        if grey >= 0.05:
+            near(np.array(found), np.array(theirs), atol=0.005)
 
 
 class Luma(nn.Module):

@@ -326,12 +326,14 @@ def test_steepest_reaches_the_dual_norm(seed: int) -> None:
 
 
 def test_a_step_in_l1_goes_to_the_largest_coordinates() -> None:
-    gradient = torch.randn(4, 1, 8, 10, generator=torch.Generator().manual_seed(0))
-    for step, slope in zip(steepest(gradient, "l1").flatten(1), gradient.flatten(1), strict=True):
-        largest = slope.abs().argsort(descending=True)[:4]  # a twentieth of 80
-        wanted = torch.zeros(80)
-        wanted[largest] = slope[largest].sign() / 4
-        torch.testing.assert_close(step, wanted)
+    gradient = torch.randn(4, 1, 16, 25, generator=torch.Generator().manual_seed(0))
+    shares = torch.tensor([0.0, 0.01, 0.5, 1.0])
+    for counts, sparse_B in (([4, 4, 4, 4], None), ([1, 4, 200, 400], shares)):  # a hundredth of 400, or as is asked
+        for count, step, slope in zip(counts, steepest(gradient, "l1", sparse_B).flatten(1), gradient.flatten(1), strict=True):
+            largest = slope.abs().argsort(descending=True)[:count]
+            wanted = torch.zeros(400)
+            wanted[largest] = slope[largest].sign() / count
+            torch.testing.assert_close(step, wanted)
 
 
 @given(seed=st.integers(0, 10**6), eps=st.floats(0.01, 4), boxed=st.booleans())

@@ -102,6 +102,7 @@ def test_one_batch_for_all_terms_is_a_pass_for_each(make_step: Any, batch: Batch
     steps[0](batch, 0, 0, 0.1)
     monkeypatch.setattr(batch_norm, "can_share_a_batch", lambda network: False)
     calls: list[int] = []
+    steps[1].view(batch.x_BCHW)  # which looks at the network, once
     forward = steps[1].trained.forward
     monkeypatch.setattr(steps[1].trained, "forward", lambda x: calls.append(len(x)) or forward(x))
     steps[1](batch, 0, 0, 0.1)

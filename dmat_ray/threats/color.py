@@ -6,15 +6,17 @@ from torch import Tensor
 
 from dmat_ray.config import RecolorThreat
 from dmat_ray.rng import Draws
-from dmat_ray.threats.balls import Ball
+from dmat_ray.threats.balls import Ball, clip_straight_through
 from dmat_ray.types import Batch
 
 # IEC 61966-2-1 (sRGB), white D65
 TO_XYZ = ((0.4124564, 0.3575761, 0.1804375), (0.2126729, 0.7151522, 0.0721750), (0.0193339, 0.1191920, 0.9503041))
 WHITE_U, WHITE_V = 0.19783982, 0.46833630
 FROM_XYZ = torch.linalg.inv(torch.tensor(TO_XYZ, dtype=torch.float64)).tolist()
-# what L, u and v may be for colours of sRGB
-LOW, HIGH = (0.0, -83.1, -134.1), (100.0, 175.1, 107.4)
+# of the published grid, and of its unit; the few colours beyond it (saturated red, blue) move as those at its border do
+LOW, HIGH = (0.0, -100.0, -100.0), (100.0, 100.0, 100.0)
+# chromaticities u' and v' of all colours of sRGB lie between those of its primaries
+U, V = (0.125, 0.4508), (0.1578, 0.5626)
 DARK = 0.008856451679  # of Y, below which L is linear in it
 SLOPE = 903.2962963
 
@@ -32,10 +34,14 @@ def rgb_to_luv(x_B3HW: Tensor) -> Tensor:
 
 
 def luv_to_rgb(luv_B3HW: Tensor) -> Tensor:
-    """CIE-LUV to sRGB, clipped to [0, 1]."""
+    """CIE-LUV to sRGB, clipped to [0, 1].
+
+    What is no colour of sRGB has its chromaticity clipped first: in the dark a small move of u and v is a large one of u' and
+    v', and where v' is 0 X and Z have no end.
+    """
     lightness, u, v = luv_B3HW.unbind(dim=1)
-    lightness = lightness.clamp_min(1e-6)
-    u, v = u / (13 * lightness) + WHITE_U, (v / (13 * lightness) + WHITE_V).clamp_min(1e-6)
+    lightness = clip_straight_through(lightness, 1e-6, 100.0)
+    u, v = (clip_straight_through(c / (13 * lightness) + w, *b) for c, w, b in ((u, WHITE_U, U), (v, WHITE_V, V)))
     y = torch.where(lightness <= SLOPE * DARK, lightness / SLOPE, ((lightness + 16) / 116) ** 3)
     x, z = y * 9 * u / (4 * v), y * (12 - 3 * u - 20 * v) / (4 * v)
     linear = torch.einsum("ij,bjhw->bihw", luv_B3HW.new_tensor(FROM_XYZ), torch.stack([x, y, z], dim=1)).clamp(0.0, 1.0)

@@ -5,17 +5,8 @@ from torch import Tensor
 
 from dmat_ray.config import ImageThreat
 from dmat_ray.rng import Draws
-from dmat_ray.threats.balls import Ball, project_ball, project_l1_in_box, steepest
+from dmat_ray.threats.balls import Ball, clip_straight_through, project_ball, project_l1_in_box
 from dmat_ray.types import Batch
-
-
-def clip_straight_through(x: Tensor) -> Tensor:
-    """x clipped to [0, 1] with the gradient of the identity.
-
-    `project` keeps x + delta inside [0, 1] up to rounding; without this, a pixel that rounding puts at 1 + 6e-8 would
-    lose its gradient for good.
-    """
-    return x + (x.clamp(0.0, 1.0) - x).detach()
 
 
 class ImageBall(Ball):
@@ -29,15 +20,18 @@ class ImageBall(Ball):
         return self.project(batch, self.within(draws, batch.x_BCHW))
 
     def render(self, batch: Batch, theta: Tensor) -> Tensor:
-        """clip(x + delta)."""
+        """clip(x + delta).
+
+        `project` keeps this inside [0, 1] up to rounding; a pixel that rounding puts at 1 + 6e-8 must not lose its gradient.
+        """
         return clip_straight_through(batch.x_BCHW + theta)
 
-    def direction(self, batch: Batch, theta: Tensor, gradient: Tensor) -> Tensor:
+    def sparse_direction(self, batch: Batch, theta: Tensor, gradient: Tensor, sparse_B: Tensor | None = None) -> Tensor:
         """Steepest ascent; in L1 among the pixels that are not at the border they would be moved across."""
         if self.norm == "l1":
             moved = batch.x_BCHW + theta
             gradient = gradient * torch.where(gradient > 0, moved < 1, moved > 0)
-        return steepest(gradient, self.norm)
+        return super().sparse_direction(batch, theta, gradient, sparse_B)
 
     def project(self, batch: Batch, theta: Tensor) -> Tensor:
         """Into the ball and x + delta into [0, 1]: in L1 to the closest such point; in L2 clipping only shortens delta."""

@@ -39,8 +39,6 @@ class Jpeg(Ball):
     code, which needs sides of multiples of 16; here the image is continued by its last pixels to whole blocks.
     """
 
-    sparse = 0.01  # few coefficients hold most of what matters: in L1 more at once is a far weaker attack
-
     def __init__(self, config: JpegThreat) -> None:
         super().__init__(config.norm, config.eps)
 

@@ -6,8 +6,7 @@ from torch import Tensor
 from dmat_ray.config import JointThreat, LatentThreat
 from dmat_ray.errors import UserError
 from dmat_ray.rng import Draws
-from dmat_ray.threats.balls import Ball
-from dmat_ray.threats.image import clip_straight_through
+from dmat_ray.threats.balls import Ball, clip_straight_through
 from dmat_ray.types import Batch, Generator
 
 

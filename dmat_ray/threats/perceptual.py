@@ -13,8 +13,7 @@ from torch import Tensor
 
 from dmat_ray.config import PerceptualThreat
 from dmat_ray.rng import Draws
-from dmat_ray.threats.balls import per_example
-from dmat_ray.threats.image import clip_straight_through
+from dmat_ray.threats.balls import clip_straight_through, per_example
 from dmat_ray.types import Batch
 
 if TYPE_CHECKING:

@@ -62,12 +62,12 @@ def test_a_job_that_is_submitted_twice_is_refused(tmp_path, finished, say):
 
 @pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_worker_killed_within_an_epoch_is_replaced_and_training_goes_on(tmp_path, finished, kills):
-    """Ray with a killed worker ends where torchrun does undisturbed: ten steps an epoch, each with a dozen of an attack.
+    """Ray with a killed worker ends where torchrun does undisturbed: ten steps an epoch, each with two dozen of an attack.
 
     A second kill is one more than `max_failures` says, but the first attempt has come further.
     """
     finished.copy_set(tmp_path)
-    slow = ("--training.epochs", str(kills), "--training.batch_size", "4", "--objective.latent.steps", "12", "--name", "dmat")
+    slow = ("--training.epochs", str(kills), "--training.batch_size", "4", "--objective.latent.steps", "24", "--name", "dmat")
     torchrun(tmp_path / "calm", tmp_path / "on_manifold_set", *slow)
     lines: list[str] = []
     killed = threading.Event()
