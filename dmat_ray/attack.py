@@ -13,12 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmat_ray.config import AttackConfig, Row
+from dmat_ray import threats
+from dmat_ray.config import ON_MANIFOLD, AttackConfig, Row, Term
 from dmat_ray.errors import NotFiniteError, UserError
 from dmat_ray.rng import Draws
 from dmat_ray.search import SEARCHES
 from dmat_ray.threats.balls import per_example
 from dmat_ray.types import Batch, Threat
+
+
+def require_possible(config: Term | Row, one: Batch, draws: Draws) -> None:
+    """Raise UserError for a search that its threat, or an image as `one`, does not allow, as far as shows without a generator."""
+    if isinstance(config, ON_MANIFOLD):
+        if config.method == "square":
+            raise UserError("method square needs threat image")
+        return
+    threat = threats.build(config, None)
+    threat.render(one, SEARCHES[config.method](threat, one, config, draws if config.random_start else None).start())
+
 
 Loss = Callable[[Tensor], Tensor]
 """logits_BK -> loss_B, to be raised by the attack."""

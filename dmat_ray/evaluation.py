@@ -16,15 +16,14 @@ from torch import Tensor, nn
 
 from dmat_ray import autoattack, corruptions, threats
 from dmat_ray.arithmetic import tf32
-from dmat_ray.attack import attack, losses_of
+from dmat_ray.attack import attack, losses_of, require_possible
 from dmat_ray.attack_view import view_of
 from dmat_ray.config import ON_CURVE, AttackRow, AutoAttackRow, CleanRow, CorruptionRow, EvaluationConfig, Row
 from dmat_ray.data.manifold_set import ManifoldSet
 from dmat_ray.errors import NotFiniteError, UserError
 from dmat_ray.rng import Draws
-from dmat_ray.search import SEARCHES
 from dmat_ray.types import Batch, Generator
-from dmat_ray.units import Unit, applies, chosen, rounds, rows_to_run, still_standing, units
+from dmat_ray.units import Unit, chosen, rounds, rows_to_run, still_standing, units
 
 if TYPE_CHECKING:
     from dmat_ray.manifold.perceptual import Perceptual
@@ -233,12 +232,7 @@ def _try(row: AttackRow, one: Batch, num_classes: int, seed: int) -> None:
         logits = one.x_BCHW.new_zeros(1, num_classes)
         for loss in losses_of(lambda x: logits, one, row):  # type: ignore[arg-type]  # a network that says nothing
             loss(logits)
-        if applies(row, "natural"):
-            threat = threats.build(row, None)
-            search = SEARCHES[row.method](threat, one, row, draws if row.random_start else None)
-            threat.render(one, search.start())
-        elif row.method == "square":
-            raise UserError("method square needs threat image")
+        require_possible(row, one, draws)
 
 
 def evaluate_here(evaluator: Evaluator, positions: np.ndarray | None = None) -> pa.Table:

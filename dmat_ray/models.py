@@ -5,15 +5,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
+import torch
+
 from dmat_ray import checkpoint, classifiers
+from dmat_ray.attack import require_possible
 from dmat_ray.config import Config
 from dmat_ray.data import set_reader
 from dmat_ray.data.epochs import held_out_positions
 from dmat_ray.errors import UserError
 from dmat_ray.folders import fetched, replace_folder
 from dmat_ray.manifold import generators
+from dmat_ray.rng import Draws
 from dmat_ray.storage import Location, Place, at, set_folder
 from dmat_ray.trainer import check_inputs
+from dmat_ray.types import Batch
 
 
 def models_folder(config: Config) -> Location:
@@ -108,9 +113,22 @@ def require_fit(configs: Sequence[Config], manifest: Mapping[str, Any], workers:
         if (network := (config.classifier.fingerprint(), share)) not in tried:
             classifiers.require_trainable(config.classifier, channels, resolution, len(manifest["class_names"]), share)
             tried.add(network)
+        _require_terms(config, channels, resolution)
         held_out_positions(usable, config.training)
     if len({c.training.loader for c in configs}) > 1:
         raise UserError("training.loader must be the same for all methods that are trained together")
+
+
+def _require_terms(config: Config, channels: int, resolution: int) -> None:
+    """Raise UserError for a term that attacks in a way that cannot run on such images."""
+    blank = Batch(["blank"], torch.zeros(1, channels, resolution, resolution), torch.zeros(1, dtype=torch.int64))
+    for name, term in config.objective.adversarial.items():
+        if term.weight > 0:
+            try:
+                require_possible(term, blank, Draws(config.training.seed, blank.id, "train/try"))
+            except (UserError, RuntimeError) as error:
+                size = f"{channels} x {resolution} x {resolution}"
+                raise UserError(f"objective term {name} on {size} images: {str(error).splitlines()[0]}") from None
 
 
 def publish(source: Place, folder: Location) -> None:

@@ -73,7 +73,12 @@ def all_sections() -> set[type[Section]]:
 
 @pytest.mark.parametrize("layers", COMBINATIONS, ids="+".join)
 def test_json_round_trip_of_presets(layers: list[str]) -> None:
-    config = Config.model_validate(presets.load(layers))
+    values = presets.load(layers)
+    if layers in (["demo", "mixed10_om_fgsm"], ["cifar10", "mixed10_om_fgsm"]):  # whose one step is for another ball
+        with pytest.raises(ValidationError, match=r"objective\.latent\n.* a weak attack"):
+            Config.model_validate(values)
+        return
+    config = Config.model_validate(values)
     assert again(config) == config
 
 
@@ -217,6 +222,27 @@ def test_kl_without_random_start_is_refused() -> None:
         ObjectiveConfig.model_validate(values)
     values["image"]["weight"] = 0
     assert ObjectiveConfig.model_validate(values).image.divergence == "kl"
+
+
+def test_steps_that_do_not_reach_the_border_are_refused() -> None:
+    """As a preset's step does that another eps stands beside: a training on it would pass for one at that radius."""
+    short = {"eps": 0.2, "steps": 3, "step_size": 0.05}
+    told = r"3 steps of step_size 0\.05 end 0\.15 from where they begin, and eps is 0\.2: .* or 0\.0667 or more"
+    with pytest.raises(ValidationError, match=told):
+        ObjectiveConfig.model_validate({"image": {**short, "weight": 1}})
+    with pytest.raises(ValidationError, match=told):
+        EvaluationConfig.model_validate({"attacks": [{"threat": "latent", "name": "mine", **short}]})
+    for other in ({"weight": 0}, {"step_size": None}, {"step_size": 0.2 / 3}, {"steps": 4}, {"method": "apgd"}):
+        ObjectiveConfig.model_validate({"image": {**short, "weight": 1, **other}})
+    # fog's steps are measured in its box, and those of a curve grow with eps
+    ObjectiveConfig.model_validate({"fog": {**short, "weight": 1}})
+    EvaluationConfig.model_validate({"attacks": [{"threat": "image", "name": "mine", **short, "eps": 0.15, "curve": [0.3]}]})
+
+
+@pytest.mark.parametrize("std", [0.0, -0.5])
+def test_a_deviation_that_cannot_divide_is_refused(std: float) -> None:
+    with pytest.raises(ValidationError, match="must be above 0"):
+        Config.model_validate({"classifier": {"std": [0.5, std, 0.5]}})
 
 
 @pytest.mark.parametrize("values", [{"threat": "filter", "size": 4}, {"threat": "recolor", "grid": [1, 2, 2]}])

@@ -234,11 +234,11 @@ def test_a_step_in_the_threats_own_units_is_as_long_at_every_eps() -> None:
     rows = [
         {"threat": "fog", "name": "fog", "eps": 0.5, "step_size": 0.05, "curve": [0.1]},
         {"threat": "joint", "name": "joint", "eps": 0.1, "step_size": 0.2, "curve": [0.02]},
-        {"threat": "elastic", "name": "elastic", "eps": 0.5, "step_size": 0.05, "curve": [0.1]},
+        {"threat": "elastic", "name": "elastic", "eps": 0.5, "step_size": 0.1, "curve": [0.1]},
     ]
     found = units.rows_to_run(EvaluationConfig.model_validate({"attacks": rows}))
     steps = {name: row.step_size for name, row in found.items() if "@" in name}  # type: ignore[union-attr]
-    assert steps == {"fog @ 0.1": 0.05, "joint @ 0.02": 0.2, "elastic @ 0.1": pytest.approx(0.01)}
+    assert steps == {"fog @ 0.1": 0.05, "joint @ 0.02": 0.2, "elastic @ 0.1": pytest.approx(0.02)}
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def test_trades_has_a_slope_where_a_probability_underflows(manifold: StyleGAN2) 
 def test_a_random_start_differs_by_purpose_and_repeats(
     network: nn.Module, manifold: StyleGAN2, batch: Batch, divergence: str
 ) -> None:
-    term = {"weight": 1, "eps": 0.1, "steps": 1, "step_size": 0.01, "divergence": divergence}
+    term = {"weight": 1, "eps": 0.1, "steps": 1, "method": "random", "divergence": divergence}
     objective = configured(manifold, image=term)
     losses = [step(objective, copy.deepcopy(network), batch, purpose)[0].item() for purpose in ("train/0", "train/0", "train/1")]
     assert losses[0] == losses[1]

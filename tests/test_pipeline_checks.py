@@ -50,6 +50,8 @@ SUITE = "attacks: [{threat: image, name: mine, loss: dlr, targets: 12}]"
         (["--training.batch_size", "1"], "batch_size 1 is smaller than the 2 workers"),
         (["--training.val_examples", "2000"], "val_examples is 2000, but the training split has 2000"),
         (["--training.images", "natural"], "latent needs training.images on_manifold"),
+        (["--objective.latent.method", "square"], "term latent on 1 x 32 x 32 images: method square needs threat image"),
+        (["--objective.image.norm", "l1", "--objective.image.method", "square"], "term image on 1 x 32 x 32 images: .*square"),
         (["--methods", "standard,OTHER"], "was made with generator 'mnist32' "),
         (["--evaluation.suites", "perceptual"], r"attack 'PPGD' on 1 x 32 x 32 images of 10 classes: .*alexnet.* is needed"),
         (["--evaluation.suites", "SUITE"], "attack 'mine' on 1 x 32 x 32 images of 10 classes: targets is 12"),

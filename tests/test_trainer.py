@@ -243,8 +243,8 @@ def test_standard_training_is_plain_sgd(train: Train, make_config: MakeConfig, t
 
 
 def test_every_epoch_starts_its_attacks_elsewhere(train: Train, make_config: MakeConfig, tmp_path: Path) -> None:
-    """With a rate of 0 and a step of almost 0 only the random start moves an epoch's loss."""
-    objective = {"clean": {"weight": 1}, "image": {"weight": 1, "eps": 0.2, "steps": 1, "step_size": 1e-9}, **NO_LATENT}
+    """With a rate of 0 and a search that ends where it starts only that start moves an epoch's loss."""
+    objective = {"clean": {"weight": 1}, "image": {"weight": 1, "eps": 0.2, "steps": 1, "method": "random"}, **NO_LATENT}
     training = {"epochs": 3, "lr_epochs": [0, 3], "lr_values": [0, 0], "batch_size": 24, "val_examples": 0}
     reports: list[Mapping[str, float]] = []
     train(make_config(objective=objective, training=training), tmp_path, reports.append)

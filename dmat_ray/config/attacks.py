@@ -40,6 +40,18 @@ class AttackConfig(Section):
         return self
 
 
+def require_reach(attack: AttackConfig, threat: ThreatSettings) -> None:
+    """Raise ValueError for steps too short to get from the ball's middle to its border, as when a preset's meet another eps."""
+    eps, step = getattr(threat, "eps", 0.0), attack.step_size
+    if step is None or not threat.step_in_eps or attack.method not in ("pgd", "momentum"):
+        return
+    if attack.steps * step < eps * (1 - 1e-6):
+        raise ValueError(
+            f"{attack.steps} steps of step_size {step:.3g} end {attack.steps * step:.3g} from where they begin, and eps is "
+            f"{eps:.3g}: a weak attack; give step_size null (2.5 eps / steps), or {eps / attack.steps:.3g} or more"
+        )
+
+
 class Term(AttackConfig, ThreatSettings):
     """One weighted term of a training objective."""
 
@@ -50,6 +62,12 @@ class Term(AttackConfig, ThreatSettings):
     def _divergence_has_a_slope(self) -> "Term":  # not _check: that is the threats' own, which stands beside it
         if self.weight > 0 and self.divergence == "kl" and not self.random_start:
             raise ValueError("divergence=kl needs random_start: the gradient of KL is zero at the clean image")
+        return self
+
+    @model_validator(mode="after")
+    def _reaches(self) -> "Term":
+        if self.weight > 0:
+            require_reach(self, self)
         return self
 
 

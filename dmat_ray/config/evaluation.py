@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import CliSuppress
 
-from dmat_ray.config.attacks import AttackConfig
+from dmat_ray.config.attacks import AttackConfig, require_reach
 from dmat_ray.config.base import Fraction, Section
 from dmat_ray.config.threats import ON_MANIFOLD, FogThreat, ImageThreat, LatentThreat, ThreatSettings, joined
 
@@ -39,12 +39,18 @@ class Row(AttackConfig, ThreatSettings):
         return self
 
     @model_validator(mode="after")
+    def _reaches(self) -> "Row":
+        require_reach(self, self)
+        return self
+
+    @model_validator(mode="after")
     def _curve_of_rows(self) -> "Row":
         """Each point is a row, and takes no eps that the row would not."""
         shown: dict[str, float] = {}
         for eps in self.curve:
             try:
-                type(self).model_validate({**self.model_dump(), "eps": eps, "curve": ()})
+                # the length of its steps will be that share of the row's
+                type(self).model_validate({**self.model_dump(), "eps": eps, "curve": (), "step_size": None})
             except ValidationError as error:
                 raise ValueError(f"curve, eps {eps:.3g}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
             if shown.setdefault(f"{eps:.4g}", eps) != eps:

@@ -35,6 +35,8 @@ class ClassifierConfig(Section):
                 f"mean {list(self.mean)} and std {list(self.std)} are of levels up to 255, but pixels are in [0, 1]; divide both "
                 "by 255"
             )
+        if min(self.std, default=1.0) <= 0:
+            raise ValueError(f"std {list(self.std)} must be above 0: it divides the pixels")
         return self
 
 
