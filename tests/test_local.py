@@ -115,12 +115,8 @@ def test_a_step_of_two_workers_is_that_of_one_on_the_joined_batch(
         torch.testing.assert_close(rank["step_weights"], expected, atol=1e-9, rtol=1e-7)
 
 
-def test_no_worker_returns_before_the_model_is_there(
-    make_config: Callable[..., Config], set_folder: Path, tmp_path: Path
-) -> None:
-    config = make_config(output=str(tmp_path), manifold_set=str(set_folder), name="tiny")
-    (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
-    run_two_workers("train_two_workers.py", str(tmp_path / "config.json"))
+def test_no_worker_returns_before_the_model_is_there(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["model_was_there"] for rank in ranks] == [True, True]
 
 
 def test_two_trainings_of_one_name_are_refused(make_config: Callable[..., Config], set_folder: Path, tmp_path: Path) -> None:

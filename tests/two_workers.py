@@ -2,17 +2,19 @@
 
 import json
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from dmat_ray import classifiers
+from dmat_ray import classifiers, local_stages, models
 from dmat_ray.config import Config
 from dmat_ray.data.manifold_set import ManifoldSet, open_set
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators
+from dmat_ray.storage import Location, Place
 from dmat_ray.trainer import train
 from dmat_ray.training_step import TrainingStep
 from dmat_ray.types import Batch
@@ -44,6 +46,19 @@ def one_step(config: Config, data: ManifoldSet, context: LocalContext) -> dict[s
     return network.state_dict()
 
 
+def is_there_after_a_slow_publication(folder: Path, set_folder: Path, config: Config) -> bool:
+    """Whether the model is, once `train` has returned; the first worker alone publishes it."""
+    publish = models.publish
+
+    def slow(source: Place, target: Location) -> None:
+        time.sleep(2)
+        publish(source, target)
+
+    models.publish = slow
+    places = {"output": str(folder / "out"), "manifold_set": str(set_folder), "name": "tiny"}
+    return (local_stages.train(config.model_copy(update=places)) / "run.json").is_file()
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder, set_folder = Path(sys.argv[1]), Path(sys.argv[2])
@@ -62,6 +77,7 @@ def main() -> None:
         "averaged": averaged,
         "step_weights": step_weights,
         "world_size": context.world_size,
+        "model_was_there": is_there_after_a_slow_publication(folder, set_folder, config),
     }
     torch.save(found, folder / f"rank{context.rank}.pt")
     torch.distributed.destroy_process_group()
