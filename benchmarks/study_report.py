@@ -45,6 +45,7 @@ STUDIES = {
 KEPT = ["model", "source", "set", "attack", "id", "label", "prediction", "correct"]
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 BESIDE = ("PGD-50", "APGD-CE", "APGD-DLR")  # of the study's own attacks, set beside AutoAttack
+REMEASURED = "remeasured.json"  # what benchmarks/remeasure.py writes beside the rows
 NEAR = 2.0  # points of accuracy that count as comparable
 
 
@@ -357,6 +358,29 @@ def ablations(study: Study) -> list[str]:
     return ["", "## Ablations", "", about, *lines] if lines else []
 
 
+def remeasured(study: Study) -> list[str]:
+    """What attacks that are stronger now leave of the released models."""
+    path = study.folder / REMEASURED
+    if not path.is_file():
+        return []
+    values = read_json(path)
+    models, columns = (list(dict.fromkeys(one[key] for one in values["found"])) for key in ("model", "column"))
+    cells = {(one["model"], one["column"]): f"{100 * one['before']:.0f} → {100 * one['now']:.0f}" for one in values["found"]}
+    return [
+        "",
+        "## Attacks that are stronger now",
+        "",
+        "The tables' rows were made before these attacks were mended (docs/evaluation.md, *Versions of rows*). What stands of "
+        f"{values['images']} natural images of the released models, then and by rows of version {values['version']}, in %:",
+        "",
+        f"| model | {' | '.join(columns)} |",
+        "|" + "---|" * (len(columns) + 1),
+        *(f"| {model} | {' | '.join(cells[model, column] for column in columns)} |" for model in models),
+        "",
+        f"`{values['command']}`",
+    ]
+
+
 def page(study: Study) -> list[str]:
     """The whole page."""
     ours = {name: note for name, note in study.notes.items() if " " in name}  # MODEL training, MODEL rows+clean, ...
@@ -414,6 +438,7 @@ def page(study: Study) -> list[str]:
             "",
             *found,
         ]
+    lines += remeasured(study)
     lines += ablations(study)
     lines += ["", "## Columns", ""]
     lines += [f"- {name}: {text}" for name, text in columns_described(study.results).items()]

@@ -18,6 +18,8 @@ SPACE = {
     "objective.image.eps": times(0.5, 2),
     ("objective.image.weight", "objective.latent.weight"): simplex(),
     "objective.latent.steps": 1,
+    "objective.image.step_size": None,
+    "objective.latent.step_size": None,
 }
 """
 SUITE = """

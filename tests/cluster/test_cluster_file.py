@@ -45,8 +45,11 @@ def test_the_shipped_file_is_valid(cluster):
     assert "InstanceMarketOptions" not in fallback["node_config"]
     assert spot["priority"] > fallback["priority"], "Ray takes the higher first"
     assert (ROOT / cluster["file_mounts"]["/home/ubuntu/dmat_ray_setup/constraints.txt"]).is_file()
-    for commands in (cluster["head_start_ray_commands"], cluster["worker_start_ray_commands"]):
-        assert re.search(r"RAY_AUTH_MODE=token (\S+=\S+ )?ray start", commands[-1])
+    *_, start, watch = cluster["worker_start_ray_commands"]
+    for command in (cluster["head_start_ray_commands"][-1], start):
+        assert re.search(r"RAY_AUTH_MODE=token (\S+=\S+ )?ray start", command)
+    assert (ROOT / cluster["file_mounts"]["/home/ubuntu/dmat_ray_setup/spot_watch.py"]).is_file()
+    assert "python ~/dmat_ray_setup/spot_watch.py aws " in watch
     assert "RAY_JOB_STOP_WAIT_TIME_S=120" in cluster["head_start_ray_commands"][-1], "time for a checkpoint"
     assert "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][-1]
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 from small import SMALL, history, processes_below, wait_for
+from spot_metadata import metadata_server
 
 from dmat_ray.cluster.session import LOCAL_ENVIRONMENT
 
@@ -68,9 +69,12 @@ def test_a_machine_comes_and_another_is_taken_away(machines, tmp_path, finished)
     wait_for(lambda: "with 2 workers" in said(), process)
     assert workers(first)
     assert workers(second)
-    drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", machines.address, "--node-id", first.node_id]
-    reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "300"]
-    subprocess.run([*drain, *reason], check=True, capture_output=True, timeout=400)
+    with metadata_server() as metadata:
+        watch = [sys.executable, str(ROOT / "deploy" / "spot_watch.py"), "aws", "--metadata", metadata.url, "--every", "0.5"]
+        watching = subprocess.Popen([*watch, "--address", machines.address, "--node-id", first.node_id])
+        wait_for(lambda: metadata.asked > 2, watching)
+        metadata.announce(300)
+        assert watching.wait(timeout=400) == 0
     wait_for(lambda: "a machine will be taken away; checkpoint written after" in said(), process)
     machines.remove_node(first)
     wait_for(lambda: "with 1 worker\n" in said(), process)

@@ -100,7 +100,7 @@ def test_a_trial_is_what_it_is_after_its_last_epoch(config):
 
 
 def test_times_is_relative_to_the_settings_without_it(tmp_path, config):
-    space = load(tmp_path, config, 'SPACE = {"objective.image.eps": times(0.5, 2)}')
+    space = load(tmp_path, config, 'SPACE = {"objective.image.eps": times(0.5, 2), "objective.image.step_size": None}')
     eps = config.objective.image.eps
     drawn = [draw(space, seed=s)["objective.image.eps"] for s in range(300)]
     assert min(drawn) >= 0.5 * eps
@@ -137,6 +137,7 @@ def test_a_grid_goes_from_end_to_end(tmp_path, config):
     "training.lr": tune.loguniform(0.01, 1.0),
     "objective.image.eps": tune.uniform(0.1, 0.4),
     "objective.image.steps": tune.randint(1, 4),
+    "objective.image.step_size": None,
     "training.schedule": tune.choice(["cosine", "one_cycle"]),
     ("objective.image.weight", "objective.latent.weight"): simplex(),
 }""",
@@ -158,7 +159,7 @@ def test_a_change_stays_inside_the_space(tmp_path, config):
         tmp_path,
         config,
         'SPACE = {"objective.image.eps": tune.uniform(0.1, 0.4), "objective.image.steps": tune.randint(1, 4), '
-        '("objective.image.weight", "objective.latent.weight"): simplex()}',
+        '"objective.image.step_size": None, ("objective.image.weight", "objective.latent.weight"): simplex()}',
     )
     share = "share of objective.image.weight"
     changed = space.within({"objective.image.eps": 0.48, "objective.image.steps": 4, share: 1.2})
