@@ -1,4 +1,4 @@
-"""Run attacks of a study again on its released models: what attacks that have become stronger since leave standing.
+"""Run attacks of a study again on its released models: what attacks that have been mended since leave standing.
 
     python benchmarks/remeasure.py benchmarks/results/mnist models/mnist "PGD-50 L1" "jpeg L1"
     python benchmarks/remeasure.py benchmarks/results/cifar5 models/cifar5 "PGD-50 L1" "jpeg L1" recolor --source DIR \\

@@ -359,7 +359,7 @@ def ablations(study: Study) -> list[str]:
 
 
 def remeasured(study: Study) -> list[str]:
-    """What attacks that are stronger now leave of the released models."""
+    """What attacks that have been mended since the rows were made leave of the released models."""
     path = study.folder / REMEASURED
     if not path.is_file():
         return []
@@ -368,10 +368,10 @@ def remeasured(study: Study) -> list[str]:
     cells = {(one["model"], one["column"]): f"{100 * one['before']:.0f} → {100 * one['now']:.0f}" for one in values["found"]}
     return [
         "",
-        "## Attacks that are stronger now",
+        "## Attacks that have changed since",
         "",
-        "The tables' rows were made before these attacks were mended (docs/evaluation.md, *Versions of rows*). What stands of "
-        f"{values['images']} natural images of the released models, then and by rows of version {values['version']}, in %:",
+        "The tables' rows were made before these attacks were mended ([Versions of rows](../evaluation.md#versions-of-rows)). "
+        f"What stands of {values['images']} natural images of the released models, then and by rows of version {values['version']}, in %:",
         "",
         f"| model | {' | '.join(columns)} |",
         "|" + "---|" * (len(columns) + 1),

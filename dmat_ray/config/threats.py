@@ -153,7 +153,9 @@ class RecolorThreat(ThreatSettings):
     """Colours moved by a smooth map of colours onto colours, in CIE-LUV."""
 
     threat: CliSuppress[Literal["recolor"]] = "recolor"
-    eps: Fraction = Field(0.06, ge=0, le=1, description="largest move of a colour, in shares of each axis of CIE-LUV")
+    eps: Fraction = Field(
+        0.06, ge=0, le=1, description="largest move of a colour, in shares of CIE-LUV's axes: of 100 in L, of 200 in u and v"
+    )
     grid: tuple[int, int, int] = Field((16, 32, 32), description="knots of the map along L, u and v")
 
     @model_validator(mode="after")
