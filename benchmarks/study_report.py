@@ -371,7 +371,8 @@ def remeasured(study: Study) -> list[str]:
         "## Attacks that have changed since",
         "",
         "The tables' rows were made before these attacks were mended ([Versions of rows](../evaluation.md#versions-of-rows)). "
-        f"What stands of {values['images']} natural images of the released models, then and by rows of version {values['version']}, in %:",
+        f"What stands of {values['images']} natural images of the released models, then and by rows of version "
+        f"{values['version']}, in %:",
         "",
         f"| model | {' | '.join(columns)} |",
         "|" + "---|" * (len(columns) + 1),

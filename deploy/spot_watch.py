@@ -3,7 +3,7 @@
     python spot_watch.py aws        # or gcp; beside `ray start`, on every machine that may be taken back
 
 Ray itself asks no cloud. A machine that is drained gets no new work, trainings on it write a checkpoint within seconds, and its
-loss is no failure. Amazon says so two minutes before, Google half a minute. Options that are not below go to `ray drain-node`.
+loss is no failure. Amazon says so two minutes before, Google half a minute.
 """
 
 import argparse
@@ -67,7 +67,10 @@ def main() -> None:
     parser.add_argument("cloud", choices=CLOUDS)
     parser.add_argument("--every", type=float, default=5.0, help="seconds between two looks")
     parser.add_argument("--metadata", default=METADATA, help="address of the metadata server")
-    given, more = parser.parse_known_args()
+    parser.add_argument("--address", help="the cluster's, if this machine is of several")
+    parser.add_argument("--node-id", help="the machine's, if it is not this one")
+    given = parser.parse_args()
+    more = [f"--{name}={value}" for name, value in (("address", given.address), ("node-id", given.node_id)) if value]
     complained = False
     while True:
         try:

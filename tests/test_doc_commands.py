@@ -46,6 +46,7 @@ FOREIGN = {"provider": "Google Cloud's part of a cluster file, which docs/cluste
 """First keys of YAML that is not ours."""
 JOBS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "jobs").glob("*.py"))
 BENCHMARKS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "benchmarks").glob("*.py") if "main()" in path.read_text())
+SPOT_WATCH = "deploy/spot_watch.py"
 ELSEWHERE = {"shade.yaml": "tests/test_extending.py"}
 """Settings of what the package has not, but for in a test."""
 PLACEHOLDER = "--SECTION.NAME"
@@ -153,7 +154,7 @@ def check_python(words: list[str], named: dict[str, Block], parse: Callable[[str
         return None
     if words[0] in named:
         return None  # a script of the document's own
-    if words[0] not in (*JOBS, *BENCHMARKS):
+    if words[0] not in (*JOBS, *BENCHMARKS, SPOT_WATCH):
         assert (ROOT / words[0]).is_file(), f"there is no {words[0]}"
         assert len(words) == 1, "a script without options"
         return None

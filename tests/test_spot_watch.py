@@ -49,7 +49,7 @@ def test_ray_is_told_once_the_cloud_has_told(metadata: Metadata, tmp_path: Path,
         assert words[0] == "drain-node"
         assert words[words.index("--reason") + 1] == "DRAIN_NODE_REASON_PREEMPTION"
         assert least <= int(words[words.index("--deadline-remaining-seconds") + 1]) <= most
-        assert words[-2:] == ["--node-id", "abc"]
+        assert words[-1] == "--node-id=abc"
 
 
 def test_a_machine_without_such_a_server_says_so_once_and_asks_on() -> None:
