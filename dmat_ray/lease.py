@@ -165,5 +165,5 @@ def exclusive(folder: Location, interval_s: float = 5.0) -> Iterator[Lease]:
     finally:
         lease._stop.set()
         thread.join()
-        with suppress(OSError, UserError):  # what is left names a process that is gone, or falls silent
+        with suppress(OSError, DmatRayError):  # what is left names a process that is gone, or falls silent
             lease._release()

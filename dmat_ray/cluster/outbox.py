@@ -118,7 +118,7 @@ class Outbox:
 
     def _remove_files(self) -> None:
         for file in self._files:
-            with contextlib.suppress(OSError, UserError):
+            with contextlib.suppress(OSError, StorageError):
                 file.unlink()
         self._files = []
 
