@@ -17,8 +17,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.stem import Stem, fits
 
 BATCH_NORM = (nn.BatchNorm2d, batch_norm.TermBatchNorm2d)
-
-
+TRACES = 6  # of a forward pass: a coin of its own is seen by all but one network in 32
 SAME_LOGITS, SAME_GRADIENT = 0.01, 0.1  # relative; rounding is far below, another function far above
 
 
@@ -117,9 +116,6 @@ def _traced(view: nn.Module) -> fx.GraphModule | None:
     # constant, of Python's numbers as another graph each time
     constant = any(node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graph.nodes)
     return None if constant or any(str(other) != str(graph) for other in others) else fx.GraphModule(view, graph)
-
-
-TRACES = 6  # of a forward pass: a coin of its own is seen by all but one network in 32
 
 
 def _logits_and_gradients(network: nn.Module, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
