@@ -219,3 +219,12 @@ def finish(process: "subprocess.Popen[str]") -> str:
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     return output
+
+
+def torchrun(output: Path, place: Path, *options: str) -> None:
+    """jobs/train_local.py with two workers."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_ports(1)[0])]
+    given = ["--preset", "demo", "dmat", *SMALL, "--output", str(output), "--manifold_set", str(place), *options]
+    command += [str(ROOT / "jobs" / "train_local.py"), *given]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr

@@ -4,11 +4,8 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import ray
@@ -16,7 +13,7 @@ import ray.train
 import torch
 from safetensors.torch import load_file
 from searches import tuned
-from small import DMAT, ROOT, SMALL, finish, free_ports, history, same_training, settings, start_job, train_workers, wait_for
+from small import DMAT, finish, history, same_training, settings, start_job, torchrun, train_workers, wait_for
 
 from dmat_ray.cluster import jobs, tune
 from dmat_ray.cluster.search_plan import Plan
@@ -60,7 +57,8 @@ def test_a_job_that_is_submitted_twice_is_refused(tmp_path, finished, say):
             again()
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive  # one kill also in test_submission.py, of one worker
+@pytest.mark.parametrize("kills", [1, 2])
 def test_worker_killed_within_an_epoch_is_replaced_and_training_goes_on(tmp_path, finished, kills):
     """Ray with a killed worker ends where torchrun does undisturbed: ten steps an epoch, each with two dozen of an attack.
 
@@ -135,12 +133,3 @@ def test_what_a_group_has_finished_is_kept_when_it_fails_and_the_next_goes_on_in
     same_training(tmp_path, finished.output)
     assert list((tmp_path / "train").iterdir()) == []
     assert signal.getsignal(signal.SIGINT) is before, "Ctrl-C does what it did before a training"
-
-
-def torchrun(output: Path, place: Path, *options: str) -> None:
-    """jobs/train_local.py with two workers."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_ports(1)[0])]
-    given = ["--preset", "demo", "dmat", *SMALL, "--output", str(output), "--manifold_set", str(place), *options]
-    command += [str(ROOT / "jobs" / "train_local.py"), *given]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
