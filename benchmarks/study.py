@@ -42,6 +42,7 @@ from dmat_ray.manifold import generators, set_maker
 from dmat_ray.manifold.gan_trainer import result_of, train_generator
 from dmat_ray.manifold.samples import sample_grid
 from dmat_ray.storage import at, set_folder
+from dmat_ray.units import VERSION
 
 HERE = Path(__file__).resolve().parent
 STAGES = ("generator", "projection", "models")
@@ -182,7 +183,8 @@ class _Study:
             asked += ["--worst-case"] if self.given.worst_case else []
             asked += ["--autoattack-limit", str(self.given.autoattack_limit), "--evaluate", name]
             evaluated = self._run([str(HERE / "study.py"), "--preset", str(self.settings), *asked], f"{name}-evaluation")
-            self.note(f"{name} {'+'.join(kinds)}", {"seconds": evaluated, "processes": self.given.processes})
+            told = {"seconds": evaluated, "processes": self.given.processes, "rows_version": VERSION}
+            self.note(f"{name} {'+'.join(kinds)}", told)
             say(f"{name}: evaluated in {evaluated:.0f} s")
 
         if self.given.autoattack:

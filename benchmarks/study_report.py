@@ -35,6 +35,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.files import read_json
 from dmat_ray.metrics import Results
 from dmat_ray.report_values import SET_NAMES, columns_described, in_levels
+from dmat_ray.units import VERSION
 
 HEADLINE = ("clean", "PGD-50", "OM-PGD-50", "PGD-50 L2", "fog", "unseen mean", "worst")
 STUDIES = {
@@ -358,6 +359,15 @@ def ablations(study: Study) -> list[str]:
     return ["", "## Ablations", "", about, *lines] if lines else []
 
 
+def rows_versions(notes: dict[str, Any]) -> str:
+    """Of which versions the rows are, by the notes of their evaluations."""
+    found = {note.get("rows_version") for name, note in notes.items() if not name.endswith(" training")}
+    known = sorted(version for version in found if version is not None)
+    told = f"of version {' and '.join(map(str, known))}" if known else ""
+    older = f"older than version {known[0] if known else VERSION}" if None in found else ""
+    return f"Rows are {', some '.join(filter(None, (told, older)))} ([what that means](../evaluation.md#versions-of-rows))."
+
+
 def remeasured(study: Study) -> list[str]:
     """What attacks that have been mended since the rows were made leave of the released models."""
     path = study.folder / REMEASURED
@@ -398,7 +408,7 @@ def page(study: Study) -> list[str]:
     lines += [
         f"{sum(map(len, study.seeds.values()))} models: {minutes['training']:.0f} minutes of training and "
         f"{minutes['evaluation']:.0f} of evaluation, {first['processes']} at a time on {first['machine']}, not quiet, "
-        f"torch {first['versions']['torch']}. `{command}` is the command of all.",
+        f"torch {first['versions']['torch']}. `{command}` is the command of all. {rows_versions(ours)}",
         "",
         f"In training, unless a method's entry in benchmarks/studies/ says otherwise: {training.epochs} epochs, "
         f"L∞ {in_levels(objective.image.eps)} in pixels of [0, 1], {objective.latent.eps:g}{of_latent} in W+, "

@@ -187,3 +187,12 @@ def test_the_readme_shows_the_study_on_digits() -> None:
     study = study_report.Study(ROOT / "benchmarks" / "results" / "mnist")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.split(study_report.BEGIN)[1].split(study_report.END)[0].strip() == "\n".join(study_report.headline(study))
+
+
+def test_the_page_says_of_which_versions_rows_are() -> None:
+    told = {"a-0 training": {}, "a-0 rows+clean": {"rows_version": 7}, "b-0 rows+clean": {"rows_version": 7}}
+    assert study_report.rows_versions(told).startswith("Rows are of version 7 (")
+    assert study_report.rows_versions({**told, "c-0 rows": {"seconds": 1.0}}).startswith(
+        "Rows are of version 7, some older than version 7 ("
+    )
+    assert study_report.rows_versions({"c-0 rows": {}}).startswith(f"Rows are older than version {study_report.VERSION} (")
