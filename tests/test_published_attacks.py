@@ -289,3 +289,6 @@ def test_no_more_digits_stand(sample: Batch, entry: Any) -> None:
     view = AttackView(nn.Sequential(Luma(), network).eval())
     found = attack(view, threats.build(row, None), sample, row, seed=0, purpose="published")
     assert int((~found.broken_B).sum()) <= entry["standing"] + MORE
+    begun = row.model_copy(update={"method": "random", "steps": 1})  # type: ignore[union-attr]
+    start = attack(view, threats.build(row, None), sample, begun, seed=0, purpose="published")
+    assert int((~found.broken_B).sum()) <= int((~start.broken_B).sum()), "it ends no weaker than it starts"

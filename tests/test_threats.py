@@ -590,3 +590,27 @@ def test_a_step_in_l1_leaves_out_pixels_that_are_at_the_border_it_would_cross() 
     torch.testing.assert_close(step, expected)
     inwards = threat.direction(Batch(["a"], x, torch.tensor([0])), torch.zeros_like(x), -gradient)
     assert inwards[0, 0, 0, 0] == -1
+
+
+@pytest.mark.slow
+def test_snow_goes_to_the_closest_point_of_its_budget() -> None:
+    """Against a solver that knows nothing of thresholds; the second region of each row has a column only, and three rows."""
+    rng = np.random.default_rng(0)
+    threat = threats.build(SnowThreat(eps=0.3, budget=0.2), None)
+    batch = Batch(["a"], torch.zeros(1, 1, 12, 36), torch.zeros(1, dtype=torch.int64))
+    grid = rng.normal(0.2, 0.6, (7, 3, 9))
+    theta = torch.cat([torch.from_numpy(grid).flatten(), torch.rand(21, dtype=torch.float64)])[None]
+    found = threat.project(batch, theta)[0, : grid.size].view(7, 3, 9).numpy()
+    for layer in range(2):
+        for place in (slice(0, 8), slice(8, 9)):
+            point = grid[layer, :, place].flatten()
+            solved = scipy.optimize.minimize(
+                lambda f, point=point: ((f - point) ** 2).sum(),
+                np.full(point.size, 0.1),
+                jac=lambda f, point=point: 2 * (f - point),
+                bounds=[(0.0, 1.0)] * point.size,
+                constraints={"type": "ineq", "fun": lambda f: 0.2 - f.mean(), "jac": lambda f: np.full(f.size, -1 / f.size)},
+                method="SLSQP",
+                options={"ftol": 1e-12, "maxiter": 500},
+            )
+            np.testing.assert_allclose(found[layer, :, place].flatten(), solved.x, atol=1e-4)

@@ -4,6 +4,7 @@ import os
 import random
 from typing import Any
 
+import numpy as np
 import optuna
 import ray
 import ray.tune
@@ -102,7 +103,8 @@ def scheduler(config: TuneConfig, space: Space, work: Work) -> TrialScheduler:
     if config.scheduler == "median":
         return _Median(work, **one, grace_period=config.grace_epochs)
     if config.scheduler == "pbt":
-        random.seed(config.seed)  # Tune's changes come from there
+        random.seed(config.seed)  # Tune's changes come from there,
+        np.random.seed(config.seed)  # and from there what it draws anew
         domains = space.variables(config)
         return _Population(
             work,

@@ -78,6 +78,7 @@ LAYERS = 7  # of flakes, each with a streak of its own
 SPACING = 4  # pixels between places where a flake may lie
 REGION = 8  # places along the side of a region of the budget
 STREAK = 13  # side of a streak's kernel in pixels
+HALVINGS = 30  # of a threshold for flakes' intensities, which are at most 1
 REACH = 2  # flakes in each direction from whose streaks a pixel may have something
 
 
@@ -86,7 +87,8 @@ class Snow(UnitBox):
 
     As in the published code a layer's flakes lie on every fourth pixel, count by the fourth power of their intensity, and are
     drawn out along the layer's line; the image is bleached, and flakes are added. The streaks (angle, length, width) are drawn
-    at random with the start and stay. Unlike there, the last step is projected as well.
+    at random with the start and stay. Unlike there, the last step is projected as well, and to the closest point: to scale a
+    region down, as is published, makes many dim flakes of few bright ones, which ends weaker than where it started.
     """
 
     default_step: float | None = math.sqrt(0.001)
@@ -109,13 +111,28 @@ class Snow(UnitBox):
         return self.project(batch, torch.cat([torch.exp(-drawn[:, :flakes] / self.budget), drawn[:, flakes:]], dim=1))
 
     def project(self, batch: Batch, theta: Tensor) -> Tensor:
-        """Into [0, 1], then in each region of each layer down to the budget."""
+        """The closest point in [0, 1] whose mean in each region of each layer is within the budget.
+
+        There all flakes of a region are less by one threshold, then clipped (as `balls.project_l1_in_box` has it).
+        """
         height, width = self._grid(batch.x_BCHW)
-        flakes, streaks = theta.clamp(0.0, 1.0).split([LAYERS * height * width, 3 * LAYERS], dim=1)
+        flakes, streaks = theta.split([LAYERS * height * width, 3 * LAYERS], dim=1)
         grid = flakes.view(-1, LAYERS, height, width)
-        factor = (self.budget / self._means(grid).clamp_min(1e-12)).clamp(max=1.0)
-        factor = factor.repeat_interleave(REGION, 2).repeat_interleave(REGION, 3)[:, :, :height, :width]
-        return torch.cat([(grid * factor).flatten(1), streaks], dim=1)
+
+        def less(threshold: Tensor) -> Tensor:
+            spread = threshold.repeat_interleave(REGION, 2).repeat_interleave(REGION, 3)[:, :, :height, :width]
+            reduced: Tensor = (grid - spread).clamp(0.0, 1.0)
+            return reduced
+
+        enough = F.max_pool2d(grid, REGION, ceil_mode=True).clamp_min(0.0)
+        too_little = torch.zeros_like(enough)
+        inside = self._means(less(too_little)) <= self.budget
+        for _ in range(HALVINGS):
+            middle = (too_little + enough) / 2
+            fits = self._means(less(middle)) <= self.budget
+            enough, too_little = torch.where(fits, middle, enough), torch.where(fits, too_little, middle)
+        found = less(torch.where(inside, torch.zeros_like(enough), enough))
+        return torch.cat([found.flatten(1), streaks.clamp(0.0, 1.0)], dim=1)
 
     @staticmethod
     def _means(grid: Tensor) -> Tensor:
