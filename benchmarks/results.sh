@@ -7,6 +7,10 @@ python=${PYTHON:-.venv/bin/python}
 processes=${PROCESSES:-2}
 study=(benchmarks/study.py --preset demo benchmarks/studies/mnist.yaml)
 
+older() { # rows of another suite, or version, are not mixed with these; git has them
+    (cd "$1" && rm -rf rows clean worst autoattack settings.yaml study.json remeasured.json)
+}
+
 "$python" "${study[@]}" --processes "$processes" --seeds 3
 "$python" "${study[@]}" benchmarks/studies/mnist_early.yaml --processes "$processes" --until projection
 test -f runs/study/mnist_sampled/manifest.json ||
@@ -15,6 +19,7 @@ test -f runs/study/mnist_sampled/manifest.json ||
 "$python" "${study[@]}" --processes "$processes" --trained at_eps_20 dmat_eps_20 --seeds 3
 "$python" "${study[@]}" --processes "$processes" --trained at at_eps_20 dmat dmat_eps_20 dmat_trades_wide --seeds 3 --worst-case
 "$python" "${study[@]}" --processes "$processes" --seeds 1 --autoattack digits_autoattack --autoattack-limit 50
+older benchmarks/results/mnist
 "$python" benchmarks/study_report.py runs/study/mnist --pack benchmarks/results/mnist
 "$python" benchmarks/study_report.py benchmarks/results/mnist --page docs/results/mnist.md --headline README.md
 "$python" benchmarks/release.py runs/study/mnist models/mnist standard at_eps_20 dmat_eps_20
@@ -27,6 +32,7 @@ if [ -n "${CIFAR10:-}" ]; then
     "$python" "${study[@]}" --trained at joint dmat_trades_wide dmat_recolor dmat_fog_recolor_stadv --seeds 3 --worst-case
     "$python" "${study[@]}" --trained dmat dmat_fog_recolor --seeds 5 --worst-case
     "$python" "${study[@]}" --trained at dmat joint dmat_fog_recolor_stadv --seeds 1 --autoattack cifar10_autoattack --autoattack-limit 100
+    older benchmarks/results/cifar5
     "$python" benchmarks/study_report.py runs/study/cifar5 --pack benchmarks/results/cifar5
     "$python" benchmarks/study_report.py benchmarks/results/cifar5 --page docs/results/cifar5.md
     "$python" benchmarks/release.py runs/study/cifar5 models/cifar5 standard at om_at dmat dmat_trades_wide dmat_fog_recolor_stadv
