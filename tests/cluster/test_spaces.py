@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.tune.schedulers.pbt import _explore
 from scipy import stats
 from small import ROOT, settings
 
@@ -165,6 +166,22 @@ def test_a_change_stays_inside_the_space(tmp_path, config):
     changed = space.within({"objective.image.eps": 0.48, "objective.image.steps": 4, share: 1.2})
     assert changed == {"objective.image.eps": 0.4, "objective.image.steps": 3, share: 1.0}
     assert space.within({"objective.image.eps": 0.01, "objective.image.steps": 0, share: 0.5})["objective.image.steps"] == 1
+
+
+def test_a_populations_changes_are_those_of_its_seed(tmp_path, config):
+    """A quarter of them are drawn anew, which Tune does by numpy's generator, the others by Python's."""
+    space = load(tmp_path, config, 'SPACE = {"training.weight_decay": tune.uniform(0, 1)}')
+
+    def changes(seed: int) -> list[float]:
+        found = searchers.scheduler(TuneConfig(scheduler="pbt", searcher="random", num_samples=4, seed=seed), space, None)
+        how = (found._hyperparam_mutations, found._resample_probability, found._perturbation_factors, found._custom_explore_fn)
+        return [_explore({"training.weight_decay": 0.5}, *how)[0]["training.weight_decay"] for _ in range(20)]
+
+    first = changes(0)
+    assert len({round(value, 6) for value in first} - {0.4, 0.6}) > 1, "some are drawn anew"
+    np.random.rand()
+    assert changes(0) == first
+    assert changes(1) != first
 
 
 @pytest.mark.parametrize(
