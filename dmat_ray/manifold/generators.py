@@ -205,5 +205,6 @@ def require_images(generator: LatentGenerator, path: str, channels: int, resolut
     if (generator.channels, generator.resolution) != (channels, resolution):
         raise UserError(
             f"generator '{path}' makes {generator.resolution}x{generator.resolution} images with {generator.channels} "
-            f"channel(s), the data has {resolution}x{resolution} with {channels}; set data.resolution and data.channels"
+            f"channel(s), the data has {resolution}x{resolution} with {channels}; set data.resolution and data.channels, or "
+            "another generator.path"
         )
