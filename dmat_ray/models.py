@@ -94,8 +94,21 @@ def untrained(configs: list[Config], say: Callable[[str], None], workers: int | 
         else:
             todo.append(config)
     if todo:
-        require_fit(todo, set_reader.read_manifest(set_folder(todo[0])), workers)
+        manifest = set_reader.read_manifest(set_folder(todo[0]))
+        require_fit(todo, manifest, workers)
+        say(_trained_on(todo, manifest))
     return todo
+
+
+def _trained_on(configs: list[Config], manifest: Mapping[str, Any]) -> str:
+    """How many images there are to train on, and which are left out."""
+    usable = manifest["usable"].get("train", 0)
+    poor = manifest["splits"].get("train", 0) - usable
+    held_out = sorted({config.training.val_examples for config in configs})
+    told = f"{' or '.join(str(usable - count) for count in held_out)} images to train on"
+    if held_out[-1]:
+        told += f", {' or '.join(map(str, held_out))} more held out (training.val_examples)"
+    return told + (f"; {poor} that were projected poorly are left out (projection.poor_l1)" if poor else "")
 
 
 def require_fit(configs: Sequence[Config], manifest: Mapping[str, Any], workers: int | None = None) -> None:

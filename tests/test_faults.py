@@ -288,6 +288,7 @@ def test_sigterm_writes_a_checkpoint_and_a_rerun_goes_on_from_it(
     command = local_job(set_folder, generator_folder, tmp_path, *slow)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
+    assert "images to train on" in process.stderr.readline()
     seen = process.stderr.readline()
     assert "epoch 1/40" in seen
     time.sleep(0.5)
@@ -299,6 +300,7 @@ def test_sigterm_writes_a_checkpoint_and_a_rerun_goes_on_from_it(
     assert 1 <= run["epoch"] < 40
     again = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert again.stderr is not None
+    assert "images to train on" in again.stderr.readline()
     assert f"going on with epoch {run['epoch'] + 1}" in again.stderr.readline()
     assert f"epoch {run['epoch'] + 1}/40" in again.stderr.readline()
     again.terminate()

@@ -18,6 +18,7 @@ from dmat_ray.attack_view import AttackView
 from dmat_ray.config import Config
 from dmat_ray.data.epochs import held_out_positions
 from dmat_ray.data.manifold_set import epoch_batches, open_set
+from dmat_ray.data.set_reader import read_manifest
 from dmat_ray.errors import UserError
 from dmat_ray.lease import sole
 from dmat_ray.local import LocalContext
@@ -158,6 +159,11 @@ def test_one_image_a_worker_is_refused_before_anything_is_trained(
 ) -> None:
     changes: dict[str, Any] = {"training": {"batch_size": 3}, "classifier": {"name": "resnet18"}}
     config = make_config(output=str(tmp_path), manifold_set=str(set_folder), name="tiny", **changes)
-    assert models.untrained([config], print, 1) == [config]
+    lines: list[str] = []
+    assert models.untrained([config], lines.append, 1) == [config]
+    manifest = read_manifest(set_folder)
+    usable, held_out = manifest["usable"]["train"], config.training.val_examples
+    assert lines[0].startswith(f"{usable - held_out} images to train on")
+    assert ("projected poorly" in lines[0]) == (manifest["splits"]["train"] > usable)
     with pytest.raises(UserError, match="'resnet18' cannot take 8x8 images one at a time"):
         models.untrained([config], print, 2)
