@@ -73,7 +73,9 @@ def test_a_training_that_is_stopped_and_whose_worker_is_killed_goes_on_within_it
         second.wait(timeout=800)
     said = (tmp_path / "second").read_text()
     assert second.returncode == 0, said
-    assert len(re.findall(r"going on with epoch \d, after step \d", said)) == 2, said
+    assert len(re.findall(r"going on with epoch \d", said)) == 2, said
+    # one of the two may have come between the epochs
+    assert re.search(r"going on with epoch \d, after step \d", said), said
     torchrun(tmp_path / "calm", tmp_path / "on_manifold_set", "--name", "dmat", *slow)
     calm = history(tmp_path / "calm")
     assert history(tmp_path) == [pytest.approx(epoch, rel=1e-3, abs=1e-5) for epoch in calm]
