@@ -1,7 +1,7 @@
 """Run attacks of a study again on its released models: what attacks that have been mended since leave standing.
 
-    python benchmarks/remeasure.py benchmarks/results/mnist models/mnist "PGD-50 L1" "jpeg L1"
-    python benchmarks/remeasure.py benchmarks/results/cifar5 models/cifar5 "PGD-50 L1" "jpeg L1" recolor --source DIR \\
+    python benchmarks/remeasure.py benchmarks/results/mnist models/mnist "PGD-50 L1" snow
+    python benchmarks/remeasure.py benchmarks/results/cifar5 models/cifar5 "PGD-50 L1" snow recolor --source DIR \\
       --preset cifar10 benchmarks/studies/cifar5.yaml
 
 On the natural test images that the study's rows are of (DIR holds CIFAR-10's own binary files); writes remeasured.json beside the

@@ -155,11 +155,10 @@ class AttackView(nn.Module):
         self._source = (network,)  # in a tuple, so that it is no submodule
         self._dtype = dtype
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
-        traced = _traced(_Called(copy.deepcopy(network).eval()))
-        if traced is not None and _foldable(traced.graph, dict(traced.named_modules())):
-            self._use(*_fold(traced))
-        else:
-            self._use(_Called(copy.deepcopy(network).eval()), [])
+        plain = _Called(copy.deepcopy(network).eval())
+        traced = _traced(plain)
+        view, folded = (plain, []) if traced is None else _fold(traced)
+        self._use(view if folded else plain, folded)
 
     def _use(self, view: nn.Module, folded: list[tuple[str, str]]) -> None:
         """Compute with this copy of the network, into which these batch norms were folded."""
