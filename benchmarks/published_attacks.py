@@ -13,6 +13,7 @@ under the published attack. tests/test_published_attacks.py holds ours against b
 
 import argparse
 import json
+import random
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,10 @@ from published_code import (
     TESTS,
     ElasticRow,
     GaborRow,
+    GlitchRow,
     JpegRow,
+    KaleidoscopeRow,
+    PixelRow,
     SnowRow,
     advex_attack,
     digit_network,
@@ -36,12 +40,13 @@ from published_code import (
 from torch import Tensor, nn
 
 from dmat_ray import threats
-from dmat_ray.config import FogRow, Row
+from dmat_ray.config import FogRow, KaleidoscopeThreat, Row
 from dmat_ray.errors import UserError
 from dmat_ray.rng import Draws
 from dmat_ray.threats.jpeg import CHROMA, LUMA
-from dmat_ray.threats.texture import gabor_kernel
+from dmat_ray.threats.texture import Kaleidoscope, gabor_kernel, hsv_to_rgb
 from dmat_ray.threats.weather import LAYERS, _streaks, num_fog_values
+from dmat_ray.types import Batch
 
 COUNT, STEPS = 200, 20
 SIZE = 32  # fog of the first version is cropped by 16 pixels on each side, which fits images of 32, 96 and 224
@@ -58,6 +63,12 @@ ROWS: list[tuple[str, Row]] = [
     ("standard", JpegRow(name="jpeg linf", norm="linf", eps=0.2, steps=STEPS, step_size=0.2 * FAR)),
     ("robust", JpegRow(name="jpeg l2", norm="l2", eps=6.0, steps=STEPS, step_size=6.0 * FAR)),
     ("robust", JpegRow(name="jpeg l1", norm="l1", eps=60.0, steps=STEPS, step_size=60.0 * FAR)),
+    ("robust", GlitchRow(name="glitch", eps=0.2, lines=16, steps=STEPS, step_size=0.2 * FAR)),
+    ("robust", PixelRow(name="pixel", eps=3.0, size=4 / SIZE, steps=STEPS, step_size=3.0 * FAR)),
+    (
+        "robust",
+        KaleidoscopeRow(name="kaleidoscope", eps=0.2, shapes=5, size=4 / SIZE, outline=2 / SIZE, steps=STEPS, step_size=FAR),
+    ),
 ]
 
 
@@ -171,9 +182,30 @@ def glitch(old: Any, new: Any, x: Tensor, rng: torch.Generator) -> Arrays:
 
 
 def pixel(old: Any, new: Any, x: Tensor, rng: torch.Generator) -> Arrays:
-    code, theta = new("attacks.pixel"), torch.rand(len(x), 1, 4, 4, generator=rng)
+    code, theta = new("attacks.pixel"), torch.rand(len(x), 3, 4, 4, generator=rng)
     x = x[:, :, :16, :16]
-    return {"theta": theta, "images": code.pixelate_image(x, code.get_pixels(x, 4), theta.expand(-1, 3, -1, -1))}
+    return {"theta": theta, "images": code.pixelate_image(x, code.get_pixels(x, 4), theta)}
+
+
+def kaleidoscope(old: Any, new: Any, x: Tensor, rng: torch.Generator) -> Arrays:
+    """Images of the shapes that our numbers are."""
+    count = 4
+    ours = Kaleidoscope(KaleidoscopeThreat(shapes=count, size=0.25, outline=2 / SIZE, eps=0.3, transparency=0.2))
+    sizes = [3 * count, SIZE * SIZE, ours.FIXED * count]
+    moves, bright, fixed = torch.rand(len(x), sum(sizes), generator=rng).split(sizes, dim=1)
+    theta = torch.cat([moves * 2 - 1, bright, fixed], dim=1)
+    shapes, outlines, colours = kaleidoscope_parts(ours, x, theta)
+    images = new("attacks.kaleidoscope").add_variables(
+        x, shapes, 0.3 * (moves * 2 - 1).view(-1, count, 3), outlines, 0.3 * bright.view(-1, 1, SIZE, SIZE), 0.2, colours, True
+    )  # fmt: skip
+    return {"theta": theta, "images": images}
+
+
+def kaleidoscope_parts(threat: Kaleidoscope, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which pixels our shapes and their outlines cover, and the colours drawn for them."""
+    fixed = theta[:, -threat.FIXED * threat.shapes :].view(-1, threat.shapes, threat.FIXED)
+    shapes, outlines = threat.covers(fixed[:, :, 3:], x)
+    return shapes, outlines, hsv_to_rgb(fixed[:, :, 0], 0.7 + 0.3 * fixed[:, :, 1], 0.8 + 0.2 * fixed[:, :, 2])
 
 
 def hsv(old: Any, new: Any, x: Tensor, rng: torch.Generator) -> Arrays:
@@ -181,7 +213,7 @@ def hsv(old: Any, new: Any, x: Tensor, rng: torch.Generator) -> Arrays:
     return {"hsv": colours, "rgb": new("attacks.hsv").hsv2rgb(colours)}
 
 
-RENDERS = {f.__name__: f for f in (fog, snow, elastic, gabor, jpeg, wood, glitch, pixel, hsv)}
+RENDERS = {f.__name__: f for f in (fog, snow, elastic, gabor, jpeg, wood, glitch, pixel, kaleidoscope, hsv)}
 
 
 def renders(old: Any, new: Any) -> dict[str, np.ndarray]:
@@ -195,20 +227,39 @@ def renders(old: Any, new: Any) -> dict[str, np.ndarray]:
     return {name: value.detach().float().numpy() for name, value in found.items()}
 
 
-def strength(code: ModuleType) -> dict[str, Any]:
+def new_attack(new: Any, row: Row, batch: Batch) -> Any:
+    """The third version's attack with the budget, steps and step size of a row; a kaleidoscope's shapes are those of ours."""
+    steps, step = row.steps, row.step_size
+    if row.threat == "glitch":
+        return new("attacks.glitch").GlitchAdversary(row.eps, steps, step, row.lines, 0.0)
+    if row.threat == "pixel":
+        return new("attacks.pixel").PixelAdversary(row.eps, steps, step, row.norm, round(row.size * SIZE))
+    code, threat = new("attacks.kaleidoscope"), threats.build(row, None)
+    shapes, _, colours = kaleidoscope_parts(threat, batch.x_BCHW, threat.start(batch, Draws(0, batch.id, "published/0")))
+    code.get_shape_masks, code.init_colours = lambda *_: shapes, lambda *_: colours
+    edge = 1 + 2 * round(row.outline * SIZE)
+    sizes = (row.shapes, row.size * SIZE, 0.8, 0.7, row.transparency, edge)
+    return code.KaleidoscopeAdversary(row.eps, steps, row.eps * step, *sizes)
+
+
+def strength(code: ModuleType, new: Any) -> dict[str, Any]:
     """The rows, each with its classifier and the number of digits that stand under theirs."""
     every, rows = digits(COUNT), []
     for name, row in ROWS:
         network, standing = digit_network(name).requires_grad_(False), 0
         torch.manual_seed(0)
         np.random.seed(0)  # theirs draws from it
+        random.seed(0)
         for part in torch.arange(COUNT).split(20):  # theirs has one set of streaks for all images of a batch
             batch = every.take(part)
-            attack = advex_attack(code, row, SIZE)
-            if isinstance(row, GaborRow):  # the kernels that ours will have: some are far stronger than others
-                theta = threats.build(row, None).start(batch, Draws(0, batch.id, "published/0"))
-                attack._get_gabor_kernel = lambda _, theta=theta: gabor_kernel(theta[:, -4:])
-            images = run_advex(attack, network, batch).clamp(0, 1)
+            if isinstance(row, GlitchRow | PixelRow | KaleidoscopeRow):
+                images = new_attack(new, row, batch)(network, batch.x_BCHW, batch.y_B).clamp(0, 1)
+            else:
+                attack = advex_attack(code, row, SIZE)
+                if isinstance(row, GaborRow):  # the kernels that ours will have: some are far stronger than others
+                    theta = threats.build(row, None).start(batch, Draws(0, batch.id, "published/0"))
+                    attack._get_gabor_kernel = lambda _, theta=theta: gabor_kernel(theta[:, -4:])
+                images = run_advex(attack, network, batch).clamp(0, 1)
             with torch.no_grad():
                 standing += int((network(images).argmax(dim=1) == batch.y_B).sum())
         print(f"{row.name}: {standing} of {COUNT} stand on {name}", flush=True)
@@ -226,9 +277,10 @@ def main() -> None:
     arguments = parser.parse_args()
     old = published(arguments.advex_uar, ["advex_uar"])
     new = published(arguments.adversarial_corruptions, ["attacks", "config"])
+    new("config").device = "cpu"
     arguments.output.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(arguments.output / "renders.npz", **renders(old, new))
-    found = strength(old("advex_uar.attacks"))
+    found = strength(old("advex_uar.attacks"), new)
     (arguments.output / "strength.json").write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -24,6 +24,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.types import Batch
 
 ElasticRow, GaborRow, JpegRow, SnowRow = (ROWS[name] for name in ("elastic", "gabor", "jpeg", "snow"))
+GlitchRow, PixelRow, KaleidoscopeRow = (ROWS[name] for name in ("glitch", "pixel", "kaleidoscope"))
 TESTS = Path(__file__).parent.parent / "tests"
 
 

@@ -19,7 +19,7 @@ from dmat_ray.errors import NotFiniteError, UserError
 from dmat_ray.rng import Draws
 from dmat_ray.search import SEARCHES
 from dmat_ray.threats.balls import per_example
-from dmat_ray.types import Batch, Threat
+from dmat_ray.types import Batch, Query, Threat
 
 
 def require_possible(config: Term | Row, one: Batch, draws: Draws) -> None:
@@ -32,6 +32,7 @@ def require_possible(config: Term | Row, one: Batch, draws: Draws) -> None:
     threat.render(one, SEARCHES[config.method](threat, one, config, draws if config.random_start else None).start())
 
 
+LPA_MARGIN = 1.0  # kappa of arXiv 2006.12655
 Loss = Callable[[Tensor], Tensor]
 """logits_BK -> loss_B, to be raised by the attack."""
 
@@ -96,6 +97,16 @@ def targeted_dlr(y_B: Tensor, target_B: Tensor) -> Loss:
     return loss
 
 
+def margin(y_B: Tensor, most: float = torch.inf) -> Loss:
+    """By how much the highest other logit exceeds the label's, `most` at most (arXiv 1608.04644)."""
+
+    def loss(logits: Tensor) -> Tensor:
+        own = logits.gather(1, y_B[:, None])[:, 0]
+        return (logits.scatter(1, y_B[:, None], -torch.inf).amax(dim=1) - own).clamp(max=most)
+
+    return loss
+
+
 def _best(logits: Tensor, count: int, name: str) -> Tensor:
     if logits.shape[1] < count:
         raise UserError(f"loss {name} needs {count} classes or more, here are {logits.shape[1]}; use ce")
@@ -103,10 +114,12 @@ def _best(logits: Tensor, count: int, name: str) -> Tensor:
 
 
 def losses_of(network: nn.Module, batch: Batch, config: AttackConfig) -> list[Loss]:
-    """What the searches of an evaluation row raise, one after the other; of any other attack the cross entropy.
+    """What the searches of an evaluation row raise, one after the other; of any other attack the cross entropy. LPA has its own.
 
     Raises UserError for more targets than there are other classes, or a loss that needs more classes.
     """
+    if config.method == "lpa":
+        return [margin(batch.y_B, LPA_MARGIN)]
     name, targets = (config.loss, config.targets) if isinstance(config, Row) else ("ce", 0)
     if targets == 0:
         return [dlr(batch.y_B) if name == "dlr" else cross_entropy(batch.y_B)]
@@ -170,7 +183,8 @@ def _search(
             logits, value_B = query(theta)
             if search.needs_gradient:
                 (gradient,) = torch.autograd.grad(value_B.sum(), theta)
-        theta = search.next(theta.detach(), value_B.detach(), gradient)
+        broken_B = logits.detach().argmax(dim=1) != batch.y_B
+        theta = search.next(theta.detach(), Query(value_B.detach(), gradient, broken_B))
     with torch.no_grad():
         theta = search.last(theta, lambda last: query(last)[1])
         if breaking is not None:

@@ -15,7 +15,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.rng import Draws
 from dmat_ray.threats.balls import per_example
 from dmat_ray.threats.image import ImageBall
-from dmat_ray.types import Batch, Threat
+from dmat_ray.types import Batch, Query, Threat
 
 SHARE = 0.8  # of the pixels that the first squares cover (AutoAttack's, arXiv 2003.01690)
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # the last of 10,000 queries before that share is halved
@@ -39,9 +39,9 @@ class Random:
         """The first point."""
         return self.threat.start(self.batch, self.draws)
 
-    def next(self, theta: Tensor, loss_B: Tensor, gradient: Tensor) -> Tensor:
+    def next(self, theta: Tensor, seen: Query) -> Tensor:
         """Another point."""
-        self._note(theta, loss_B)
+        self._note(theta, seen.loss_B)
         return self.start()
 
     def last(self, theta: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
@@ -86,9 +86,9 @@ class Square(Random):
         down, right = x.shape[2] - rows * side, x.shape[3] - columns * side
         return self._filled(F.pad(tiles, (right // 2, right - right // 2, down // 2, down - down // 2)))
 
-    def next(self, theta: Tensor, loss_B: Tensor, gradient: Tensor) -> Tensor:
+    def next(self, theta: Tensor, seen: Query) -> Tensor:
         """The best so far with one more square."""
-        best, numbers = self._note(theta, loss_B), self.numbers[:, self.step]
+        best, numbers = self._note(theta, seen.loss_B), self.numbers[:, self.step]
         side = side_at(self.step, self.steps, self.norm, *self.batch.x_BCHW.shape[2:])
         self.step += 1
         signs = _signs(numbers[:, 5:, None, None])

@@ -44,7 +44,7 @@ AUTOATTACK = {
     "square": (0, 5000),
 }
 # passes forward of the network of a perceptual attack, of a step and of a search besides: most are its way back into the ball
-PERCEPTUAL = {"pgd": (36, 14), "momentum": (36, 14), "apgd": (48, 14), "lagrange": (5, 26), "random": (12, 14)}
+PERCEPTUAL = {"pgd": (36, 14), "momentum": (36, 14), "apgd": (48, 14), "lagrange": (5, 26), "lpa": (5, 26), "random": (12, 14)}
 
 
 @dataclass(frozen=True)

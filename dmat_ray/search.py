@@ -1,7 +1,7 @@
 """How theta moves from one gradient to the next: projected gradient descent, with momentum, with a step that adapts itself, and
 through the outside of the budget.
 
-Each search is told the loss and the gradient at the last theta and gives the next one. All of it is per example and stays on
+Each search is told what the last theta did to the network and gives the next one. All of it is per example and stays on
 the device. Searches that need no gradient are in `black_box.py`.
 """
 
@@ -17,13 +17,14 @@ from dmat_ray.config import AttackConfig
 from dmat_ray.errors import UserError
 from dmat_ray.rng import Draws
 from dmat_ray.threats.balls import Ball, per_example
-from dmat_ray.types import Batch, Measured, Threat
+from dmat_ray.types import Batch, Measured, Query, Threat
 
 DECAY = 1.0  # of momentum (arXiv 1710.06081)
 INERTIA, RISING = 0.75, 0.75  # alpha and rho of arXiv 2003.01690
 # of Auto-PGD in L1 (arXiv 2103.01208): share of the steps between two looks, of the coordinates at first; the others by its code
 SPARSE_INTERVAL, SPARSE_FIRST, SPARSER, FEWER, SHORTEST = 0.04, 0.2, 1.5, 0.95, 10.0
-WEIGHT = 10.0  # lambda of arXiv 2006.12655, at the end
+WEIGHT = 10.0  # lambda of Fast-LPA (arXiv 2006.12655), at the end
+ROUNDS, FIRST_WEIGHT = 5, 0.01  # of the LPA of the same paper, and its lambda at first
 
 
 def step_size_of(config: AttackConfig, threat: Threat) -> float:
@@ -45,8 +46,8 @@ class Search(Protocol):
     def start(self) -> Tensor:
         """The first theta."""
 
-    def next(self, theta: Tensor, loss_B: Tensor, gradient: Tensor) -> Tensor:
-        """The next theta. A search that does not need the gradient gets an empty one."""
+    def next(self, theta: Tensor, seen: Query) -> Tensor:
+        """The next theta, given what was seen at this one."""
 
     def last(self, theta: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
         """The result, given the theta that came last; `loss` puts a theta through the network if asked."""
@@ -65,8 +66,11 @@ class Pgd:
         """The threat's."""
         return self.threat.start(self.batch, self.draws)
 
-    def next(self, theta: Tensor, loss_B: Tensor, gradient: Tensor) -> Tensor:
+    def next(self, theta: Tensor, seen: Query) -> Tensor:
         """Steepest ascent, back inside the budget."""
+        return self._ascend(theta, seen.gradient)
+
+    def _ascend(self, theta: Tensor, gradient: Tensor) -> Tensor:
         return self.threat.project(self.batch, theta + self.step_size * self.threat.direction(self.batch, theta, gradient))
 
     def last(self, theta: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
@@ -79,12 +83,12 @@ class Momentum(Pgd):
 
     velocity: Tensor | None = None
 
-    def next(self, theta: Tensor, loss_B: Tensor, gradient: Tensor) -> Tensor:
+    def next(self, theta: Tensor, seen: Query) -> Tensor:
         """Steepest ascent of the sum."""
-        size = gradient.flatten(1).abs().mean(dim=1).clamp_min(1e-30)
-        gradient = gradient / per_example(size, gradient)
+        size = seen.gradient.flatten(1).abs().mean(dim=1).clamp_min(1e-30)
+        gradient = seen.gradient / per_example(size, seen.gradient)
         self.velocity = gradient if self.velocity is None else DECAY * self.velocity + gradient
-        return super().next(theta, loss_B, self.velocity)
+        return self._ascend(theta, self.velocity)
 
 
 class Apgd(Pgd):
@@ -119,8 +123,9 @@ class Apgd(Pgd):
             self.best_gradient = torch.where(per_example(better, theta), gradient, self.best_gradient)
         self.loss_before_B = loss_B
 
-    def next(self, theta: Tensor, loss_B: Tensor, gradient: Tensor) -> Tensor:
+    def next(self, theta: Tensor, seen: Query) -> Tensor:
         """The next theta: a step with inertia, from the best theta where the step was halved."""
+        loss_B, gradient = seen.loss_B, seen.gradient
         if not self.started:
             self._begin(theta, loss_B, gradient)
         else:
@@ -158,8 +163,9 @@ class SparseApgd(Apgd):
         assert isinstance(threat, Ball)
         self.direction, self.interval = threat.sparse_direction, max(int(SPARSE_INTERVAL * config.steps), 1)
 
-    def next(self, theta: Tensor, loss_B: Tensor, gradient: Tensor) -> Tensor:
+    def next(self, theta: Tensor, seen: Query) -> Tensor:
         """The next theta: from the best theta where the steps have become sparser."""
+        loss_B, gradient = seen.loss_B, seen.gradient
         most, count = self.threat.limit, theta[0].numel()
         if not self.started:
             self._begin(theta, loss_B, gradient)
@@ -207,19 +213,29 @@ class Lagrange(Pgd):
     def __init__(self, threat: Threat, batch: Batch, config: AttackConfig, draws: Draws | None) -> None:
         super().__init__(threat, batch, config, draws)
         if not isinstance(threat, Measured):
-            raise UserError("method lagrange needs a threat whose steps have a length: perceptual, or one with a ball and no box")
+            raise UserError(
+                f"method {config.method} needs a threat whose steps have a length: perceptual, or one with a ball and no box"
+            )
         self.measured, self.step, self.steps = threat, 0, config.steps
         self.step_size = threat.limit if config.step_size is None else config.step_size
 
-    def next(self, theta: Tensor, loss_B: Tensor, gradient: Tensor) -> Tensor:
+    def next(self, theta: Tensor, seen: Query) -> Tensor:
         """A step along the Lagrangian's gradient, which may lead out of the budget."""
         done = self.step / self.steps
         self.step += 1
+        _, outwards = self._beyond(theta)
+        return self._climb(theta, seen.gradient - WEIGHT * 0.1 ** (1 - done) * outwards, done)
+
+    def _beyond(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """How far theta is from where the search began to move, and the gradient of what of this exceeds the limit."""
         with torch.enable_grad():
             here = theta.detach().requires_grad_(True)
-            over = (self.threat.distance(self.batch, here) - self.threat.limit).clamp_min(0.0)
-            (outwards,) = torch.autograd.grad(over.sum(), here)
-        uphill = gradient - WEIGHT * 0.1 ** (1 - done) * outwards
+            distance_B = self.threat.distance(self.batch, here)
+            (outwards,) = torch.autograd.grad((distance_B - self.threat.limit).clamp_min(0.0).sum(), here)
+        return distance_B.detach(), outwards
+
+    def _climb(self, theta: Tensor, uphill: Tensor, done: float) -> Tensor:
+        """A step along `uphill`, as long as is due when a share `done` of the steps is."""
         uphill = uphill / per_example(uphill.flatten(1).norm(dim=1).clamp_min(1e-30), uphill)
         length = self.measured.length(self.batch, theta, uphill)
         step: Tensor = uphill * per_example(self.step_size * 0.1**done / (length + 1e-4), uphill)
@@ -230,11 +246,39 @@ class Lagrange(Pgd):
         return self.threat.project(self.batch, theta)
 
 
+class Lpa(Lagrange):
+    """The same in five rounds, a fifth of the steps each (LPA of arXiv 2006.12655): the weight is each example's own, begins at
+    FIRST_WEIGHT and grows tenfold after every round that ends outside the budget. What is broken inside it is left alone.
+    """
+
+    def __init__(self, threat: Threat, batch: Batch, config: AttackConfig, draws: Draws | None) -> None:
+        super().__init__(threat, batch, config, draws)
+        if config.steps < ROUNDS:
+            raise UserError(f"method lpa goes in {ROUNDS} rounds; {config.steps} steps are too few")
+        self.weight_B, self.done_B = (
+            batch.x_BCHW.new_full((len(batch),), FIRST_WEIGHT),
+            torch.zeros_like(batch.y_B, dtype=torch.bool),
+        )
+
+    def next(self, theta: Tensor, seen: Query) -> Tensor:
+        """A step, but of what is broken inside the budget."""
+        number = ROUNDS * self.step // self.steps
+        done = ROUNDS * self.step / self.steps - number
+        self.step += 1
+        distance_B, outwards = self._beyond(theta)
+        self.done_B = self.done_B | seen.broken_B & (distance_B <= self.threat.limit)
+        moved = self._climb(theta, seen.gradient - per_example(self.weight_B, outwards) * outwards, done)
+        if ROUNDS * self.step // self.steps > number:
+            self.weight_B = torch.where(distance_B >= self.threat.limit, 10 * self.weight_B, self.weight_B)
+        return torch.where(per_example(self.done_B, theta), theta, moved)
+
+
 SEARCHES: dict[str, Callable[[Threat, Batch, AttackConfig, Draws | None], Search]] = {
     "pgd": Pgd,
     "momentum": Momentum,
     "apgd": apgd,
     "lagrange": Lagrange,
+    "lpa": Lpa,
     "square": black_box.Square,
     "random": black_box.Random,
 }

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -81,6 +81,16 @@ class Threat(Protocol):
     @property
     def default_step(self) -> float | None:
         """Step size the threat's source prescribes per sqrt-step, or None for 2.5 limit / steps."""
+
+
+class Query(NamedTuple):
+    """What a theta did to the network, per example: the loss that is to be raised, its gradient to theta (empty for a search that
+    needs none), and whether the image is misclassified.
+    """
+
+    loss_B: Tensor
+    gradient: Tensor
+    broken_B: Tensor
 
 
 @runtime_checkable

@@ -142,7 +142,7 @@ def test_an_attack_is_counted(
 
 
 @pytest.mark.parametrize(
-    "method", ["pgd", "lagrange", *(pytest.param(m, marks=pytest.mark.exhaustive) for m in ("momentum", "apgd", "random"))]
+    "method", ["pgd", "lagrange", *(pytest.param(m, marks=pytest.mark.exhaustive) for m in ("momentum", "apgd", "lpa", "random"))]
 )
 def test_a_perceptual_attack_is_counted(
     make_config: MakeConfig, generator: StyleGAN2, make_batch: Callable[..., Batch], method: Any

@@ -166,7 +166,8 @@ def test_both_attacks_raise_the_loss_inside_the_budget(alex: Any) -> None:
     run = functools.partial(attack, network, threat, batch, seed=0, purpose="test")
     with torch.no_grad():
         clean = F.cross_entropy(network(batch.x_BCHW), batch.y_B, reduction="none")
-    found = {method: run(AttackConfig(steps=8, method=method)) for method in ("pgd", "lagrange", "random")}
+    steps = {"pgd": 8, "lagrange": 8, "lpa": 40, "random": 8}
+    found = {method: run(AttackConfig(steps=number, method=method)) for method, number in steps.items()}  # type: ignore[arg-type]
     for result in found.values():
         x = result.x_BCHW.double()
         assert ((phi(alex[1], x) - phi(alex[1], batch.x_BCHW.double())).norm(dim=1) <= EPS * (1 + 1e-3)).all()
@@ -176,8 +177,28 @@ def test_both_attacks_raise_the_loss_inside_the_budget(alex: Any) -> None:
         assert (found[method].loss_B > clean + 0.1).all(), method
         assert found[method].loss_B.mean() > found["random"].loss_B.mean() + 0.1
     assert found["lagrange"].loss_B.mean() > found["pgd"].loss_B.mean() - 0.1
+    assert found["lpa"].broken_B.sum() >= found["lagrange"].broken_B.sum()
+    assert found["lpa"].broken_B.any()
     alone = attack(network, threat, batch.take(torch.tensor([5, 2])), AttackConfig(steps=3), seed=0, purpose="test")
     torch.testing.assert_close(alone.x_BCHW, run(AttackConfig(steps=3)).x_BCHW[[5, 2]], atol=1e-4, rtol=0)
+
+
+def test_lpa_leaves_alone_what_it_has_broken_inside(alex: Any) -> None:
+    """And goes on with the rest: where a network is wrong at once, the image it begins with is the result."""
+
+    class Sure(nn.Module):  # of the first class, but for images named by their first pixel
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([4 * x[:, 0, 0, 0], x.flatten(1).mean(dim=1), *torch.zeros(2, len(x))], dim=1)
+
+    x = 0.25 + 0.5 * photos(count=2, size=32, dtype=torch.float32).x_BCHW
+    batch, threat = Batch(["a", "b"], x, torch.tensor([1, 0])), threats.build(PerceptualThreat(eps=EPS, weights=alex[0]), None)
+    found = attack(Sure(), threat, batch, AttackConfig(steps=10, method="lpa"), seed=0, purpose="test")
+    start = threat.render(batch, threat.start(batch, Draws(0, batch.id, "test/0")))
+    assert found.broken_B[0]
+    torch.testing.assert_close(found.x_BCHW[0], start[0])
+    assert (found.x_BCHW[1] - start[1]).abs().max() > 0.01
+    with pytest.raises(UserError, match="goes in 5 rounds"):
+        attack(Sure(), threat, batch, AttackConfig(steps=4, method="lpa"), seed=0, purpose="test")
 
 
 @pytest.mark.parametrize("settings", [ImageThreat(norm="l2", eps=1.0), LatentThreat(norm="l2", eps=1.0)])
@@ -192,13 +213,14 @@ def test_the_lagrangian_serves_other_balls(small_net: nn.Module, generator: Styl
     assert lagrange > start + 0.8 * (pgd - start)
 
 
-def test_the_lagrangian_needs_a_length(small_net: nn.Module, make_batch: Any) -> None:
-    with pytest.raises(UserError, match="lagrange needs a threat whose steps have a length"):
+@pytest.mark.parametrize("method", ["lagrange", "lpa"])
+def test_the_lagrangian_needs_a_length(small_net: nn.Module, make_batch: Any, method: Any) -> None:
+    with pytest.raises(UserError, match=f"{method} needs a threat whose steps have a length"):
         attack(
             small_net,
             threats.build(FogThreat(), None),
             make_batch(),
-            AttackConfig(method="lagrange"),
+            AttackConfig(method=method),
             seed=0,
             purpose="test",
         )

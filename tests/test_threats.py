@@ -102,7 +102,7 @@ def searched(name: str, theta: Tensor, x: Tensor) -> Tensor:
     if name == "gabor":
         mask[:, x[0, 0].numel() :] = 0
     if name == "kaleidoscope":
-        mask[:, :, 3:] = 0
+        mask[:, -7 * 5 :] = 0
     return mask
 
 
@@ -505,14 +505,15 @@ def test_hsv_is_that_of_the_standard_library() -> None:
     np.testing.assert_allclose(hsv_to_rgb(*colours.unbind(dim=1)), wanted, atol=1e-12)
 
 
-def test_pixels_are_means_of_blocks() -> None:
+def test_pixels_are_the_first_of_their_blocks() -> None:
+    """Blocks at the border are smaller."""
     batch = photo(3)
     threat = threats.build(PixelThreat(eps=100, size=8 / 20), None)
-    theta = torch.rand(2, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    theta = torch.rand(2, 3, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     wanted = batch.x_BCHW.clone()
     for r, c in itertools.product(range(3), range(3)):
         block = wanted[:, :, 8 * r : 8 * r + 8, 8 * c : 8 * c + 8]
-        block.lerp_(block.mean(dim=(2, 3), keepdim=True), theta[:, :, r : r + 1, c : c + 1])
+        block.lerp_(block[:, :, :1, :1].clone(), theta[:, :, r : r + 1, c : c + 1])
     torch.testing.assert_close(threat.render(batch, theta), wanted)
 
 
@@ -564,18 +565,37 @@ def test_snow_is_brighter_where_flakes_are() -> None:
 
 def test_shapes_cover_the_image_in_their_colours() -> None:
     batch = photo(3, 64, 64)
-    threat = threats.build(KaleidoscopeThreat(eps=0.5, shapes=1, size=0.25, transparency=0.0), None)
-    for kind, area in ((0.1, math.pi), (0.5, 3 * math.sqrt(3) / 4), (0.9, 2.0)):  # of radius 1
-        theta = torch.zeros(2, 1, 11, dtype=torch.float64)
-        theta[:, :, 3:] = torch.tensor([1 / 3, 1.0, 1.0, 0.5, 0.5, 0.1, kind, 1.0])
+    threat = threats.build(KaleidoscopeThreat(eps=0.5, shapes=1, size=0.25, transparency=0.0, outline=0.0), None)
+    for kind, area in ((0.1, math.pi / 4), (0.5, 3 * math.sqrt(3) / 4), (0.9, 1.0)):  # of size 1
+        theta = torch.zeros(2, 3 + 64 * 64 + 7, dtype=torch.float64)
+        theta[:, -7:] = torch.tensor([1 / 3, 1.0, 1.0, 0.5, 0.5, 0.1, kind])
         rendered = threat.render(batch, theta)
         green = ((rendered - rendered.new_tensor([0, 1, 0]).view(1, 3, 1, 1)).abs() < 1e-6).all(dim=1)
         assert green[:, 30:34, 30:34].all()
         changed = ((rendered - batch.x_BCHW).abs().amax(dim=1) > 0).double().sum(dim=(1, 2))
         assert changed.numpy() == pytest.approx(area * 16**2, rel=0.2)
-        theta[:, :, :3] = torch.tensor([1.0, -1.0, 0.0])
+        theta[:, :3] = torch.tensor([1.0, -1.0, 0.0])
         moved = threat.render(batch, theta)[0, :, 32, 32]
         torch.testing.assert_close(moved, moved.new_tensor([0.5, 0.5, 0.0]))
+
+
+def test_shapes_have_outlines_and_add_up() -> None:
+    """Of two discs in one place: their colours' sum, and a dark ring around, whose every pixel is searched."""
+    batch = photo(3, 64, 64)
+    threat = threats.build(KaleidoscopeThreat(eps=0.5, shapes=2, size=0.25, transparency=0.25, outline=4 / 64), None)
+    theta = torch.zeros(2, 6 + 64 * 64 + 14, dtype=torch.float64)
+    theta[:, -14:] = torch.tensor(
+        [1 / 3, 1.0, 0.0, 0.5, 0.5, 0.0, 0.1, 0.0, 1.0, 0.0, 0.5, 0.5, 0.0, 0.1]
+    )  # green and red of 0.8
+    theta[:, 6 : 6 + 64 * 64] = -torch.rand(64 * 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rendered = threat.render(batch, theta)
+    expected = 0.25 * batch.x_BCHW[:, :, 32, 32] + rendered.new_tensor([0.8, 0.8, 0.0])
+    torch.testing.assert_close(rendered[:, :, 32, 32], expected.clamp(max=1.0))
+    disc = ((torch.arange(64)[:, None] - 31.5) ** 2 + (torch.arange(64) - 31.5) ** 2 < 8**2).numpy()
+    wide = scipy.ndimage.binary_dilation(disc, np.ones((9, 9)))
+    ring, far = torch.from_numpy(wide & ~disc), torch.from_numpy(~wide)
+    torch.testing.assert_close(rendered[0, 1][ring], -0.5 * theta[0, 6 : 6 + 64 * 64].view(64, 64)[ring])
+    torch.testing.assert_close(rendered[:, :, far], batch.x_BCHW[:, :, far])
 
 
 def test_a_step_in_l1_leaves_out_pixels_that_are_at_the_border_it_would_cross() -> None:

@@ -22,15 +22,16 @@ class AttackConfig(Section):
         None,
         gt=0,
         description="length of a step in the units of eps; of fog, snow and gabor in those of their unit box, of joint and "
-        "kaleidoscope as a share of the radius; null = 2.5 radii (fog, snow, gabor: at least 2.5 boxes) / steps, of lagrange one "
-        "radius",
+        "kaleidoscope as a share of the radius; null = 2.5 radii (fog, snow, gabor: at least 2.5 boxes) / steps, of lagrange "
+        "and lpa one radius",
     )
     random_start: bool = Field(True, description="start at a random point of the ball")
     restarts: int = Field(1, ge=1, description="independent searches; each example keeps its worst (needs random_start)")
-    method: Literal["pgd", "momentum", "apgd", "lagrange", "square", "random"] = Field(
+    method: Literal["pgd", "momentum", "apgd", "lagrange", "lpa", "square", "random"] = Field(
         "pgd",
         description="pgd; momentum: along all gradients so far; apgd: steps that halve themselves (step_size is not used); "
-        "lagrange: out of the budget and back; without gradients, a query a step: square (image linf, l2), random (points)",
+        "lagrange: out of the budget and back; lpa: that in five rounds, on a margin; without gradients, a query a step: square "
+        "(image linf, l2), random (points)",
     )
 
     @model_validator(mode="after")

@@ -39,6 +39,12 @@ class Row(AttackConfig, ThreatSettings):
         return self
 
     @model_validator(mode="after")
+    def _has_one_loss(self) -> "Row":
+        if self.method == "lpa" and (self.loss != "ce" or self.targets):
+            raise ValueError("method lpa raises a margin of its own; give neither loss nor targets")
+        return self
+
+    @model_validator(mode="after")
     def _reaches(self) -> "Row":
         require_reach(self, self)
         return self

@@ -107,22 +107,25 @@ class GlitchThreat(ThreatSettings):
 
 
 class KaleidoscopeThreat(ThreatSettings):
-    """Translucent polygons and discs laid over the image; the attack chooses their colours."""
+    """Translucent polygons and discs with outlines over the image; the attack chooses colours, and how bright outlines are."""
 
     step_in_eps: ClassVar[bool] = False
     threat: CliSuppress[Literal["kaleidoscope"]] = "kaleidoscope"
-    eps: Fraction = Field(0.1, ge=0, le=1, description="largest change of a colour from the one drawn at random")
+    eps: Fraction = Field(
+        0.1, ge=0, le=1, description="largest change of a colour from the one drawn at random, and of an outline from black"
+    )
     shapes: int = Field(40, ge=1, description="how many shapes")
-    size: float = Field(15 / 224, gt=0, le=1, description="diameter of a shape, as a share of the image's side")
+    size: float = Field(15 / 224, gt=0, le=1, description="diameter of a disc, side of a square, as a share of the image's side")
     transparency: float = Field(0.1, ge=0, lt=1, description="share of the image that shines through")
+    outline: float = Field(2 / 224, ge=0, le=1, description="width of an outline, as a share of the image's side; 0 for none")
 
 
 class PixelThreat(ThreatSettings):
-    """Blocks blended with their mean colour; the attack chooses how far each is."""
+    """Blocks blended with the colour of their first pixel; the attack chooses how far each is, and each channel."""
 
     threat: CliSuppress[Literal["pixel"]] = "pixel"
-    norm: Literal["linf", "l2"] = Field("l2", description="norm over the blocks' shares")
-    eps: Fraction = Field(5.0, ge=0, description="radius; each block's share of its mean is at most 1 in any case")
+    norm: Literal["linf", "l2"] = Field("l2", description="norm over the shares of all blocks")
+    eps: Fraction = Field(5.0, ge=0, description="radius; a share is at most 1 in any case")
     size: float = Field(16 / 224, gt=0, le=1, description="side of a block, as a share of the image's side")
 
 

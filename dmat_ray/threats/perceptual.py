@@ -1,7 +1,7 @@
 """Perceptual attacks (arXiv 2006.12655): pixels move as far as a network that judges similarity does not mind.
 
 The distance is that of unlearned LPIPS, unsquared: between features of a network, one vector a pixel and layer, each of length 1.
-With method pgd an attack is the paper's PPGD, with method lagrange its Fast-LPA.
+With method pgd an attack is the paper's PPGD, with lagrange its Fast-LPA, with lpa its LPA.
 """
 
 import functools

@@ -131,72 +131,99 @@ class Wood(Ball):
 
 
 class Kaleidoscope(Ball):
-    """theta is (B, K, 3 + 8): how far each shape's colour is from the one drawn for it; then, fixed, that colour (hue,
-    saturation, value), the shape's place, turn, kind and size, each in [0, 1]. Discs, triangles and squares, with soft edges.
+    """theta is (B, 3 K + H W + 7 K): how far each shape's colour is from the one drawn for it, and how bright each pixel of an
+    outline is, both as shares of eps; then, fixed, that colour (hue, saturation, value), the shape's place, turn and kind, each
+    in [0, 1]. Discs, triangles and squares.
 
-    Later shapes lie over earlier ones; the published code adds their colours up, and draws outlines, which this does not.
+    As in the published code, colours add up where shapes overlap, and outlines lie over all of them.
     """
+
+    RADIUS = (0.5, 1.0, 0.5**0.5)  # of the circle around a disc, a triangle and a square, in sizes
+    FIXED = 7
 
     def __init__(self, config: KaleidoscopeThreat) -> None:
         super().__init__("linf", 1.0)
         self.eps, self.shapes = config.eps, config.shapes
-        self.size, self.transparency = config.size, config.transparency
+        self.size, self.transparency, self.outline = config.size, config.transparency, config.outline
+
+    def _fixed(self) -> int:
+        """How many numbers at the end of theta are not searched."""
+        return self.FIXED * self.shapes
 
     def start(self, batch: Batch, draws: Draws | None) -> Tensor:
-        """Everything uniform; without draws all shapes are grey and lie on a diagonal."""
+        """Everything uniform; without draws all shapes are grey squares on a diagonal, of one brightness."""
         x = batch.x_BCHW
+        pixels = x[0, 0].numel()
         if draws is not None:
-            drawn = draws.uniform(self.shapes, 11, like=x)
-            return torch.cat([drawn[:, :, :3] * 2 - 1, drawn[:, :, 3:]], dim=2)
-        fixed = x.new_full((self.shapes, 8), 0.5)
+            drawn = draws.uniform(3 * self.shapes + pixels + self._fixed(), like=x)
+            moves, rest = drawn.split([3 * self.shapes, pixels + self._fixed()], dim=1)
+            return torch.cat([moves * 2 - 1, rest], dim=1)
+        fixed = x.new_full((self.shapes, self.FIXED), 0.5)
+        fixed[:, 1], fixed[:, 6] = 0.0, 1.0
         fixed[:, 3] = fixed[:, 4] = (torch.arange(self.shapes).to(x) + 0.5) / self.shapes
-        return torch.cat([x.new_zeros(self.shapes, 3), fixed], dim=1).expand(len(x), -1, -1).clone()
+        whole = torch.cat([x.new_zeros(3 * self.shapes), x.new_full((pixels,), 0.5), fixed.flatten()])
+        return whole.expand(len(x), -1).clone()
 
     def project(self, batch: Batch, theta: Tensor) -> Tensor:
-        """Colours into their box; what is fixed is left as it is."""
-        return torch.cat([theta[:, :, :3].clamp(-1.0, 1.0), theta[:, :, 3:].clamp(0.0, 1.0)], dim=2)
+        """What is searched into its box; what is fixed is left as it is."""
+        searched, fixed = theta[:, : -self._fixed()], theta[:, -self._fixed() :]
+        return torch.cat([searched.clamp(-1.0, 1.0), fixed.clamp(0.0, 1.0)], dim=1)
 
     def direction(self, batch: Batch, theta: Tensor, gradient: Tensor) -> Tensor:
-        """The sign, of colours alone."""
-        return torch.cat([gradient[:, :, :3].sign(), torch.zeros_like(gradient[:, :, 3:])], dim=2)
+        """The sign, of what is searched."""
+        sign = gradient.sign()
+        sign[:, -self._fixed() :] = 0.0
+        return sign
 
     def distance(self, batch: Batch, theta: Tensor) -> Tensor:
-        """Of the colours, which alone are searched."""
-        return super().distance(batch, theta[:, :, :3])
+        """Of what is searched."""
+        return super().distance(batch, theta[:, : -self._fixed()])
 
     def length(self, batch: Batch, theta: Tensor, move: Tensor) -> Tensor:
-        """Of the colours' move."""
-        return super().length(batch, theta, move[:, :, :3])
+        """Of the move of what is searched."""
+        return super().length(batch, theta, move[:, : -self._fixed()])
 
     def render(self, batch: Batch, theta: Tensor) -> Tensor:
-        """The image under the shapes."""
-        x = batch.x_BCHW
-        moves, fixed = theta[:, :, :3], theta[:, :, 3:].detach()
+        """The image under the shapes, and these under their outlines."""
+        x, count = batch.x_BCHW, self.shapes
+        moves, bright, fixed = theta.split([3 * count, x[0, 0].numel(), self._fixed()], dim=1)
+        fixed = fixed.detach().view(-1, count, self.FIXED)
         # of lively colours: saturation 0.7 to 1, value 0.8 to 1
-        colours = hsv_to_rgb(fixed[:, :, 0], 0.7 + 0.3 * fixed[:, :, 1], 0.8 + 0.2 * fixed[:, :, 2]) + self.eps * moves
+        colours = hsv_to_rgb(fixed[:, :, 0], 0.7 + 0.3 * fixed[:, :, 1], 0.8 + 0.2 * fixed[:, :, 2])
+        colours = colours + self.eps * moves.view(-1, count, 3)
         if x.shape[1] != 3:
             colours = colours.mean(dim=2, keepdim=True).expand(-1, -1, x.shape[1])
-        masks = self._masks(fixed[:, :, 3:], x) * (1 - self.transparency)
-        for shape in range(self.shapes):
-            x = torch.lerp(x, colours[:, shape, :, None, None], masks[:, shape : shape + 1])
-        return x.clamp(0.0, 1.0)
+        shapes, outlines = self.covers(fixed[:, :, 3:], x)
+        covered, outlined = (cover.amax(dim=1, keepdim=True) for cover in (shapes, outlines))
+        painted = torch.einsum("bkhw,bkc->bchw", shapes, colours)
+        under = x * (1 - covered * (1 - self.transparency)) + painted
+        return torch.where(outlined > 0, self.eps * bright.abs().view_as(x[:, :1]), under).clamp(0.0, 1.0)
 
-    def _masks(self, fixed_BK5: Tensor, x: Tensor) -> Tensor:
-        """How far each shape covers each pixel, (B, K, H, W)."""
+    def covers(self, fixed_BK4: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each shape, and its outline, covers each pixel: two of (B, K, H, W), 0 or 1."""
+        shapes = (self._inside(fixed_BK4, x) > 0).to(x)
+        width = round(self.outline * min(x.shape[2:]))
+        return shapes, F.max_pool2d(shapes, 2 * width + 1, stride=1, padding=width) - shapes
+
+    def _inside(self, fixed_BK4: Tensor, x: Tensor) -> Tensor:
+        """How many pixels each pixel lies inside each shape's border, (B, K, H, W); negative outside."""
         height, width = x.shape[2:]
-        row, column, turn, kind, size = (p[:, :, None, None] for p in fixed_BK5.unbind(dim=2))
-        radius = self.size * min(height, width) * (0.5 + 0.5 * size)
-        rows = torch.arange(height, dtype=x.dtype, device=x.device).view(1, 1, -1, 1) + 0.5 - row * height
-        columns = torch.arange(width, dtype=x.dtype, device=x.device).view(1, 1, 1, -1) + 0.5 - column * width
-        # the distance to the border, positive inside: of a polygon the nearest of its sides; a triangle has its last one twice
+        row, column, turn, kind = (p[:, :, None, None] for p in fixed_BK4.unbind(dim=2))
+        disc, triangle, square = (self.size * min(height, width) * radius for radius in self.RADIUS)
+        radius = torch.where(kind < 1 / 3, disc, torch.where(kind < 2 / 3, triangle, square)).to(x)
+        # discs may be cut off by the border
+        margin = torch.where(kind < 1 / 3, 0.0, radius.clamp(max=min(height, width) / 2))
+        rows = torch.arange(height, dtype=x.dtype, device=x.device).view(1, 1, -1, 1) + 0.5 - margin - row * (height - 2 * margin)
+        columns = (
+            torch.arange(width, dtype=x.dtype, device=x.device).view(1, 1, 1, -1) + 0.5 - margin - column * (width - 2 * margin)
+        )
+        # of a polygon the distance to the nearest of its sides; a triangle has its last one twice
         corners = torch.where(kind < 2 / 3, 3.0, 4.0).to(x)
         angles = [2 * math.pi * (turn + (corners - 1).clamp(max=side) / corners) for side in range(4)]
         across = columns * angles[0].cos() + rows * angles[0].sin()
         for angle in angles[1:]:
             across = torch.maximum(across, columns * angle.cos() + rows * angle.sin())
-        polygon = radius * torch.cos(math.pi / corners) - across
-        inside = torch.where(kind < 1 / 3, radius - (rows**2 + columns**2).sqrt(), polygon)
-        return (inside + 0.5).clamp(0.0, 1.0)
+        return torch.where(kind < 1 / 3, radius - (rows**2 + columns**2).sqrt(), radius * torch.cos(math.pi / corners) - across)
 
 
 def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
@@ -207,9 +234,9 @@ def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
 
 
 class Pixel:
-    """theta is (B, 1, h, w) in [0, 1], a ball of `norm` around 0 cut off by it: the share of its mean in each block.
+    """theta is (B, C, h, w) in [0, 1], a ball of `norm` around 0 cut off by it: the share of one colour in each block.
 
-    The published code takes each block's first pixel for its mean.
+    The colour is that of the block's first pixel, and each channel has a share of its own, as in the published code.
     """
 
     default_step: float | None = None
@@ -225,21 +252,18 @@ class Pixel:
         """Uniform in the box, then into the ball; without draws no change."""
         x = batch.x_BCHW
         side = self._side(x)
-        shape = (1, -(-x.shape[2] // side), -(-x.shape[3] // side))
+        shape = (x.shape[1], -(-x.shape[2] // side), -(-x.shape[3] // side))
         return x.new_zeros(len(x), *shape) if draws is None else self.project(batch, draws.uniform(*shape, like=x))
 
     def render(self, batch: Batch, theta: Tensor) -> Tensor:
-        """Each block blended with its mean."""
+        """Each block blended with its first pixel."""
         x, side = batch.x_BCHW, self._side(batch.x_BCHW)
         height, width = x.shape[2:]
 
         def spread(blocks: Tensor) -> Tensor:
             return blocks.repeat_interleave(side, 2).repeat_interleave(side, 3)[:, :, :height, :width]
 
-        # blocks at the border are smaller, and their means are of what they have
-        means = F.avg_pool2d(x, side, ceil_mode=True, count_include_pad=False)
-        share = spread(theta)
-        return (x * (1 - share) + spread(means) * share).clamp(0.0, 1.0)
+        return torch.lerp(x, spread(x[:, :, ::side, ::side]), spread(theta)).clamp(0.0, 1.0)
 
     def direction(self, batch: Batch, theta: Tensor, gradient: Tensor) -> Tensor:
         """Steepest ascent among the blocks that are not at the border they would be moved across."""
