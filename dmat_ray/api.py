@@ -25,6 +25,7 @@ from dmat_ray.manifold.projection import Projection, Projector
 from dmat_ray.metrics import Results
 from dmat_ray.storage import Place
 from dmat_ray.types import Batch, Generator, Threat
+from dmat_ray.wording import did_you_mean
 
 _THREATS = {named(kind): kind for kind in THREATS}
 _OF_TABLES = ("name", "group", "curve")  # fields of a row that say its place in a table: a single search has none
@@ -86,10 +87,10 @@ def build_threat(threat: str, *, generator: Generator | str | None = None, **set
     'l2'
     >>> build_threat("image", epsilon=0.1)
     Traceback (most recent call last):
-    dmat_ray.errors.UserError: threat image: epsilon: there is no such setting (found 0.1); it has norm, eps
+    dmat_ray.errors.UserError: threat image: epsilon: there is no such setting (found 0.1); did you mean eps?
     """
     if threat not in _THREATS:
-        raise UserError(f"there is no threat '{threat}'; choose from {', '.join(_THREATS)}")
+        raise UserError(f"there is no threat '{threat}'; {did_you_mean(threat, _THREATS)}choose from {', '.join(_THREATS)}")
     if generator is None and issubclass(_THREATS[threat], ON_MANIFOLD):
         raise UserError(f"threat {threat} moves w; give its generator, as build_threat('{threat}', generator='mnist32')")
     config = inputs.section(_THREATS[threat], settings, f"threat {threat}")

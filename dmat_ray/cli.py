@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from dmat_ray import presets, suites
@@ -28,18 +28,34 @@ def validate(values: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(describe(error)) from None
+        raise UserError(describe(error, Config)) from None
 
 
-def describe(error: ValidationError) -> str:
-    """A pydantic error as one line: each wrong setting by its dotted name, with what was found."""
+def describe(error: ValidationError, kind: type[BaseModel] | None = None) -> str:
+    """A pydantic error as one line: each wrong setting by its dotted name, with what was found.
+
+    For one that there is not, also the one of `kind`, which the values were for, that is most like it.
+    """
     parts = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"]) or "settings"
         found = item["input"]
         shown = "" if isinstance(found, dict | Config) or item["type"] == "value_error" else f" (found {found!r})"
-        parts.append(f"{where}: {wrong(item)}{shown}")
+        near = _near(kind, item["loc"]) if kind and item["type"] == "extra_forbidden" else ""
+        parts.append(f"{where}: {wrong(item)}{shown}{near}")
     return "; ".join(parts)
+
+
+def _near(kind: type[BaseModel], loc: Sequence[Any]) -> str:
+    """The field that was meant, where one is like it; of a section of `kind` that pydantic's `loc` leads to."""
+    section: Any = kind
+    for part in loc[:-1]:
+        field = section.model_fields.get(part)
+        section = field.annotation if field is not None else None
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            return ""
+    hint = did_you_mean(str(loc[-1]), section.model_fields).rstrip()
+    return f"; {hint}" if hint else ""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -111,13 +127,13 @@ def settings(*given: str, **sections: Any) -> Config:
     [('image', 0.5, 0.0314), ('latent', 0.5, 0.06)]
     >>> settings("demo", training={"epoch": 2})
     Traceback (most recent call last):
-    dmat_ray.errors.UserError: training.epoch: there is no such setting (found 2)
+    dmat_ray.errors.UserError: training.epoch: there is no such setting (found 2); did you mean epochs?
     """
     values = presets.merge(_layers(given), sections)
     try:
         return _complete(values, [f"training.{name}" for name in sections.get("training", {})])
     except ValidationError as error:
-        raise UserError(describe(error)) from None
+        raise UserError(describe(error, Config)) from None
 
 
 def parse(

@@ -164,10 +164,10 @@ def section(
     try:
         return kind.model_validate({**before, **values})
     except ValidationError as error:
-        known = ", ".join(name for name in kind.model_fields if name not in hidden)
-        unknown = any(item["type"] == "extra_forbidden" for item in error.errors())
-        hint = f"; it has {known}" if unknown else ""
-        raise UserError(f"{what}: {describe(error).removeprefix('settings: ')}{hint}") from None
+        said, known = describe(error, kind).removeprefix("settings: "), [name for name in kind.model_fields if name not in hidden]
+        unknown = any(item["type"] == "extra_forbidden" for item in error.errors()) and "did you mean" not in said
+        hint = f"; it has {', '.join(known)}" if unknown else ""
+        raise UserError(f"{what}: {said}{hint}") from None
 
 
 def _apart(generator: Generator, w_BLD: Tensor, x_BCHW: Tensor) -> float:

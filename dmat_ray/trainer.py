@@ -22,7 +22,10 @@ from dmat_ray.storage import Place
 from dmat_ray.training_step import TrainingStep
 from dmat_ray.types import Generator, RunContext
 from dmat_ray.validation import Validator
+from dmat_ray.wording import duration
 from dmat_ray.yardstick import Yardstick
+
+TELL_AFTER_S = 20.0  # of a first epoch: a shorter one is told of soon enough
 
 
 def check_inputs(config: Config, manifest: Mapping[str, Any], generator_sha256: str, world_size: int) -> None:
@@ -130,7 +133,7 @@ class _Run:
         if held_out is not None and (judged_by is None or chooses):
             self.validators.append(Validator(config, held_out, generator))
         self.pace = Pace(context, self.settings.checkpoint_minutes)
-        self.progress = _Progress()
+        self.progress, self.told_pace = _Progress(), False
         if (found := checkpoint.newest(context, checkpoint.RUN)) is not None:
             self._resume(found)
         elif branch_from is not None:
@@ -176,6 +179,7 @@ class _Run:
             except NotFiniteError as error:
                 raise NotFiniteError(self._diverged(*progress.sums.first_bad(), step, str(error))) from None
             progress.sums.add(losses, step)
+            self._tell_pace(step + 1, step + 1 - first.steps, time.monotonic() - began)
             if self.pace.looks():
                 due, leaving = self.pace.wants_checkpoint()
                 if due:
@@ -203,6 +207,16 @@ class _Run:
             self._save(metrics, wait=progress.finished)
         else:
             context.report(metrics)
+
+    def _tell_pace(self, step: int, taken: int, seconds: float) -> None:
+        """Once, in the first epoch of this process, if that is a long one: how long one takes."""
+        if self.told_pace or seconds < TELL_AFTER_S:
+            return
+        self.told_pace = True
+        name, epoch = self.config.name, self.progress.epoch + 1
+        self.context.say(
+            f"{name}: epoch {epoch}, step {step} of {self.steps}; about {duration(seconds / taken * self.steps)} an epoch"
+        )
 
     def _seen(self) -> Tensor | None:
         seen = self.source.seen()

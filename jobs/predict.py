@@ -31,7 +31,7 @@ def main() -> None:
     images = str(at(arguments.images))  # workers run in other folders
     table = jobs.predict(config, model, images, target, jobs.Speaker().stage("predict"))
     unreadable = table.num_rows - table["prediction"].drop_null().length()
-    print(f"{table.num_rows} images, {unreadable} of them unreadable: {target}")
+    print(f"{table.num_rows - unreadable} of {table.num_rows} images have a prediction: {target}")
 
 
 if __name__ == "__main__":

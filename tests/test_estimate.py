@@ -150,7 +150,7 @@ def test_a_perceptual_attack_is_counted(
     """Its network by far outweighs the classifier, also where projection does without LPIPS."""
     config = make_config(projection={"lpips": 0, "l1": 1})
     network: nn.Module = classifiers.build(config.classifier, channels=1, num_classes=4).eval()
-    row = PerceptualRow(name="P", eps=0.5, steps=4, method=method, weights="random")
+    row = PerceptualRow(name="P", eps=0.5, steps=5, method=method, weights="random")
     with counting() as counter:
         attack(network, threats.build(row, generator), make_batch(2), row, seed=0, purpose="test")
     one = estimate.passes(config, generator, 4)

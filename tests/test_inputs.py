@@ -66,11 +66,11 @@ def test_other_inputs_are_looked_at(small_net: nn.Module, generator: StyleGAN2, 
     image, data = build_threat("image"), open_set(set_folder, "test")
     suite = EvaluationConfig()
     for call, message in (
-        (lambda: build_threat("imgae"), "there is no threat 'imgae'; choose from image, latent, fog, joint"),
+        (lambda: build_threat("imgae"), r"no threat 'imgae'; did you mean image\? choose from image, latent, fog"),
         (lambda: build_threat("latent"), r"threat latent moves w; give its generator, as build_threat\('latent', generator="),
         (lambda: build_threat("image", eps=8), "threat image: eps is 8, but pixels are in .* did you mean 8/255?"),
         (lambda: build_threat("latent", generator=small_net), "generator is a SmallNet; give 'mnist32', a folder"),
-        (lambda: attack_images(small_net, image, X, Y, step=3), "attack: step: there is no such setting .*; it has steps"),
+        (lambda: attack_images(small_net, image, X, Y, step=3), r"attack: step: there is no .*; did you mean steps\?"),
         (lambda: attack_images(small_net, image, X, Y, curve=(1,)), "curve belongs to a suite's table"),
         (lambda: attack_images(small_net, image, X, Y, ids=["a"] * 4), "ids has 'a' more than once; give each image a name"),
         (lambda: attack_images(small_net, image, X, Y, ids=list("ab")), "ids has 2 names for 4 images"),

@@ -1,5 +1,6 @@
 """The training loop on a tiny set: it is plain SGD, repeats, resumes and reports the truth."""
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,25 @@ def test_training_does_not_depend_on_the_global_random_state(train: Train, make_
         np.random.seed(seed)
         train(make_config(), tmp_path / name)
     assert same(weights(tmp_path / "one"), weights(tmp_path / "two"))
+
+
+@pytest.mark.parametrize(("after", "told"), [(0.0, True), (600.0, False)])
+def test_a_long_first_epoch_says_how_long_one_takes(
+    train: Train,
+    make_config: MakeConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    after: float,
+    told: bool,
+) -> None:
+    """Once: every epoch after it is told of at its end."""
+    monkeypatch.setattr(trainer, "TELL_AFTER_S", after)
+    config = make_config(training={"epochs": 2})
+    train(config, tmp_path / "one")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.endswith(" an epoch")]
+    assert len(lines) == told
+    assert not told or re.search(rf"{config.name}: epoch 1, step 1 of \d+; about \d+ s an epoch$", lines[0])
 
 
 class PowerCutError(Exception):

@@ -19,6 +19,7 @@ import torch
 from dmat_ray import checkpoint, checks, evaluation, probes, units
 from dmat_ray.checks import Finding
 from dmat_ray.cluster import gauges, pools, session
+from dmat_ray.cluster.silence import breaking_silence
 from dmat_ray.config import Config
 from dmat_ray.data import manifold_set, set_reader
 from dmat_ray.errors import UserError
@@ -222,9 +223,11 @@ def _run_all(work: _Work, todo: Sequence[Unit], what: str, say: Callable[[str], 
     session.await_machines(work.config.cluster, say)
     began = said = time.monotonic()
     say(f"{what}{len(todo)} batches for {min(work.config.cluster.evaluation_actors, len(todo))} actors")
-    for number, unit in enumerate(work.run(todo), 1):
-        gauges.evaluated(unit.model)
-        now = time.monotonic()
-        if now - said >= SAY_EVERY_S or number == len(todo):
-            said = now
-            say(f"{what}{number}/{len(todo)} batches, {now - began:.0f} s; last {unit.attack or 'checks'} on {unit.model}")
+    with breaking_silence("batch", say) as heard:
+        for number, unit in enumerate(work.run(todo), 1):
+            heard()
+            gauges.evaluated(unit.model)
+            now = time.monotonic()
+            if now - said >= SAY_EVERY_S or number == len(todo):
+                said = now
+                say(f"{what}{number}/{len(todo)} batches, {now - began:.0f} s; last {unit.attack or 'checks'} on {unit.model}")

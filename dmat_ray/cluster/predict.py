@@ -96,7 +96,8 @@ def _collected(predicted: ray.data.Dataset, listing: pa.Table, say: Callable[[st
                 say(f"unreadable: '{row['path']}' {row['reason']}")
         if (now := time.monotonic()) - spoke > SAY_EVERY_S or done == listing.num_rows:
             spoke = now
-            say(f"predicted {done}/{listing.num_rows} images{f', {bad} unreadable' if bad else ''}, {now - began:.0f} s")
+            unreadable = f", {bad} could not be read" if bad else ""
+            say(f"predicted {done - bad} of {listing.num_rows} images{unreadable}, {now - began:.0f} s")
     rows = pa.concat_tables(tables)
     assert rows.num_rows == listing.num_rows, "rows are missing"
     return rows.take(pc.index_in(listing["id"], value_set=rows["path"].combine_chunks()))

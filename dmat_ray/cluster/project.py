@@ -5,10 +5,8 @@ what is in them. Only names and numbers come back to the driver.
 """
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import ray.data
@@ -17,6 +15,7 @@ from dmat_ray.checkpoint import versions
 from dmat_ray.cluster import gauges, pools, session
 from dmat_ray.cluster.shard_projector import ShardProjector
 from dmat_ray.cluster.shard_tasks import as_bytes, read_shard, write_shard
+from dmat_ray.cluster.silence import breaking_silence
 from dmat_ray.config import Config
 from dmat_ray.data import set_writer
 from dmat_ray.data.set_writer import Shard
@@ -24,9 +23,9 @@ from dmat_ray.errors import UserError
 from dmat_ray.manifold import set_maker
 from dmat_ray.manifold.set_maker import Begun, encoder_folder
 from dmat_ray.storage import Location
-from dmat_ray.wording import number_of
+from dmat_ray.wording import duration, number_of
 
-SAY_EVERY_S, SILENT_S = 5.0, 300.0
+SAY_EVERY_S = 5.0
 VISIBLE_S = 90.0  # a shared disk may be that late in showing a new file to another machine
 
 
@@ -76,7 +75,7 @@ def _progress(summaries: Iterator[dict[str, Any]], todo: list[Shard], say: Calla
     total = sum(shard.rows.num_rows for shard in todo)
     began = time.monotonic()
     done, rejected, spoke, first, after_first = 0, 0, began, 0, began
-    with _breaking_silence(say) as heard:
+    with breaking_silence("shard", say) as heard:
         for summary in summaries:
             heard()
             done += summary["rows"] + summary["rejected"]
@@ -85,43 +84,15 @@ def _progress(summaries: Iterator[dict[str, Any]], todo: list[Shard], say: Calla
             now = time.monotonic()
             if now - spoke > SAY_EVERY_S or done == total:
                 spoke = now
-                speed = ""
-                if first and now > after_first:
+                speed = f", {duration(now - began)}" if done == total else ""
+                if first and done < total and now > after_first + 1:
                     # the first shard's time is that of starting actors, too
                     rate = (done - first) / (now - after_first)
-                    speed = f", {rate:.1f} images/s" + (f", {(total - done) / rate:.0f} s to go" if done < total else "")
+                    speed = f", {rate:.1f} images/s, about {duration((total - done) / rate)} to go"
                 say(f"projected {done}/{total} images{f', {rejected} rejected' if rejected else ''}{speed}")
             if not first:
                 first, after_first = done, now
             yield summary
-
-
-@contextmanager
-def _breaking_silence(say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """Inside, says so whenever `SILENT_S` pass without a call of what it gives."""
-    last, stop = [time.monotonic()], threading.Event()
-
-    def heard() -> None:
-        last[0] = time.monotonic()
-
-    def watch() -> None:
-        told = last[0]
-        while not stop.wait(min(1.0, SILENT_S / 4)):
-            if time.monotonic() - max(told, last[0]) > SILENT_S:
-                told = time.monotonic()
-                have = ray.cluster_resources()
-                say(
-                    f"no shard was finished in the last {(told - last[0]) / 60:.0f} minutes; the cluster has "
-                    f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs (ray status says what it waits for)"
-                )
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield heard
-    finally:
-        stop.set()
-        thread.join()
 
 
 def run_shards(

@@ -76,9 +76,9 @@ def test_every_image_has_its_row(predict, output, photos):
     code, said, error = predict("--model", "mine", "--images", folder, *more)
     assert code == 0, error
     assert "not taken: 1 file of no extension of images, the first: 'notes.txt'" in said
-    assert "predicted 62/62 images, 17 unreadable" in said
+    assert "predicted 45 of 62 images, 17 could not be read" in said
     assert "unreadable: 'empty.jpg' cannot be read as an image: it has 0 bytes" in said
-    assert "62 images, 17 of them unreadable" in said
+    assert "45 of 62 images have a prediction" in said
     table = pq.read_table(output / "predictions" / "mine.parquet")
     rows = {row["path"]: row for row in table.to_pylist()}
     assert rows.keys() == {*photos, "broken.png", "empty.jpg", *(f"zz/{i:02d}.png" for i in range(15))}
