@@ -138,16 +138,18 @@ def _refusal(file: Location, found: dict[str, Any] | None) -> str:
 
 @contextmanager
 def sole(folder: Place) -> Iterator[Lease]:
-    """Like `exclusive`, for a folder that may be removed meanwhile: the lease lies beside it."""
+    """Like `exclusive`, for a folder that may be removed meanwhile: the lease lies beside it, and leaves no empty folders."""
     place = at(folder)
     beside = place.parent / f".{place.name}.lease"
+    made = [] if beside.local is None else [parent for parent in beside.local.parents if not parent.exists()]
     try:
         with exclusive(beside) as lease:
             yield lease
     finally:
         if beside.local is not None:
             with suppress(OSError):  # another's, who is at work, is not empty
-                beside.local.rmdir()
+                for empty in (beside.local, *made):
+                    empty.rmdir()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from dmat_ray.data.epochs import NOTHING, Done, EpochSource, InMemory
 from dmat_ray.data.manifold_set import ManifoldSet, steps_per_epoch
 from dmat_ray.data.set_reader import digest, require_generator
 from dmat_ray.errors import NotFiniteError, UserError
-from dmat_ray.pace import Pace
+from dmat_ray.pace import TELL_AFTER_S, Pace
 from dmat_ray.rng import derive
 from dmat_ray.schedules import learning_rate
 from dmat_ray.storage import Place
@@ -24,8 +24,6 @@ from dmat_ray.types import Generator, RunContext
 from dmat_ray.validation import Validator
 from dmat_ray.wording import duration
 from dmat_ray.yardstick import Yardstick
-
-TELL_AFTER_S = 20.0  # of a first epoch: a shorter one is told of soon enough
 
 
 def check_inputs(config: Config, manifest: Mapping[str, Any], generator_sha256: str, world_size: int) -> None:

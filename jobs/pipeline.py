@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from dmat_ray import cli, presets
@@ -32,7 +33,9 @@ def main() -> None:
     from dmat_ray import evaluation, models, report
     from dmat_ray.cluster import jobs, tracking
     from dmat_ray.cluster.session import connected
+    from dmat_ray.data.set_format import MANIFEST
     from dmat_ray.manifold import set_maker
+    from dmat_ray.storage import set_folder
 
     speaker = jobs.Speaker()
     say = speaker.stage("pipeline")
@@ -43,9 +46,15 @@ def main() -> None:
     # before Ray is started, and before hours of other stages: what the set will not allow
     listing = set_maker.prepare(config, speaker.stage("project"))
     manifest = set_maker.promised(config, listing)
-    models.require_fit([c for c in configs if not models.is_trained(c)], manifest)
+    untrained = [c for c in configs if not models.is_trained(c)]
+    models.require_fit(untrained, manifest)
     evaluation.require_suite(config.evaluation, manifest)
-    with connected(config.cluster, config.output, say), tracking.tracked(config, "", "pipeline") as run:
+    # one Ray for all stages; what a rerun finds done needs none
+    needs_ray = untrained or not (set_folder(config) / MANIFEST).is_file()
+    with ExitStack() as stack:
+        if needs_ray:
+            stack.enter_context(connected(config.cluster, config.output, say))
+        run = stack.enter_context(tracking.tracked(config, "", "pipeline"))
         jobs.project(config, speaker.stage("project"), run, listing)
         folders = jobs.train(list(methods.values()), speaker.stage("train"), run)
         trained = dict(zip(methods, folders, strict=True))

@@ -159,6 +159,19 @@ def test_a_folder_whose_lease_lies_beside_it_may_be_removed(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == [], "nothing is left"
 
 
+def test_what_was_made_for_a_lease_alone_goes_with_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="refused"), sole(tmp_path / "runs" / "one" / "generator"):
+        raise UserError("refused")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "runs").mkdir()
+    with sole(tmp_path / "runs" / "one" / "generator"):
+        (tmp_path / "runs" / "one" / "log").touch()
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "runs", tmp_path / "runs" / "one", tmp_path / "runs" / "one" / "log"]
+    with sole(tmp_path / "runs" / "two" / "generator"):
+        pass
+    assert (tmp_path / "runs").is_dir(), "which was there before"
+
+
 def test_a_process_that_has_ended_unnoticed_holds_nothing(tmp_path: Path) -> None:
     """Killed, and its parent has not asked for it: a zombie, which the system still lists."""
     folder = at(tmp_path / "work")

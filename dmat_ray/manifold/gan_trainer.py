@@ -23,10 +23,11 @@ from dmat_ray.manifold.augment import adapted, augment
 from dmat_ray.manifold.discriminator import Discriminator
 from dmat_ray.manifold.quality import Judge
 from dmat_ray.manifold.stylegan2 import StyleGAN2
-from dmat_ray.pace import Pace
+from dmat_ray.pace import TELL_AFTER_S, Pace
 from dmat_ray.rng import derive
 from dmat_ray.storage import Place, at
 from dmat_ray.types import RunContext
+from dmat_ray.wording import to_go
 
 PROGRESS = "gan.json"
 ADA_INTERVAL = 4
@@ -225,18 +226,22 @@ def train_generator(
     report_every = max(1, round(config.report_kimg * per_kimg))
     # a multiple, so that a snapshot's losses are means over a whole interval
     snapshot_every = report_every * max(1, round(config.snapshot_kimg / config.report_kimg))
-    began, pace = time.monotonic(), Pace(context, None)
+    began, pace, told = time.monotonic(), Pace(context, None), False
     for i in range(first + 1, training.steps + 1):
         with tf32(config.precision != "float32"):
             training.step(i, images, labels)
         if i % report_every and i < training.steps:
+            if not told and (seconds := time.monotonic() - began) > TELL_AFTER_S:
+                pace_so_far = {"kimg": i / per_kimg, "images_per_second": (i - first) * config.batch_size / seconds}
+                context.say(f"generator: {i / per_kimg:.2g} of {config.kimg:g} thousand images{to_go(pace_so_far, config.kimg)}")
+                told = True
             if pace.looks() and pace.wants_checkpoint()[1]:
                 training.agree()
                 progress = {"step": i, "of": training.steps, "diverged": False, "best": best_quality, "history": history}
                 about = {"config": config.model_dump(mode="json"), **progress}
                 checkpoint.hand_over_state(context, {}, PROGRESS, about, {**training.state(), "best": best}, wait=True)
             continue
-        speed = (i - first) * config.batch_size / (time.monotonic() - began)
+        told, speed = True, (i - first) * config.batch_size / (time.monotonic() - began)
         metrics = {"kimg": i / per_kimg, **training.losses(), "images_per_second": speed}
         diverged = not math.isfinite(metrics["loss_g"] + metrics["loss_d"])
         if diverged and best is None:
