@@ -20,6 +20,7 @@ from dmat_ray.metrics import Results
 from dmat_ray.report_values import interval, per_cent
 from dmat_ray.storage import Location, Place, at
 from dmat_ray.units import chosen
+from dmat_ray.wording import number_of
 
 WIDTH = 110
 MOST_WARNINGS = 12  # that are shown at once
@@ -68,7 +69,7 @@ def terminal_checks(findings: Sequence[Finding]) -> str:
     """A line for each warning, and one that says how many checks passed."""
     lines = [f"warning: {f.model}: {f.check}: {f.text}" for f in findings if f.level == "warning"]
     good, every = report_text.passed(findings)
-    others = f", the others gave {len(lines)} warning{'s' if len(lines) > 1 else ''}" if lines else ""
+    others = f"; {every - good} gave {number_of(len(lines), 'warning')}" if lines else ""
     return "\n".join([*lines, f"{good} of {every} checks passed{others}" if every else "no checks were made"])
 
 

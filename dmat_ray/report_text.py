@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dmat_ray.checks import Finding
 from dmat_ray.metrics import Accuracy, Results
 from dmat_ray.report_values import SET_NAMES, columns_described, interval, per_cent, tables, transfers
+from dmat_ray.wording import number_of
 
 CSV_COLUMNS = ("table", "set", "method", "source", "attack", "eps", "accuracy", "low", "high", "count")
 
@@ -44,7 +45,7 @@ def markdown(
         text += _table(["attacked, then judged by", *models], models, body)
     if findings:
         good, every_check = passed(findings)
-        others = f"; the others gave the {len(warnings)} warning{'s' if len(warnings) > 1 else ''} above" if warnings else ""
+        others = f"; {every_check - good} gave the {number_of(len(warnings), 'warning')} above" if warnings else ""
         text += ["## Checks", "", f"{good} of {every_check} passed{others}.", ""]
         text += [f"- {f.level}: {_escaped(f.model)}: {_escaped(f.check)}: {_escaped(f.text)}" for f in findings] + [""]
     text += ["## Settings", "", *(f"- {_escaped(name)}: {_escaped(value)}" for name, value in facts), ""]

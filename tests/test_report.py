@@ -165,7 +165,7 @@ def test_terminal_checks_are_a_line_a_warning_and_a_count() -> None:
     assert report.terminal_checks(found).splitlines() == [
         "warning: at: noise: a is weak",
         "warning: at: noise: b is weak",
-        "2 of 3 checks passed, the others gave 2 warnings",
+        "2 of 3 checks passed; 1 gave 2 warnings",
     ]
     assert report.terminal_checks([]) == "no checks were made"
 

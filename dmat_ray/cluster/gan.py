@@ -37,6 +37,7 @@ SAMPLES = "samples.png"
 PARTIAL = ".images-*.partial"  # of the decoded images, until they are whole
 PIXELS, LABELS, REJECTED = "images.npy", "labels.npy", "rejected.json"
 RUN_NAME = "generator"
+FEW = 1000  # images, by which a generator is hardly judged
 CHUNK = 64  # images that a thread reads and decodes at a time
 
 
@@ -248,6 +249,11 @@ def _train(
         generator, kept = result_of(last, config.gan)
         fid = f", FID {kept['fid']:.3g}" if "fid" in kept else ""
         say(f"keeping the snapshot of {kept['kimg']:.3g} thousand images (gan.keep {config.gan.keep}){fid}")
+        if "fid" in kept and (count := len(cache.open()[1])) < FEW:
+            say(
+                f"note: it is judged by the {count} images that it learned from, and one that repeats so few scores well; how "
+                "close it comes to new images, the projection of the test split tells"
+            )
         card = {
             "command": command,
             "data": config.data.model_dump(mode="json"),

@@ -106,8 +106,6 @@ def evaluate(
         for (model, set_name, column), accuracy in results.accuracies().items():
             run.metrics({f"{model}/{set_name}/{column}": accuracy.value}, step=0)
             gauges.tested(model, set_name, column, accuracy.value)
-        for finding in (f for f in findings if f.level == "warning"):
-            say(f"warning: {finding.model}: {finding.check}: {finding.text}")
         say("writing the report")
         report.write(config, set_folder(config), models, results, stage.read_checks(folder), page)
         for file in (folder / stage.ROWS, folder / stage.CHECKS, page, *report.siblings(page)):

@@ -68,6 +68,7 @@ def calm(ray_session, tmp_path_factory) -> Path:
         f"keeping the snapshot of {card['quality']['kimg']:.3g} thousand images (gan.keep best), FID {card['quality']['fid']:.3g}"
     )
     assert kept in lines
+    assert lines[lines.index(kept) + 1].startswith("note: it is judged by the ")
     return output
 
 
