@@ -90,7 +90,7 @@ def build_threat(threat: str, *, generator: Generator | str | None = None, **set
     dmat_ray.errors.UserError: threat image: epsilon: there is no such setting (found 0.1); did you mean eps?
     """
     if threat not in _THREATS:
-        raise UserError(f"there is no threat '{threat}'; {did_you_mean(threat, _THREATS)}choose from {', '.join(_THREATS)}")
+        raise UserError(f"there is no threat '{threat}'; {did_you_mean(str(threat), _THREATS)}choose from {', '.join(_THREATS)}")
     if generator is None and issubclass(_THREATS[threat], ON_MANIFOLD):
         raise UserError(f"threat {threat} moves w; give its generator, as build_threat('{threat}', generator='mnist32')")
     config = inputs.section(_THREATS[threat], settings, f"threat {threat}")

@@ -164,8 +164,8 @@ def section(
     try:
         return kind.model_validate({**before, **values})
     except ValidationError as error:
-        said, known = describe(error, kind).removeprefix("settings: "), [name for name in kind.model_fields if name not in hidden]
-        unknown = any(item["type"] == "extra_forbidden" for item in error.errors()) and "did you mean" not in said
+        said, known = describe(error, kind, hidden).removeprefix("settings: "), [n for n in kind.model_fields if n not in hidden]
+        unknown = sum(item["type"] == "extra_forbidden" for item in error.errors()) > said.count("did you mean")
         hint = f"; it has {', '.join(known)}" if unknown else ""
         raise UserError(f"{what}: {said}{hint}") from None
 

@@ -7,7 +7,7 @@ import torch
 from dmat_ray.types import RunContext
 
 LOOK_S = 2.0
-TELL_AFTER_S = 20.0  # of the first epoch, or whatever is told of at its end: then how long it takes
+TELL_AFTER_S, LEAST_STEPS = 20.0, 3  # after the first step of a process: when to say how long its first report will take
 
 
 class Pace:

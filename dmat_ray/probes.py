@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from dmat_ray import threats
 from dmat_ray.arithmetic import tf32
-from dmat_ray.attack import attack, cross_entropy, frozen, losses_of
+from dmat_ray.attack import attack, cross_entropy, frozen, losses_of, margin
 from dmat_ray.config import EvaluationConfig, ImageRow, LatentRow, Row
 from dmat_ray.evaluation import Evaluator
 from dmat_ray.rng import Draws, derive
+from dmat_ray.search import STRAYS
 from dmat_ray.types import Batch
 from dmat_ray.units import Unit, applies, is_on_curve, rows_to_run
 
@@ -91,17 +92,12 @@ def _of_gradients(network: nn.Module, batch: Batch) -> dict[str, Any]:
     logits = network(x)
     loss = cross_entropy(batch.y_B)
     (of_loss,) = torch.autograd.grad(loss(logits).sum(), x, retain_graph=True)
-    own = logits.gather(1, batch.y_B[:, None])[:, 0]
-    others = logits.scatter(1, batch.y_B[:, None], -torch.inf).amax(dim=1)
-    (of_margin,) = torch.autograd.grad((others - own).sum(), x)
+    beyond = margin(batch.y_B)
+    (of_margin,) = torch.autograd.grad(beyond(logits).sum(), x)
     with torch.no_grad():
         ahead, behind = (network(batch.x_BCHW + sign * STEP * of_margin.sign()) for sign in (1, -1))
-        moved = [
-            out.scatter(1, batch.y_B[:, None], -torch.inf).amax(dim=1) - out.gather(1, batch.y_B[:, None])[:, 0]
-            for out in (ahead, behind)
-        ]
         said = of_margin.abs().flatten(1).sum(dim=1) * 2 * STEP
-        ratio = (moved[0] - moved[1])[said > 0] / said[said > 0]
+        ratio = (beyond(ahead) - beyond(behind))[said > 0] / said[said > 0]
     return {
         "zero_gradient": (of_loss.flatten(1).abs().amax(dim=1) == 0).float().mean().item(),
         "zero_margin_gradient": (of_margin.flatten(1).abs().amax(dim=1) == 0).float().mean().item(),
@@ -112,16 +108,26 @@ def _of_gradients(network: nn.Module, batch: Batch) -> dict[str, Any]:
 def _of_attack(evaluator: Evaluator, unit: Unit, row: Row, batch: Batch) -> dict[str, Any]:
     """The course of one search, and what noise of the same budget does."""
     threat = threats.build(row, evaluator.generator)
-    losses, rights = [], []
+    losses, rights, last, render = [], [], [batch.x_BCHW], threat.render
     network = evaluator.seen_by_attacks(unit.model)
     with frozen(network):
         raised = losses_of(network, batch, row)[0]
 
+    def watched(batch: Batch, theta: Tensor) -> Tensor:
+        last[0] = theta.detach()
+        return render(batch, theta)
+
     def noted(logits: Tensor) -> Tensor:
         value = raised(logits)
         losses.append(value.detach().mean())
-        rights.append(logits.detach().argmax(dim=1) == batch.y_B)
+        right = logits.detach().argmax(dim=1) == batch.y_B
+        if row.method in STRAYS:  # what breaks an image outside of the budget has not broken it
+            with torch.no_grad():
+                right = right | (threat.distance(batch, last[0]) > threat.limit * (1 + 1e-4))
+        rights.append(right)
         return value
+
+    threat.render = watched  # type: ignore[method-assign]  # of this one threat, which is made anew for each row
 
     once = row.model_copy(update={"restarts": 1})
     purpose = f"evaluation/{unit.set}/{row.name}"

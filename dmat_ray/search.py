@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dmat_ray import black_box
-from dmat_ray.config import AttackConfig
+from dmat_ray.config import LPA_ROUNDS, AttackConfig
 from dmat_ray.errors import UserError
 from dmat_ray.rng import Draws
 from dmat_ray.threats.balls import Ball, per_example
@@ -24,7 +24,7 @@ INERTIA, RISING = 0.75, 0.75  # alpha and rho of arXiv 2003.01690
 # of Auto-PGD in L1 (arXiv 2103.01208): share of the steps between two looks, of the coordinates at first; the others by its code
 SPARSE_INTERVAL, SPARSE_FIRST, SPARSER, FEWER, SHORTEST = 0.04, 0.2, 1.5, 0.95, 10.0
 WEIGHT = 10.0  # lambda of Fast-LPA (arXiv 2006.12655), at the end
-ROUNDS, FIRST_WEIGHT = 5, 0.01  # of the LPA of the same paper, and its lambda at first
+FIRST_WEIGHT = 0.01  # of the LPA of the same paper
 
 
 def step_size_of(config: AttackConfig, threat: Threat) -> float:
@@ -253,8 +253,6 @@ class Lpa(Lagrange):
 
     def __init__(self, threat: Threat, batch: Batch, config: AttackConfig, draws: Draws | None) -> None:
         super().__init__(threat, batch, config, draws)
-        if config.steps < ROUNDS:
-            raise UserError(f"method lpa goes in {ROUNDS} rounds; {config.steps} steps are too few")
         self.weight_B, self.done_B = (
             batch.x_BCHW.new_full((len(batch),), FIRST_WEIGHT),
             torch.zeros_like(batch.y_B, dtype=torch.bool),
@@ -262,17 +260,18 @@ class Lpa(Lagrange):
 
     def next(self, theta: Tensor, seen: Query) -> Tensor:
         """A step, but of what is broken inside the budget."""
-        number = ROUNDS * self.step // self.steps
-        done = ROUNDS * self.step / self.steps - number
+        number = LPA_ROUNDS * self.step // self.steps
+        done = LPA_ROUNDS * self.step / self.steps - number
         self.step += 1
         distance_B, outwards = self._beyond(theta)
         self.done_B = self.done_B | seen.broken_B & (distance_B <= self.threat.limit)
         moved = self._climb(theta, seen.gradient - per_example(self.weight_B, outwards) * outwards, done)
-        if ROUNDS * self.step // self.steps > number:
+        if LPA_ROUNDS * self.step // self.steps > number:
             self.weight_B = torch.where(distance_B >= self.threat.limit, 10 * self.weight_B, self.weight_B)
         return torch.where(per_example(self.done_B, theta), theta, moved)
 
 
+STRAYS = ("lagrange", "lpa")  # methods that look outside of the budget on their way
 SEARCHES: dict[str, Callable[[Threat, Batch, AttackConfig, Draws | None], Search]] = {
     "pgd": Pgd,
     "momentum": Momentum,

@@ -15,7 +15,7 @@ from dmat_ray.data.epochs import NOTHING, Done, EpochSource, InMemory
 from dmat_ray.data.manifold_set import ManifoldSet, steps_per_epoch
 from dmat_ray.data.set_reader import digest, require_generator
 from dmat_ray.errors import NotFiniteError, UserError
-from dmat_ray.pace import TELL_AFTER_S, Pace
+from dmat_ray.pace import LEAST_STEPS, TELL_AFTER_S, Pace
 from dmat_ray.rng import derive
 from dmat_ray.schedules import learning_rate
 from dmat_ray.storage import Place
@@ -132,6 +132,7 @@ class _Run:
             self.validators.append(Validator(config, held_out, generator))
         self.pace = Pace(context, self.settings.checkpoint_minutes)
         self.progress, self.told_pace = _Progress(), False
+        self.first_step: tuple[int, float] | None = None  # of this process: its number, and when it was done
         if (found := checkpoint.newest(context, checkpoint.RUN)) is not None:
             self._resume(found)
         elif branch_from is not None:
@@ -177,7 +178,7 @@ class _Run:
             except NotFiniteError as error:
                 raise NotFiniteError(self._diverged(*progress.sums.first_bad(), step, str(error))) from None
             progress.sums.add(losses, step)
-            self._tell_pace(step + 1, step + 1 - first.steps, time.monotonic() - began)
+            self._tell_pace(step)
             if self.pace.looks():
                 due, leaving = self.pace.wants_checkpoint()
                 if due:
@@ -199,6 +200,7 @@ class _Run:
         metrics["examples_per_second"] = self.source.size * (1 - first.steps / self.steps) / seconds
         progress.epoch, progress.done, progress.sums = epoch + 1, NOTHING, _Sums()
         progress.history.append(metrics)
+        self.told_pace = True  # by what is reported now
         self._note_best(metrics)
         progress.finished = progress.epoch == settings.epochs or self._has_stalled()
         if progress.finished or progress.epoch % settings.checkpoint_every == 0:
@@ -206,14 +208,18 @@ class _Run:
         else:
             context.report(metrics)
 
-    def _tell_pace(self, step: int, taken: int, seconds: float) -> None:
-        """Once, in the first epoch of this process, if that is a long one: how long one takes."""
-        if self.told_pace or seconds < TELL_AFTER_S:
+    def _tell_pace(self, step: int) -> None:
+        """In the first epoch of this process, if that is a long one: how long one takes. The first step, which may compile the
+        network, does not count.
+        """
+        if self.first_step is None:
+            self.first_step = (step, time.monotonic())
+        taken, seconds = step - self.first_step[0], time.monotonic() - self.first_step[1]
+        if self.told_pace or taken < LEAST_STEPS or seconds < TELL_AFTER_S:
             return
-        self.told_pace = True
-        name, epoch = self.config.name, self.progress.epoch + 1
+        self.told_pace, name, epoch = True, self.config.name, self.progress.epoch + 1
         self.context.say(
-            f"{name}: epoch {epoch}, step {step} of {self.steps}; about {duration(seconds / taken * self.steps)} an epoch"
+            f"{name}: epoch {epoch}, step {step + 1} of {self.steps}; about {duration(seconds / taken * self.steps)} an epoch"
         )
 
     def _seen(self) -> Tensor | None:

@@ -150,6 +150,18 @@ def test_too_few_steps_are_said_so(robust: nn.Module, data: ManifoldSet, generat
     assert "slow has not converged" in warned(findings)["converged"]
 
 
+@pytest.mark.parametrize("method", ["lagrange", "lpa"])
+def test_a_course_counts_nothing_outside_of_the_budget(
+    robust: nn.Module, data: ManifoldSet, generator: StyleGAN2, method: str
+) -> None:
+    """Where these searches go on their way, and come back from."""
+    row = {"threat": "image", "name": "strays", "norm": "l2", "eps": 0.3, "steps": 10, "step_size": 3, "method": method}
+    found, _ = measured(robust, data, generator, attacks=[row])
+    course = found["attacks"]["strays"]["accuracy"]
+    inside, _ = measured(robust, data, generator, attacks=[{**row, "step_size": None, "method": "apgd", "steps": 30}])
+    assert course[-1] >= inside["attacks"]["strays"]["accuracy"][-1] - 0.05 > 0.5
+
+
 def rows_of(answers: dict[tuple[str, str, str], list[bool]]) -> pa.Table:
     """(model, source, attack) -> right or not, in the order of ids."""
     parts = [

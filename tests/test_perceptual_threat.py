@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dmat_ray import threats
 from dmat_ray.attack import attack
-from dmat_ray.config import AttackConfig, FogThreat, ImageThreat, LatentThreat, PerceptualThreat
+from dmat_ray.config import AttackConfig, FogThreat, ImageTerm, ImageThreat, LatentThreat, PerceptualThreat
+from dmat_ray.config.evaluation import ROWS
 from dmat_ray.errors import UserError
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.rng import Draws
@@ -22,6 +24,7 @@ from dmat_ray.types import Batch
 pytestmark = pytest.mark.slow
 
 EPS = 0.3
+PerceptualRow = ROWS["perceptual"]
 
 
 @pytest.fixture(scope="module")
@@ -197,8 +200,14 @@ def test_lpa_leaves_alone_what_it_has_broken_inside(alex: Any) -> None:
     assert found.broken_B[0]
     torch.testing.assert_close(found.x_BCHW[0], start[0])
     assert (found.x_BCHW[1] - start[1]).abs().max() > 0.01
-    with pytest.raises(UserError, match="goes in 5 rounds"):
-        attack(Sure(), threat, batch, AttackConfig(steps=4, method="lpa"), seed=0, purpose="test")
+
+
+@pytest.mark.parametrize("more", [{"steps": 4}, {"steps": 10, "loss": "dlr"}, {"steps": 10, "targets": 3}])
+def test_lpa_has_rounds_and_a_loss_of_its_own(more: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=r"method lpa (goes in 5 rounds|raises a margin of its own)"):
+        PerceptualRow(name="LPA", method="lpa", **more)
+    with pytest.raises(ValidationError, match="method lpa raises a margin of its own; give divergence ce"):
+        ImageTerm(weight=1, steps=10, method="lpa", divergence="kl")
 
 
 @pytest.mark.parametrize("settings", [ImageThreat(norm="l2", eps=1.0), LatentThreat(norm="l2", eps=1.0)])

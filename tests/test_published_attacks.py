@@ -313,5 +313,9 @@ def test_no_more_digits_stand(sample: Batch, entry: Any) -> None:
 def test_no_more_digits_stand_under_perceptual_attacks(entry: Any) -> None:
     """From other random starts, which makes a difference of a digit or two."""
     batch, row = in_colour(PERCEPTUAL["ids"]), TypeAdapter(AttackRow).validate_python(entry["row"])
-    found = attack(view_of(entry["network"]), threats.build(row, None), batch, row, seed=0, purpose="published")  # type: ignore[arg-type]
+    view, threat = view_of(entry["network"]), threats.build(row, None)  # type: ignore[arg-type]
+    found = attack(view, threat, batch, row, seed=0, purpose="published")  # type: ignore[arg-type]
     assert int((~found.broken_B).sum()) <= entry["standing"] + MORE / 2
+    begun = row.model_copy(update={"method": "random", "steps": 1})  # type: ignore[union-attr]
+    start = attack(view, threat, batch, begun, seed=0, purpose="published")
+    assert int((~found.broken_B).sum()) < 0.8 * int((~start.broken_B).sum()), "the places tell an attack from its start"

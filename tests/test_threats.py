@@ -60,7 +60,7 @@ SETTINGS = {
     "snow": SnowThreat(eps=0.3),
     "gabor": GaborThreat(eps=0.2),
     "wood": WoodThreat(eps=0.1),
-    "kaleidoscope": KaleidoscopeThreat(eps=0.2, shapes=5, size=0.3),
+    "kaleidoscope": KaleidoscopeThreat(eps=0.2, shapes=5, size=0.3, outline=0.1),
     "pixel": PixelThreat(norm="linf", eps=0.5),
     "pixel l2": PixelThreat(eps=1.0),
     "elastic": ElasticThreat(eps=2.0),

@@ -85,11 +85,11 @@ def test_a_long_first_epoch_says_how_long_one_takes(
 ) -> None:
     """Once: every epoch after it is told of at its end."""
     monkeypatch.setattr(trainer, "TELL_AFTER_S", after)
-    config = make_config(training={"epochs": 2})
+    config = make_config(training={"epochs": 2, "batch_size": 4})
     train(config, tmp_path / "one")
     lines = [line for line in capsys.readouterr().err.splitlines() if line.endswith(" an epoch")]
     assert len(lines) == told
-    assert not told or re.search(rf"{config.name}: epoch 1, step 1 of \d+; about \d+ s an epoch$", lines[0])
+    assert not told or re.search(rf"{config.name}: epoch 1, step 4 of \d+; about \d+ s an epoch$", lines[0])
 
 
 class PowerCutError(Exception):

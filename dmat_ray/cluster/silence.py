@@ -14,12 +14,13 @@ FIRST_S, LONG_S = 30.0, 300.0
 
 def _cluster() -> str:
     have = ray.cluster_resources()
-    return f"the cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs (ray status says what it waits for)"
+    return f"; the cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs (ray status says what it waits for)"
 
 
 @contextmanager
 def breaking_silence(what: str, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """Inside, says so when no `what` was finished for `FIRST_S`, twice that, and so on, and at least every `LONG_S`.
+    """Inside, says so when no `what` was finished for `FIRST_S`, twice that, and so on, and at
+    least every `LONG_S`; from the second line on with what the cluster has.
 
     It gives what is to be called whenever one was. Ray must be connected.
     """
@@ -29,15 +30,13 @@ def breaking_silence(what: str, say: Callable[[str], None]) -> Iterator[Callable
         last[0] = time.monotonic()
 
     def watch() -> None:
-        since, wait, told = last[0], FIRST_S, last[0]
+        since, wait, told, lines = last[0], FIRST_S, last[0], 0
         while not stop.wait(min(1.0, FIRST_S / 4)):
             if last[0] != since:
-                since, wait, told = last[0], FIRST_S, last[0]
-            if time.monotonic() - told > wait:
-                told = time.monotonic()
-                silent, wait = told - since, min(2 * wait, LONG_S)
-                more = _cluster() if silent > 0.9 * LONG_S else "work goes on"
-                say(f"no {what} was finished in the last {duration(silent)}; {more}")
+                since, wait, told, lines = last[0], FIRST_S, last[0], 0
+            if (now := time.monotonic()) - told > wait:
+                told, wait, lines = now, min(2 * wait, LONG_S), lines + 1
+                say(f"no {what} was finished in the last {duration(now - since)}{_cluster() if lines > 1 else ''}")
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

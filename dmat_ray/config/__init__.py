@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from dmat_ray.config.attacks import (
+    LPA_ROUNDS,
     TERMS,
     AdversarialTerm,
     AttackConfig,
@@ -100,6 +101,7 @@ class Config(Section):
 
 
 __all__ = [
+    "LPA_ROUNDS",
     "ON_CURVE",
     "ON_MANIFOLD",
     "THREATS",

@@ -13,6 +13,8 @@ from pydantic import Field, model_validator
 from dmat_ray.config.base import Fraction, Section
 from dmat_ray.config.threats import FogThreat, ImageThreat, LatentThreat, ThreatSettings, joined
 
+LPA_ROUNDS = 5
+
 
 class AttackConfig(Section):
     """Search inside a threat: sign- or norm-steepest ascent with projection (FGSM is one step of it)."""
@@ -40,6 +42,12 @@ class AttackConfig(Section):
             raise ValueError(f"restarts={self.restarts} without random_start would be as many copies of one search")
         return self
 
+    @model_validator(mode="after")
+    def _has_rounds(self) -> "AttackConfig":
+        if self.method == "lpa" and self.steps < LPA_ROUNDS:
+            raise ValueError(f"method lpa goes in {LPA_ROUNDS} rounds; {self.steps} steps are too few")
+        return self
+
 
 def require_reach(attack: AttackConfig, threat: ThreatSettings) -> None:
     """Raise ValueError for steps too short to get from the ball's middle to its border, as when a preset's meet another eps."""
@@ -63,6 +71,8 @@ class Term(AttackConfig, ThreatSettings):
     def _divergence_has_a_slope(self) -> "Term":  # not _check: that is the threats' own, which stands beside it
         if self.weight > 0 and self.divergence == "kl" and not self.random_start:
             raise ValueError("divergence=kl needs random_start: the gradient of KL is zero at the clean image")
+        if self.divergence == "kl" and self.method == "lpa":
+            raise ValueError("method lpa raises a margin of its own; give divergence ce")
         return self
 
     @model_validator(mode="after")

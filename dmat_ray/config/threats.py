@@ -117,7 +117,9 @@ class KaleidoscopeThreat(ThreatSettings):
     shapes: int = Field(40, ge=1, description="how many shapes")
     size: float = Field(15 / 224, gt=0, le=1, description="diameter of a disc, side of a square, as a share of the image's side")
     transparency: float = Field(0.1, ge=0, lt=1, description="share of the image that shines through")
-    outline: float = Field(2 / 224, ge=0, le=1, description="width of an outline, as a share of the image's side; 0 for none")
+    outline: float = Field(
+        2 / 224, ge=0, le=1, description="width of an outline, as a share of the image's side, a pixel or more; 0: none"
+    )
 
 
 class PixelThreat(ThreatSettings):

@@ -23,7 +23,7 @@ from dmat_ray.manifold.augment import adapted, augment
 from dmat_ray.manifold.discriminator import Discriminator
 from dmat_ray.manifold.quality import Judge
 from dmat_ray.manifold.stylegan2 import StyleGAN2
-from dmat_ray.pace import TELL_AFTER_S, Pace
+from dmat_ray.pace import LEAST_STEPS, TELL_AFTER_S, Pace
 from dmat_ray.rng import derive
 from dmat_ray.storage import Place, at
 from dmat_ray.types import RunContext
@@ -231,9 +231,9 @@ def train_generator(
         with tf32(config.precision != "float32"):
             training.step(i, images, labels)
         if i % report_every and i < training.steps:
-            if not told and (seconds := time.monotonic() - began) > TELL_AFTER_S:
+            if not told and i - first > LEAST_STEPS and (seconds := time.monotonic() - began) > TELL_AFTER_S:
                 pace_so_far = {"kimg": i / per_kimg, "images_per_second": (i - first) * config.batch_size / seconds}
-                context.say(f"generator: {i / per_kimg:.2g} of {config.kimg:g} thousand images{to_go(pace_so_far, config.kimg)}")
+                context.say(f"generator: {i / per_kimg:.3g} of {config.kimg:g} thousand images{to_go(pace_so_far, config.kimg)}")
                 told = True
             if pace.looks() and pace.wants_checkpoint()[1]:
                 training.agree()

@@ -151,7 +151,7 @@ class Kaleidoscope(Ball):
         return self.FIXED * self.shapes
 
     def start(self, batch: Batch, draws: Draws | None) -> Tensor:
-        """Everything uniform; without draws all shapes are grey squares on a diagonal, of one brightness."""
+        """Everything uniform; without draws all shapes are squares of one colour on a diagonal."""
         x = batch.x_BCHW
         pixels = x[0, 0].numel()
         if draws is not None:
@@ -159,7 +159,7 @@ class Kaleidoscope(Ball):
             moves, rest = drawn.split([3 * self.shapes, pixels + self._fixed()], dim=1)
             return torch.cat([moves * 2 - 1, rest], dim=1)
         fixed = x.new_full((self.shapes, self.FIXED), 0.5)
-        fixed[:, 1], fixed[:, 6] = 0.0, 1.0
+        fixed[:, 6] = 1.0
         fixed[:, 3] = fixed[:, 4] = (torch.arange(self.shapes).to(x) + 0.5) / self.shapes
         whole = torch.cat([x.new_zeros(3 * self.shapes), x.new_full((pixels,), 0.5), fixed.flatten()])
         return whole.expand(len(x), -1).clone()
@@ -202,8 +202,9 @@ class Kaleidoscope(Ball):
     def covers(self, fixed_BK4: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Whether each shape, and its outline, covers each pixel: two of (B, K, H, W), 0 or 1."""
         shapes = (self._inside(fixed_BK4, x) > 0).to(x)
-        width = round(self.outline * min(x.shape[2:]))
-        return shapes, F.max_pool2d(shapes, 2 * width + 1, stride=1, padding=width) - shapes
+        width = max(1, round(self.outline * min(x.shape[2:]))) if self.outline else 0
+        grown = F.max_pool2d(shapes, (2 * width + 1, 1), stride=1, padding=(width, 0))
+        return shapes, F.max_pool2d(grown, (1, 2 * width + 1), stride=1, padding=(0, width)) - shapes
 
     def _inside(self, fixed_BK4: Tensor, x: Tensor) -> Tensor:
         """How many pixels each pixel lies inside each shape's border, (B, K, H, W); negative outside."""

@@ -111,9 +111,9 @@ def calm(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_a_rerun_that_finds_all_done_needs_no_ray(said: str, by_url: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # where none is
-    told = finish(start("pipeline.py", tmp_path, "--preset", "demo", "--output", OUTPUT, *by_url))
+def test_a_rerun_that_finds_all_done_needs_no_ray(said: str, by_url: list[str], tmp_path: Path):
+    nowhere = ["--cluster.address", "127.0.0.1:1"]  # where no Ray is
+    told = finish(start("pipeline.py", tmp_path, "--preset", "demo", "--output", OUTPUT, *by_url, *nowhere))
     assert told.count("nothing to do") == said.count("nothing to do") + 3, "set, model and evaluation are there"
     table = said[said.index("report:") :]
     assert told[told.index("report:") :] == table
