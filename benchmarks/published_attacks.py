@@ -188,24 +188,25 @@ def pixel(old: Any, new: Any, x: Tensor, rng: torch.Generator) -> Arrays:
 
 
 def kaleidoscope(old: Any, new: Any, x: Tensor, rng: torch.Generator) -> Arrays:
-    """Images of the shapes that our numbers are."""
+    """Images of the shapes that our numbers are, with their outlines."""
     count = 4
     ours = Kaleidoscope(KaleidoscopeThreat(shapes=count, size=0.25, outline=2 / SIZE, eps=0.3, transparency=0.2))
     sizes = [3 * count, SIZE * SIZE, ours.FIXED * count]
     moves, bright, fixed = torch.rand(len(x), sum(sizes), generator=rng).split(sizes, dim=1)
     theta = torch.cat([moves * 2 - 1, bright, fixed], dim=1)
-    shapes, outlines, colours = kaleidoscope_parts(ours, x, theta)
-    images = new("attacks.kaleidoscope").add_variables(
+    (shapes, colours), code = kaleidoscope_parts(ours, x, theta), new("attacks.kaleidoscope")
+    outlines = torch.stack([code.get_edge_masks(each, 1 + 2 * 2) for each in shapes])
+    images = code.add_variables(
         x, shapes, 0.3 * (moves * 2 - 1).view(-1, count, 3), outlines, 0.3 * bright.view(-1, 1, SIZE, SIZE), 0.2, colours, True
     )  # fmt: skip
     return {"theta": theta, "images": images}
 
 
-def kaleidoscope_parts(threat: Kaleidoscope, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which pixels our shapes and their outlines cover, and the colours drawn for them."""
+def kaleidoscope_parts(threat: Kaleidoscope, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Which pixels our shapes cover, and the colours drawn for them."""
     fixed = theta[:, -threat.FIXED * threat.shapes :].view(-1, threat.shapes, threat.FIXED)
-    shapes, outlines = threat.covers(fixed[:, :, 3:], x)
-    return shapes, outlines, hsv_to_rgb(fixed[:, :, 0], 0.7 + 0.3 * fixed[:, :, 1], 0.8 + 0.2 * fixed[:, :, 2])
+    shapes, _ = threat.covers(fixed[:, :, 3:], x)
+    return shapes, hsv_to_rgb(fixed[:, :, 0], 0.7 + 0.3 * fixed[:, :, 1], 0.8 + 0.2 * fixed[:, :, 2])
 
 
 def hsv(old: Any, new: Any, x: Tensor, rng: torch.Generator) -> Arrays:
@@ -235,7 +236,7 @@ def new_attack(new: Any, row: Row, batch: Batch) -> Any:
     if row.threat == "pixel":
         return new("attacks.pixel").PixelAdversary(row.eps, steps, step, row.norm, round(row.size * SIZE))
     code, threat = new("attacks.kaleidoscope"), threats.build(row, None)
-    shapes, _, colours = kaleidoscope_parts(threat, batch.x_BCHW, threat.start(batch, Draws(0, batch.id, "published/0")))
+    shapes, colours = kaleidoscope_parts(threat, batch.x_BCHW, threat.start(batch, Draws(0, batch.id, "published/0")))
     code.get_shape_masks, code.init_colours = lambda *_: shapes, lambda *_: colours
     edge = 1 + 2 * round(row.outline * SIZE)
     sizes = (row.shapes, row.size * SIZE, 0.8, 0.7, row.transparency, edge)

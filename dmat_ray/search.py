@@ -253,10 +253,8 @@ class Lpa(Lagrange):
 
     def __init__(self, threat: Threat, batch: Batch, config: AttackConfig, draws: Draws | None) -> None:
         super().__init__(threat, batch, config, draws)
-        self.weight_B, self.done_B = (
-            batch.x_BCHW.new_full((len(batch),), FIRST_WEIGHT),
-            torch.zeros_like(batch.y_B, dtype=torch.bool),
-        )
+        self.weight_B = batch.x_BCHW.new_full((len(batch),), FIRST_WEIGHT)
+        self.done_B = torch.zeros_like(batch.y_B, dtype=torch.bool)
 
     def next(self, theta: Tensor, seen: Query) -> Tensor:
         """A step, but of what is broken inside the budget."""

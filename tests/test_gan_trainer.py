@@ -107,6 +107,21 @@ def test_sigterm_leaves_a_checkpoint_within_an_interval(tmp_path: Path, monkeypa
 
 
 @pytest.mark.exhaustive
+def test_a_long_interval_says_early_how_long_it_all_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once, and before the first report."""
+    monkeypatch.setattr(gan_trainer, "TELL_AFTER_S", 0.0)
+    told: list[int] = []
+
+    def reported(metrics: Any) -> None:
+        told.append(capsys.readouterr().err.count(" to go"))
+
+    train_generator(settings(), *some_images(), LocalContext(tmp_path, reported))
+    assert told[0] == 1
+    assert sum(told) == 1
+
+
 def test_two_workers_on_different_parts_of_a_batch_stay_equal(tmp_path: Path) -> None:
     config = settings(keep="last", ada_target=0.6, path_length=2.0, kimg=0.08)
     (tmp_path / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
