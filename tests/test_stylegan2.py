@@ -1,6 +1,8 @@
 """StyleGAN 2 against the formulas of its paper (arXiv 1912.04958), written out slowly."""
 
+import hashlib
 import json
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -238,3 +240,22 @@ def test_the_shipped_generator_loads() -> None:
     x = generator.synthesis(generator.mapping(torch.randn(2, generator.z_dim)))
     assert x.shape == (2, 1, 32, 32)
     assert len(generators.fingerprint("mnist32")) == 64
+
+
+def test_a_generator_is_named_by_its_weights_and_what_else_changes_its_images(tmp_path: Path, generator: StyleGAN2) -> None:
+    """Settings that no tensor's shape shows: with them changed the same file makes other images."""
+    generators.save_generator(tmp_path, generator, {"name": "one"})
+    digest = hashlib.sha256((tmp_path / "generator.safetensors").read_bytes()).hexdigest()
+    assert generators.fingerprint(str(tmp_path)) == digest
+    _card(tmp_path, name="another")
+    assert generators.fingerprint(str(tmp_path)) == digest
+    z, default, names = torch.randn(2, 8), generators.load_generator(str(tmp_path)), []
+    images = [default.synthesis(default.mapping(z), clamp=False)]
+    for value in ({"conv_clamp": 0.1}, {"conv_clamp": 0.2}, {"mapping_rate": 0.5}):
+        _architecture(tmp_path, conv_clamp=None, mapping_rate=0.1)
+        _architecture(tmp_path, **value)
+        loaded = generators.load_generator(str(tmp_path))
+        images.append(loaded.synthesis(loaded.mapping(z), clamp=False))
+        names.append(generators.fingerprint(str(tmp_path)))
+    assert len({digest, *names}) == 4
+    assert all(not torch.allclose(a, b) for a, b in combinations(images, 2))

@@ -35,6 +35,7 @@ WEIGHTS, CARD = "generator.safetensors", "card.json"
 FILES = {"stylegan1": WEIGHTS, "stylegan2": WEIGHTS, **exported.FILES}
 DTYPES = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
 MOST = 400  # letters of what is wrong with a card
+UNSHAPED = ("mapping_rate", "fused_from", "conv_clamp")  # settings that change images, and no tensor's shape
 
 
 def _card(folder: Path, path: str) -> dict[str, Any]:
@@ -78,12 +79,18 @@ def read_card(path: str) -> dict[str, Any]:
 
 
 def fingerprint(path: str) -> str:
-    """sha256 that names a generator in sets and checkpoints: of its weights, or of a program and what its card says of it."""
+    """sha256 that names a generator in sets and checkpoints.
+
+    Of its weights, and of what its card says that changes images beside them: for a StyleGAN only where that is not the
+    default. Raises UserError for a card that describes no generator.
+    """
     card = read_card(path)
     digest = sha256(folder_of(path) / FILES[card["kind"]])
-    if card["kind"] not in exported.FILES:
-        return digest
-    return text_digest(json.dumps([digest, exported.meaning(card)], sort_keys=True))
+    if card["kind"] in exported.FILES:
+        return text_digest(json.dumps([digest, exported.meaning(card)], sort_keys=True))
+    shape = _architecture(card, path)
+    told = {key: value for key, value in shape.model_dump(mode="json", exclude_defaults=True).items() if key in UNSHAPED}
+    return text_digest(json.dumps([digest, told], sort_keys=True)) if told else digest
 
 
 def save_generator(folder: Path, generator: StyleGAN1 | StyleGAN2, card: dict[str, Any]) -> None:
@@ -94,6 +101,14 @@ def save_generator(folder: Path, generator: StyleGAN1 | StyleGAN2, card: dict[st
     save_file(state, folder / WEIGHTS)
     kind = "stylegan1" if isinstance(generator, StyleGAN1) else "stylegan2"
     write_json(folder / CARD, {**card, "kind": kind, "architecture": generator.config.model_dump(mode="json")})
+
+
+def _architecture(card: dict[str, Any], path: str) -> StyleGAN1Config | StyleGAN2Config:
+    config = StyleGAN1Config if card["kind"] == "stylegan1" else StyleGAN2Config
+    try:
+        return config.model_validate(card.get("architecture"))
+    except ValidationError as error:
+        raise UserError(f"the card of generator '{path}': {shown(describe(error), MOST)}") from None
 
 
 def build(kind: str, architecture: Any) -> StyleGAN1 | StyleGAN2:
@@ -139,12 +154,11 @@ def load_stylegan(path: str) -> StyleGAN1 | StyleGAN2:
     """The StyleGAN of a folder, with the papers' arithmetic. Raises UserError if card and weights do not fit together."""
     folder, card = folder_of(path), read_card(path)
     what = f"the weights of generator '{path}'"
+    shape = _architecture(card, path)
     try:
-        _check_weights(folder / WEIGHTS, blueprint(card["kind"], card.get("architecture")), what)
-        generator = build(card["kind"], card.get("architecture"))
+        _check_weights(folder / WEIGHTS, blueprint(card["kind"], shape), what)
+        generator = build(card["kind"], shape)
         generator.load_state_dict(load_file(folder / WEIGHTS))
-    except ValidationError as error:
-        raise UserError(f"the card of generator '{path}': {shown(describe(error), MOST)}") from None
     except (RuntimeError, SafetensorError) as error:
         raise UserError(f"{what} do not fit its card: {shown(str(error).splitlines()[0], MOST)}") from None
     for key, value in generator.state_dict().items():
