@@ -15,6 +15,7 @@ import argparse
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,8 +30,10 @@ from published_code import (
     GlitchRow,
     JpegRow,
     KaleidoscopeRow,
+    Negative,
     PixelRow,
     SnowRow,
+    WoodRow,
     advex_attack,
     digit_network,
     digits,
@@ -63,6 +66,8 @@ ROWS: list[tuple[str, Row]] = [
     ("standard", JpegRow(name="jpeg linf", norm="linf", eps=0.2, steps=STEPS, step_size=0.2 * FAR)),
     ("robust", JpegRow(name="jpeg l2", norm="l2", eps=6.0, steps=STEPS, step_size=6.0 * FAR)),
     ("robust", JpegRow(name="jpeg l1", norm="l1", eps=60.0, steps=STEPS, step_size=60.0 * FAR)),
+    # which darkens, and has no effect on white strokes: so on negatives; and without the luck of a start
+    ("standard", WoodRow(name="wood", eps=0.1, cells=8, random_start=False, steps=STEPS, step_size=0.1 * FAR)),
     ("robust", GlitchRow(name="glitch", eps=0.2, lines=16, steps=STEPS, step_size=0.2 * FAR)),
     ("robust", PixelRow(name="pixel", eps=3.0, size=4 / SIZE, steps=STEPS, step_size=3.0 * FAR)),
     (
@@ -231,6 +236,8 @@ def renders(old: Any, new: Any) -> dict[str, np.ndarray]:
 def new_attack(new: Any, row: Row, batch: Batch) -> Any:
     """The third version's attack with the budget, steps and step size of a row; a kaleidoscope's shapes are those of ours."""
     steps, step = row.steps, row.step_size
+    if row.threat == "wood":
+        return new("attacks.wood").WoodAdversary(row.eps, steps, step, row.cells, row.rings, row.random_start, 8)
     if row.threat == "glitch":
         return new("attacks.glitch").GlitchAdversary(row.eps, steps, step, row.lines, 0.0)
     if row.threat == "pixel":
@@ -247,13 +254,15 @@ def strength(code: ModuleType, new: Any) -> dict[str, Any]:
     """The rows, each with its classifier and the number of digits that stand under theirs."""
     every, rows = digits(COUNT), []
     for name, row in ROWS:
-        network, standing = digit_network(name).requires_grad_(False), 0
+        network, standing, negative = digit_network(name).requires_grad_(False), 0, isinstance(row, WoodRow)
+        network = Negative(network) if negative else network
         torch.manual_seed(0)
         np.random.seed(0)  # theirs draws from it
         random.seed(0)
         for part in torch.arange(COUNT).split(20):  # theirs has one set of streaks for all images of a batch
             batch = every.take(part)
-            if isinstance(row, GlitchRow | PixelRow | KaleidoscopeRow):
+            batch = replace(batch, x_BCHW=1 - batch.x_BCHW) if negative else batch
+            if isinstance(row, WoodRow | GlitchRow | PixelRow | KaleidoscopeRow):
                 images = new_attack(new, row, batch)(network, batch.x_BCHW, batch.y_B).clamp(0, 1)
             else:
                 attack = advex_attack(code, row, SIZE)
@@ -264,7 +273,7 @@ def strength(code: ModuleType, new: Any) -> dict[str, Any]:
             with torch.no_grad():
                 standing += int((network(images).argmax(dim=1) == batch.y_B).sum())
         print(f"{row.name}: {standing} of {COUNT} stand on {name}", flush=True)
-        rows.append({"network": name, "row": row.model_dump(), "standing": standing})
+        rows.append({"network": name, "negative": negative, "row": row.model_dump(), "standing": standing})
     return {"ids": list(every.id), "rows": rows}
 
 

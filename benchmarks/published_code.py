@@ -24,7 +24,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.types import Batch
 
 ElasticRow, GaborRow, JpegRow, SnowRow = (ROWS[name] for name in ("elastic", "gabor", "jpeg", "snow"))
-GlitchRow, PixelRow, KaleidoscopeRow = (ROWS[name] for name in ("glitch", "pixel", "kaleidoscope"))
+GlitchRow, PixelRow, KaleidoscopeRow, WoodRow = (ROWS[name] for name in ("glitch", "pixel", "kaleidoscope", "wood"))
 TESTS = Path(__file__).parent.parent / "tests"
 
 
@@ -100,6 +100,17 @@ class Luma(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return (x_BCHW * x_BCHW.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
+
+
+class Negative(nn.Module):
+    """A network of digits, for digits in black on white."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_BCHW: Tensor) -> Any:
+        return self.network(1 - x_BCHW)
 
 
 def digit_network(name: str) -> nn.Module:

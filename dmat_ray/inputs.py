@@ -12,6 +12,7 @@ from dmat_ray.cli import describe
 from dmat_ray.config import Section
 from dmat_ray.errors import UserError
 from dmat_ray.types import Batch, Generator
+from dmat_ray.wording import did_you_mean
 
 Kind = TypeVar("Kind", bound=Section)
 RENDERED_AGAIN = 16 / 255  # how far pixels of bf16 may be from those of a set, which are rounded to levels
@@ -165,8 +166,8 @@ def section(
         return kind.model_validate({**before, **values})
     except ValidationError as error:
         said, known = describe(error, kind, hidden).removeprefix("settings: "), [n for n in kind.model_fields if n not in hidden]
-        unknown = sum(item["type"] == "extra_forbidden" for item in error.errors()) > said.count("did you mean")
-        hint = f"; it has {', '.join(known)}" if unknown else ""
+        unknown = [str(item["loc"][-1]) for item in error.errors() if item["type"] == "extra_forbidden"]
+        hint = "" if all(did_you_mean(name, known) for name in unknown) else f"; it has {', '.join(known)}"
         raise UserError(f"{what}: {said}{hint}") from None
 
 

@@ -5,6 +5,7 @@ Old is the first version of arXiv 1908.08016 (advex-uar), new its third (adversa
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 STRENGTH = json.loads((HERE / "published" / "strength.json").read_text())
 PERCEPTUAL = json.loads((HERE / "published" / "perceptual.json").read_text())
+STADV = json.loads((HERE / "published" / "stadv.json").read_text())  # of the same digits as STRENGTH
 MORE = 4  # digits that may stand under ours and not under theirs: two points of 200
 
 
@@ -277,6 +279,13 @@ class Luma(nn.Module):
         return (x_BCHW * x_BCHW.new_tensor(TO_YCC[0]).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
 
 
+class Negative(nn.Module):
+    """Black on white to white on black."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return 1 - x_BCHW
+
+
 def in_colour(ids: list[str]) -> Batch:
     """Recorded digits, as the published attacks want them."""
     every = digits("test")
@@ -293,18 +302,21 @@ def view_of(network: str) -> AttackView:
 
 @pytest.fixture(scope="module")
 def sample() -> Batch:
+    assert STRENGTH["ids"] == STADV["ids"]
     return in_colour(STRENGTH["ids"])
 
 
-@pytest.mark.parametrize("entry", STRENGTH["rows"], ids=lambda entry: entry["row"]["name"])
+@pytest.mark.parametrize("entry", [*STRENGTH["rows"], *STADV["rows"]], ids=lambda entry: entry["row"]["name"])
 def test_no_more_digits_stand(sample: Batch, entry: Any) -> None:
     """At the same budget, steps and length of a step, from one random start; where strong attacks differ from weak ones."""
     assert 0.05 * len(sample) < entry["standing"] < 0.95 * len(sample)
     row = TypeAdapter(AttackRow).validate_python(entry["row"])
     view = view_of(entry["network"])
+    if entry.get("negative"):
+        sample, view = replace(sample, x_BCHW=1 - sample.x_BCHW), AttackView(nn.Sequential(Negative(), view))
     found = attack(view, threats.build(row, None), sample, row, seed=0, purpose="published")
     assert int((~found.broken_B).sum()) <= entry["standing"] + MORE
-    begun = row.model_copy(update={"method": "random", "steps": 1})  # type: ignore[union-attr]
+    begun = row.model_copy(update={"method": "random", "steps": 1, "random_start": True})  # type: ignore[union-attr]
     start = attack(view, threats.build(row, None), sample, begun, seed=0, purpose="published")
     assert int((~found.broken_B).sum()) <= int((~start.broken_B).sum()), "it ends no weaker than it starts"
 

@@ -57,7 +57,12 @@ class Elastic(Ball):
 
 
 class StAdv(Ball):
-    """theta is (B, 2, H, W), displacements in half image sides."""
+    """theta is (B, 2, H, W), displacements in half image sides.
+
+    Each pixel is displaced by itself. Where it has come to lie in a flat part of the image it feels no slope, and would stay: it
+    goes back to its place, from where it may get to the other side. Without that a search is far weaker than the published one
+    (tests/test_published_attacks.py): where a pixel starts decides to which side it can go.
+    """
 
     def __init__(self, config: StAdvThreat) -> None:
         super().__init__("linf", config.eps)
@@ -66,6 +71,10 @@ class StAdv(Ball):
         """Uniform; without draws no displacement."""
         x = batch.x_BCHW
         return self.within(draws, x.new_empty(len(x), 2, *x.shape[2:]))
+
+    def direction(self, batch: Batch, theta: Tensor, gradient: Tensor) -> Tensor:
+        """The sign; back to its place for a pixel without a slope."""
+        return torch.where(gradient == 0, -theta.sign(), gradient.sign())
 
     def render(self, batch: Batch, theta: Tensor) -> Tensor:
         """The image resampled along the flow."""
