@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
-from study_methods import ABLATIONS, METHODS, worst_case
+from study_methods import ABLATIONS, METHODS, OF_VERSION, version_of, worst_case
 
 from dmat_ray import checkpoint, cli, evaluation, suites
 from dmat_ray.config import Config
@@ -228,7 +228,7 @@ def resolved(config: Config) -> Config:
 
 
 def evaluations(config: Config, given: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Folder of rows -> settings over the study's, of what a model has not gone through yet."""
+    """Folder of rows -> settings over the study's, of what a model has not gone through yet, or by attacks mended since."""
     kinds: dict[str, Any] = {
         "rows": {},
         "clean": {"suites": [], "attacks": [{"threat": "clean", "name": "clean"}], "limit": None},
@@ -239,7 +239,7 @@ def evaluations(config: Config, given: argparse.Namespace, name: str) -> dict[st
         suite = {"suites": [given.autoattack], "sets": ["natural"], "limit": given.autoattack_limit}
         kinds["autoattack"] = {**kinds["clean"], **suite}
     folder = Path(config.output).resolve()
-    return {kind: settings for kind, settings in kinds.items() if not (folder / kind / f"{name}.parquet").is_file()}
+    return {kind: settings for kind, settings in kinds.items() if version_of(folder / kind / f"{name}.parquet") != VERSION}
 
 
 def _evaluate(config: Config, kind: str, settings: dict[str, Any], name: str, device: torch.device) -> None:
@@ -256,7 +256,7 @@ def _evaluate(config: Config, kind: str, settings: dict[str, Any], name: str, de
         return checkpoint.load_classifier(folder / "models" / model, device)[0]
 
     evaluator = evaluation.Evaluator(config.evaluation, data, generator, load, [name], device)
-    rows = evaluation.evaluate_here(evaluator)
+    rows = evaluation.evaluate_here(evaluator).replace_schema_metadata({OF_VERSION: str(VERSION)})
     sink = pa.BufferOutputStream()
     pq.write_table(rows, sink, compression="zstd")
     (folder / kind).mkdir(exist_ok=True)

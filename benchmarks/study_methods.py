@@ -3,7 +3,10 @@
 And how it looks at the worst case of all of its test images.
 """
 
+from pathlib import Path
 from typing import Any
+
+import pyarrow.parquet as pq
 
 from dmat_ray.config import EvaluationConfig
 from dmat_ray.units import group_of
@@ -23,8 +26,8 @@ METHODS = (
 )
 """What every study trains, in the order of the main tables."""
 
-TABLE = (*METHODS, "dmat_recolor", "dmat_fog_recolor", "dmat_fog_recolor_stadv")
-"""The main tables' rows: those of METHODS, and what a study's own file of methods adds."""
+TABLE = (*METHODS, "at_eps_20", "dmat_eps_20", "dmat_recolor", "dmat_fog_recolor", "dmat_fog_recolor_stadv")
+"""The main tables' rows: those of METHODS, twice the radius of digits, and what a study's own file of methods adds."""
 
 ABLATIONS = {
     "Share of the on-manifold term, from none to all": ("at", "dmat_latent_25", "dmat", "dmat_latent_75", "om_at"),
@@ -43,6 +46,16 @@ ABLATIONS = {
     ),
 }
 """Title -> the methods that a table sets side by side."""
+
+OF_VERSION = "rows_version"
+"""Where a file of rows says of which version they are."""
+
+
+def version_of(rows: Path) -> int | None:
+    """That of a file of rows; None if it does not say, or is not there."""
+    found = (pq.read_schema(rows).metadata or {}).get(OF_VERSION.encode()) if rows.is_file() else None
+    return None if found is None else int(found)
+
 
 WORST = "worst"
 """The summary over all attacks, and the group that `worst_case` makes of them."""
