@@ -116,6 +116,14 @@ def require_whole(folder: Place, name: str) -> dict[str, Any]:
     return description
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint, of whatever kind, is what was written."""
+    try:
+        return bool([require_whole(folder, description.name) for description in folder.glob("*.json")])
+    except UserError:
+        return False
+
+
 def newest(context: RunContext, name: str) -> Location | None:
     """The newest checkpoint of a run that is whole, to go on from: see `newest_of`."""
     return newest_of(context.checkpoints(), name, context.say)
@@ -311,8 +319,8 @@ def ancestor(run: dict[str, Any], config: Config) -> dict[str, Any]:
 
 
 def relevant(config: Config) -> dict[str, Any]:
-    """Dotted name -> value of the settings that change what is trained; those that came late only if they do."""
-    return _relevant(_flat({**config.to_json(), "data": config.data.settled()}))
+    """Dotted name -> value of the settings that change what is trained."""
+    return _relevant(_flat(config.to_json()))
 
 
 def _relevant(flat: dict[str, Any]) -> dict[str, Any]:

@@ -109,6 +109,20 @@ def holds_anything(folder: Place) -> bool:
     return place.local.is_dir() and any(place.local.iterdir())
 
 
+def copy_files(folder: Path, fresh: Path) -> None:
+    """Copy the files of a folder that has no others in it to a new one; nothing of it stays where that fails.
+
+    shutil.copytree goes on after a disk is full, and its error does not say that it was.
+    """
+    fresh.mkdir(parents=True)
+    try:
+        for file in sorted(folder.iterdir()):
+            shutil.copy2(file, fresh / file.name)
+    except OSError:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
 def put(folder: Path, place: Place) -> None:
     """Copy a folder of this machine to a place where there is none: readers see it whole, or not as one that is whole."""
     place = at(place)
@@ -118,12 +132,8 @@ def put(folder: Path, place: Place) -> None:
         return
     partial = place.local.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    try:
-        shutil.copytree(folder, partial)
-        partial.rename(place.local)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    copy_files(folder, partial)
+    partial.rename(place.local)
 
 
 def replace_folder(place: Place, write: Callable[[Path], None]) -> None:

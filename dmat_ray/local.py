@@ -12,6 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dmat_ray.checkpoint import is_whole
+from dmat_ray.folders import copy_files
+
 
 def average_over_workers_(tensors: Sequence[Tensor], world_size: int) -> None:
     """Mean over all processes of the default group, in place; one flat message for each dtype."""
@@ -50,6 +53,7 @@ class LocalContext:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self._checkpoint = folder / "checkpoint"
+        self._sure = False  # whether what lies there is whole: of an earlier process it may not be
         self._on_report = on_report
         self._told_to_stop, self._stopping = False, False
         if heed_sigterm:
@@ -75,12 +79,15 @@ class LocalContext:
         if checkpoint is not None:
             fresh = self._checkpoint.with_name(f"{self._checkpoint.name}.partial")
             shutil.rmtree(fresh, ignore_errors=True)
-            shutil.copytree(checkpoint, fresh)
+            copy_files(checkpoint, fresh)
             shutil.rmtree(checkpoint)
+            if self._checkpoint.is_dir() and not (self._sure or is_whole(self._checkpoint)):
+                shutil.rmtree(self._checkpoint)  # the training went on from the one before, which stays
             if self._checkpoint.is_dir():
                 shutil.rmtree(self._before, ignore_errors=True)
                 self._checkpoint.rename(self._before)
             fresh.rename(self._checkpoint)
+            self._sure = True
         if self._on_report is not None and self.rank == 0 and metrics:
             self._on_report(metrics)
         if self._stopping:

@@ -1,5 +1,6 @@
 """The trained models of an output folder, and which of them are still to be trained."""
 
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
@@ -12,6 +13,7 @@ from dmat_ray.attack import require_possible
 from dmat_ray.config import Config
 from dmat_ray.data import set_reader
 from dmat_ray.data.epochs import held_out_positions
+from dmat_ray.data.manifold_set import steps_per_epoch
 from dmat_ray.errors import UserError
 from dmat_ray.folders import fetched, replace_folder
 from dmat_ray.manifold import generators
@@ -108,7 +110,12 @@ def _trained_on(configs: list[Config], manifest: Mapping[str, Any]) -> str:
     told = f"{' or '.join(str(usable - count) for count in held_out)} images to train on"
     if held_out[-1]:
         told += f", {' or '.join(map(str, held_out))} more held out (training.val_examples)"
-    return told + (f"; {poor} that were projected poorly are left out (projection.poor_l1)" if poor else "")
+    told += f"; {poor} that were projected poorly are left out (projection.poor_l1)" if poor else ""
+    for settings in dict.fromkeys(config.training for config in configs):
+        if settings.schedule == "piecewise" and settings.lr_epochs[-1] != settings.epochs:
+            end, what = settings.lr_epochs[-1], "is cut off" if settings.lr_epochs[-1] > settings.epochs else "stays at its last"
+            told += f"; note: the learning rate {what}: training.lr_epochs ends at {end:g}, training.epochs is {settings.epochs}"
+    return told
 
 
 def require_fit(configs: Sequence[Config], manifest: Mapping[str, Any], workers: int | None = None) -> None:
@@ -122,14 +129,20 @@ def require_fit(configs: Sequence[Config], manifest: Mapping[str, Any], workers:
         set_reader.require_usable(manifest, set_folder(config), "train")
         count = workers or config.cluster.train_workers
         check_inputs(config, manifest, generators.fingerprint(config.generator.path), count)
-        share = min(2, config.training.batch_size // count)  # of one image some networks have no batch statistics
+        held_out_positions(usable, config.training)
+        share = _least_share(usable - config.training.val_examples, config.training.batch_size, count)
         if (network := (config.classifier.fingerprint(), share)) not in tried:
             classifiers.require_trainable(config.classifier, channels, resolution, len(manifest["class_names"]), share)
             tried.add(network)
         _require_terms(config, channels, resolution)
-        held_out_positions(usable, config.training)
     if len({c.training.loader for c in configs}) > 1:
         raise UserError("training.loader must be the same for all methods that are trained together")
+
+
+def _least_share(examples: int, batch_size: int, workers: int) -> int:
+    """Images that a worker gets of an epoch's smallest batch, 2 at most: of one some networks have no batch statistics."""
+    smallest = examples // steps_per_epoch(examples, batch_size)
+    return min(2, math.ceil(smallest / workers))
 
 
 def _require_terms(config: Config, channels: int, resolution: int) -> None:

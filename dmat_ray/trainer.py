@@ -1,5 +1,6 @@
 """The training loop, once, for laptop and cluster: it knows its `RunContext` and no more about where it runs."""
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -259,7 +260,8 @@ class _Run:
         kept = next(iter(self.context.checkpoints()), None)
         return (
             f"training diverged in epoch {self.progress.epoch + 1}, step {step + 1} of {self.steps}, {what}; lower "
-            f"{'training.lr_values' if self.settings.schedule == 'piecewise' else 'training.lr'}, or set training.clip_norm. "
+            f"{'training.lr_values' if self.settings.schedule == 'piecewise' else 'training.lr'}, or set training.clip_norm, and "
+            "train anew under another --name. "
             + (f"The last good checkpoint is '{kept}'" if kept else "There is no checkpoint before it")
         )
 
@@ -314,8 +316,8 @@ def train(
 
 def describe(name: str, metrics: Mapping[str, float], epochs: int) -> str:
     """One line about an epoch."""
-    terms = [key.removeprefix("train_").removesuffix("_accuracy") for key in metrics if key.endswith("_accuracy")]
-    accuracies = ", ".join(f"{term} {metrics[f'train_{term}_accuracy']:.0%}" for term in terms)
+    terms = [re.fullmatch(r"train_(.+)_accuracy", key) for key in metrics]
+    accuracies = ", ".join(f"{term[1]} {metrics[term[0]]:.0%}" for term in terms if term)
     line = f"{name}: epoch {metrics['epoch']:.0f}/{epochs}, loss {metrics['train_loss']:.3f}, training accuracy {accuracies}"
     if "val_robust" in metrics:
         line += f"; held out: clean {metrics['val_clean']:.0%}, under all attacks {metrics['val_robust']:.0%}"

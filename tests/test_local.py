@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import resource
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,14 @@ from dmat_ray.data.epochs import held_out_positions
 from dmat_ray.data.manifold_set import epoch_batches, open_set
 from dmat_ray.data.set_reader import read_manifest
 from dmat_ray.errors import UserError
+from dmat_ray.files import is_full, read_json
+from dmat_ray.folders import put
 from dmat_ray.lease import sole
 from dmat_ray.local import LocalContext
 from dmat_ray.local_stages import train
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.schedules import learning_rate
+from dmat_ray.storage import at
 
 pytestmark = pytest.mark.slow
 
@@ -154,6 +158,80 @@ def test_one_process_is_its_own_average(tmp_path: Path) -> None:
     assert (context.rank, context.world_size) == (0, 1)
 
 
+@pytest.mark.parametrize("workers", [1, 2, 3, 8])
+@pytest.mark.parametrize(("size", "batch_size"), [(19, 8), (19, 3), (17, 16), (18, 16), (24, 12), (3, 8)])
+def test_the_least_share_is_that_of_the_batches_that_are_dealt(
+    set_folder: Path, size: int, batch_size: int, workers: int
+) -> None:
+    data, index = open_set(set_folder, "train"), np.arange(size)
+    dealt = [
+        len(batch)
+        for rank in range(workers)
+        for batch in epoch_batches(
+            data, index, images="natural", batch_size=batch_size, epoch=0, seed=0, rank=rank, world_size=workers
+        )
+    ]
+    assert models._least_share(size, batch_size, workers) == min(2, *dealt)
+
+
+def test_a_damaged_checkpoint_does_not_take_the_place_of_the_one_before(tmp_path: Path) -> None:
+    def save(context: LocalContext, step: int) -> None:
+        checkpoint.hand_over_state(context, {}, "it.json", {"step": step}, {"x": torch.tensor(step)}, wait=True)
+
+    context = LocalContext(tmp_path)
+    save(context, 1)
+    save(context, 2)
+    (tmp_path / "checkpoint" / "state.pt").write_bytes(b"half")
+    again = LocalContext(tmp_path)
+    assert checkpoint.newest(again, "it.json") == at(tmp_path / "checkpoint.before")
+    save(again, 3)
+    steps = [read_json(folder / "it.json")["step"] for folder in again.checkpoints()]
+    assert steps == [3, 1]
+    assert all(map(checkpoint.is_whole, again.checkpoints()))
+
+
+def test_a_storage_that_is_full_is_named_and_keeps_no_half_of_a_checkpoint(tmp_path: Path) -> None:
+    """The temporary folder takes it, the output does not."""
+    context, (soft, hard) = LocalContext(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write(folder: Path) -> None:
+        (folder / "state.pt").write_bytes(bytes(100_000))
+        checkpoint.seal(folder, "it.json", {})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+
+    try:
+        with pytest.raises(UserError, match=r"a checkpoint cannot be written \(.*\): is the disk full\?"):
+            checkpoint.hand_over(context, {}, write)
+        with pytest.raises(OSError, match="File too large") as caught:
+            write(make_folder(tmp_path / "made"))
+            put(tmp_path / "made", at(tmp_path / "kept"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert is_full(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made"]
+
+
+def make_folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def test_rates_that_end_elsewhere_than_the_training_are_told(make_config: Callable[..., Config], set_folder: Path) -> None:
+    manifest = read_manifest(set_folder)
+
+    def told(**training: Any) -> str:
+        return models._trained_on([make_config(training=training)], manifest)
+
+    assert "note" not in told(epochs=2, lr_epochs=[0, 2], lr_values=[0.1, 0.1])
+    assert "the learning rate is cut off: training.lr_epochs ends at 3, " in told(
+        epochs=2, lr_epochs=[0, 3], lr_values=[0.1, 0.1]
+    )
+    assert "stays at its last: training.lr_epochs ends at 1, training.epochs is 2" in told(
+        epochs=2, lr_epochs=[0, 1], lr_values=[0.1, 0.1]
+    )
+    assert "note" not in told(epochs=2, schedule="cosine")
+
+
 def test_one_image_a_worker_is_refused_before_anything_is_trained(
     make_config: Callable[..., Config], set_folder: Path, tmp_path: Path
 ) -> None:
@@ -166,4 +244,4 @@ def test_one_image_a_worker_is_refused_before_anything_is_trained(
     assert lines[0].startswith(f"{usable - held_out} images to train on")
     assert ("projected poorly" in lines[0]) == (manifest["splits"]["train"] > usable)
     with pytest.raises(UserError, match="'resnet18' cannot take 8x8 images one at a time"):
-        models.untrained([config], print, 2)
+        models.untrained([config], print, 3)  # with two each has two of the three, one of them twice

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray.data
 import ray.train
 import ray.train.collective
@@ -37,7 +36,7 @@ class Streamed:
         self._manifest = set_reader.read_manifest(place)
         ids = np.array(manifold_set.usable(place, "train")["id"].to_pylist(), dtype=object)
         train, held_out = held_out_positions(len(ids), config)
-        self._ids, self._held_out_ids = ids[train], ids[held_out].tolist()
+        self._ids, self._held_out_ids = ids[train], ids[held_out].tolist()  # in the order of ids
         self._seen_N = np.zeros(len(self._ids), bool)
 
     @property
@@ -66,6 +65,9 @@ class Streamed:
         """See EpochSource: after another number of workers the rest of the epoch is shuffled and dealt anew."""
         # as in memory: batches as equal as can be, each topped up so that all workers have equal parts of it
         steps = manifold_set.steps_per_epoch(self.size, self._config.batch_size)
+        if done.steps >= steps:  # a checkpoint of an epoch's last step: nothing is left to be dealt
+            self._seen_N = np.full(self.size, rank == 0)
+            return iter(())
         again = done.steps == 0 or done.world_size == world_size  # the same order is dealt again, and its beginning is left out
         left = np.ones(self.size, bool) if again or done.seen_N is None else done.seen_N.numpy() == 0
         parts = np.array_split(np.arange(left.sum()), steps if again else steps - done.steps)
@@ -122,7 +124,7 @@ class Streamed:
             raise RuntimeError(f"an epoch of {sum(sizes)} examples a worker ended with {have} left for a batch of {size}")
 
     def _note(self, ids: pa.ChunkedArray) -> None:
-        self._seen_N[pc.index_in(ids, value_set=pa.array(self._ids, pa.string())).to_numpy()] = True
+        self._seen_N[np.searchsorted(self._ids, np.array(ids.to_pylist(), dtype=object))] = True
 
     def _batch(self, table: pa.Table) -> Batch:
         pixels = set_format.from_lists(table["pixels"], self._manifest["shapes"]["on_manifold"])

@@ -58,7 +58,7 @@ class TrainingConfig(Section):
     schedule: Literal["piecewise", "cosine", "one_cycle"] = Field(
         "piecewise",
         description="learning rate: linear between knots (lr_epochs, lr_values); half a cosine from lr to 0 after a linear "
-        "warm-up; or torch's one-cycle policy with its largest rate at lr",
+        "warm-up; or the rates of torch's one-cycle policy, the largest at lr (momentum stays)",
     )
     lr_epochs: tuple[float, ...] = Field((0, 1, 6, 12, 15, 20), description="piecewise: knots of the schedule, in epochs")
     lr_values: tuple[float, ...] = Field(

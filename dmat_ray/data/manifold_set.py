@@ -181,5 +181,5 @@ def epoch_batches(
     order = index[np.random.default_rng([seed, epoch]).permutation(len(index))]
     for part in np.array_split(order, steps_per_epoch(len(order), batch_size))[first_step:]:
         short = -len(part) % world_size
-        part = np.concatenate([part, order[:short]])
+        part = np.concatenate([part, np.resize(order, short)])
         yield data.batch(part[rank::world_size], images)

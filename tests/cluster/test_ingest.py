@@ -129,6 +129,15 @@ def test_other_workers_take_up_exactly_what_is_left(workers, place):
     assert given.total() - len(left) <= len(parts[0]), "one more a step, where two workers cannot share"
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_nothing_is_left_of_an_epoch_whose_last_step_has_a_checkpoint(workers, place, world_size):
+    """Of two workers, whatever number goes on."""
+    streamed, steps = Streamed(str(place), TRAINING), len(workers[0]["whole"])
+    for rank in range(world_size):
+        assert list(streamed.batches(1, rank, world_size, Done(steps, 2, torch.ones(streamed.size)))) == []
+        assert streamed.seen().tolist() == [float(rank == 0)] * streamed.size
+
+
 def test_the_order_changes_with_the_epoch(workers):
     for worker in workers:
         assert worker["batches"][0] != worker["batches"][1]
