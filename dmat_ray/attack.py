@@ -116,7 +116,7 @@ def _best(logits: Tensor, count: int, name: str) -> Tensor:
 def losses_of(network: nn.Module, batch: Batch, config: AttackConfig) -> list[Loss]:
     """What the searches of an evaluation row raise, one after the other; of any other attack the cross entropy. LPA has its own.
 
-    Raises UserError for more targets than there are other classes, or a loss that needs more classes.
+    Of targets as many as there are other classes, at most. Raises UserError for a loss that needs more classes.
     """
     if config.method == "lpa":
         return [margin(batch.y_B, LPA_MARGIN)]
@@ -125,9 +125,8 @@ def losses_of(network: nn.Module, batch: Batch, config: AttackConfig) -> list[Lo
         return [dlr(batch.y_B) if name == "dlr" else cross_entropy(batch.y_B)]
     with torch.no_grad():
         logits = network(batch.x_BCHW)
-    if targets >= logits.shape[1]:
-        raise UserError(f"targets is {targets}, but {logits.shape[1]} classes leave {logits.shape[1] - 1} others")
-    likeliest = logits.scatter(1, batch.y_B[:, None], -torch.inf).topk(targets, dim=1).indices
+    others = logits.scatter(1, batch.y_B[:, None], -torch.inf)
+    likeliest = others.topk(min(targets, logits.shape[1] - 1), dim=1).indices
 
     def towards(target_B: Tensor) -> Loss:
         return lambda out: -F.cross_entropy(out, target_B, reduction="none")
@@ -164,7 +163,8 @@ def _search(
     config: AttackConfig,
     draws: Draws | None,
     judge: nn.Module | None,
-) -> Attacked:
+) -> tuple[Attacked, Tensor]:
+    """What one search ends with, and whether all of its gradients were finite: one that is not would move nothing."""
     search = SEARCHES[config.method](threat, batch, config, draws)
     breaking = _Breaking(batch.y_B) if search.keeps_best and judge is not None else None
 
@@ -176,13 +176,15 @@ def _search(
         return logits, value_B
 
     theta = search.start()
-    gradient = theta.new_empty(0)
+    gradient, sound = theta.new_empty(0), torch.ones((), dtype=torch.bool, device=theta.device)
     for _ in range(config.steps):
         with torch.set_grad_enabled(search.needs_gradient):
             theta = theta.detach().requires_grad_(search.needs_gradient)
             logits, value_B = query(theta)
             if search.needs_gradient:
                 (gradient,) = torch.autograd.grad(value_B.sum(), theta)
+                sound = sound & gradient.isfinite().all()
+                gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
         broken_B = logits.detach().argmax(dim=1) != batch.y_B
         theta = search.next(theta.detach(), Query(value_B.detach(), gradient, broken_B))
     with torch.no_grad():
@@ -193,7 +195,7 @@ def _search(
         if judge is not None:
             logits = judge(x)
             value_B = loss(logits)
-        return Attacked(x, theta, value_B.detach(), logits.detach().argmax(dim=1) != batch.y_B)
+        return Attacked(x, theta, value_B.detach(), logits.detach().argmax(dim=1) != batch.y_B), sound
 
 
 def _check(threat: Threat, batch: Batch, attacked: Attacked) -> None:
@@ -220,7 +222,7 @@ def attack(
 
     Random starts derive from (seed, example id, purpose, restart). Of several searches each example keeps one that broke it, and
     among those the one with the highest loss; so of the queries of one search that keeps its best (apgd, square, random). Raises
-    UserError if the batch is outside [0, 1], NotFiniteError if the network puts out values that are not finite. Without
+    UserError if the batch is outside [0, 1], NotFiniteError if the network's outputs or gradients are not finite. Without
     `measure`, as in training, the best query is that of the highest loss alone, and the images that it ends with do not go
     through the network again: `loss_B` and `broken_B` are those of one step before. `judge` is the network, in eval mode, of
     which `network` is a copy for attacks, in another precision perhaps: it has the last word.
@@ -229,6 +231,7 @@ def attack(
     if not (low >= 0 and high <= 1):
         raise UserError(f"images must lie in [0, 1]; these range from {low:.6g} to {high:.6g}")
     best: Attacked | None = None
+    sound = torch.ones((), dtype=torch.bool, device=batch.x_BCHW.device)
     last = (judge or network) if measure or config.restarts > 1 else None
     with frozen(network):
         number = 1 if loss is not None else len(losses_of(network, batch, config))
@@ -241,11 +244,18 @@ def attack(
                 raised = loss if loss is not None else losses_of(network, part, config)[k]
                 which = f"{purpose}/{restart}" if number == 1 else f"{purpose}/{restart}/{k}"
                 draws = Draws(seed, part.id, which) if config.random_start else None
-                found = _search(network, threat, part, raised, config, draws, last)
+                found, is_sound = _search(network, threat, part, raised, config, draws, last)
+                sound = sound & is_sound
                 best = found if best is None else _worse(best, found, standing)
     assert best is not None
-    if not torch.isfinite(best.loss_B).all():
-        raise NotFiniteError("the attacked network puts out values that are not finite")
+    finite = torch.isfinite(best.loss_B).all()
+    if not (finite & sound):
+        if not finite:
+            raise NotFiniteError("the attacked network puts out values that are not finite")
+        raise NotFiniteError(
+            "the attacked network's outputs are finite and their gradients are not, by which no attack moves: look for a root "
+            "or a norm of what may be zero, and add a small number there"
+        )
     _check(threat, batch, best)
     return best
 

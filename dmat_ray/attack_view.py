@@ -133,6 +133,16 @@ def _near(found: Tensor, expected: Tensor, share: float) -> bool:
     return bool((found - expected).norm() <= share * expected.norm())
 
 
+def takes(network: nn.Module, x_BCHW: Tensor, layout: torch.memory_format) -> bool:
+    """Whether a network, in eval mode, computes on activations of this layout: one that takes a map apart by `view` may not."""
+    try:
+        with torch.no_grad():
+            network(x_BCHW.contiguous(memory_format=layout))
+    except RuntimeError:
+        return False
+    return True
+
+
 def view_of(network: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """What attacks see of a network: an `AttackView`, or of a TorchScript program, which has no layers to fold, itself."""
     if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
@@ -155,6 +165,7 @@ class AttackView(nn.Module):
         self._source = (network,)  # in a tuple, so that it is no submodule
         self._dtype = dtype
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
+        self._is_laid_out = not channels_last
         plain = _Called(copy.deepcopy(network).eval())
         traced = _traced(plain)
         view, folded = (plain, []) if traced is None else _fold(traced)
@@ -215,7 +226,16 @@ class AttackView(nn.Module):
                 self.view.compile()
         self._is_checked = True
 
+    def _lay_out(self, x_BCHW: Tensor) -> None:
+        """Give channels last up for a network that does not take it; what else is wrong with it shows as it is called."""
+        if not takes(self.view, x_BCHW[:2].to(self._dtype), self._layout):
+            self._layout = torch.contiguous_format
+            self.view.to(memory_format=self._layout)
+        self._is_laid_out = True
+
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        if not self._is_laid_out:
+            self._lay_out(x_BCHW)
         if not self._is_checked:
             self._check(x_BCHW)
         logits: Tensor = self.view(x_BCHW.to(self._dtype, memory_format=self._layout))

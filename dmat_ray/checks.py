@@ -56,7 +56,8 @@ def _judge_probe(measured: dict[str, Any]) -> list[Finding]:
     if measured["zero_gradient"] > 0:
         only = " (of the margin it is not: use loss dlr)" if measured["zero_margin_gradient"] == 0 else ""
         wrong.append(
-            f"the gradient of the loss is exactly zero for {measured['zero_gradient']:.0%} {where}{only}: attacks see nothing"
+            f"the gradient of the loss is exactly zero, or not finite, for {measured['zero_gradient']:.0%} {where}{only}: "
+            "attacks see nothing"
         )
     truth = measured["truth"]
     if truth is not None and not 0.5 < truth < 2:

@@ -85,8 +85,8 @@ def _of_outputs(evaluator: Evaluator, model: str, batch: Batch) -> dict[str, Any
 
 
 def _of_gradients(network: nn.Module, batch: Batch) -> dict[str, Any]:
-    """Shares of images without a gradient, and how true the gradient is: the median of what the loss gained by a small step
-    along its sign, over what the gradient said; None where there is none.
+    """Shares of images without a gradient, or with one that is not finite; and how true the gradient is, the median of what the
+    loss gained by a small step along its sign, over what the gradient said; None where there is none.
     """
     x = batch.x_BCHW.clone().requires_grad_(True)
     logits = network(x)
@@ -95,14 +95,21 @@ def _of_gradients(network: nn.Module, batch: Batch) -> dict[str, Any]:
     beyond = margin(batch.y_B)
     (of_margin,) = torch.autograd.grad(beyond(logits).sum(), x)
     with torch.no_grad():
+        of_margin = of_margin.nan_to_num(0.0, 0.0, 0.0)
         ahead, behind = (network(batch.x_BCHW + sign * STEP * of_margin.sign()) for sign in (1, -1))
         said = of_margin.abs().flatten(1).sum(dim=1) * 2 * STEP
         ratio = (beyond(ahead) - beyond(behind))[said > 0] / said[said > 0]
     return {
-        "zero_gradient": (of_loss.flatten(1).abs().amax(dim=1) == 0).float().mean().item(),
-        "zero_margin_gradient": (of_margin.flatten(1).abs().amax(dim=1) == 0).float().mean().item(),
+        "zero_gradient": _blind(of_loss).float().mean().item(),
+        "zero_margin_gradient": _blind(of_margin).float().mean().item(),
         "truth": ratio.median().item() if len(ratio) else None,
     }
+
+
+def _blind(gradient: Tensor) -> Tensor:
+    """Of which images (B) a gradient tells nothing: it is zero, or not finite."""
+    size = gradient.flatten(1).abs().amax(dim=1)
+    return ~((size > 0) & size.isfinite())
 
 
 def _of_attack(evaluator: Evaluator, unit: Unit, row: Row, batch: Batch) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from dmat_ray import batch_norm, objectives
-from dmat_ray.attack_view import AttackView
+from dmat_ray.attack import frozen
+from dmat_ray.attack_view import AttackView, takes
 from dmat_ray.config import Config
 from dmat_ray.objectives import CLEAN
 from dmat_ray.rng import derive
@@ -24,6 +25,7 @@ class TrainingStep:
         settings = self.settings = config.training
         self.context, self.objective = context, objectives.build(config.objective, generator)
         self._layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+        self._is_laid_out = not settings.channels_last
         self.network = network.to(memory_format=self._layout)  # type: ignore[call-overload]
         if config.objective.batch_norm == "per_term":
             batch_norm.keep_apart(network, len(self.objective.passes))
@@ -53,6 +55,8 @@ class TrainingStep:
         Raises NotFiniteError, naming the term, if the network's outputs are not finite.
         """
         settings, objective = self.settings, self.objective
+        if not self._is_laid_out:
+            self._lay_out(batch.x_BCHW[:2])
         # dropout's masks are those of this step, whatever came before
         torch.manual_seed(derive(settings.seed, "step", epoch, step, self.context.rank) % 2**31)
         drawn = objective.drawn(settings.seed, f"{epoch}/{step}")
@@ -72,6 +76,14 @@ class TrainingStep:
             self.average.update_parameters(self.network)
             self._averages += 1
         return metrics
+
+    def _lay_out(self, x_BCHW: Tensor) -> None:
+        """Give channels last up for a network that does not take it."""
+        with frozen(self.network):
+            if not takes(self.network, x_BCHW, self._layout):
+                self._layout = torch.contiguous_format
+                self.network.to(memory_format=self._layout)
+        self._is_laid_out = True
 
     @torch.no_grad()
     def _follow(self, averaged: Any, trained: Any, _: Any) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import foolbox
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from dmat_ray import threats
 from dmat_ray.attack import Attacked, attack, dlr, kl_to, targeted_dlr
 from dmat_ray.config import AttackConfig, FogThreat, ImageRow, ImageThreat, JpegThreat, LatentThreat
-from dmat_ray.errors import UserError
+from dmat_ray.config.evaluation import ROWS
+from dmat_ray.errors import NotFiniteError, UserError
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.rng import Draws
 from dmat_ray.search import apgd_checkpoints, step_size_of
@@ -392,8 +394,33 @@ def test_targets_are_the_likeliest_others(small_net: nn.Module, loss: Any) -> No
     assert 0 < broken.sum() < 24
     with torch.no_grad():
         assert torch.equal(network(found.x_BCHW).argmax(dim=1) != batch.y_B, broken)
-    with pytest.raises(UserError, match="targets is 4, but 4 classes leave 3 others"):
-        attack(network, threats.build(row, None), batch, row.model_copy(update={"targets": 4}), seed=0, purpose="test")
+    more = attack(network, threats.build(row, None), batch, row.model_copy(update={"targets": 9}), seed=0, purpose="test")
+    assert torch.equal(more.x_BCHW, found.x_BCHW), "as many as there are others"
+
+
+class Contrast(nn.Module):
+    """Divides by the root of the variance of each patch, which has no slope where a patch is flat."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_BCHW: Tensor) -> Any:
+        variance = F.avg_pool2d(x_BCHW**2, 3, 1, 1) - F.avg_pool2d(x_BCHW, 3, 1, 1) ** 2
+        return self.network(x_BCHW / (1 + variance.clamp_min(0).sqrt()))
+
+
+@pytest.mark.parametrize("method", ["pgd", "momentum", "apgd", "lagrange"])
+@pytest.mark.parametrize("measure", [True, False])
+def test_gradients_that_are_not_finite_are_refused(small_net: nn.Module, method: Any, measure: bool) -> None:
+    """The outputs are finite, and the sign of no number is no step: the images would stand for a wrong reason."""
+    network, batch = Contrast(small_net.eval()), images(8)
+    flat = replace(batch, x_BCHW=batch.x_BCHW.clone())
+    flat.x_BCHW[:, :, :, :4] = 0
+    row = ROWS["stadv"](name="a", eps=0.05, steps=3, method=method)
+    assert network(flat.x_BCHW).isfinite().all()
+    with pytest.raises(NotFiniteError, match="outputs are finite and their gradients are not"):
+        attack(network, threats.build(row, None), flat, row, seed=0, purpose="test", measure=measure)
 
 
 def test_early_exit_breaks_as_many_with_less_work(small_net: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """The copy that attacks see is the network: its outputs and its gradients to the image."""
 
+import copy
 import functools
 import random
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from gradients import require_same
 from torch import Tensor, nn
 
 from dmat_ray import classifiers
-from dmat_ray.attack_view import AttackView
+from dmat_ray.attack_view import AttackView, takes, view_of
 from dmat_ray.config import ClassifierConfig
 
 
@@ -289,6 +290,32 @@ def test_what_cannot_be_folded_stays(make: type[nn.Module], folded: int) -> None
     view = AttackView(network.eval(), torch.float64)
     assert len(view.folded) == folded
     require_same(view, network, torch.rand(3, 1, 8, 8, dtype=torch.float64))
+
+
+class Flattened(nn.Module):
+    """Takes its last map apart as LeNet does, in the usual order of channels, rows and columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.linear = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Linear(4 * 64, 5)
+
+    def forward(self, x_BCHW: Tensor) -> Any:
+        return self.linear(self.bn(self.conv(x_BCHW)).relu().view(len(x_BCHW), -1))
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_a_network_that_flattens_by_view_has_one_in_the_usual_layout(traced: bool) -> None:
+    network = trained_a_little(Flattened(), 3, 8).float()
+    if not traced:
+        network.register_forward_hook(lambda *_: None)
+    x = torch.rand(4, 3, 8, 8)
+    assert not takes(copy.deepcopy(network).to(memory_format=torch.channels_last), x, torch.channels_last)
+    view = view_of(network)
+    for images in (x, x.contiguous(memory_format=torch.channels_last), x):
+        torch.testing.assert_close(view(images.requires_grad_(True)), network(x), atol=1e-5, rtol=1e-5)
+    (gradient,) = torch.autograd.grad(view(x).square().sum(), x)
+    (expected,) = torch.autograd.grad(network(x).square().sum(), x)
+    torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_bf16_is_near_and_float32_comes_out() -> None:

@@ -306,7 +306,6 @@ def test_a_limit_takes_the_same_examples_every_time(make: Make, data: ManifoldSe
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"threat": "image", "targets": 3}, "targets is 3, but 3 classes leave 2 others"),
         ({"threat": "latent", "loss": "dlr", "targets": 2}, "dlr with targets needs 4 classes or more"),
         ({"threat": "snow", "method": "square"}, "square"),
         ({"threat": "joint", "method": "square"}, "square"),

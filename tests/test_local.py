@@ -202,8 +202,9 @@ def test_a_storage_that_is_full_is_named_and_keeps_no_half_of_a_checkpoint(tmp_p
     try:
         with pytest.raises(UserError, match=r"a checkpoint cannot be written \(.*\): is the disk full\?"):
             checkpoint.hand_over(context, {}, write)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        write(make_folder(tmp_path / "made"))
         with pytest.raises(OSError, match="File too large") as caught:
-            write(make_folder(tmp_path / "made"))
             put(tmp_path / "made", at(tmp_path / "kept"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -273,6 +273,24 @@ def test_layout_and_compilation_do_not_change_the_step(make_step: Any, batch: Ba
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-3)
 
 
+def test_a_network_that_flattens_by_view_is_trained_in_the_usual_layout(
+    make_config: MakeConfig, generator: StyleGAN2, tmp_path: Path, batch: Batch
+) -> None:
+    class Flattened(nn.Sequential):
+        def forward(self, x_BCHW: Tensor) -> Tensor:
+            return self[2](self[1](self[0](x_BCHW)).view(len(x_BCHW), -1))  # type: ignore[no-any-return]
+
+    ends = []
+    for channels_last in (False, True):
+        torch.manual_seed(5)
+        network = Flattened(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Linear(256, 4))
+        config = make_config(training={**SGD, "channels_last": channels_last})
+        step = TrainingStep(config, network.train(), generator, LocalContext(tmp_path))
+        step(batch, 0, 0, 0.1)
+        ends.append(torch.cat([value.flatten() for value in network.state_dict().values()]))
+    torch.testing.assert_close(ends[1], ends[0], atol=1e-6, rtol=1e-3)
+
+
 def test_bf16_leaves_weights_in_float32_and_goes_about_the_same_way(make_step: Any, batch: Batch) -> None:
     lowered = make_step(objective=CLEAN, training={"precision": "bf16"})
     expected, found = update_of(make_step(objective=CLEAN), batch), update_of(lowered, batch)
