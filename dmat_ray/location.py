@@ -27,6 +27,12 @@ PARTIAL = re.compile(r"\.[0-9a-f]{16}\.partial")
 CHUNK = 16 << 20  # bytes that a download asks for at a time
 
 
+def _identity(path: str) -> tuple[int, int]:
+    """What a folder is, by whatever links it is come to."""
+    told = os.stat(path)
+    return told.st_dev, told.st_ino
+
+
 @dataclass(frozen=True)
 class Location:
     """A file or folder. `key` is its path, for an object store with the bucket in front; `scheme` is '' on this machine."""
@@ -113,8 +119,8 @@ class Location:
     def tree(self) -> tuple[list[str], list[str]]:
         """All files and all folders below this folder, as '/'-separated paths relative to it, in no order.
 
-        What is hidden (a name that begins with a dot) is left out with all that is in it, and so are links to folders below the
-        first level. Names that are not UTF-8 come as `os.fsdecode` makes them. An object store is listed once, not folder by
+        What is hidden (a name that begins with a dot) is left out with all that is in it, and so are links back to a folder that
+        they lie in. Names that are not UTF-8 come as `os.fsdecode` makes them. An object store is listed once, not folder by
         folder. Nothing if the folder does not exist; raises OSError or UserError for what may not be listed.
         """
         if not self.scheme:
@@ -130,16 +136,19 @@ class Location:
     def _walk(self) -> tuple[list[str], list[str]]:
         files: list[str] = []
         folders: list[str] = []
-        todo = [""] if self.is_dir() else []
+        todo: list[tuple[str, tuple[tuple[int, int], ...]]] = []  # with the folders that each lies in
+        if self.is_dir():
+            todo.append(("", (_identity(self.key),)))
         while todo:
-            prefix = todo.pop()
+            prefix, above = todo.pop()
             with os.scandir(os.path.join(self.key, prefix)) as entries:
                 for entry in entries:
                     if entry.name.startswith("."):
                         continue
-                    if entry.is_dir(follow_symlinks=not prefix):
-                        folders.append(prefix + entry.name)
-                        todo.append(f"{prefix}{entry.name}/")
+                    if entry.is_dir():
+                        if (this := _identity(entry.path)) not in above:
+                            folders.append(prefix + entry.name)
+                            todo.append((f"{prefix}{entry.name}/", (*above, this)))
                     elif entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
                         # a link to nothing is a file that cannot be read, and is told so
                         files.append(prefix + entry.name)

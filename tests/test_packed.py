@@ -1,9 +1,11 @@
 """CIFAR and MNIST in the files in which they are published, against torchvision's own readers of them."""
 
 import contextlib
+import gzip
 import os
 import pickle
 import shutil
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -240,6 +242,18 @@ def test_a_compressed_file_that_is_cut_short_gives_what_it_holds(tmp_path: Path)
     assert 10 < len(good) < 40
     np.testing.assert_array_equal(np.stack(good)[:, 0], TRAIN_DIGITS[0][: len(good)])
     assert all(isinstance(f, str) and f.startswith("cannot be read: ") for f in found[len(good) :])
+
+
+def test_what_a_compressed_header_claims_is_not_believed(tmp_path: Path) -> None:
+    source = files.idx(tmp_path / "raw", TRAIN_DIGITS, TEST_DIGITS, compressed=True)
+    listing, config = listed(source, resolution=28, channels=1)
+    path = source / "train-images-idx3-ubyte.gz"
+    content = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(content[:8] + struct.pack(">2I", 1 << 15, 1 << 15) + content[16:]))
+    found = read_pixels(listing.table.slice(0, 2), config)
+    assert found == ["cannot be read: the file claims images of 32768x32768, more than data.max_pixels allows"] * 2
+    path.write_bytes(gzip.compress(content[:8] + b"\xff" * 8 + content[16:]))
+    refused(source, r"train-images-idx3-ubyte\.gz' claims images of 4294967295x4294967295", resolution=28, channels=1)
 
 
 class Runs:

@@ -98,7 +98,13 @@ def test_parts_that_hold_images_directly_are_no_classes(tmp_path: Path) -> None:
         "has the folders 'Train', 'val', which look like parts of a data set and hold no sub-folders; .* such as 'Train/cat', or "
     )
     refused(tmp_path, told)
-    assert listed(tmp_path, labelled=False).found == 8
+    told = "which look like parts of a data set, .* give --data.official_split true to take its own test part, or false to split"
+    refused(tmp_path, told, labelled=False)
+    own = listed(tmp_path, labelled=False, official_split=False)
+    assert (own.found, tops(own, "train"), tops(own, "test")) == (4, {"Train"}, {"Train"})
+    assert "the folder 'val' (data.official_split)" in own.ignored
+    official = listed(tmp_path, labelled=False, official_split=True)
+    assert (tops(official, "train"), tops(official, "test")) == ({"Train"}, {"val"})
     assert listed(tmp_path, classes={"railway": ["Train"], "cap": ["val"]}).class_names == ("railway", "cap")
 
 

@@ -353,3 +353,14 @@ def test_a_grid_shows_a_class_in_each_column() -> None:
     z[13, 3] = z[13, :4].max() + 1
     expected = generator.synthesis(generator.mapping(z[13:14])).detach()[0, 0]
     np.testing.assert_allclose(pixels[12:20, 32:40], expected, atol=0.5 / 255 + 1e-4)
+
+
+def test_images_of_which_there_are_too_few_for_neighbours_are_refused_at_the_start() -> None:
+    labels = torch.tensor([0, 1, 0])
+    with pytest.raises(UserError, match=r"needs 4 images or more, .* there are 3; take more, or gan.quality.network none"):
+        quality.check(QualityConfig(), 1, 8, labels)
+    quality.check(QualityConfig(network="none"), 1, 8, labels)
+    quality.check(QualityConfig(), 1, 8, torch.tensor([0, 1, 0, 1]))
+    with pytest.raises(RuntimeError, match="out of range"):
+        quality.compare(torch.rand(8, 5), torch.rand(3, 5))
+    assert quality.compare(torch.rand(8, 5), torch.rand(4, 5))["fid"] > 0

@@ -68,6 +68,13 @@ def test_test_images_that_the_generator_was_trained_on_are_told(make: Make) -> N
     assert "warning: test images may be among" in line
 
 
+def test_a_source_is_the_same_however_it_is_written(make: Make, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(photos.parent)
+    for written in (f"{photos}/", "photos"):
+        (line,) = said(make({"official_split": True, "source": written}, official_split=False, test_share=0.25))
+        assert "4 of 4 test images are among" in line
+
+
 @pytest.mark.parametrize(
     ("card", "data"),
     [

@@ -156,6 +156,25 @@ def test_whatever_is_lost_the_rest_makes_the_set_whole(data: st.DataObject) -> N
         assert is_finished(folder, SETTINGS)
 
 
+def test_a_lost_shard_is_made_again_though_its_images_came_in_supplements(folder: Location, shards: list[Shard]) -> None:
+    """Two images that could not be read, one repaired, then the other as well, and then the shard is lost."""
+    one = shards[:1]
+    write(folder, one[0], rejected=["000", "001"])
+    (supplement,) = unfinished(one, read_records(folder))
+    write(folder, supplement, rejected=["001"])
+    (Path(folder.key) / "shards" / "part-000000.parquet").unlink()
+    assert todo(folder, one) == {"part-000000.parquet": ["001", "002", "003"]}
+    write(folder, unfinished(one, read_records(folder))[0])
+    assert todo(folder, one) == {}, "though the supplement says that 001 could not be read"
+    manifest = finished(folder, one)
+    assert (manifest["count"], manifest["rejected"]) == (4, {})
+    # the shard now knows nothing of 000, which only the supplement has
+    (Path(folder.key) / "shards" / "part-000000-1.parquet").unlink()
+    assert todo(folder, one) == {"part-000000-1.parquet": ["000"]}
+    write(folder, unfinished(one, read_records(folder))[0])
+    assert finished(folder, one)["count"] == 4
+
+
 def _readable(path: Path) -> list[str]:
     try:
         table = pq.read_table(path)
@@ -233,6 +252,12 @@ def test_other_settings_are_named(folder: Location) -> None:
     with pytest.raises(UserError, match=both):
         begin(folder, {**SETTINGS, "projection": {"lr": 0.2, "steps": 9}})
     assert json.loads((Path(folder.key) / "settings.json").read_text()) == SETTINGS
+    few, more = ({**SETTINGS, "data": {"max_pixels": pixels}} for pixels in (100, 200))
+    (folder / "settings.json").write_json(few)
+    begin(folder, more)
+    assert json.loads((Path(folder.key) / "settings.json").read_text()) == more
+    with pytest.raises(UserError, match=r"with data\.max_pixels = 200, now it is 100"):
+        begin(folder, few)
     (folder / "settings.json").write_json([1])
     with pytest.raises(UserError, match=r"settings\.json' is damaged: it holds a list"):
         begin(folder, SETTINGS)

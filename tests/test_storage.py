@@ -148,17 +148,21 @@ def test_a_tree_is_one_request(server: s3.Server) -> None:
     assert len(server.requests()) - before == 1
 
 
-def test_links_are_followed_at_the_first_level_only(tmp_path: Path) -> None:
+def test_links_are_followed_but_not_round_in_circles(tmp_path: Path) -> None:
     (tmp_path / "elsewhere/deeper").mkdir(parents=True)
     (tmp_path / "elsewhere/deeper/x").write_text("x")
     (tmp_path / "root/real").mkdir(parents=True)
     (tmp_path / "root/linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "root/real/round").symlink_to(tmp_path / "root")
+    (tmp_path / "root/real/below").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/deeper/up").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "root/real/file").symlink_to(tmp_path / "elsewhere/deeper/x")
     (tmp_path / "root/real/dangling").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "root/real/pipe")
     # a link to nothing is a file that cannot be read
-    assert sorted(at(tmp_path / "root").tree()[0]) == ["linked/deeper/x", "real/dangling", "real/file"]
+    files, folders = map(sorted, at(tmp_path / "root").tree())
+    assert files == ["linked/deeper/x", "real/below/deeper/x", "real/dangling", "real/file"]
+    assert folders == ["linked", "linked/deeper", "real", "real/below", "real/below/deeper"]
 
 
 def test_what_is_missing(place: Location) -> None:

@@ -63,9 +63,11 @@ def _listing(config: Config) -> tuple[pa.Table, str]:
     rows = list_examples(config.data, labelled=labelled).rows("train")
     columns = rows["id"].to_pylist(), rows["label"].to_pylist(), versions_of_images(rows, config.data)
     lines = [f"{id}\t{label}\t{version}" for id, label, version in zip(*columns, strict=True)]
-    # without a word for the default, which was there before the setting
+    # without a word for what is as it was before it could be set
     resize = "" if config.data.resize == "crop" else f" {config.data.resize}"
-    return rows, text_digest("\n".join([f"{config.data.resolution} {config.data.channels}{resize}", *lines]))
+    decoded = {name: getattr(config.data, name) for name in ("image_column", "max_pixels")}
+    others = "".join(f" {name}={value}" for name, value in decoded.items() if value != DataConfig.model_fields[name].default)
+    return rows, text_digest("\n".join([f"{config.data.resolution} {config.data.channels}{resize}{others}", *lines]))
 
 
 def prepare_images(config: Config, storage: Path) -> ImageCache:

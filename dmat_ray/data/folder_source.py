@@ -26,6 +26,7 @@ def folder_items(root: Location, files: list[str], folders: list[str], config: D
     inside = [folder[len(part) :] for part in above for folder in folders if folder.startswith(part)]
     classes = sorted({path for path in inside if path and "/" not in path})
     if not classes and not labelled and images:
+        images = [path for path in images if path.startswith(above)]
         labels, names = [0] * len(images), [root.name]
     elif not classes:
         raise UserError(f"data.source '{root}' holds no sub-folders; put the images of each class into one of its own")
@@ -62,10 +63,12 @@ def _parts(
     top = sorted(folder for folder in folders if "/" not in folder)
     named = {name for one in config.classes for names in one.members for name in names}
     found = None if named.intersection(top) else parts.by_part(top, exactly=True)
-    tested = [part for part in (*found.test, *found.validation) if _has_folders(part, folders)] if found else []
+    called = [part for part in top if part not in found.rest] if found else []
+    flat = not labelled and not any(_has_folders(part, folders) for part in called)  # they hold images, and need no classes
+    tested = [part for part in (*found.test, *found.validation) if flat or _has_folders(part, folders)] if found else []
     if found and config.official_split is None and not named:
-        called = [part for part in top if part not in found.rest]
-        if _has_folders(found.train[0], folders) and (len(called) > 1 or not found.rest):
+        of_classes = _has_folders(found.train[0], folders) and (len(called) > 1 or not found.rest)
+        if of_classes or (flat and len(called) > 1):
             ways = "true to take its own test part, or false" if tested else "false"
             raise UserError(
                 f"'{root}' has the folders {', '.join(map(repr, called))}, which look like parts of a data set, not like "

@@ -36,6 +36,7 @@ FINE_NAMES = "fine_label_names.txt"
 MOST_PICKLED = 1 << 30  # bytes of a pickle, which is read whole to be listed
 BUFFER, RECORDS = 1 << 18, 1000  # bytes and records in memory while a file is read
 IDX = re.compile(r"(train|t10k)-(images)[-.]idx3-ubyte(\.gz)?")
+LARGEST = 1 << 31  # pixels of an image
 IDX_IMAGES, IDX_LABELS = 0x803, 0x801  # bytes of three axes, of one axis
 
 
@@ -210,6 +211,8 @@ def _idx(root: Location, name: str, there: set[str]) -> tuple[np.ndarray, tuple[
         raise UserError(f"data.source '{root}' holds '{name}', but no '{plain}' (or .gz), which would say its labels")
     with _told(place), _opened(place) as (file, size):
         count, height, width = _idx_header(file.read(16), IDX_IMAGES)
+        if height * width > LARGEST:
+            raise RefusedError(f"claims images of {height}x{width}")
         if not name.endswith(".gz") and size != 16 + count * height * width:
             raise RefusedError(f"has {size} bytes, but claims {count} images of {height}x{width}")
     with _told(root / label_name), _opened(root / label_name) as (file, _):
@@ -241,10 +244,11 @@ def _opened(place: Location) -> Iterator[tuple[Any, int]]:
             yield plain, size
 
 
-def read_images(place: Location, offsets: Sequence[int]) -> list[bytes | str]:
+def read_images(place: Location, offsets: Sequence[int], max_bytes: int) -> list[bytes | str]:
     """The images that begin at these bytes of a file, as PNG, or the text of the reason why one cannot be read.
 
-    No more than the images asked for is kept in memory. Raises StorageError for a storage that does not answer.
+    No more than the images asked for is kept in memory, none of which has more than `max_bytes`. Raises StorageError for a
+    storage that does not answer.
     """
     found: dict[int, bytes] = {}
     reason = "cannot be read: the file ends before it"
@@ -253,6 +257,8 @@ def read_images(place: Location, offsets: Sequence[int]) -> list[bytes | str]:
             shape: tuple[int, ...] = CIFAR_SHAPE
             if IDX.fullmatch(place.name):
                 shape = (1, *_idx_header(file.read(16), IDX_IMAGES)[1:])
+                if math.prod(shape) > max_bytes:  # of a compressed file no size tells what a header may claim
+                    raise RefusedError(f"claims images of {shape[1]}x{shape[2]}, more than data.max_pixels allows")
             for offset in sorted(set(offsets)):
                 file.seek(offset)
                 content = file.read(math.prod(shape))

@@ -27,6 +27,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.storage import Location, require_not_of_storage
 
 SETTINGS = "settings.json"
+MAX_PIXELS = "data.max_pixels"
 NAME = re.compile(r"part-(\d{6,})(?:-(\d+))?\.parquet")
 # a raw image gains by compression, a PNG and the digits of a float do not
 COMPRESSION = {"image.bytes": "none", "w.list.element": "none"}
@@ -48,7 +49,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Record:
-    """What a file says of itself: how many rows it has, {id: reason} of what could not be read, and a supplement's ids."""
+    """What a file says of itself: how many rows it has, {id: reason} of what could not be read, and the ids of the rows."""
 
     rows: int
     rejected: dict[str, str]
@@ -65,7 +66,8 @@ def plan(listing: Listing, shard_size: int) -> list[Shard]:
 def begin(folder: Location, settings: dict[str, Any]) -> None:
     """Write the settings into the folder, or check that what is there was begun with the same.
 
-    Raises UserError that names the settings that differ.
+    More `data.max_pixels` than before is no other setting: it takes images that were left out. Raises UserError that names the
+    settings that differ.
     """
     path = folder / SETTINGS
     try:
@@ -76,6 +78,9 @@ def begin(folder: Location, settings: dict[str, Any]) -> None:
     if not isinstance(old, dict):
         raise UserError(f"'{path}' is damaged: it holds a {type(old).__name__}, not an object")
     before, now = _flat(old), _flat(settings)
+    then, most = before.get(MAX_PIXELS), now.get(MAX_PIXELS)
+    if isinstance(then, int) and isinstance(most, int) and then < most:
+        before[MAX_PIXELS] = most
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if changed:
         told = ", and with ".join(f"{key} = {_shown(before, key)}, now it is {_shown(now, key)}" for key in changed)
@@ -83,6 +88,8 @@ def begin(folder: Location, settings: dict[str, Any]) -> None:
             f"the on-manifold set '{folder}' was begun with {told}; give the old value{'s'[: len(changed) - 1]}, "
             "another --output, or remove the folder"
         )
+    if old != settings:
+        path.write_json(settings)
 
 
 def _shown(flat: dict[str, Any], key: str) -> Any:
@@ -129,8 +136,8 @@ def _leaves(schema: pa.Schema) -> list[str]:
     return leaves
 
 
-def read_record(folder: Location, name: str) -> Record | None:
-    """The record of a file; None if it is missing or damaged, which is to say not finished.
+def read_record(folder: Location, name: str, *, ids: bool = True) -> Record | None:
+    """The record of a file, with `ids` or without; None if it is missing or damaged, which is to say not finished.
 
     Raises StorageError for a storage that does not answer: what is there must not be made again for that.
     """
@@ -138,18 +145,18 @@ def read_record(folder: Location, name: str) -> Record | None:
     try:
         with place.open() as file, pq.ParquetFile(file) as parquet:
             rejected = json.loads((parquet.metadata.metadata or {})[REJECTED])
-            ids = parquet.read(columns=["id"])["id"].to_pylist() if _supplement(name) else ()
-            return Record(parquet.metadata.num_rows, rejected, tuple(ids))
+            held = parquet.read(columns=["id"])["id"].to_pylist() if ids else ()
+            return Record(parquet.metadata.num_rows, rejected, tuple(held))
     except (pa.ArrowException, OSError, KeyError, json.JSONDecodeError) as error:
         require_not_of_storage(error, place)
         return None
 
 
-def read_records(folder: Location) -> dict[str, Record]:
-    """The records of all finished files, by name. Files of other names are left alone."""
+def read_records(folder: Location, *, ids: bool = True) -> dict[str, Record]:
+    """The records of all finished files, by name, with `ids` or without. Files of other names are left alone."""
     names = _names(folder)
     with ThreadPoolExecutor(set_reader.READERS) as pool:
-        records = pool.map(lambda name: read_record(folder, name), names)
+        records = pool.map(lambda name: read_record(folder, name, ids=ids), names)
     return {name: record for name, record in zip(names, records, strict=True) if record is not None}
 
 
@@ -158,38 +165,28 @@ def _names(folder: Location) -> list[str]:
 
 
 def unfinished(shards: Sequence[Shard], records: dict[str, Record]) -> list[Shard]:
-    """What is still to be done: shards that are not there, and supplements for images that could not be read."""
-    supplements = _supplements(records)
+    """What is still to be done: shards that are not there, and supplements for images that none of a shard's files has."""
+    files = _files(records)
     todo = []
     for shard in shards:
-        mine = supplements.get(shard.name, {})
+        mine = files.get(shard.name, {})
         held = {id for record in mine.values() for id in record.ids}
-        if shard.name not in records:
-            rest = pc.invert(pc.is_in(shard.rows["id"], value_set=pa.array(list(held), pa.string())))
-            todo.append(Shard(shard.name, shard.rows.filter(rest) if held else shard.rows))
-        elif lacking := _lacking(records[shard.name], mine):
-            again = pc.is_in(shard.rows["id"], value_set=pa.array(list(lacking), pa.string()))
-            number = next(k for k in range(1, len(mine) + 2) if k not in mine)
-            todo.append(Shard(f"{shard.name.removesuffix('.parquet')}-{number}.parquet", shard.rows.filter(again)))
+        rest = shard.rows.filter(pc.invert(pc.is_in(shard.rows["id"], value_set=pa.array(list(held), pa.string()))))
+        if 0 not in mine:
+            todo.append(Shard(shard.name, rest))
+        elif rest.num_rows:
+            number = next(k for k in range(1, len(mine) + 1) if k not in mine)
+            todo.append(Shard(f"{shard.name.removesuffix('.parquet')}-{number}.parquet", rest))
     return todo
 
 
-def _supplements(records: dict[str, Record]) -> dict[str, dict[int, Record]]:
-    """Shard -> number -> record of its supplements, the latest last."""
+def _files(records: dict[str, Record]) -> dict[str, dict[int, Record]]:
+    """Shard -> number -> record of its files, the latest last: itself, 0, and its supplements."""
     found: dict[str, dict[int, Record]] = {}
     for name in sorted(records, key=_supplement):
-        if number := _supplement(name):
-            found.setdefault(f"{name.rsplit('-', 1)[0]}.parquet", {})[number] = records[name]
+        number = _supplement(name)
+        found.setdefault(f"{name.rsplit('-', 1)[0]}.parquet" if number else name, {})[number] = records[name]
     return found
-
-
-def _lacking(shard: Record, supplements: dict[int, Record]) -> dict[str, str]:
-    """{id: reason} of the images that one of a shard's files has not, and no supplement has."""
-    rejected = dict(shard.rejected)
-    for record in supplements.values():
-        rejected |= record.rejected
-    held = {id for record in supplements.values() for id in record.ids}
-    return {id: reason for id, reason in rejected.items() if id not in held}
 
 
 def _supplement(name: str) -> int:
@@ -201,10 +198,11 @@ def _supplement(name: str) -> int:
 def rejected_of(shards: Sequence[Shard], records: dict[str, Record]) -> dict[str, str]:
     """{id: reason} of all images that could not be read."""
     rejected: dict[str, str] = {}
-    supplements = _supplements(records)
+    files = _files(records)
     for shard in shards:
-        if shard.name in records:
-            rejected |= _lacking(records[shard.name], supplements.get(shard.name, {}))
+        mine = files.get(shard.name, {}).values()
+        held = {id for record in mine for id in record.ids}
+        rejected |= {id: reason for record in mine for id, reason in record.rejected.items() if id not in held}
     return rejected
 
 
@@ -274,5 +272,5 @@ def is_finished(folder: Location, settings: dict[str, Any]) -> bool:
         return False
     if any(manifest.get(key) != value for key, value in settings.items()):
         return False
-    records = read_records(folder)
+    records = read_records(folder, ids=False)
     return all(name in records and records[name].rows == rows for name, rows in manifest["shards"].items())

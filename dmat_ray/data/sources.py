@@ -80,7 +80,12 @@ def list_examples(config: DataConfig, *, labelled: bool = True) -> Listing:
         counts = np.bincount(items.labels[members], minlength=len(items.class_names))
         if not counts.all():
             missing = items.class_names[int(counts.argmin())]
-            raise UserError(f"class '{missing}' of '{config.source}' has no image in the {split} split; it needs two or more")
+            why = (
+                f"its own {split} part has none of it"
+                if items.in_test is not None
+                else f"it has {np.count_nonzero(items.labels == counts.argmin())}; it needs two or more"
+            )
+            raise UserError(f"class '{missing}' of '{config.source}' has no image in the {split} split: {why}")
         if config.balanced:
             members = balanced(members, items.labels[members], groups[members])
         chosen.append(limited(members, items.labels[members], limit, len(items.class_names), split))
@@ -208,7 +213,7 @@ def _read_parts(
     def load(name: bytes) -> list[bytes | str]:
         place, inside = root / os.fsdecode(name), [rows[i] for i in places[name]]
         if packed.is_packed(os.fsdecode(name)):
-            return packed.read_images(place, inside)
+            return packed.read_images(place, inside, max_bytes)
         return parquet_rows.read_rows(place, inside, column, root if name else root.parent, max_bytes, kept)
 
     contents: list[bytes | str] = [b""] * len(rows)

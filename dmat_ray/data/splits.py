@@ -6,13 +6,16 @@ from dmat_ray.errors import UserError
 
 
 def split_by_class(labels: np.ndarray, test_share: float, seed: int) -> np.ndarray:
-    """True for what goes to the test split: a seeded shuffle inside each class, `test_share` of it (rounded, 1 or more)."""
+    """True for what goes to the test split: a seeded shuffle inside each class, `test_share` of it (rounded, 1 or more).
+
+    Of two images or more one stays for training.
+    """
     in_test = np.zeros(len(labels), bool)
     by_class = np.argsort(labels, kind="stable")
     values, starts = np.unique(labels[by_class], return_index=True)
     for label, members in zip(values, np.split(by_class, starts[1:]), strict=True):
         order = np.random.default_rng([seed, int(label)]).permutation(members)
-        in_test[order[: max(1, round(len(order) * test_share))]] = True
+        in_test[order[: max(1, min(round(len(order) * test_share), len(order) - 1))]] = True
     return in_test
 
 

@@ -29,6 +29,8 @@ from dmat_ray.weights import locate
 # images (B, C, H, W), float in [0, 1], on the network's device -> features (B, F)
 Features = Callable[[Tensor], Tensor]
 
+NEIGHBOURS = 3  # of precision and recall, as published
+
 
 def train_classifier(x_BCHW: Tensor, y_B: Tensor, num_classes: int, epochs: int, device: torch.device) -> classifiers.Classifier:
     """A small classifier of uint8 or [0, 1] images, with shifts as augmentation, in eval mode. Leaves the global RNG alone."""
@@ -117,6 +119,11 @@ def check(config: QualityConfig, channels: int, resolution: int, labels: Tensor)
                 f"gan.quality.network '{config.network}' is a {classifier.name}, which has no linear layer to take features "
                 "from; give another classifier's folder, 'classifier', 'inception' or 'none'"
             )
+    if config.network != "none" and len(labels) <= NEIGHBOURS:
+        raise UserError(
+            f"gan.quality needs {NEIGHBOURS + 1} images or more, of which it looks for the nearest, and there are {len(labels)}; "
+            "take more, or gan.quality.network none"
+        )
 
 
 @torch.no_grad()
@@ -229,7 +236,7 @@ class Judge:
         return not quality["lowest_diversity"] >= self.config.diversity_floor
 
 
-def compare(made: Tensor, real: Tensor, neighbours: int = 3) -> dict[str, float]:
+def compare(made: Tensor, real: Tensor, neighbours: int = NEIGHBOURS) -> dict[str, float]:
     """FID, precision and recall of features (N, F) of samples against those of real images."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric

@@ -27,7 +27,7 @@ from dmat_ray.files import text_digest
 from dmat_ray.lease import Lease, exclusive
 from dmat_ray.manifold import encoder, generators
 from dmat_ray.manifold.projection import Projector
-from dmat_ray.storage import Location, set_folder
+from dmat_ray.storage import Location, at, set_folder
 
 # What may change over a half-finished set: the quality of results does not depend on it. (w itself may, where rounding decides
 # into which of two valleys a search goes. The encoder counts by its weights, not by its folder.)
@@ -97,11 +97,12 @@ def _seen_by_generator(config: Config, listing: Listing) -> tuple[int | None, li
     nothing of its images.
     """
     said = generators.read_card(config.generator.path).get("data")
-    if not isinstance(said, dict) or said.get("source") != config.data.source:
-        return 0, []
     try:
         theirs = DataConfig.model_validate(said)
     except ValidationError:
+        return 0, []
+    named = {theirs.source, config.data.source} & sources.NAMED.keys()
+    if theirs.source != config.data.source and (named or str(at(theirs.source)) != str(at(config.data.source))):
         return 0, []
     names = [f"data.{name}" for name in SPLIT if getattr(theirs, name) != getattr(config.data, name)]
     if not names:

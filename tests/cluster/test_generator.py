@@ -1,6 +1,7 @@
 """Generator training on a real Ray: killed and resumed, its samples and quality in MLflow, and its result in use."""
 
 import importlib.util
+import io
 import json
 import os
 import re
@@ -12,6 +13,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
@@ -235,6 +238,27 @@ def test_decoded_images_follow_their_files(tmp_path):
         again = gan.prepare_images(config, tmp_path / "train")
         assert torch.equal(again.open()[0], gan.prepare_images(config, tmp_path / "other").open()[0])
     assert not list((tmp_path / "train").glob(".*"))
+
+
+def test_decoded_images_follow_the_column_and_the_limit(tmp_path):
+    rng = np.random.default_rng(0)
+    encoded = {}
+    for name in ("image", "other"):
+        files = []
+        for _ in range(24):
+            Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(buffer := io.BytesIO(), "png")
+            files.append({"bytes": buffer.getvalue(), "path": None})
+        encoded[name] = files
+    (tmp_path / "photos").mkdir()
+    pq.write_table(pa.table({**encoded, "label": [i % 2 for i in range(24)]}), tmp_path / "photos" / "all.parquet")
+    one, other = (
+        gan.prepare_images(photo_settings(tmp_path / "photos", tmp_path, "--data.image_column", name), tmp_path / "train")
+        for name in encoded
+    )
+    assert one.digest != other.digest
+    assert not torch.equal(one.open()[0], other.open()[0])
+    few = photo_settings(tmp_path / "photos", tmp_path, "--data.max_pixels", "1000")
+    assert gan.prepare_images(few, tmp_path / "train").digest != one.digest
 
 
 def test_unreadable_images_are_left_out_and_told(tmp_path):
