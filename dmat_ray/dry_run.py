@@ -62,7 +62,8 @@ def stages(
         if config.tune.confirm_seeds:
             found.append(estimate.confirm(config, dearest))
     if models:
-        network = max([passes(method) for method in train] or [one], key=lambda of: of.classifier_back)
+        likely = [passes(method) for method in train] + [passes(corner) for corner in corners if trials]
+        network = max(likely or [one], key=lambda of: of.classifier_back)
         found.append(estimate.evaluate(config, network, counts["test"], models))
     return found
 

@@ -80,6 +80,14 @@ def front(trials: Iterable[Trial], by: Sequence[str]) -> list[Trial]:
     return [trial for _, trial in points]
 
 
+def spread(front: Sequence[Trial], most: int, axis: str) -> list[Trial]:
+    """At most so many of a front, both ends and evenly between them along an axis."""
+    along = sorted(front, key=lambda trial: value(axis, trial.scores))
+    if len(along) <= most:
+        return list(front)
+    return [along[round(k * (len(along) - 1) / (most - 1))] for k in range(most)]
+
+
 def importance(trials: Iterable[Trial], objective: str) -> dict[str, float]:
     """Share of the objective's variance that each knob explains (fANOVA, Hutter et al. 2014, as Optuna has it), largest first.
 

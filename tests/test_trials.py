@@ -61,6 +61,15 @@ def test_an_objective_of_a_column_that_nobody_reports_is_refused() -> None:
         trials.require_columns(["0.5*clean + 0.5*unsee"], ["clean", "worst"], ["search"])
 
 
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 13])
+def test_of_a_front_both_ends_and_what_is_evenly_between(count: int) -> None:
+    every = [Trial(f"t{k:02d}", "finished", {}, 1, 0, {"a": k / 20, "b": 1 - k / 20}) for k in range(count)]
+    found = [trial.name for trial in trials.spread(every[::-1], 4, "a")]
+    assert sorted(found) == {13: ["t00", "t04", "t08", "t12"], 5: ["t00", "t01", "t03", "t04"]}.get(
+        count, [t.name for t in every]
+    )
+
+
 POINTS = st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), min_size=1, max_size=12)
 
 

@@ -25,7 +25,7 @@ from dmat_ray.wording import number_of
 
 PAGE = "report.html"
 CHAMPION = "champion"  # alias of the best model in MLflow's registry
-MOST_NEIGHBOURS = 8
+MOST = 8  # models that a search publishes
 Scores = dict[str, dict[str, float]]  # model -> column -> accuracy
 
 
@@ -77,14 +77,17 @@ def crown(
     config, objectives = search.config, search.config.tune.objective
     best = next(iter(trials.ranked(found, objectives)), None)
     if best is None:
-        errors = [trial.error for trial in found if trial.error]
-        raise UserError(
-            f"none of {len(found)} trials gave a result; the first failed of: {errors[0] if errors else 'divergence'}"
-        )
+        errors = [trial.error or "divergence" for trial in found if trial.error or trial.status == "diverged"]
+        why = f"; the first failed of: {errors[0]}" if errors else ""
+        if ended_by:
+            why += f"; {ended_by} was used up before: --resume with a larger one goes on"
+        raise UserError(f"none of {number_of(len(found), 'trial')} gave a result{why}")
     front = trials.front(found, search.axes)
-    chosen = [best, *(trial for trial in front if trial.name != best.name)][:MOST_NEIGHBOURS]
+    chosen = [best, *trials.spread([trial for trial in front if trial.name != best.name], MOST - 1, search.axes[0])]
     values = ", ".join(f"{o} {100 * trials.value(o, best.scores):.1f} %" for o in objectives)
     say(f"best is {best.name}: {values} on held-out images; {len(front)} on the front of {' and '.join(search.axes)}")
+    if left := len({best.name, *(trial.name for trial in front)}) - len(chosen):
+        say(f"publishing {len(chosen)} of these, spread along the front; {left} more stay trials")
     folders = {trial.name: _publish(search.work, trial.name, config) for trial in chosen}
     seeds: dict[str, dict[str, Config]] = {}
     if config.tune.confirm_seeds and ended_by:

@@ -175,12 +175,7 @@ class Outbox:
         """A run of its key that is unfinished, or a new one: sent twice it is made once."""
         from mlflow.entities import Param
 
-        experiment = self._client.get_experiment_by_name(entry["experiment"])
-        place = (
-            experiment.experiment_id
-            if experiment
-            else self._client.create_experiment(entry["experiment"], artifact_location=entry["artifacts"])
-        )
+        place = self._experiment(entry["experiment"], entry["artifacts"])
         wanted = f"tags.`{KEY}` = '{entry['key']}'" + ("" if entry.get("reopen") else " and attributes.status != 'FINISHED'")
         found = self._client.search_runs([place], filter_string=wanted, max_results=1)
         if found:
@@ -200,6 +195,19 @@ class Outbox:
         for start in range(0, len(params), 100):
             self._client.log_batch(run_id, params=params[start : start + 100])
         return run_id
+
+    def _experiment(self, name: str, artifacts: str | None) -> str:
+        """The id of an experiment, which is made if it is not there; another job may make it at the same time."""
+        from mlflow.exceptions import MlflowException
+
+        if found := self._client.get_experiment_by_name(name):
+            return str(found.experiment_id)
+        try:
+            return str(self._client.create_experiment(name, artifact_location=artifacts))
+        except MlflowException:
+            if found := self._client.get_experiment_by_name(name):
+                return str(found.experiment_id)
+            raise
 
     def _metrics(self, run_id: str, entry: Entry) -> None:
         from mlflow.entities import Metric

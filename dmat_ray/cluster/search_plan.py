@@ -98,6 +98,9 @@ class Plan:
         found |= {f"space: {key}": value for key, value in self.space.description().items()}
         found |= {f"yardstick: {row.name}": row.fingerprint() for row in (*self.judged_by.attacks, *self.judged_by.summaries)}
         found |= {**relevant(probe), "training.epochs": self.base["training"]["epochs"]}
+        # only where it is not as it was before it counted
+        how = {name: getattr(self.judged_by, name) for name in ("seed", "precision")}
+        found |= {f"evaluation.{k}": v for k, v in how.items() if v != EvaluationConfig.model_fields[k].default}
         found["trials are of one worker in memory"] = self.work.is_alone
         found["the on-manifold set"] = set_reader.digest(set_reader.read_manifest(set_folder(self.config)))
         found["the generator"] = generators.fingerprint(self.config.generator.path)
@@ -112,7 +115,8 @@ class Plan:
     @property
     def afterwards(self) -> dict[str, Any]:
         """What is done once all trials have ended, which may be asked for later."""
-        return {name: getattr(self.config.tune, name) for name in ("evaluate", "confirm_seeds")}
+        found = {f"tune.{name}": getattr(self.config.tune, name) for name in ("evaluate", "confirm_seeds")}
+        return found | ({"evaluation": self.config.evaluation.fingerprint()} if self.config.tune.evaluate else {})
 
     def is_finished(self, *, resume: bool) -> bool:
         """Whether the search is there and done. Raises UserError for another one that is there, or one that is not to go on."""
@@ -137,7 +141,7 @@ class Plan:
         """What a search with this result has not done yet; empty if all is done."""
         if result["ended_by"]:
             return f"ended early, since {result['ended_by']} was used up"
-        new = [f"tune.{name}" for name, value in self.afterwards.items() if result["afterwards"][name] != value]
+        new = [name for name, value in self.afterwards.items() if result["afterwards"].get(name) != value]
         return f"did another {' and '.join(new)}" if new else ""
 
     def begin(self) -> None:

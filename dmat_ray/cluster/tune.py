@@ -4,17 +4,19 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray.tune
+from pydantic import ValidationError
 from ray.tune.experiment.trial import Trial as TuneTrial
 
 from dmat_ray import trials
-from dmat_ray.cluster import abandoned, champion, gauges, searchers, session, tracking
+from dmat_ray.cluster import abandoned, champion, gauges, searchers, session, spaces, tracking
 from dmat_ray.cluster.search_plan import SEARCH, Plan
 from dmat_ray.cluster.trial import DIVERGED, run, state_of
 from dmat_ray.config import Config
+from dmat_ray.errors import UserError
 from dmat_ray.files import read_json, write_json
 from dmat_ray.lease import sole
 from dmat_ray.trials import Trial
@@ -35,6 +37,9 @@ class _Watcher:
         self.ended: list[TuneTrial] = []
         spent = search.folder / SPENT
         self.spent: dict[str, Any] = dict(read_json(spent)) if spent.is_file() else {"seconds": {}}
+        cluster = search.config.cluster
+        self.gpus = float(cluster.gpus_per_worker * cluster.train_workers)  # of a trial: in the next session it may have others
+        self.spent.setdefault("gpu_seconds", self.gpus * sum(self.spent["seconds"].values()))
         self.swept = self.began  # when room was last taken back
         self.since: dict[str, float] = {}  # when what a trial is doing now began
         self.closed: set[str] = set()  # trials whose runs have been ended
@@ -57,7 +62,10 @@ class _Watcher:
     def run_of(self, name: str, trial: TuneTrial) -> tracking.Run:
         """A trial's run in MLflow: the one that it had before a kill, too."""
         if name not in self.runs:
-            config = self.search.work.config(trial.config, name)
+            try:
+                config = self.search.work.config(trial.config, name)
+            except (UserError, ValidationError):  # settings that do not go together: the trial itself says so, and it alone ends
+                config = spaces.trial_config(self.search.base, self.search.space.constants, name, self.search.config.tune.epochs)
             key = f"trial/{name}/{self.search.id}"
             self.runs[name] = tracking.open_run(config, name, "trial", self.parent, key=key)
         return self.runs[name]
@@ -91,21 +99,26 @@ class _Watcher:
         """A trial has come to its end, whichever."""
         name = str(trial)
         self.closed.add(name)
-        diverged = bool((trial.last_result or {}).get(DIVERGED)) or trial.status == TuneTrial.ERROR
-        self.run_of(name, trial).finish("FAILED" if diverged else "FINISHED")
+        diverged, failed = bool((trial.last_result or {}).get(DIVERGED)), trial.status == TuneTrial.ERROR
+        if before := self.found.get(name):
+            whole = before.epochs >= self.search.work.base["tune"]["epochs"]
+            status: Any = "failed" if failed else "diverged" if diverged else "finished" if whole else "stopped"
+            self._put(replace(before, status=status))
+        self.run_of(name, trial).finish("FAILED" if diverged or failed else "FINISHED")
 
     def count(self, name: str) -> float:
         """Book the time since a trial began what it was doing; returns its seconds in all."""
         now, seconds = time.monotonic(), self.spent["seconds"]
-        seconds[name] = seconds.get(name, 0.0) + now - self.since.get(name, now)
+        new = now - self.since.get(name, now)
+        seconds[name] = seconds.get(name, 0.0) + new
+        self.spent["gpu_seconds"] += self.gpus * new
         self.since[name] = now
         write_json(self.search.folder / SPENT, self.spent)
         return float(seconds[name])
 
     def gpu_hours(self) -> float:
         """What all trials have used up to their last epochs, before a kill, too."""
-        cluster = self.search.config.cluster
-        return float(cluster.gpus_per_worker * cluster.train_workers * sum(self.spent["seconds"].values()) / 3600)
+        return float(self.spent["gpu_seconds"]) / 3600
 
     def make_room(self) -> None:
         """Once a second, for trials that are trainings of several workers: take back what ended ones had reserved."""

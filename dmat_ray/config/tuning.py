@@ -80,7 +80,7 @@ class TuneConfig(Section):
     )
     seed: int = Field(0, ge=0, description="seed of what is drawn")
     max_gpu_hours: float | None = Field(
-        None, gt=0, description="GPU-hours after which the search ends with what it has; null = never"
+        None, gt=0, description="GPU-hours of trials after which the search ends with what it has; null = never"
     )
     max_wall_minutes: float | None = Field(
         None, gt=0, description="minutes after which the search ends with what it has; null = never"

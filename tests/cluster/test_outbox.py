@@ -61,6 +61,28 @@ def artifact(path: Path) -> dict[str, Any]:
     return {"do": "artifact", "run": "handle", "id": "id", "path": str(path), "folder": None}
 
 
+def test_an_experiment_that_another_job_has_just_made_is_used(tmp_path, monkeypatch):
+    """Both have looked for it, and found nothing."""
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    box, other = Outbox(uri, at(tmp_path), 60), mlflow.MlflowClient(uri)
+    look, looked = box._client.get_experiment_by_name, []
+
+    def late(name):
+        looked.append(name)
+        if len(looked) == 1:
+            assert look(name) is None
+            other.create_experiment(name)
+            return None
+        return look(name)
+
+    monkeypatch.setattr(box._client, "get_experiment_by_name", late)
+    create = {"do": "create", "run": "handle", "experiment": "new", "artifacts": None, "key": "k", "name": "n", "parent": None}
+    box.put({**create, "tags": {}, "params": {"a": "1"}, "time": 0})
+    found = other.get_run(box.id_of("handle"))
+    assert found.info.experiment_id == other.get_experiment_by_name("new").experiment_id
+    assert found.data.params == {"a": "1"}
+
+
 def silent(what: str) -> None:
     raise ConnectionError("nobody is there")
 

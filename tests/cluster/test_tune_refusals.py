@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.tune.experiment.trial import Trial as TuneTrial
 from searches import ONE_BY_ONE, SPACE, tuned
 from small import database
 
@@ -13,6 +14,7 @@ from dmat_ray.cluster.search_plan import Plan
 from dmat_ray.config import ClusterConfig, TuneConfig
 from dmat_ray.errors import UserError
 from dmat_ray.trials import Trial
+from dmat_ray.trials_table import LiveTable
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 
@@ -63,6 +65,72 @@ def test_every_network_of_a_space_can_be_trained_on_the_set(finished, tmp_path, 
     space.write_text(f'from ray import tune\nSPACE = {{"classifier.name": tune.choice(["digits_cnn", "{name}"])}}\n')
     with pytest.raises(UserError, match=f"classifier.name '{name}' {words}"):
         Plan(tuned(tmp_path, "--tune.space", space), say)
+
+
+def test_settings_that_trials_are_judged_by_tell_searches_apart(finished, tmp_path, say):
+    finished.copy_set(tmp_path)
+    plain = Plan(tuned(tmp_path), say)
+    for option, value, name in (("seed", 7, "evaluation.seed"), ("precision", "bf16", "evaluation.precision")):
+        other = Plan(tuned(tmp_path, f"--evaluation.{option}", value), say)
+        assert {key for key in other.identity | plain.identity if other.identity.get(key) != plain.identity.get(key)} == {name}
+
+
+def test_another_evaluation_at_the_end_is_left_to_be_done(finished, tmp_path, say):
+    finished.copy_set(tmp_path)
+    plain = Plan(tuned(tmp_path), say)
+    result = {"ended_by": "", "afterwards": plain.afterwards}
+    assert plain.left_of(result) == ""
+    assert Plan(tuned(tmp_path, "--evaluation.limit", 7), say).left_of(result) == "did another evaluation"
+    assert Plan(tuned(tmp_path, "--tune.confirm_seeds", 2), say).left_of(result) == "did another tune.confirm_seeds"
+    none = Plan(tuned(tmp_path, "--tune.evaluate", "false", "--evaluation.limit", 7), say)
+    assert none.left_of({"ended_by": "", "afterwards": none.afterwards | {"evaluation": "gone"}}) == ""
+
+
+class Untracked:
+    """A run that nobody keeps."""
+
+    def tag(self, key: str, value: str) -> None:
+        pass
+
+    def finish(self, status: str, *, if_open: bool = False) -> None:
+        self.status = status
+
+
+def test_settings_that_do_not_go_together_end_their_trial_alone(finished, tmp_path, say, monkeypatch):
+    """Each end of the space is fine with the others as they are, and these two are not."""
+    finished.copy_set(tmp_path)
+    space = tmp_path / "odd.py"
+    space.write_text(
+        "from ray import tune\nfrom dmat_ray.cluster.spaces import times\n"
+        'SPACE = {"objective.image.eps": times(0.5, 2), "objective.image.steps": tune.choice([8, 4, 2])}\n'
+    )
+    plan = Plan(
+        tuned(tmp_path, "--tune.space", space, "--objective.image.step_size", "0.05", "--objective.image.eps", "0.1"), say
+    )
+    run, opened = Untracked(), []
+    monkeypatch.setattr(tune.tracking, "open_run", lambda config, name, *_, **__: opened.append(config.name) or run)
+    plan.folder.mkdir(parents=True)
+    drawn = LiveTable((), "search")
+    watcher = tune._Watcher(plan, run, say, drawn)
+    trial = TuneTrial("stub", stub=True, trial_id="odd_000", trial_name_creator=lambda _: "odd_000")
+    trial.config = {"objective.image.eps": 0.2, "objective.image.steps": 2}
+    with pytest.raises(ValueError, match="a weak attack"):
+        plan.work.config(trial.config, "odd_000")
+    watcher.started(trial)
+    assert opened == ["odd_000"]
+    assert watcher.found["odd_000"].status == "running"
+    trial.set_status(TuneTrial.ERROR)
+    watcher.ended_one(trial)
+    assert (watcher.found["odd_000"].status, run.status) == ("failed", "FAILED")
+
+
+def test_gpu_hours_are_those_that_were_spent(finished, tmp_path, say):
+    """A search that goes on with other machines does not count the hours before anew."""
+    finished.copy_set(tmp_path)
+    plan = Plan(tuned(tmp_path), say)
+    plan.folder.mkdir(parents=True)
+    (plan.folder / "spent.json").write_text('{"seconds": {"a": 7200.0}, "gpu_seconds": 36000.0}')
+    assert tune._Watcher(plan, Untracked(), say, LiveTable((), "search")).gpu_hours() == 10.0
 
 
 def test_a_dry_run_knows_how_many_trials_there_will_be(finished, tmp_path, say):
