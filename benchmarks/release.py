@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import yaml
+from study_methods import version_of
 
 from dmat_ray import checkpoint, cli, model_export
 from dmat_ray.config import Config
@@ -22,7 +23,7 @@ from dmat_ray.metrics import Results
 from dmat_ray.report_values import SET_NAMES
 from dmat_ray.units import VERSION
 
-COLUMNS = ("clean", "PGD-50", "OM-PGD-50", "PGD-50 L2", "unseen mean", "worst")
+COLUMNS = ("clean", "PGD-50", "OM-PGD-50", "L2", "unseen mean", "worst")
 PAGE = """\
 # Models of the study in [{page}](../../{page})
 
@@ -51,6 +52,8 @@ def released(study: Path, config: Config, folder: Path, names: list[str]) -> lis
         model, rows = study / "models" / f"{name}-0", study / "rows" / f"{name}-0.parquet"
         if not (model / checkpoint.RUN).is_file() or not rows.is_file():
             raise UserError(f"'{study}' has no model {name}-0 with rows; run benchmarks/study.py")
+        if version_of(rows) != VERSION:
+            raise UserError(f"'{rows}' is of older attacks than these of version {VERSION}; run benchmarks/study.py again")
         with tempfile.TemporaryDirectory() as scratch:
             evaluation = Path(scratch)  # in the form that an evaluation has
             shutil.copyfile(rows, evaluation / model_export.ROWS)

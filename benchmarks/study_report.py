@@ -446,7 +446,7 @@ def page(study: Study) -> list[str]:
         "",
         f"About as robust: less than {NEAR:g} points below. Open: the interval holds both answers. Intervals are of one claim "
         "each; the last column is the claim's p-value among all of its table (Holm), and bold what holds by that at 5 % "
-        "(nearer 8 % with three seeds, by simulation: their spread is known that badly).",
+        "(where three seeds differ by ten points that is up to 15 %, by simulation: they tell little of their spread).",
     ]
     if found := study.worst_cases():
         model, set_name = study.results.models[0], study.config.evaluation.sets[0]

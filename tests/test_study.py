@@ -85,6 +85,21 @@ def test_p_values_of_claims_made_together() -> None:
     assert 0.04 < np.mean(seems) < 0.06
 
 
+@pytest.mark.parametrize(("spread", "low", "high"), [(0.02, 0.0, 0.05), (0.1, 0.08, 0.2)])
+def test_how_often_a_family_of_true_nothings_has_one_that_seems_so(spread: float, low: float, high: float) -> None:
+    """24 claims of three pairs of models on 100 images; in every other one seeds differ by `spread`."""
+    rng = np.random.default_rng(0)
+
+    def seems() -> bool:
+        found = []
+        for k in range(24):
+            pairs = rng.choice([-1.0, 0.0, 1.0], p=[0.1, 0.8, 0.1], size=(3, 100))
+            found.append(study_report.estimate(list(pairs + rng.normal(0, spread if k % 2 else 0.01, (3, 1)))))
+        return min(study_report.holm([one.chance(0.0) for one in found])) < 0.05
+
+    assert low <= np.mean([seems() for _ in range(300)]) <= high
+
+
 @pytest.mark.exhaustive
 def test_the_study_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "study"
