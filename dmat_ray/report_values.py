@@ -8,7 +8,8 @@ import numpy as np
 
 from dmat_ray import charts
 from dmat_ray.charts import Axis, Series
-from dmat_ray.config import ON_MANIFOLD, AttackRow, AutoAttackRow, CleanRow, CorruptionRow, ImageRow, LatentRow
+from dmat_ray.config import ON_MANIFOLD, THREATS, AttackRow, AutoAttackRow, CleanRow, CorruptionRow, ImageRow, LatentRow
+from dmat_ray.config.threats import named
 from dmat_ray.metrics import Accuracy, Results
 from dmat_ray.units import applies
 
@@ -84,15 +85,28 @@ def described(row: AttackRow) -> str:
         return f"{row.kind.replace('_', ' ')} of severity {row.severity}, no attack"
     if isinstance(row, AutoAttackRow):
         return f"AutoAttack's {row.part}, {NORMS[row.norm]}, {budget(row)}"
-    norm = getattr(row, "norm", "")
-    words = [f"{row.threat}{f' {NORMS[norm]}' if norm else ''}", budget(row)]
-    if hasattr(row, "latent_eps"):
-        words.append(f"eps {row.latent_eps:.4g} in w")
+    norm, unit = getattr(row, "norm", ""), " standard deviations" if getattr(row, "scale", "") == "std" else ""
+    of_w = getattr(row, "latent_eps", None)
+    words = [f"{row.threat}{f' {NORMS[norm]}' if norm else ''}", f"{budget(row)}{unit if of_w is None else ''}"]
+    words += [] if of_w is None else [f"eps {of_w:.4g}{unit} in w"]
+    words += [f"{name} {_shown(value)}" for name, value in _of_threat(row).items()]
     words.append(f"{row.steps} step{'s' if row.steps > 1 else ''} of {row.method}")
+    words += [f"each of {row.step_size:.4g}"] if row.step_size is not None and row.method in ("pgd", "momentum") else []
     words += [f"{row.restarts} restarts"] if row.restarts > 1 else []
     words += [f"loss {row.loss}"] if row.loss != "ce" else []
     words += [f"towards {row.targets} classes"] if row.targets else []
     return ", ".join(words)
+
+
+def _of_threat(row: AttackRow) -> dict[str, Any]:
+    """What a row says of its threat beside norm and budget, where it is not the default."""
+    (fields,) = (threat.model_fields for threat in THREATS if named(threat) == row.threat)
+    told = {name: getattr(row, name) for name in fields if name not in ("threat", "norm", "eps", "latent_eps", "scale")}
+    return {name: value for name, value in told.items() if value != fields[name].default}
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def columns_described(results: Results) -> dict[str, str]:
@@ -102,6 +116,10 @@ def columns_described(results: Results) -> dict[str, str]:
         if name in results.groups:
             parts = "; ".join(f"{part} ({described(results.suite[part])})" for part in results.groups[name])
             found[name] = f"right on the clean image and under every one of: {parts}"
+            for set_name in results.config.sets:
+                absent = [part for part in results.groups[name] if not applies(results.suite[part], set_name)]
+                if absent and name in results.columns(set_name):
+                    found[name] += f" (on {SET_NAMES[set_name]} without {', '.join(absent)})"
         elif name in results.suite:
             found[name] = described(results.suite[name])
     how = {"worst": "right under every one of", "mean": "mean of", "uar": "sum, over that of models trained against each, of"}

@@ -416,6 +416,15 @@ def test_page_holds_the_whole_config_and_what_made_it(page: Page, config: Config
         ({"threat": "latent", "eps": 0.2, "steps": 9, "method": "apgd"}, "latent L∞, eps 0.2, 9 steps of apgd"),
         ({"threat": "elastic", "eps": 1, "steps": 5, "restarts": 3}, "elastic, eps 1, 5 steps of pgd, 3 restarts"),
         (
+            {"threat": "latent", "eps": 0.1, "scale": "std", "steps": 1, "step_size": 0.12},
+            "latent L∞, eps 0.1 standard deviations, 1 step of pgd, each of 0.12",
+        ),
+        ({"threat": "gabor", "eps": "25/255", "density": 0.5, "steps": 5}, "gabor, eps 25/255, density 0.5, 5 steps of pgd"),
+        (
+            {"threat": "image", "eps": 0.1, "steps": 5, "step_size": 0.1, "method": "apgd"},
+            "image L∞, eps 0.1, 5 steps of apgd",
+        ),
+        (
             {"threat": "joint", "eps": "4/255", "latent_eps": 0.02, "steps": 5, "loss": "dlr", "targets": 2},
             "joint, eps 4/255, eps 0.02 in w, 5 steps of pgd, loss dlr, towards 2 classes",
         ),
