@@ -54,15 +54,18 @@ def main() -> None:
 
     if given.dry_run:
         plan = search_plan.Plan(config, print)
-        models = champion.MOST_NEIGHBOURS + 2 * config.tune.confirm_seeds if config.tune.evaluate else 0
+        models = champion.MOST + 2 * config.tune.confirm_seeds if config.tune.evaluate else 0
         corners = list(plan.space.corners(plan.base, config.tune.epochs))
         print(dry_run.text(config, dry_run.stages(config, trials=plan.trials, corners=corners, models=models)))
-        print("what judges trials after every epoch is not in it")
+        print("what judges trials after every epoch, and the best on test images, is not in it")
         print(plan.told())
         return
     say = jobs.Speaker().stage("tune")
-    with connected(config.cluster, config.output, say, (TRAIN, EVALUATE)):
-        found = tune.search(config, say, resume=given.resume)
+    plan = search_plan.Plan(config, say)  # what is wrong ends here, before Ray starts
+    found = tune.already(plan, say, resume=given.resume)
+    if found is None:
+        with connected(config.cluster, config.output, say, (TRAIN, EVALUATE)):
+            found = tune.search(plan, say, resume=given.resume)
     print(trials_table.text(found.trials, found.objective))
     print(champion.summary(found))
     print(f"\nreport: {search_plan.search_folder(config) / champion.PAGE}")

@@ -10,7 +10,7 @@ import ray.tune
 from ray.tune.search import BasicVariantGenerator
 
 from dmat_ray import models, trials, trials_page
-from dmat_ray.cluster import evaluate, searchers, spaces, tracking
+from dmat_ray.cluster import abandoned, evaluate, searchers, spaces, tracking
 from dmat_ray.cluster.outbox import FRONT
 from dmat_ray.cluster.search_plan import RESULT, Plan
 from dmat_ray.cluster.trial import Work, keep_newest, run, state_of
@@ -180,6 +180,7 @@ def _retrain(search: Plan, best: Trial, say: Callable[[str], None]) -> dict[str,
             name="ray_confirm",
             storage_path=str(search.folder),
             verbose=0,
+            callbacks=[] if work.is_alone else [abandoned.TakesBack()],
             failure_config=ray.tune.FailureConfig(max_failures=config.tune.retries),
         ),
     ).fit()

@@ -40,7 +40,6 @@ class _Watcher:
         cluster = search.config.cluster
         self.gpus = float(cluster.gpus_per_worker * cluster.train_workers)  # of a trial: in the next session it may have others
         self.spent.setdefault("gpu_seconds", self.gpus * sum(self.spent["seconds"].values()))
-        self.swept = self.began  # when room was last taken back
         self.since: dict[str, float] = {}  # when what a trial is doing now began
         self.closed: set[str] = set()  # trials whose runs have been ended
 
@@ -119,12 +118,6 @@ class _Watcher:
     def gpu_hours(self) -> float:
         """What all trials have used up to their last epochs, before a kill, too."""
         return float(self.spent["gpu_seconds"]) / 3600
-
-    def make_room(self) -> None:
-        """Once a second, for trials that are trainings of several workers: take back what ended ones had reserved."""
-        if not self.search.work.is_alone and time.monotonic() > self.swept + 1:
-            abandoned.free()
-            self.swept = time.monotonic()
 
     def over(self) -> bool:
         """Whether a budget is used up."""
@@ -220,10 +213,6 @@ class _Tell(ray.tune.Callback):  # type: ignore[misc]  # ray is untyped
         if _WATCHER is not None:
             _WATCHER.ended_one(trial)
 
-    def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
-        if _WATCHER is not None:
-            _WATCHER.make_room()
-
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         if _WATCHER is not None and _WATCHER.over():
             # Tune's own stoppers would mark the search as finished, and it could not be gone on with
@@ -283,7 +272,7 @@ def _fit(search: Plan, watcher: _Watcher, at_once: int, *, resume: bool) -> list
                 name=path.name,
                 storage_path=str(path.parent),
                 verbose=0,
-                callbacks=[_Tell()],
+                callbacks=[_Tell(), *([] if search.work.is_alone else [abandoned.TakesBack()])],
                 failure_config=ray.tune.FailureConfig(max_failures=tune.retries),
                 checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=search.work.keep),
             ),
@@ -295,32 +284,40 @@ def _fit(search: Plan, watcher: _Watcher, at_once: int, *, resume: bool) -> list
             if not watcher.ended_by:
                 raise
         finally:
-            watcher.swept = 0.0
-            watcher.make_room()
+            if not search.work.is_alone:
+                abandoned.free()
     begun = [trial for trial in watcher.ended if trial.status != TuneTrial.PENDING or _told(trial)]
     return [watcher.settle(trial) for trial in begun]
 
 
-def search(config: Config, say: Callable[[str], None], *, resume: bool = False) -> champion.Found:
+def search(config: Config | Plan, say: Callable[[str], None], *, resume: bool = False) -> champion.Found:
     """Run a search, or go on with it; returns its trials, and what the best of them are worth. Ray must be connected.
 
     Raises UserError for a space, an objective or machines that do not fit, and if no trial gives a result.
     """
-    plan = Plan(config, say)
+    plan = config if isinstance(config, Plan) else Plan(config, say)
     with sole(plan.folder):
-        return _search(plan, say, resume=resume)
+        return already(plan, say, resume=resume) or _search(plan, say, resume=resume)
+
+
+def already(plan: Plan, say: Callable[[str], None], *, resume: bool) -> champion.Found | None:
+    """What a search gave that is there and done, which is said; None for one that is to be run. Needs no Ray.
+
+    Raises UserError for another one that is there, or one that is not to go on.
+    """
+    if not plan.is_finished(resume=resume):
+        return None
+    found = champion.read(plan.folder)
+    left = plan.left_of(found.to_json())
+    what = f"{left}; --resume goes on with it" if left else "is finished and unchanged, nothing to do"
+    say(f"the search in '{plan.folder}' {what}")
+    return found
 
 
 def _search(plan: Plan, say: Callable[[str], None], *, resume: bool) -> champion.Found:
     config, tune = plan.config, plan.config.tune
     if resume and not (plan.folder / SEARCH).is_file():
         say(f"there is no search in '{plan.folder}' yet: beginning one")
-    if plan.is_finished(resume=resume):
-        found_before = champion.read(plan.folder)
-        left = plan.left_of(found_before.to_json())
-        what = f"{left}; --resume goes on with it" if left else "is finished and unchanged, nothing to do"
-        say(f"the search in '{plan.folder}' {what}")
-        return found_before
     if not session.is_own(config.cluster):
         session.await_machines(config.cluster, say)
     at_once = searchers.trials_at_once(tune, config.cluster, alone=plan.work.is_alone)
