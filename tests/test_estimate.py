@@ -66,7 +66,7 @@ def test_a_training_step_is_counted(
     network = classifiers.build(config.classifier, channels=1, num_classes=4)
     step = TrainingStep(config, network, generator, LocalContext(tmp_path, print))
     batch = make_batch(8)
-    step.view(batch.x_BCHW)  # which looks at the network, once
+    step(batch, 0, 0, 0.1)  # the first looks at the network, once
     with counting() as counter:
         step(batch, 0, 0, 0.1)
     found = estimate.train(config, estimate.passes(config, generator, 4), generator, images=8)

@@ -38,7 +38,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., N
     return run
 
 
-SUITE = "attacks: [{threat: image, name: mine, loss: dlr, targets: 12}]"
+SUITE = "attacks: [{threat: snow, name: mine, method: square}]"
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ SUITE = "attacks: [{threat: image, name: mine, loss: dlr, targets: 12}]"
         (["--objective.image.norm", "l1", "--objective.image.method", "square"], "term image on 1 x 32 x 32 images: .*square"),
         (["--methods", "standard,OTHER"], "was made with generator 'mnist32' "),
         (["--evaluation.suites", "perceptual"], r"attack 'PPGD' on 1 x 32 x 32 images of 10 classes: .*alexnet.* is needed"),
-        (["--evaluation.suites", "SUITE"], "attack 'mine' on 1 x 32 x 32 images of 10 classes: targets is 12"),
+        (["--evaluation.suites", "SUITE"], "attack 'mine' on 1 x 32 x 32 images of 10 classes: method square needs"),
         (["--evaluation.lpips", "vgg"], "vgg16 is needed"),
     ],
 )
