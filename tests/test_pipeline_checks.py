@@ -54,7 +54,7 @@ SUITE = "attacks: [{threat: snow, name: mine, method: square}]"
         (["--objective.image.norm", "l1", "--objective.image.method", "square"], "term image on 1 x 32 x 32 images: .*square"),
         (["--methods", "standard,OTHER"], "was made with generator 'mnist32' "),
         (["--evaluation.suites", "perceptual"], r"attack 'PPGD' on 1 x 32 x 32 images of 10 classes: .*alexnet.* is needed"),
-        (["--evaluation.suites", "SUITE"], "attack 'mine' on 1 x 32 x 32 images of 10 classes: method square needs"),
+        (["--evaluation.suites", "SUITE"], "attack 'mine' on 1 x 32 x 32 images of 10 classes: method square searches"),
         (["--evaluation.lpips", "vgg"], "vgg16 is needed"),
     ],
 )
