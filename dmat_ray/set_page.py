@@ -73,8 +73,8 @@ def _statistics(rows: Rows, index: np.ndarray) -> list[str]:
 def _class_table(rows: Rows, manifest: Manifest, fine: np.ndarray) -> list[dict[str, Any]]:
     """A row for each class, and one for rejected images of which it is not known."""
     names = manifest.class_names
-    # a rejected image has no row; the ids of folders begin with the class
-    lost = Counter(id.split("/", 1)[0] if "/" in id and id.split("/", 1)[0] in names else UNKNOWN for id in manifest.rejected)
+    # a rejected image has no row; in the ids of folders the class is the first part, or the second, after 'train'
+    lost = Counter(next((part for part in id.split("/")[:-1] if part in names), UNKNOWN) for id in manifest.rejected)
     index = np.flatnonzero(fine)
     index = index[np.argsort(rows.label[index], kind="stable")]
     edges = np.searchsorted(rows.label[index], np.arange(len(names) + 1))

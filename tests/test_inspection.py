@@ -454,7 +454,7 @@ def test_page_of_a_damaged_set_lists_the_defects(make_set: MakeSet, tmp_path: Pa
 
 def test_page_lists_the_first_rejected_and_counts_them_by_class(make_set: MakeSet, tmp_path: Path) -> None:
     folder = make_set()
-    rejected = {f"light/{i:03d}": "is <no> image" for i in range(130)} | {"elsewhere": "is cut"}
+    rejected = {f"{'train/' if i > 99 else ''}light/{i:03d}": "is <no> image" for i in range(130)} | {"elsewhere": "is cut"}
     edit_rows(folder, lambda rows: None, dmat_ray_rejected=json.dumps(rejected))
     edit_manifest(folder, rejected=rejected, examples=167)
     found = inspect_set(folder)
