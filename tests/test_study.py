@@ -198,6 +198,19 @@ def test_what_the_readme_says_of_the_worst_case_in_colour_is_what_the_rows_say()
     assert f"worst case over all attacks is {natural_over_dmat} points better on natural images and {over_dmat} on proj" in readme
 
 
+def test_what_the_readme_says_of_unseen_attacks_on_digits_is_what_the_rows_say() -> None:
+    study = study_report.Study(ROOT / "benchmarks" / "results" / "mnist")
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    claim = study_report.Claim("", "dmat_eps_20", "at_eps_20", "unseen mean")
+    natural, projected = (study.difference(claim, name) for name in ("natural", "on_manifold"))
+    assert f"{natural} on natural images, also after correction" in text
+    assert f"and {projected} on projections, by its own interval" in text
+    (row,) = [line for line in study.verdicts("natural") if "twice the radius in both" in line and "unseen" in line]
+    assert "**confirmed**" in row
+    (row,) = [line for line in study.verdicts("on_manifold") if "twice the radius in both" in line and "unseen" in line]
+    assert "| confirmed |" in row
+
+
 def test_the_readme_shows_the_study_on_digits() -> None:
     study = study_report.Study(ROOT / "benchmarks" / "results" / "mnist")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
