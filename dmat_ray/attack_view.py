@@ -6,6 +6,7 @@ memory. The copy follows the trained network by `refresh`, once a step.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -133,7 +134,7 @@ def _near(found: Tensor, expected: Tensor, share: float) -> bool:
     return bool((found - expected).norm() <= share * expected.norm())
 
 
-def takes(network: nn.Module, x_BCHW: Tensor, layout: torch.memory_format) -> bool:
+def takes(network: Callable[[Tensor], Any], x_BCHW: Tensor, layout: torch.memory_format) -> bool:
     """Whether a network, in eval mode, computes on activations of this layout: one that takes a map apart by `view` may not."""
     try:
         with torch.no_grad():
@@ -228,7 +229,8 @@ class AttackView(nn.Module):
 
     def _lay_out(self, x_BCHW: Tensor) -> None:
         """Give channels last up for a network that does not take it; what else is wrong with it shows as it is called."""
-        if not takes(self.view, x_BCHW[:2].to(self._dtype), self._layout):
+        # its forward: a call would have it compiled for two images, if it is to be
+        if not takes(self.view.forward, x_BCHW[:2].to(self._dtype), self._layout):
             self._layout = torch.contiguous_format
             self.view.to(memory_format=self._layout)
         self._is_laid_out = True
