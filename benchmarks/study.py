@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,14 @@ class _Study:
         self.own_methods: dict[str, Any] = {k: v for file in files for k, v in (yaml.safe_load(file.read_text()) or {}).items()}
         self.settings = self.folder / "settings.yaml"  # for the processes of this study
         values = {key: value for key, value in self.config.to_json().items() if key not in ("cluster", "tracking", "tune")}
-        if self.settings.is_file() and yaml.safe_load(self.settings.read_text()) != values:
-            raise UserError(f"the study in '{self.folder}' was begun with other settings; give another --output")
+        if self.settings.is_file() and (before := yaml.safe_load(self.settings.read_text())) != values:
+            told = f"the study in '{self.folder}' was begun with other settings; give another --output"
+            if {**before, "evaluation": None} == {**values, "evaluation": None}:
+                told = (
+                    f"the study in '{self.folder}' was evaluated by other attacks or settings; remove its settings.yaml, rows, "
+                    "clean, worst and autoattack to have its models evaluated anew, or give another --output"
+                )
+            raise UserError(told)
         self.settings.write_text(yaml.safe_dump(values))
 
     def stage(self, name: str, work: Callable[[], Any]) -> None:
@@ -104,12 +110,15 @@ class _Study:
         if (told := work()) is not None:
             self.note(name, {"seconds": round(time.monotonic() - began, 1), **told})
 
-    def note(self, name: str, told: dict[str, Any]) -> None:
-        """Keep a fact in study.json, with the machine that it is of."""
+    def note(self, name: str, told: dict[str, Any], kinds: Collection[str] = ()) -> None:
+        """Keep a fact in study.json, with the machine that it is of; of evaluations instead of what was told of these kinds."""
         card = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
         with self.lock:
             path = self.folder / "study.json"
             notes = read_json(path) if path.is_file() else {}
+            model = name.split(" ")[0]
+            void = [k for k in notes if k.startswith(f"{model} ") and not set(kinds).isdisjoint(k.split(" ")[1].split("+"))]
+            notes = {key: value for key, value in notes.items() if key not in void}
             write_json(path, {**notes, name: {"machine": card, "versions": checkpoint.versions(), **told}})
 
     def note_autoattack(self, asked: dict[str, Any]) -> None:
@@ -184,7 +193,7 @@ class _Study:
             asked += ["--autoattack-limit", str(self.given.autoattack_limit), "--evaluate", name]
             evaluated = self._run([str(HERE / "study.py"), "--preset", str(self.settings), *asked], f"{name}-evaluation")
             told = {"seconds": evaluated, "processes": self.given.processes, "rows_version": VERSION}
-            self.note(f"{name} {'+'.join(kinds)}", told)
+            self.note(f"{name} {'+'.join(kinds)}", told, kinds)
             say(f"{name}: evaluated in {evaluated:.0f} s")
 
         if self.given.autoattack:

@@ -342,8 +342,8 @@ def pack(folder: Path, target: Path) -> None:
         if files := sorted((folder / kind).glob("*.parquet")):
             (target / kind).mkdir(parents=True, exist_ok=True)
             rows = pa.concat_tables([pq.read_table(file).select(KEPT) for file in files])
-            if others := {version_of(file) for file in files} - {VERSION}:
-                told = ", ".join("older" if version is None else f"of version {version}" for version in others)
+            if odd := {version_of(file) for file in files} - {VERSION}:
+                told = ", ".join("older" if version is None else f"of version {version}" for version in odd)
                 raise UserError(
                     f"some rows in '{folder / kind}' are {told}; run benchmarks/study.py again, which makes them anew"
                 )

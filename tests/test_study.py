@@ -1,27 +1,34 @@
 """The study's scripts at a small size, its intervals against simulation, and the published pages against their rows."""
 
+import argparse
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 import torch
 
-from dmat_ray import checkpoint
+from dmat_ray import checkpoint, cli
 from dmat_ray.data import manifold_set
 from dmat_ray.data.pixels import quantise, to_unit
 from dmat_ray.errors import UserError
+from dmat_ray.files import read_json
 from dmat_ray.manifold import generators
 from dmat_ray.storage import at
+from dmat_ray.units import VERSION
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import release  # noqa: E402
 import sampled_set  # noqa: E402
+import study as study_script  # noqa: E402
+import study_methods  # noqa: E402
 import study_report  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -215,6 +222,27 @@ def test_the_readme_shows_the_study_on_digits() -> None:
     study = study_report.Study(ROOT / "benchmarks" / "results" / "mnist")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.split(study_report.BEGIN)[1].split(study_report.END)[0].strip() == "\n".join(study_report.headline(study))
+
+
+def test_what_is_told_of_rows_made_anew_takes_the_place_of_what_was_told_before(tmp_path: Path) -> None:
+    one = object.__new__(study_script._Study)
+    one.folder, one.lock, one.device = tmp_path, threading.Lock(), CPU
+    one.note("at-0 training", {})
+    one.note("at-0 rows+clean+worst", {"rows_version": 6}, ["rows", "clean", "worst"])
+    one.note("at-1 rows+clean", {"rows_version": 6}, ["rows", "clean"])
+    one.note("at-0 rows+clean", {"rows_version": 7}, ["rows", "clean"])
+    assert read_json(tmp_path / "study.json").keys() == {"at-0 training", "at-1 rows+clean", "at-0 rows+clean"}
+
+
+def test_rows_of_an_older_version_are_made_anew(tmp_path: Path) -> None:
+    config, given = cli.validate({"output": str(tmp_path)}), argparse.Namespace(worst_case=False, autoattack=None)
+    for kind, version in (("rows", VERSION - 1), ("clean", VERSION)):
+        (tmp_path / kind).mkdir()
+        table = pa.table({"x": [1]}).replace_schema_metadata({study_methods.OF_VERSION: str(version)})
+        pq.write_table(table, tmp_path / kind / "at-0.parquet")
+    assert list(study_script.evaluations(config, given, "at-0")) == ["rows"]
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "clean" / "at-0.parquet")  # of no version
+    assert list(study_script.evaluations(config, given, "at-0")) == ["rows", "clean"]
 
 
 def test_the_page_says_of_which_versions_rows_are() -> None:
