@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from safetensors.torch import load_file
-from study_report import REMEASURED, Study
+from study_report import REMEASURED
+from study_rows import Study
 
 from dmat_ray import checkpoint, classifiers, cli, presets, threats
 from dmat_ray.attack import attack

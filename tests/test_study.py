@@ -28,8 +28,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import release  # noqa: E402
 import sampled_set  # noqa: E402
 import study as study_script  # noqa: E402
+import study_claims  # noqa: E402
 import study_methods  # noqa: E402
 import study_report  # noqa: E402
+import study_rows  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +47,7 @@ def run(*command: str) -> str:
 
 def test_an_interval_of_one_model_is_that_of_its_mean() -> None:
     right = np.random.default_rng(0).random(300) < 0.8
-    found = study_report.estimate([right.astype(float)])
+    found = study_claims.estimate([right.astype(float)])
     assert found.value == pytest.approx(100 * right.mean())
     low, high = scipy.stats.t.interval(0.95, len(right) - 1, right.mean(), scipy.stats.sem(right))
     assert found.half == pytest.approx(100 * (high - low) / 2)
@@ -59,7 +61,7 @@ def test_an_interval_covers_the_truth_when_images_and_seeds_are_drawn() -> None:
         right = (1 + skill[:, None] - hardness + noise > 0).astype(float)
         # the sum of the three draws is normal with variance 1 + 0.36 + 1
         truth = 100 * scipy.stats.norm.cdf(1 / np.sqrt(2.36))
-        found = study_report.estimate(list(right))
+        found = study_claims.estimate(list(right))
         covered += abs(found.value - truth) <= found.half
     assert 0.91 <= covered / 400 <= 0.99  # 92 % here: with three seeds the approximation is no better
 
@@ -70,25 +72,25 @@ def test_an_interval_covers_the_truth_when_images_and_seeds_are_drawn() -> None:
      (-3, 2, -2, "open"), (-5, 2, -2, "not confirmed")],
 )  # fmt: skip
 def test_a_claim_is_settled_only_by_the_whole_interval(value: float, half: float, bound: float, told: str) -> None:
-    assert study_report.verdict(study_report.Estimate(value, half, 3), bound) == told
+    assert study_claims.verdict(study_claims.Estimate(value, half, 3), bound) == told
 
 
 def test_a_p_value_is_that_of_students_test_and_below_5_percent_where_the_interval_ends() -> None:
     values = np.random.default_rng(1).normal(0.05, 0.3, 200)
-    found = study_report.estimate([values])
+    found = study_claims.estimate([values])
     assert found.chance(0.0) == pytest.approx(scipy.stats.ttest_1samp(values, 0).pvalue)
     assert found.chance(-2.0) == pytest.approx(scipy.stats.ttest_1samp(values, -0.02).pvalue)
     assert found.chance(found.value - found.half) == pytest.approx(0.05)
-    assert study_report.estimate([np.ones(50)]).chance(0.0) == 1.0
+    assert study_claims.estimate([np.ones(50)]).chance(0.0) == 1.0
 
 
 def test_p_values_of_claims_made_together() -> None:
     # what R's p.adjust(p, "holm") gives
-    assert study_report.holm([0.01, 0.04, 0.02, 0.03, 0.05]) == pytest.approx([0.05, 0.09, 0.08, 0.09, 0.09])
-    assert study_report.holm([0.7, 0.0001, 0.6]) == pytest.approx([1.0, 0.0003, 1.0])
+    assert study_claims.holm([0.01, 0.04, 0.02, 0.03, 0.05]) == pytest.approx([0.05, 0.09, 0.08, 0.09, 0.09])
+    assert study_claims.holm([0.7, 0.0001, 0.6]) == pytest.approx([1.0, 0.0003, 1.0])
     # of claims none of which is true one in twenty families has one that seems so
     rng = np.random.default_rng(0)
-    seems = [min(study_report.holm(list(rng.random(15)))) < 0.05 for _ in range(4000)]
+    seems = [min(study_claims.holm(list(rng.random(15)))) < 0.05 for _ in range(4000)]
     assert 0.04 < np.mean(seems) < 0.06
 
 
@@ -101,8 +103,8 @@ def test_how_often_a_family_of_true_nothings_has_one_that_seems_so(spread: float
         found = []
         for k in range(24):
             pairs = rng.choice([-1.0, 0.0, 1.0], p=[0.1, 0.8, 0.1], size=(3, 100))
-            found.append(study_report.estimate(list(pairs + rng.normal(0, spread if k % 2 else 0.01, (3, 1)))))
-        return min(study_report.holm([one.chance(0.0) for one in found])) < 0.05
+            found.append(study_claims.estimate(list(pairs + rng.normal(0, spread if k % 2 else 0.01, (3, 1)))))
+        return min(study_claims.holm([one.chance(0.0) for one in found])) < 0.05
 
     assert low <= np.mean([seems() for _ in range(300)]) <= high
 
@@ -131,8 +133,8 @@ def test_the_study_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.
     assert pq.read_table(output / "clean" / "standard-0.parquet").num_rows == 40
 
     packed_at = tmp_path / "packed" / "study"  # a folder says by its name which study it is
-    study_report.pack(output, packed_at)
-    here, packed = study_report.Study(output), study_report.Study(packed_at)
+    study_rows.pack(output, packed_at)
+    here, packed = study_rows.Study(output), study_rows.Study(packed_at)
     assert study_report.page(packed) == study_report.page(here)
     assert packed.worst is not None
     for model, set_name in (("at-0", "on_manifold"), ("at-0", "natural"), ("standard-0", "natural")):
@@ -149,11 +151,11 @@ def test_the_study_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.
     # models that are gone stay packed beside new ones
     for kind in ("rows", "clean"):
         (output / kind / "standard-0.parquet").unlink()
-    study_report.pack(output, packed_at)
-    assert study_report.page(study_report.Study(packed_at)) == study_report.page(packed)
+    study_rows.pack(output, packed_at)
+    assert study_report.page(study_rows.Study(packed_at)) == study_report.page(packed)
     (output / "settings.yaml").write_text((output / "settings.yaml").read_text().replace("limit: 10", "limit: 9"))
     with pytest.raises(UserError, match="rows of other settings"):
-        study_report.pack(output, packed_at)
+        study_rows.pack(output, packed_at)
 
     monkeypatch.setattr(sys, "argv", ["release.py", str(output), str(tmp_path / "released" / "study"), "om_at_fgsm"])
     release.main()
@@ -192,34 +194,36 @@ PUBLISHED = sorted(rows.parent.name for rows in (ROOT / "benchmarks" / "results"
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_results_are_what_their_rows_say(name: str) -> None:
-    study = study_report.Study(ROOT / "benchmarks" / "results" / name)
+    study = study_rows.Study(ROOT / "benchmarks" / "results" / name)
     page = (ROOT / "docs" / "results" / f"{name}.md").read_text(encoding="utf-8")
     assert page == "\n".join(study_report.page(study)) + "\n"
 
 
 def test_what_the_readme_says_of_the_worst_case_in_colour_is_what_the_rows_say() -> None:
-    study = study_report.Study(ROOT / "benchmarks" / "results" / "cifar5")
-    (row,) = [line for line in study.worst_cases() if line.startswith("| dmat_fog_recolor_stadv |")]
+    study = study_rows.Study(ROOT / "benchmarks" / "results" / "cifar5")
+    (row,) = [line for line in study_report.worst_cases(study) if line.startswith("| dmat_fog_recolor_stadv |")]
     _, _, _, _, over_dmat, _, _, natural_over_dmat, *_ = (cell.strip(" *+") for cell in row.split("|"))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"worst case over all attacks is {natural_over_dmat} points better on natural images and {over_dmat} on proj" in readme
 
 
 def test_what_the_readme_says_of_unseen_attacks_on_digits_is_what_the_rows_say() -> None:
-    study = study_report.Study(ROOT / "benchmarks" / "results" / "mnist")
+    study = study_rows.Study(ROOT / "benchmarks" / "results" / "mnist")
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    claim = study_report.Claim("", "dmat_eps_20", "at_eps_20", "unseen mean")
+    claim = study_claims.Claim("", "dmat_eps_20", "at_eps_20", "unseen mean")
     natural, projected = (study.difference(claim, name) for name in ("natural", "on_manifold"))
     assert f"{natural} on natural images, also after correction" in text
     assert f"and {projected} on projections, by its own interval" in text
-    (row,) = [line for line in study.verdicts("natural") if "twice the radius in both" in line and "unseen" in line]
+    (row,) = [line for line in study_report.verdicts(study, "natural") if "twice the radius in both" in line and "unseen" in line]
     assert "**confirmed**" in row
-    (row,) = [line for line in study.verdicts("on_manifold") if "twice the radius in both" in line and "unseen" in line]
+    (row,) = [
+        line for line in study_report.verdicts(study, "on_manifold") if "twice the radius in both" in line and "unseen" in line
+    ]
     assert "| confirmed |" in row
 
 
 def test_the_readme_shows_the_study_on_digits() -> None:
-    study = study_report.Study(ROOT / "benchmarks" / "results" / "mnist")
+    study = study_rows.Study(ROOT / "benchmarks" / "results" / "mnist")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.split(study_report.BEGIN)[1].split(study_report.END)[0].strip() == "\n".join(study_report.headline(study))
 
