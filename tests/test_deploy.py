@@ -3,6 +3,7 @@
 import copy
 import gzip
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import validate_config
+from ray.scripts.scripts import drain_node
 
 ROOT = Path(__file__).parents[1]
 JOB_SCHEMA = json.loads(gzip.decompress((Path(__file__).parent / "published" / "kuberay.json.gz").read_bytes()))
@@ -86,3 +88,28 @@ def test_nobody_runs_as_root_and_secrets_are_only_named(group: int) -> None:
         assert container["env"] == [{"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": "120"}], "and nothing that could be a secret"
     assert spec["authOptions"]["mode"] == "token"
     assert pod["automountServiceAccountToken"] == (group == 0)
+
+
+def test_the_operator_may_ask_how_a_job_is_doing() -> None:
+    # else KubeRay calls a RayJob failed after five minutes, and its cluster is deleted
+    policy = read("rayjob.yaml")["spec"]["rayClusterSpec"]["networkPolicy"]
+    assert policy["mode"] == "DenyAllIngress"
+    (rule,) = policy["head"]["ingressRules"]
+    assert rule["ports"] == [{"port": 8265, "protocol": "TCP"}]
+    (who,) = rule["from"]
+    assert who["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "kuberay-operator"}
+    assert who["namespaceSelector"] == {}, "of whatever namespace it was installed in"
+
+
+@pytest.mark.parametrize("group", ["gpu-spot", "gpu-on-demand"])
+def test_a_pod_that_is_taken_away_tells_ray_first(group: str) -> None:
+    groups = {one["groupName"]: one["template"]["spec"] for one in read("raycluster.yaml")["spec"]["workerGroupSpecs"]}
+    pod = groups[group]
+    shell, flag, line = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert (shell, flag) == ("bash", "-c")
+    told, waited = line.split(" && ")
+    program, command, *options = shlex.split(told)
+    assert (program, command) == ("ray", "drain-node")
+    given = drain_node.make_context("drain-node", options).params  # which refuses what Ray does not know
+    assert given["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
+    assert int(waited.removeprefix("sleep ")) < given["deadline_remaining_seconds"] < pod["terminationGracePeriodSeconds"]
