@@ -96,7 +96,8 @@ class RayContext:
             if not isinstance(error, DmatRayError) and not is_full(error):
                 raise
             told = error if isinstance(error, DmatRayError) else UserError(no_space(error, self.checkpoints()))
-            ray.get(ray.get_actor(self._mailbox).put_user_error.remote(told))
+            if isinstance(told, UserError):  # else the group is started anew, from the last one that was stored
+                ray.get(ray.get_actor(self._mailbox).put_user_error.remote(told))
             raise told from error
         return ray.train.Checkpoint((self._storage / name).key, self._filesystem)
 

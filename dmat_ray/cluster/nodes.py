@@ -54,7 +54,7 @@ def expectation(output: str | None) -> str:
 
 
 def complaints(told: str) -> list[str]:
-    """What this machine lacks of that."""
+    """What this machine lacks of that. Raises StorageError if the store of the output does not answer."""
     wanted, node = json.loads(told), platform.node()
     found = packages()
     other = [f"{name} {found[name]} (the driver has {v})" for name, v in wanted["packages"].items() if found.get(name) != v]
@@ -75,7 +75,7 @@ def _strange(output: Location, mark: str, node: str, driver: str) -> list[str]:
             pass
         except (OSError, StorageError) as error:
             if output.local is None:
-                return [f"node {node} cannot read what the driver's, {driver}, has written: {error}"]
+                raise StorageError(f"node {node} cannot read what the driver's, {driver}, has written: {error}") from None
         if time.monotonic() > end:
             break
         time.sleep(0.2)
@@ -87,16 +87,23 @@ def _strange(output: Location, mark: str, node: str, driver: str) -> list[str]:
 
 
 def require_like_driver() -> None:
-    """Raises UserError, naming this node, if it lacks what the driver expects; does nothing for a Ray of one machine alone."""
+    """Raises UserError, naming this node, if it lacks what the driver expects; does nothing for a Ray of one machine alone.
+
+    Raises StorageError if the output's store does not answer, which a moment later it may: no reason to end a training.
+    """
     if (told := os.environ.get(EXPECTED)) and (said := complaints(told)):
         raise UserError("; ".join(said))
 
 
 def look(told: str) -> dict[str, Any]:
     """A machine's complaints, the time by its clock, and the room on its disk."""
+    try:
+        said = complaints(told)
+    except StorageError as error:
+        said = [str(error)]
     return {
         "node": platform.node(),
-        "complaints": complaints(told),
+        "complaints": said,
         "time": time.time(),
         "free": shutil.disk_usage(tempfile.gettempdir()).free,
     }

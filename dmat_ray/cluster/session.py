@@ -125,10 +125,13 @@ def await_machines(config: ClusterConfig, say: Callable[[str], None], count: int
     """Wait until the nodes are large enough for `count` workers, whoever uses them now, for which an autoscaler may first have to
     start some: Ray Train would wait for them for ever, and in silence. Ray must be connected.
 
+    It is asked by placement groups, which are this job's and go with it: what `request_resources` asks for stays when a job is
+    killed, and is taken back by another job's asking, Ray Data's among them.
+
     Raises UserError if they do not come within `wait_minutes`.
     """
     import ray
-    from ray.autoscaler.sdk import request_resources
+    from ray.util.placement_group import placement_group, remove_placement_group
 
     need = {name: amount for name, amount in worker_resources(config).items() if amount}
 
@@ -143,7 +146,7 @@ def await_machines(config: ClusterConfig, say: Callable[[str], None], count: int
     wanted = " and ".join(f"{amount:g} {name}" for name, amount in need.items())
     lacking = f"no node has {wanted}" if count == 1 else f"the nodes have room for {room()} of {count} workers with {wanted} each"
     say(f"{lacking}: asking the autoscaler, and waiting {config.wait_minutes:g} minutes for {'one' if count == 1 else 'more'}")
-    request_resources(bundles=[need] * count)
+    asked = [placement_group([need]) for _ in range(count)]
     try:
         end = time.monotonic() + 60 * config.wait_minutes
         while (found := room()) < count:
@@ -157,7 +160,8 @@ def await_machines(config: ClusterConfig, say: Callable[[str], None], count: int
                 )
             time.sleep(1.0)
     finally:
-        request_resources(bundles=[])  # from now on the work itself says what it needs
+        for one in asked:
+            remove_placement_group(one)  # from now on the work itself says what it needs
 
 
 def _local_cpus(config: ClusterConfig, counts: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -92,6 +93,29 @@ def test_a_pipeline_outlives_its_machines_and_its_head(finished, tmp_path):
     calm = pq.read_table(finished.output / "evaluation" / "rows.parquet").drop_columns(["seconds"])
     ours = pq.read_table(output / "evaluation" / "rows.parquet").drop_columns(["seconds"])
     assert ours.equals(calm.filter(pc.equal(calm["model"], "dmat")))
+
+
+WAITS = """
+import ray
+from dmat_ray.cluster.session import await_machines
+from dmat_ray.config import ClusterConfig
+ray.init(log_to_driver=False)
+await_machines(ClusterConfig(gpus_per_worker=1, wait_minutes=10), print, 3)
+"""
+
+
+@pytest.mark.timeout(900)
+def test_what_a_job_waited_for_goes_when_it_is_killed(tmp_path):
+    cluster = shipped_cluster(cpus=2, idle_seconds=5, gpu_spot=1, gpu_on_demand=1)
+    with Head(tmp_path / "head", cluster=cluster, RAY_worker_niceness="0") as head, counted(head) as machines:
+        job = head.start(tmp_path / "log", "-u", "-c", WAITS, name="waits")
+        wait_for(lambda: machines[-1] == 2, job, seconds=300)  # all that there can be, and one too few
+        time.sleep(10)
+        assert machines[-1] == 2, "those that are there stay for as long as others are waited for"
+        drivers = [p.pid for p in psutil.Process(head.process.pid).children(recursive=True) if p.cmdline()[-1:] == [WAITS]]
+        assert drivers
+        kill_all(drivers)
+        wait_for_none(machines)
 
 
 def rows(folder: Path) -> object:

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load
 from small import DMAT, ROOT, SMALL, MlflowServer, finish, settings, wait_for
 
-from dmat_ray.cluster import context, encoder, jobs, nodes
+from dmat_ray.cluster import context, encoder, events, jobs, nodes
 from dmat_ray.config import DataConfig
 from dmat_ray.data.sources import list_examples, read_pixels
 from dmat_ray.errors import StorageError
@@ -223,6 +223,18 @@ def refuse(*given: object) -> None:
     raise StorageError("no more")
 
 
+def test_a_store_that_stays_away_is_no_error_of_the_users(bucket: Bucket, photos: Path, monkeypatch):
+    uploader = context.RayContext.__new__(context.RayContext)
+    uploader._storage, uploader.say = at("s3://everything/away"), print
+    monkeypatch.setattr(context, "UPLOAD_PAUSES_S", ())
+    monkeypatch.setattr(context, "put", refuse)
+    with events.listen(print) as uploader._mailbox:
+        mailbox = ray.get_actor(uploader._mailbox)
+        with pytest.raises(StorageError, match="no more"):
+            uploader._upload(ray.train.Checkpoint(str(ASSETS)), "checkpoint_1")
+        assert ray.get(mailbox.get_user_error.remote()) is None, "so that Ray Train starts the workers anew"
+
+
 def run_job(monkeypatch: pytest.MonkeyPatch, job: str, *options: str) -> None:
     """A job in this process, which is connected to Ray."""
     monkeypatch.setattr(sys, "argv", [job, *SMALL, *options])
@@ -292,7 +304,11 @@ def test_a_node_that_does_not_see_the_output_is_named(photos: Path, monkeypatch)
     other = json.dumps({**json.loads(told), "mark": "another"})
     assert "output 's3://everything/seen' is not the same folder on node" in nodes.complaints(other)[0]
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    (said,) = nodes.complaints(told)
-    assert re.search(r"^node \S+ cannot read what the driver's, \S+, has written: .*127\.0\.0\.1:9 cannot be reached", said)
+    (said,) = nodes.look(told)["complaints"]
+    away = r"^node \S+ cannot read what the driver's, \S+, has written: .*127\.0\.0\.1:9 cannot be reached"
+    assert re.search(away, said)
+    monkeypatch.setenv(nodes.EXPECTED, told)
+    with pytest.raises(StorageError, match=away):  # a worker that starts meanwhile ends no training
+        nodes.require_like_driver()
     with pytest.raises(StorageError, match=r"cannot be (looked at|written): http://127\.0\.0\.1:9 cannot be reached"):
         nodes.expectation("s3://everything/seen")
