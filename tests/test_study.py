@@ -222,6 +222,23 @@ def test_what_the_readme_says_of_unseen_attacks_on_digits_is_what_the_rows_say()
     assert "| confirmed |" in row
 
 
+def test_what_the_readme_says_of_the_worst_case_on_digits_is_what_the_rows_say() -> None:
+    study = study_rows.Study(ROOT / "benchmarks" / "results" / "mnist")
+    rows = {
+        row.split(" | ")[0].strip("| "): [c.strip() for c in row.strip("| ").split(" | ")]
+        for row in study_report.worst_cases(study)
+    }
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    _, _, _, _, projected, _, _, natural = rows["dmat_eps_20"]
+    assert projected.startswith("**+"), "what differs among all is bold"
+    assert natural.startswith("**+")
+    assert f"above AT's by {projected.strip('*+')} points on projections and {natural.strip('*+')} on natural images" in text
+    _, _, _, projected, _, _, natural, _ = rows["dmat_trades_wide"]
+    assert projected.startswith("**+")
+    assert f"above DMAT's by {projected.strip('*+')} on projections**, all after correction" in text
+    assert not natural.startswith("**")
+
+
 def test_the_readme_shows_the_study_on_digits() -> None:
     study = study_rows.Study(ROOT / "benchmarks" / "results" / "mnist")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
