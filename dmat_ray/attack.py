@@ -64,8 +64,19 @@ def frozen(network: nn.Module) -> Iterator[nn.Module]:
 
 
 def cross_entropy(y_B: Tensor) -> Loss:
-    """Loss that is high where the label's probability is low."""
-    return lambda logits: F.cross_entropy(logits, y_B, reduction="none")
+    """Loss that is high where the label's probability is low: log(1 + sum of exp(z_k - z_y) over the other classes).
+
+    Written so that it does not round to zero where the label is ahead by 17 and more, as one minus a probability of one does:
+    searches that compare losses would see none of their gains there.
+    """
+
+    def loss(logits: Tensor) -> Tensor:
+        if logits.shape[1] < 2:
+            return F.cross_entropy(logits, y_B, reduction="none")
+        own = logits.gather(1, y_B[:, None])[:, 0]
+        return F.softplus(logits.scatter(1, y_B[:, None], -torch.inf).logsumexp(dim=1) - own)
+
+    return loss
 
 
 def kl_to(clean_logits_BK: Tensor) -> Loss:

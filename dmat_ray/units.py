@@ -15,7 +15,7 @@ from dmat_ray.folders import fetched
 from dmat_ray.rng import derive
 from dmat_ray.storage import at
 
-VERSION = 7  # of rows and measurements; another makes all files of units anew
+VERSION = 8  # of rows and measurements; another makes all files of units anew
 CLEAN = "clean"
 
 

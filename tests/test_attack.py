@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmat_ray import threats
-from dmat_ray.attack import Attacked, attack, dlr, kl_to, targeted_dlr
+from dmat_ray.attack import Attacked, attack, cross_entropy, dlr, kl_to, targeted_dlr
 from dmat_ray.config import AttackConfig, FogThreat, ImageRow, ImageThreat, JpegThreat, LatentThreat
 from dmat_ray.config.evaluation import ROWS
 from dmat_ray.errors import NotFiniteError, UserError
@@ -70,6 +70,21 @@ def test_fgsm_is_one_signed_step(small_net: nn.Module) -> None:
     found = find(small_net, batch, THREATS["image linf"], steps=1, step_size=0.1, random_start=False)
     torch.testing.assert_close(found.x_BCHW, expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(found.loss_B, F.cross_entropy(small_net(expected), batch.y_B, reduction="none"))
+
+
+def test_the_cross_entropy_that_is_raised_does_not_round_to_zero() -> None:
+    """Against the library's in double precision; its own in single precision is zero from a margin of 17 on."""
+    margins = torch.tensor([-30.0, 0.0, 10.0, 20.0, 40.0, 80.0])
+    logits = torch.stack([margins, torch.zeros(6), torch.full((6,), -1.0)], dim=1).requires_grad_(True)
+    loss = cross_entropy(torch.zeros(6, dtype=torch.int64))(logits)
+    exact = logits.detach().double().requires_grad_(True)
+    expected = F.softplus(exact[:, 1:].logsumexp(dim=1) - exact[:, 0])
+    direct = F.cross_entropy(exact, torch.zeros(6, dtype=torch.int64), reduction="none")
+    torch.testing.assert_close(expected[:4], direct[:4], rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    (slope,), (wanted,) = torch.autograd.grad(loss.sum(), logits), torch.autograd.grad(expected.sum(), exact)
+    torch.testing.assert_close(slope.double(), wanted, rtol=1e-5, atol=0)
+    assert (loss.diff() < 0).all()
 
 
 class Linear(nn.Module):

@@ -146,3 +146,32 @@ def test_apgd_towards_classes_is_as_strong_as_its_authors(
     theirs = autoattacks(networks[name], sample, row)
     assert 0.1 * COUNT < theirs < 0.9 * COUNT, "the places tell strong attacks from weak ones"
     assert ours(networks[name], sample, row) <= theirs + MORE
+
+
+class Surer(nn.Module):
+    """The same classes, of logits `scale` times as large: labels are ahead by more than single precision can tell of 1."""
+
+    def __init__(self, network: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.network, self.scale = network, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.network(x)
+
+
+@pytest.mark.parametrize(
+    ("norm", "eps", "how"),
+    [
+        ("l2", 1.5, {"steps": 20}),
+        ("l2", 1.5, {"steps": 20, "method": "apgd"}),
+        ("linf", 0.1, {"steps": 20, "method": "apgd"}),
+        ("linf", 0.1, {"steps": 200, "method": "square"}),
+    ],
+)
+def test_a_network_that_is_very_sure_is_attacked_as_any_other(
+    networks: Any, sample: Batch, norm: Any, eps: float, how: dict[str, Any]
+) -> None:
+    row = ImageRow(name="attack", norm=norm, eps=eps, **how)
+    few = sample.take(torch.arange(60))
+    calm, sure = (ours(Surer(networks["standard"], scale), few, row) for scale in (1.0, 8.0))
+    assert sure <= calm + 4

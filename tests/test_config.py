@@ -234,9 +234,31 @@ def test_steps_that_do_not_reach_the_border_are_refused() -> None:
         EvaluationConfig.model_validate({"attacks": [{"threat": "latent", "name": "mine", **short}]})
     for other in ({"weight": 0}, {"step_size": None}, {"step_size": 0.2 / 3}, {"steps": 4}, {"method": "apgd"}):
         ObjectiveConfig.model_validate({"image": {**short, "weight": 1, **other}})
+    # joint's steps are shares of both radii, whatever these are
+    joint = {"threat": "joint", "eps": 8 / 255, "latent_eps": 0.02, "steps": 10}
+    told = r"10 steps of step_size 0\.00392 end 0\.0392 .*, and the radius, of which a step is a share, is 1: .* or 0\.1 or more"
+    with pytest.raises(ValidationError, match=told):
+        ObjectiveConfig.model_validate({"more": {"joint": {**joint, "weight": 1, "step_size": 1 / 255}}})
+    with pytest.raises(ValidationError, match=told):
+        EvaluationConfig.model_validate({"attacks": [{**joint, "name": "mine", "step_size": "1/255"}]})
+    for step in (None, 0.1):
+        ObjectiveConfig.model_validate({"more": {"joint": {**joint, "weight": 1, "step_size": step}}})
     # fog's steps are measured in its box, and those of a curve grow with eps
     ObjectiveConfig.model_validate({"fog": {**short, "weight": 1}})
     EvaluationConfig.model_validate({"attacks": [{"threat": "image", "name": "mine", **short, "eps": 0.15, "curve": [0.3]}]})
+
+
+@pytest.mark.parametrize("name", ["image", "latent"])
+def test_attacks_on_held_out_images_reach_the_border_too(name: str) -> None:
+    """Whatever their weight: by them the epoch is chosen that is kept."""
+    values = {"objective": {name: {"eps": 0.3, "steps": 3, "step_size": 0.05}}, "training": {"val_examples": 100}}
+    with pytest.raises(
+        ValidationError, match=rf"objective\.{name}, by which held-out images are attacked: 3 steps of step_size 0\.05"
+    ):
+        Config.model_validate(values)
+    Config.model_validate({**values, "training": {"val_examples": 0}})
+    if name == "latent":
+        Config.model_validate({**values, "training": {"val_examples": 100, "images": "natural"}})
 
 
 @pytest.mark.parametrize("std", [0.0, -0.5])

@@ -325,6 +325,15 @@ def test_steepest_reaches_the_dual_norm(seed: int) -> None:
         np.testing.assert_allclose(ball_norm(step, norm), 1.0)
 
 
+@pytest.mark.parametrize("power", [-140, -80, -45, 0, 100])
+def test_a_step_in_l2_is_of_unit_length_however_small_the_gradient(power: int) -> None:
+    """That of a network that is very sure has squares below what single precision holds."""
+    gradient = torch.randn(4, 1, 3, 3, generator=torch.Generator().manual_seed(0)).clamp(0.5, 2)
+    scaled = (gradient.double() * 2.0**power).float()
+    assert scaled.min() > 0
+    torch.testing.assert_close(steepest(scaled, "l2"), steepest(gradient, "l2"), rtol=1e-2 if power == -140 else 1e-6, atol=0)
+
+
 def test_a_step_in_l1_goes_to_the_largest_coordinates() -> None:
     gradient = torch.randn(4, 1, 16, 25, generator=torch.Generator().manual_seed(0))
     shares = torch.tensor([0.0, 0.01, 0.5, 1.0])

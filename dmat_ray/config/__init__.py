@@ -7,7 +7,7 @@ in [0, 1] units and may be written as a fraction ("8/255"); latent budgets are i
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dmat_ray.config.attacks import (
     LPA_ROUNDS,
@@ -20,6 +20,7 @@ from dmat_ray.config.attacks import (
     LatentTerm,
     ObjectiveConfig,
     Term,
+    require_reach,
 )
 from dmat_ray.config.base import Fraction, Section
 from dmat_ray.config.data import DataConfig
@@ -94,6 +95,18 @@ class Config(Section):
     tune: TuneConfig = TuneConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _validation_reaches(self) -> "Config":
+        """Held-out images are attacked by both, whatever their weight: see `dmat_ray.validation.terms`."""
+        if self.training.val_examples == 0:
+            return self
+        for name in ("image", "latent") if self.training.images == "on_manifold" else ("image",):
+            try:
+                require_reach(term := self.objective.adversarial[name], term)
+            except ValueError as error:
+                raise ValueError(f"objective.{name}, by which held-out images are attacked: {error}") from None
+        return self
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `Config.model_validate` of it gives an equal Config."""

@@ -51,13 +51,21 @@ class AttackConfig(Section):
 
 def require_reach(attack: AttackConfig, threat: ThreatSettings) -> None:
     """Raise ValueError for steps too short to get from the ball's middle to its border, as when a preset's meet another eps."""
-    eps, step = getattr(threat, "eps", 0.0), attack.step_size
-    if step is None or not threat.step_in_eps or attack.method not in ("pgd", "momentum"):
+    if threat.step_in_eps:
+        require_steps(attack, getattr(threat, "eps", 0.0), "eps")
+    elif threat.step_in_radii:
+        require_steps(attack, 1.0, "the radius, of which a step is a share,")
+
+
+def require_steps(attack: AttackConfig, radius: float, name: str) -> None:
+    """Raise ValueError if the steps do not get as far as a radius of that name, in their units."""
+    step = attack.step_size
+    if step is None or attack.method not in ("pgd", "momentum"):
         return
-    if attack.steps * step < eps * (1 - 1e-6):
+    if attack.steps * step < radius * (1 - 1e-6):
         raise ValueError(
-            f"{attack.steps} steps of step_size {step:.3g} end {attack.steps * step:.3g} from where they begin, and eps is "
-            f"{eps:.3g}: a weak attack; give step_size null (2.5 eps / steps), or {eps / attack.steps:.3g} or more"
+            f"{attack.steps} steps of step_size {step:.3g} end {attack.steps * step:.3g} from where they begin, and {name} is "
+            f"{radius:.3g}: a weak attack; give step_size null (2.5 radii / steps), or {radius / attack.steps:.3g} or more"
         )
 
 

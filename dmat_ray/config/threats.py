@@ -16,6 +16,8 @@ class ThreatSettings(Section):
 
     step_in_eps: ClassVar[bool] = True
     """Whether a step is measured as eps is; else in theta's own units, whatever eps is."""
+    step_in_radii: ClassVar[bool] = False
+    """Whether these are shares of the radius."""
     eps_in_pixels: ClassVar[bool] = False
     """Whether eps is a distance of pixels in [0, 1]."""
 
@@ -53,6 +55,7 @@ class JointThreat(ThreatSettings):
     """One move along the manifold and in pixels: clip(g(w + lambda) + delta), both in L-infinity balls."""
 
     step_in_eps: ClassVar[bool] = False
+    step_in_radii: ClassVar[bool] = True
     eps_in_pixels: ClassVar[bool] = True
     threat: CliSuppress[Literal["joint"]] = "joint"
     eps: Fraction = Field(4 / 255, ge=0, le=1, description="radius of delta in [0, 1] pixel units, e.g. 4/255")
@@ -110,6 +113,7 @@ class KaleidoscopeThreat(ThreatSettings):
     """Translucent polygons and discs with outlines over the image; the attack chooses colours, and how bright outlines are."""
 
     step_in_eps: ClassVar[bool] = False
+    step_in_radii: ClassVar[bool] = True
     threat: CliSuppress[Literal["kaleidoscope"]] = "kaleidoscope"
     eps: Fraction = Field(
         0.1, ge=0, le=1, description="largest change of a colour from the one drawn at random, and of an outline from black"

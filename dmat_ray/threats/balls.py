@@ -37,6 +37,9 @@ def steepest(gradient: Tensor, norm: str, sparse_B: Tensor | None = None) -> Ten
     if norm == "linf":
         return gradient.sign()
     if norm == "l2":
+        # by a power of two first, which rounds nothing: squares of what is below 1e-19 are zero in single precision
+        power_B = torch.frexp(gradient.flatten(1).abs().amax(dim=1)).exponent.clamp_min(-120)
+        gradient = torch.ldexp(gradient, -per_example(power_B, gradient))
         return gradient / per_example(gradient.flatten(1).norm(dim=1).clamp_min(1e-12), gradient)
     flat = gradient.flatten(1)
     count, size = flat.shape[1], flat.abs()
