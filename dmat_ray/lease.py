@@ -22,6 +22,7 @@ from dmat_ray.storage import Location, Place, at
 
 FILE = "writer.json"
 BEATS_UNTIL_DEAD = 4
+INTERVAL_S, OF_STORES_S = 5.0, 15.0  # between two beats; a store's answer alone may take tens of seconds
 
 _mine: set[str] = set()  # owners that live in this process
 
@@ -153,12 +154,13 @@ def sole(folder: Place) -> Iterator[Lease]:
 
 
 @contextmanager
-def exclusive(folder: Location, interval_s: float = 5.0) -> Iterator[Lease]:
+def exclusive(folder: Location, interval_s: float | None = None) -> Iterator[Lease]:
     """Inside, this process is the folder's only writer. Raises UserError at once if there is another that lives.
 
     A writer that died elsewhere, so that only its silence shows it, is waited for: four of its beats.
     """
-    lease = Lease(folder / FILE, interval_s)
+    usual = INTERVAL_S if folder.local is not None else OF_STORES_S
+    lease = Lease(folder / FILE, interval_s or usual)
     lease._take()
     thread = threading.Thread(target=lease._beat, daemon=True)
     thread.start()

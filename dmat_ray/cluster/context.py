@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import ray.train
@@ -24,6 +25,7 @@ from dmat_ray.local import average_over_workers_, wrap_ddp
 from dmat_ray.storage import Location, Place, at
 
 WHOLE = re.compile(r"(checkpoint_[0-9][^/]*)/[^/]*\.json")
+NAMED = "checkpoint_%Y-%m-%d_%H-%M-%S.%f"  # as Ray Train names them, by the clock of rank 0's machine
 UPLOAD_PAUSES_S = (10.0, 60.0)  # before a checkpoint is uploaded again, which the store did not take
 
 
@@ -44,6 +46,20 @@ def stored_checkpoints(folder: Place) -> list[Location]:
     return [place / name for name in sorted(names, reverse=True)]
 
 
+def next_name(newest: str | None) -> str:
+    """What a checkpoint is called that comes after one of the name `newest`: by the time in UTC, but later in the order of names.
+
+    Clocks of machines that follow each other differ, by their zones as well, and are set back.
+    """
+    name = datetime.now(UTC).strftime(NAMED)
+    if newest is None or newest < name:
+        return name
+    try:
+        return (datetime.strptime(newest, NAMED) + timedelta(microseconds=1)).strftime(NAMED)
+    except ValueError:
+        return f"{newest}_"
+
+
 class RayContext:
     """Reports to Ray Train, which persists checkpoints, and sends rank 0's metrics to the driver's mailbox.
 
@@ -58,7 +74,7 @@ class RayContext:
         # all workers of a machine see all of its GPUs, and Ray Train knows whose is whose
         self.device = ray.train.torch.get_device() if torch.cuda.is_available() else device_of_actor()
         self._name, self._mailbox, self._noticed, self._wait = name, mailbox, False, wait
-        self._stopping = False
+        self._stopping, self._newest = False, ""
         of_machine(self.device)  # the load that is told is that since the last time
         storage = context.get_storage()
         self._filesystem = storage.storage_filesystem
@@ -79,6 +95,7 @@ class RayContext:
         ray.train.report(
             dict(metrics),
             checkpoint=kept,
+            checkpoint_dir_name=None if kept is None else self._next_name(),
             checkpoint_upload_mode=mode,
             delete_local_checkpoint_after_upload=True,
             checkpoint_upload_fn=self._upload,
@@ -87,6 +104,12 @@ class RayContext:
             send(self._mailbox, {"run": self._name, "metrics": dict(metrics), "machine": of_machine(self.device)})
         if self._stopping:
             raise StoppedError
+
+    def _next_name(self) -> str:
+        """On rank 0, whose names the other workers take."""
+        stored = [place.name for place in stored_checkpoints(self._storage)[:1]] if not self._newest else []
+        self._newest = next_name(self._newest or next(iter(stored), None))
+        return self._newest
 
     def _upload(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
         """Copy to the storage; a checkpoint appears there whole or not at all. In a thread of its own, if training goes on."""

@@ -24,6 +24,7 @@ from dmat_ray.config import Config
 from dmat_ray.data import manifold_set, set_reader
 from dmat_ray.errors import UserError
 from dmat_ray.evaluation import Evaluator
+from dmat_ray.lease import Lease
 from dmat_ray.manifold import generators
 from dmat_ray.metrics import Results
 from dmat_ray.storage import Location, Place, at
@@ -172,11 +173,16 @@ class _Work:
 
 
 def evaluate(
-    config: Config, set_path: Location, models: Mapping[str, Place], folder: Location, say: Callable[[str], None]
+    config: Config,
+    set_path: Location,
+    models: Mapping[str, Place],
+    folder: Location,
+    say: Callable[[str], None],
+    lease: Lease | None = None,
 ) -> tuple[pa.Table, list[Finding]]:
     """Rows of every model, test set and attack, and what the checks found, after `check`; also written to `folder`.
 
-    Ray must be connected.
+    Ray must be connected. Raises UserError if another run has taken over the folder's `lease`.
     """
     settings = config.evaluation
     if told := evaluation.left_out(set_reader.read_manifest(set_path)):
@@ -212,6 +218,8 @@ def evaluate(
     findings = checks.judge(Results(rows, settings), measurements)
     if fingerprint(config, set_path, models) != work.made_for:
         raise UserError("the set or a model was replaced while it was evaluated, so its rows are of both; run the same again")
+    if lease is not None:
+        lease.check()
     (folder / ROWS).write_bytes(_as_parquet(rows))
     (folder / CHECKS).write_json({"measurements": measurements, "findings": [f.to_json() for f in findings]})
     (folder / DONE).write_json(work.made_for)

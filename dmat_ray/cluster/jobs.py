@@ -89,7 +89,7 @@ def evaluate(
         say("the rows and the report are there and unchanged, nothing to do")
         return Results(stage.read_rows(folder), config.evaluation), stage.read_checks(folder)[1]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(exclusive(folder))  # two evaluations must not mix their rows
+        lease = stack.enter_context(exclusive(folder))  # two evaluations must not mix their rows
         # a run that was killed after its last row, and one whose page was removed, are gone on with as the same one
         key = f"evaluate/{tracking.identity(config)}/{text_digest(json.dumps(made_for, sort_keys=True))}"
         if stage.is_evaluated(made_for, folder):
@@ -101,11 +101,12 @@ def evaluate(
                 file.unlink()  # those of other rows must not pass for theirs, whenever this run may end
             stack.enter_context(connected(config.cluster, config.output, say, (EVALUATE,)))
             run = stack.enter_context(tracking.tracked(config, "", "evaluate", parent, key=key))
-            rows, findings = stage.evaluate(config, set_folder(config), models, folder, say)
+            rows, findings = stage.evaluate(config, set_folder(config), models, folder, say, lease)
         results = Results(rows, config.evaluation)
         for (model, set_name, column), accuracy in results.accuracies().items():
             run.metrics({f"{model}/{set_name}/{column}": accuracy.value}, step=0)
             gauges.tested(model, set_name, column, accuracy.value)
+        lease.check()
         say("writing the report")
         report.write(config, set_folder(config), models, results, stage.read_checks(folder), page)
         for file in (folder / stage.ROWS, folder / stage.CHECKS, page, *report.siblings(page)):

@@ -57,16 +57,21 @@ class Leftover:
 
 
 def left_by_others(todo: list[Config], own: Location, stack: contextlib.ExitStack) -> Iterator[Leftover]:
-    """What lies beside the folder `own` of a training of these models, and may be of one of them.
+    """What lies beside the folder `own` of a training of these models, and is of one of them, or of none that is not trained.
 
-    Where another job is at work is left out; until `stack` is closed none begins there.
+    Where another job is at work is left out; until `stack` is closed none begins there. Other models' is left to their trainings.
     """
     names = {config.name for config in todo}
     for folder in own.parent.folders():
         label = folder.name.rsplit("-", 1)[0]
         if folder.name != own.name and (label in names or re.fullmatch(rf"\d+_{GROUP}", label)):
-            try:
-                stack.enter_context(sole(folder))
-            except UserError:
-                continue  # another job is at work there
-            yield Leftover(folder)
+            with contextlib.ExitStack() as held:
+                try:
+                    held.enter_context(sole(folder))
+                except UserError:
+                    continue  # another job is at work there
+                found = Leftover(folder)
+                if not (any(map(found.of, todo)) or found.is_used_up(todo[0].output)):
+                    continue
+                stack.enter_context(held.pop_all())
+            yield found

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from small import settings, start_job, wait_for
 from dmat_ray.cluster import evaluate as stage
 from dmat_ray.cluster import jobs
 from dmat_ray.errors import UserError
+from dmat_ray.lease import FILE, exclusive
 from dmat_ray.storage import at
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session", "impatient")]
@@ -121,6 +123,20 @@ def test_rows_of_a_model_that_was_replaced_on_the_way_are_not_taken_for_whole(
     monkeypatch.setattr(stage, "fingerprint", lambda *_: next(facts, {"models": "others"}))
     with pytest.raises(UserError, match="a model was replaced while it was evaluated"):
         stage.evaluate(config, place, finished.models, folder, say)
+    assert not (folder / stage.DONE).is_file()
+
+
+def test_an_evaluation_that_was_taken_over_publishes_nothing(finished, undisturbed, suite, tmp_path, say):
+    folder = at(shutil.copytree(undisturbed[0] / "evaluation", tmp_path / "evaluation"))
+    (folder / stage.ROWS).write_bytes(b"the successor's")
+    config, place = settings(tmp_path, *BATCHES, preset=("demo", str(suite))), at(undisturbed[0] / "on_manifold_set")
+    with exclusive(folder, 0.05) as lease:
+        mine = (folder / FILE).read_json()
+        (folder / FILE).write_json({**mine, "owner": "the successor"})
+        time.sleep(1)
+        with pytest.raises(UserError, match="another run has taken over"):
+            stage.evaluate(config, place, finished.models, folder, say, lease)
+    assert (folder / stage.ROWS).read_bytes() == b"the successor's"
     assert not (folder / stage.DONE).is_file()
 
 

@@ -3,12 +3,15 @@
 import contextlib
 import json
 import shutil
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from small import settings
 
 from dmat_ray import models, trainer
+from dmat_ray.cluster.context import next_name
 from dmat_ray.cluster.leftovers import Leftover, left_by_others
 from dmat_ray.config import Config
 from dmat_ray.data.manifold_set import open_set
@@ -29,6 +32,21 @@ def trained(config: Config, folder: Path, group: Path) -> None:
         place = shutil.copytree(folder / "checkpoint", group / f"checkpoint_2026-01-01_00-00-0{second}")
         run = json.loads((place / "run.json").read_text())
         (place / "run.json").write_text(json.dumps({**run, "epoch": second, "finished": second == 2}))
+
+
+def test_a_later_checkpoint_has_a_later_name_whatever_the_clock_says(monkeypatch):
+    for zone in ("Europe/Berlin", "America/Los_Angeles"):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        made = next_name(None)
+        told = datetime.strptime(made, "checkpoint_%Y-%m-%d_%H-%M-%S.%f").replace(tzinfo=UTC).timestamp()
+        assert abs(told - time.time()) < 60, "in UTC, wherever the machine is"
+    monkeypatch.undo()
+    time.tzset()
+    assert next_name("checkpoint_2020-01-01_00-00-00.000000") >= made
+    for ahead in ("checkpoint_2999-12-31_23-59-59.999999", "checkpoint_2999"):  # of a clock that was ahead; of nobody
+        first = next_name(ahead)
+        assert ahead < first < next_name(first)
 
 
 def test_a_model_finds_its_checkpoints_in_the_folder_of_any_group(tmp_path, finished):
@@ -56,6 +74,11 @@ def test_a_model_finds_its_checkpoints_in_the_folder_of_any_group(tmp_path, fini
         assert beside.folder == at(group)
     with sole(group), contextlib.ExitStack() as stack:
         assert list(left_by_others([mine], own, stack)) == [], "another job is at work there"
+    with contextlib.ExitStack() as stack:
+        other = settings(tmp_path, "--name", "other", preset=("demo", "standard"))
+        assert list(left_by_others([other], at(tmp_path / "train" / "other-ba9876543210"), stack)) == []
+        with sole(group):
+            pass  # nor is its own training kept from it
 
     assert not found.is_used_up(str(tmp_path))
     models.publish(newest, models.model_folder(mine))
