@@ -52,6 +52,7 @@ def main() -> None:
     # one Ray for all stages; what a rerun finds done needs none
     needs_ray = untrained or not (set_folder(config) / MANIFEST).is_file()
     with ExitStack() as stack:
+        stack.enter_context(jobs.sole_pipeline(config))
         if needs_ray:
             stack.enter_context(connected(config.cluster, config.output, say))
         run = stack.enter_context(tracking.tracked(config, "", "pipeline"))

@@ -81,3 +81,19 @@ def test_every_suite_can_be_tried_on_a_blank_image() -> None:
         config = EvaluationConfig.model_validate({"attacks": rows})
         for channels in (1, 3):
             evaluation.require_suite(config, {"shapes": {"on_manifold": [channels, 32, 32]}, "class_names": list("abcdefghij")})
+
+
+def test_a_second_of_the_same_settings_is_refused(pipeline: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would go on in the first one's MLflow run, and end it as failed."""
+    from dmat_ray.cluster import session
+
+    def connected(*_: Any) -> None:
+        with pytest.raises(UserError, match=r"is being written by process .*; wait until it ends"):
+            pipeline()
+        raise StartedError
+
+    monkeypatch.setattr(session, "connected", connected)
+    with pytest.raises(StartedError):
+        pipeline()
+    with pytest.raises(StartedError):
+        pipeline()

@@ -18,6 +18,7 @@ from dmat_ray.storage import Location, Place, at, set_folder, tracking_uri
 if TYPE_CHECKING:
     from dmat_ray.checks import Finding
     from dmat_ray.data.sources import Listing
+    from dmat_ray.lease import Lease
     from dmat_ray.metrics import Results
 
 
@@ -34,6 +35,13 @@ class Speaker:
             print(f"[{time.monotonic() - self._began:5.0f} s] {name:<9} {line}", flush=True)
 
         return say
+
+
+def sole_pipeline(config: Config) -> "contextlib.AbstractContextManager[Lease]":
+    """Inside, no other pipeline of these settings has this output: it would go on in this one's run, and end it as failed."""
+    from dmat_ray.lease import sole
+
+    return sole(at(config.output) / f"pipeline-{text_digest(tracking.identity(config))[:12]}")
 
 
 def project(

@@ -37,6 +37,10 @@ class Leftover:
         # one name, one training: a folder's name is made of all that its models depend on
         return [place for place, _ in found] if found and is_of(found[0][1], config, found[0][0]) else []
 
+    def history(self, config: Config) -> list[dict[str, float]]:
+        """The metrics of the epochs that such a training has behind it, by the newest of them."""
+        return list(self._found[config.name][0][1]["history"]) if self.of(config) else []
+
     def final(self, config: Config) -> Location | None:
         """The one that such a training ended with."""
         finished = [place for place, run in self._found.get(config.name, []) if run["finished"]]

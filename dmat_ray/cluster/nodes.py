@@ -37,19 +37,24 @@ def packages() -> dict[str, str]:
     return found
 
 
-def expectation(output: str | None) -> str:
-    """What processes of a job are to find, as text for their environment. The output folder gets a file to be known by.
+def mark_of(output: str) -> str:
+    """What an output folder is known by, wherever it is seen from: the content of a file in it, which is made if it is not there.
 
     Raises UserError if it cannot be written.
     """
+    folder = at(output)
+    try:
+        (folder / MARK).create_bytes(secrets.token_hex(16).encode())
+        return (folder / MARK).read_bytes().decode()
+    except OSError as error:
+        raise UserError(f"output '{output}' cannot be written: {error.strerror or error}; give another --output") from None
+
+
+def expectation(output: str | None) -> str:
+    """What processes of a job are to find, as text for their environment. Raises UserError if `output` cannot be written."""
     told: dict[str, Any] = {"node": platform.node(), "packages": packages(), "output": None, "mark": None}
     if output is not None:
-        folder = at(output)
-        try:
-            (folder / MARK).create_bytes(secrets.token_hex(16).encode())
-            told |= {"output": str(folder), "mark": (folder / MARK).read_bytes().decode()}
-        except OSError as error:
-            raise UserError(f"output '{output}' cannot be written: {error.strerror or error}; give another --output") from None
+        told |= {"output": str(at(output)), "mark": mark_of(output)}
     return json.dumps(told)
 
 

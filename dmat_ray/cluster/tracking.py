@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dmat_ray.checkpoint import flatten_config
+from dmat_ray.cluster.nodes import mark_of
 from dmat_ray.cluster.outbox import Outbox, new_handle, now_ms
 from dmat_ray.config import ClusterConfig, Config, TrackingConfig
 from dmat_ray.storage import Place, at, tracking_uri
@@ -76,8 +77,11 @@ def _name(text: str) -> str:
 
 
 def identity(config: Config) -> str:
-    """Changes with every setting but those that may be others when work goes on: machines, and where it is tracked."""
-    return config.model_copy(update={"cluster": ClusterConfig(), "tracking": TrackingConfig()}).fingerprint()
+    """Changes with every setting but those that may be others when work goes on: machines, and where it is tracked; and with the
+    output folder itself, since others who use the server may call theirs the same.
+    """
+    settings = config.model_copy(update={"cluster": ClusterConfig(), "tracking": TrackingConfig()}).fingerprint()
+    return f"{settings}/{mark_of(config.output)[:8]}"
 
 
 def open_run(config: Config, name: str, stage: str, parent: Run | None = None, *, of: str = "", key: str | None = None) -> Run:

@@ -139,6 +139,9 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
             least, most = (count, count) if isinstance(count, int) else count
             session.await_machines(first.cluster, say, least)
             say(f"starting {number_of(most, 'worker', least)} to train {', '.join(c.name for c in configs)}")
+            for c in configs:  # what a killed driver could not send any more; what the server has is not sent again
+                for metrics in next(filter(None, (found.history(c) for found in (Leftover(folder), *leftovers))), []):
+                    runs[c.name].metrics(metrics, step=int(metrics["epoch"]))
             left = {c.name: [str(place) for found in leftovers for place in found.of(c)] for c in configs}
             settings = {"configs": [c.to_json() for c in configs], "set": str(set_path), "mailbox": mailbox, "left": left}
             keep = 2 if len(todo) == 1 else None

@@ -61,12 +61,14 @@ def test_a_model_finds_its_checkpoints_in_the_folder_of_any_group(tmp_path, fini
     found = Leftover(at(group))
     assert found.of(mine) == [newest, older]
     assert found.final(mine) == newest
+    assert [metrics["epoch"] for metrics in found.history(mine)] == list(range(1, mine.training.epochs + 1))
     for other in (
         settings(tmp_path, "--name", "mine", "--training.weight_decay", "0.1", preset=("demo", "standard")),
         settings(tmp_path, "--name", "other", preset=("demo", "standard")),
     ):
         assert found.of(other) == []
         assert found.final(other) is None
+        assert found.history(other) == []
 
     own = at(tmp_path / "train" / "mine-ba9876543210")
     with contextlib.ExitStack() as stack:

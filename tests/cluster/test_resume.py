@@ -11,6 +11,7 @@ import pytest
 import ray
 import ray.train
 import torch
+from mlflow import MlflowClient
 from safetensors.torch import load_file
 from searches import tuned
 from small import DMAT, finish, history, same_training, settings, start_job, torchrun, train_workers, wait_for
@@ -35,6 +36,7 @@ def test_killed_driver_of_a_training_goes_on_from_a_checkpoint_that_is_whole(tmp
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "models").exists()
+    (tmp_path / "mlflow.db").unlink()  # as if it had been told nothing
     newest = max((tmp_path / "train").rglob("checkpoint_*/state.pt"))
     newest.write_bytes(newest.read_bytes()[:1000])
     resumed = finish(start_job("train.py", tmp_path, *options))
@@ -43,6 +45,9 @@ def test_killed_driver_of_a_training_goes_on_from_a_checkpoint_that_is_whole(tmp
     assert "epoch 1/3" not in resumed
     assert "epoch 3/3" in resumed
     same_training(tmp_path, finished.output)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("dmat_ray").experiment_id])
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3]
 
 
 def test_a_job_that_is_submitted_twice_is_refused(tmp_path, finished, say):

@@ -198,6 +198,18 @@ def test_work_that_goes_on_with_other_machines_goes_on_in_its_run(server, tmp_pa
     assert values(server, found, "loss") == [(2, 0.5), (4, 0.25)]
 
 
+def test_two_who_call_their_output_the_same_have_a_run_each(server, tmp_path, monkeypatch):
+    """As on two clusters, each with a disk of its own at /shared."""
+    ids = []
+    for disk in ("mine", "yours"):
+        (tmp_path / disk).mkdir()
+        monkeypatch.chdir(tmp_path / disk)
+        config = settings(Path("shared"), "--tracking.uri", server.url, "--tracking.experiment", "shared")
+        ids.append(tracking.open_run(config, "dmat", "train").id)
+        assert tracking.open_run(config, "dmat", "train").id == ids[-1], "which goes on in its own"
+    assert ids[0] != ids[1]
+
+
 def test_a_run_whose_result_is_there_is_finished_whatever_comes_after(server, tmp_path):
     """SIGTERM in a training's last moments, after its model was published."""
     config = settings(tmp_path, "--tracking.uri", server.url, "--tracking.experiment", "done")
