@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import yaml
-from study_methods import version_of
+from study_methods import KEPT_VERSIONS, version_of
 
 from dmat_ray import checkpoint, cli, model_export
 from dmat_ray.config import Config
@@ -52,7 +52,7 @@ def released(study: Path, config: Config, folder: Path, names: list[str]) -> lis
         model, rows = study / "models" / f"{name}-0", study / "rows" / f"{name}-0.parquet"
         if not (model / checkpoint.RUN).is_file() or not rows.is_file():
             raise UserError(f"'{study}' has no model {name}-0 with rows; run benchmarks/study.py")
-        if version_of(rows) != VERSION:
+        if version_of(rows) not in KEPT_VERSIONS:
             raise UserError(f"'{rows}' is of older attacks than these of version {VERSION}; run benchmarks/study.py again")
         with tempfile.TemporaryDirectory() as scratch:
             evaluation = Path(scratch)  # in the form that an evaluation has

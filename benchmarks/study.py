@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
-from study_methods import ABLATIONS, METHODS, OF_VERSION, version_of, worst_case
+from study_methods import ABLATIONS, KEPT_VERSIONS, METHODS, OF_VERSION, version_of, worst_case
 
 from dmat_ray import checkpoint, cli, evaluation, suites
 from dmat_ray.config import Config
@@ -248,7 +248,9 @@ def evaluations(config: Config, given: argparse.Namespace, name: str) -> dict[st
         suite = {"suites": [given.autoattack], "sets": ["natural"], "limit": given.autoattack_limit}
         kinds["autoattack"] = {**kinds["clean"], **suite}
     folder = Path(config.output).resolve()
-    return {kind: settings for kind, settings in kinds.items() if version_of(folder / kind / f"{name}.parquet") != VERSION}
+    return {
+        kind: settings for kind, settings in kinds.items() if version_of(folder / kind / f"{name}.parquet") not in KEPT_VERSIONS
+    }
 
 
 def _evaluate(config: Config, kind: str, settings: dict[str, Any], name: str, device: torch.device) -> None:

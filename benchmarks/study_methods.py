@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from dmat_ray.config import EvaluationConfig
-from dmat_ray.units import group_of
+from dmat_ray.units import VERSION, group_of
 
 METHODS = (
     "standard",
@@ -46,6 +46,9 @@ ABLATIONS = {
     ),
 }
 """Title -> the methods that a table sets side by side."""
+
+KEPT_VERSIONS = frozenset({7, VERSION})
+"""Versions whose rows are kept. Version 8 differs from 7 for networks that are surer than these (docs/evaluation.md)."""
 
 OF_VERSION = "rows_version"
 """Where a file of rows says of which version they are."""

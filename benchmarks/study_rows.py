@@ -12,14 +12,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 from study_claims import Claim, Estimate, estimate
-from study_methods import TABLE, WORST, version_of, worst_case
+from study_methods import KEPT_VERSIONS, TABLE, WORST, version_of, worst_case
 
 from dmat_ray import cli
 from dmat_ray.data.sources import NAMED
 from dmat_ray.errors import UserError
 from dmat_ray.files import read_json
 from dmat_ray.metrics import Results
-from dmat_ray.units import VERSION
 
 KEPT = ["model", "source", "set", "attack", "id", "label", "prediction", "correct"]
 
@@ -105,7 +104,7 @@ def pack(folder: Path, target: Path) -> None:
         if files := sorted((folder / kind).glob("*.parquet")):
             (target / kind).mkdir(parents=True, exist_ok=True)
             rows = pa.concat_tables([pq.read_table(file).select(KEPT) for file in files])
-            if odd := {version_of(file) for file in files} - {VERSION}:
+            if odd := {version_of(file) for file in files} - KEPT_VERSIONS:
                 told = ", ".join("older" if version is None else f"of version {version}" for version in odd)
                 raise UserError(
                     f"some rows in '{folder / kind}' are {told}; run benchmarks/study.py again, which makes them anew"

@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from dmat_ray.trials_table import LiveTable, shown
 from dmat_ray.yardstick import PREFIX
 
 SPENT = "spent.json"
+TICK_S = 15.0
 
 
 class _Watcher:
@@ -40,7 +41,8 @@ class _Watcher:
         cluster = search.config.cluster
         self.gpus = float(cluster.gpus_per_worker * cluster.train_workers)  # of a trial: in the next session it may have others
         self.spent.setdefault("gpu_seconds", self.gpus * sum(self.spent["seconds"].values()))
-        self.since: dict[str, float] = {}  # when what a trial is doing now began
+        self.since: dict[str, float] = {}  # when what a trial is doing now began, or was last booked
+        self.ticked = 0.0
         self.closed: set[str] = set()  # trials whose runs have been ended
 
     def started(self, trial: TuneTrial) -> None:
@@ -115,8 +117,15 @@ class _Watcher:
         write_json(self.search.folder / SPENT, self.spent)
         return float(seconds[name])
 
+    def tick(self, running: Iterable[str]) -> None:
+        """Book what these trials have used of the epochs that they are in, now and then: a budget may end within one."""
+        if time.monotonic() - self.ticked > TICK_S:
+            self.ticked = time.monotonic()
+            for name in running:
+                self.count(name)
+
     def gpu_hours(self) -> float:
-        """What all trials have used up to their last epochs, before a kill, too."""
+        """What all trials have used, before a kill, too."""
         return float(self.spent["gpu_seconds"]) / 3600
 
     def over(self) -> bool:
@@ -214,7 +223,10 @@ class _Tell(ray.tune.Callback):  # type: ignore[misc]  # ray is untyped
             _WATCHER.ended_one(trial)
 
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
-        if _WATCHER is not None and _WATCHER.over():
+        if _WATCHER is None:
+            return
+        _WATCHER.tick(str(trial) for trial in trials if trial.status == TuneTrial.RUNNING)
+        if _WATCHER.over():
             # Tune's own stoppers would mark the search as finished, and it could not be gone on with
             raise _BudgetUsedUpError
 

@@ -1,5 +1,6 @@
 """Searches that cannot work are refused before anything starts, and as many trials run as have room."""
 
+import json
 import os
 from pathlib import Path
 
@@ -131,6 +132,34 @@ def test_gpu_hours_are_those_that_were_spent(finished, tmp_path, say):
     plan.folder.mkdir(parents=True)
     (plan.folder / "spent.json").write_text('{"seconds": {"a": 7200.0}, "gpu_seconds": 36000.0}')
     assert tune._Watcher(plan, Untracked(), say, LiveTable((), "search")).gpu_hours() == 10.0
+
+
+def test_a_budget_counts_the_epoch_that_is_running(finished, tmp_path, say, monkeypatch):
+    finished.copy_set(tmp_path)
+    resources = ("--cluster.gpus_per_worker", "1", "--cluster.train_workers", "1", "--tune.max_gpu_hours", "0.5")
+    (tmp_path / "one.py").write_text('from ray import tune\nSPACE = {"objective.image.steps": tune.choice([4, 2])}\n')
+    plan, clock = Plan(tuned(tmp_path, "--tune.space", tmp_path / "one.py", *resources), say), [1000.0]
+    plan.folder.mkdir(parents=True)
+    monkeypatch.setattr(tune.tracking, "open_run", lambda *_, **__: Untracked())
+    monkeypatch.setattr(tune.time, "monotonic", lambda: clock[0])
+    watcher = tune._Watcher(plan, Untracked(), say, LiveTable((), "search"))
+    trials = []
+    for name in ("one", "waits"):
+        trial = TuneTrial("stub", stub=True, trial_id=name, trial_name_creator=str)
+        trial.config = {"objective.image.steps": 4}
+        trials.append(trial)
+        watcher.started(trial)
+    trials[0].set_status(TuneTrial.RUNNING)
+    trials[1].set_status(TuneTrial.PAUSED)
+    tell = tune._Tell()
+    with tune._watched(watcher):
+        clock[0] += 0.4 * 3600
+        tell.on_step_end(1, trials)
+        assert watcher.gpu_hours() == pytest.approx(0.4)
+        assert json.loads((plan.folder / "spent.json").read_text())["seconds"].keys() == {str(trials[0])}
+        clock[0] += 0.2 * 3600
+        with pytest.raises(tune._BudgetUsedUpError):
+            tell.on_step_end(2, trials)
 
 
 def test_a_dry_run_knows_how_many_trials_there_will_be(finished, tmp_path, say):
