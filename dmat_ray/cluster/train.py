@@ -113,12 +113,15 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
         configs = [c for c in todo if final[c.name] is None]
         runs = {c.name: stack.enter_context(tracking.tracked(c, c.name, "train", parent, of=_key(c))) for c in todo}
 
+        told: dict[str, int] = {}  # the last epoch that was told before, by a model's name
+
         def handle(event: dict[str, Any]) -> None:
             if "text" in event:
                 say(event["text"])
                 return
             metrics, name = event["metrics"], event["run"]
-            runs[name].metrics({**metrics, **event["machine"]}, step=int(metrics["epoch"]))
+            if metrics["epoch"] > told.get(name, 0):
+                runs[name].metrics({**metrics, **event["machine"]}, step=int(metrics["epoch"]))
             gauges.training(name, metrics, event["machine"])
             say(describe(name, metrics, epochs[name]))
 
@@ -141,7 +144,8 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
             say(f"starting {number_of(most, 'worker', least)} to train {', '.join(c.name for c in configs)}")
             for c in configs:  # what a killed driver could not send any more; what the server has is not sent again
                 for metrics in next(filter(None, (found.history(c) for found in (Leftover(folder), *leftovers))), []):
-                    runs[c.name].metrics(metrics, step=int(metrics["epoch"]))
+                    told[c.name] = int(metrics["epoch"])
+                    runs[c.name].metrics(metrics, step=told[c.name])
             left = {c.name: [str(place) for found in leftovers for place in found.of(c)] for c in configs}
             settings = {"configs": [c.to_json() for c in configs], "set": str(set_path), "mailbox": mailbox, "left": left}
             keep = 2 if len(todo) == 1 else None

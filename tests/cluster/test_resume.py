@@ -46,8 +46,8 @@ def test_killed_driver_of_a_training_goes_on_from_a_checkpoint_that_is_whole(tmp
     assert "epoch 3/3" in resumed
     same_training(tmp_path, finished.output)
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    (run,) = client.search_runs([client.get_experiment_by_name("dmat_ray").experiment_id])
-    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3]
+    (run,) = client.search_runs([found.experiment_id for found in client.search_experiments()])
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "train_loss")] == [1, 2, 3]
 
 
 def test_a_job_that_is_submitted_twice_is_refused(tmp_path, finished, say):
