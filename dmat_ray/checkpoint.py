@@ -28,6 +28,7 @@ from dmat_ray.config import Config
 from dmat_ray.errors import UserError
 from dmat_ray.files import is_full, read_json, sha256, text_digest, write_json
 from dmat_ray.folders import fetched
+from dmat_ray.rng import kept_apart
 from dmat_ray.storage import Location, Place, at
 from dmat_ray.types import RunContext
 
@@ -254,7 +255,8 @@ def load_classifier(folder: Place, device: torch.device | str = "cpu") -> tuple[
         network = _load_program(fetched(folder), run["program"], config, torch.device(device))
     else:
         require_network_of(run, folder)
-        network = classifiers.build(config.classifier, run["channels"], len(run["class_names"]))
+        with kept_apart():  # initial weights
+            network = classifiers.build(config.classifier, run["channels"], len(run["class_names"]))
         load_weights(folder, network)
     return network.to(device).eval(), run
 

@@ -13,6 +13,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.lease import sole
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators, set_maker
+from dmat_ray.rng import kept_apart
 from dmat_ray.storage import Location, local_output, set_folder
 from dmat_ray.trainer import describe
 from dmat_ray.trainer import train as training_loop
@@ -61,16 +62,17 @@ def train(config: Config, *, heed_sigterm: bool = False) -> Location:
         folder, lambda metrics: context.say(describe(config.name, metrics, config.training.epochs)), heed_sigterm=heed_sigterm
     )
     model = models.model_folder(config)
-    if models.untrained([config], context.say, context.world_size):
-        folder.mkdir(parents=True, exist_ok=True)
-        data = manifold_set.open_set(set_folder(config), "train", images=config.training.images)
-        generator = generators.load_configured(config.generator, context.device)
-        # another training of this name would put its checkpoints in the place of ours
-        with sole(folder) if context.rank == 0 else nullcontext():
-            training_loop(config, data, generator, generators.fingerprint(config.generator.path), context)
-            if context.rank == 0:
-                models.publish(context.checkpoints()[0], model)
-                context.say(f"model in {model}")
-        if context.world_size > 1:
-            torch.distributed.barrier()
+    with kept_apart(context.device):
+        if models.untrained([config], context.say, context.world_size):
+            folder.mkdir(parents=True, exist_ok=True)
+            data = manifold_set.open_set(set_folder(config), "train", images=config.training.images)
+            generator = generators.load_configured(config.generator, context.device)
+            # another training of this name would put its checkpoints in the place of ours
+            with sole(folder) if context.rank == 0 else nullcontext():
+                training_loop(config, data, generator, generators.fingerprint(config.generator.path), context)
+                if context.rank == 0:
+                    models.publish(context.checkpoints()[0], model)
+                    context.say(f"model in {model}")
+            if context.world_size > 1:
+                torch.distributed.barrier()
     return model

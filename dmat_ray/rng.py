@@ -5,7 +5,8 @@ how the batch was cut or where a run was resumed.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -16,6 +17,14 @@ def derive(seed: int, *parts: object) -> int:
     """A 63-bit seed from a seed and any printable parts."""
     text = "\x1f".join([str(seed), *map(str, parts)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+@contextmanager
+def kept_apart(device: torch.device | str = "cpu") -> Iterator[None]:
+    """Leave torch's global random numbers, of the CPU and of this device, as they were: they are the caller's."""
+    device = torch.device(device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
 
 
 class Draws:

@@ -2,6 +2,8 @@
 
 import doctest
 import importlib
+import inspect
+import random
 import re
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 import dmat_ray
@@ -232,6 +235,37 @@ def test_rows_are_those_of_the_job(config: Config, set_folder: Path, generator: 
     assert rows.filter(mask).equals(expected)
     assert rows.filter(~mask).drop_columns(["model", "source"]).equals(expected.drop_columns(["model", "source"]))
     assert expected.num_rows == 5 * 12
+
+
+def test_what_callers_draw_is_as_if_nothing_had_been_called(
+    tmp_path: Path, make_config: Callable[..., Config], set_folder: Path, generator_folder: Path, small_net: nn.Module
+) -> None:
+    """By torch's random numbers, and by Python's and numpy's, which others may take."""
+    config = make_config(output=str(tmp_path), manifold_set=str(set_folder), name="drawn")
+    own = settings("demo", "small", output=str(tmp_path), data={"train_limit": 20, "test_limit": 10}, projection={"steps": 1})
+    digits, data = load_images("mnist5k", limit=10)[0], open_set(set_folder, "test")
+    model, photos, path = tmp_path / "models" / "drawn", tmp_path / "photos", str(generator_folder)
+    photos.mkdir()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(photos / "black.png")
+    images, labels = torch.rand(4, 1, 8, 8), torch.arange(4)
+
+    def drawn() -> Any:
+        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+
+    for call in (
+        lambda: make_set(own),
+        lambda: train(config),
+        lambda: load_classifier(model),
+        lambda: dmat_ray.load_generator(path),
+        lambda: dmat_ray.load_generator(path, precision="fast"),
+        lambda: project("mnist32", digits.x_BCHW, start="encoder", steps=1, lpips=0),
+        lambda: attack_images(small_net, build_threat("fog"), images, labels, steps=1),
+        lambda: evaluate({"drawn": model}, data, path, EvaluationConfig(), attacks=ROWS),
+        lambda: image_files.predict(model, photos),
+    ):
+        before = drawn()
+        call()
+        assert drawn() == before, inspect.getsource(call)
 
 
 def test_an_evaluated_network_is_left_as_it_was(set_folder: Path, generator: StyleGAN2) -> None:

@@ -21,6 +21,7 @@ from dmat_ray.config import EncoderConfig
 from dmat_ray.errors import UserError
 from dmat_ray.files import sha256, write_json
 from dmat_ray.folders import fetched
+from dmat_ray.rng import kept_apart
 from dmat_ray.storage import Location, Place, at
 from dmat_ray.types import Generator
 from dmat_ray.weights import generator_place
@@ -184,7 +185,8 @@ def load_encoder(folder: Place, generator_sha256: str, device: torch.device | st
             if name not in state or tuple(state[name].shape) != shape:
                 found = "not there" if name not in state else tuple(state[name].shape)
                 raise UserError(f"the weights of encoder '{folder}' do not fit its card: {name} is {found}, not {shape}")
-        encoder = Encoder(**sizes)
+        with kept_apart():  # initial weights
+            encoder = Encoder(**sizes)
         encoder.load_state_dict(state)
     except (RuntimeError, SafetensorError) as error:
         lines = " ".join(line.strip() for line in str(error).splitlines())

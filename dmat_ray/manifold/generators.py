@@ -30,6 +30,7 @@ from dmat_ray.manifold.formats.layouts import listed
 from dmat_ray.manifold.formats.stored import shown
 from dmat_ray.manifold.stylegan1 import StyleGAN1
 from dmat_ray.manifold.stylegan2 import StyleGAN2
+from dmat_ray.rng import kept_apart
 
 WEIGHTS, CARD = "generator.safetensors", "card.json"
 FILES = {"stylegan1": WEIGHTS, "stylegan2": WEIGHTS, **exported.FILES}
@@ -157,7 +158,8 @@ def load_stylegan(path: str) -> StyleGAN1 | StyleGAN2:
     shape = _architecture(card, path)
     try:
         _check_weights(folder / WEIGHTS, blueprint(card["kind"], shape), what)
-        generator = build(card["kind"], shape)
+        with kept_apart():  # initial weights
+            generator = build(card["kind"], shape)
         generator.load_state_dict(load_file(folder / WEIGHTS))
     except (RuntimeError, SafetensorError) as error:
         raise UserError(f"{what} do not fit its card: {shown(str(error).splitlines()[0], MOST)}") from None
