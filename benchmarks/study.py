@@ -30,7 +30,7 @@ import torch
 import yaml
 from study_methods import ABLATIONS, KEPT_VERSIONS, METHODS, OF_VERSION, version_of, worst_case
 
-from dmat_ray import checkpoint, cli, evaluation, suites
+from dmat_ray import checkpoint, cli, evaluation, suites, yaml_file
 from dmat_ray.config import Config
 from dmat_ray.data import manifold_set
 from dmat_ray.data.set_format import MANIFEST
@@ -90,7 +90,7 @@ class _Study:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = threading.Lock()
         files = [HERE / "studies" / "methods.yaml", *([Path(given.more_methods)] if given.more_methods else [])]
-        self.own_methods: dict[str, Any] = {k: v for file in files for k, v in (yaml.safe_load(file.read_text()) or {}).items()}
+        self.own_methods: dict[str, Any] = {k: v for file in files for k, v in yaml_file.read(file, f"'{file}'").items()}
         self.settings = self.folder / "settings.yaml"  # for the processes of this study
         values = {key: value for key, value in self.config.to_json().items() if key not in ("cluster", "tracking", "tune")}
         if self.settings.is_file() and (before := yaml.safe_load(self.settings.read_text())) != values:

@@ -139,6 +139,8 @@ def test_wrong_values_name_key_value_and_choices(argv: list[str], parts: list[st
         ("training: {epochs: 0, momentum: 2}", ["training.epochs", "training.momentum"]),
         ("- a list", ["list"]),
         ("training: {epochs: [", ["not valid YAML"]),
+        ("name: a\ntraining: {epochs: 3}\ntraining: {seed: 1}", ["mine.yaml', line 3: 'training' is there already, in line 2"]),
+        ("training:\n  epochs: 3\n  seed: 1\n  'epochs': 4", ["mine.yaml', line 4: 'epochs' is there already, in line 2"]),
         ("training: 3", ["training", "3"]),
         ("evaluation: {attacks: [{threat: rain, name: a}]}", ["evaluation.attacks", "rain", "'fog'"]),
     ],
@@ -164,6 +166,14 @@ def test_empty_file_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "nothing.yaml"
     path.write_text("# only a comment\n")
     assert parsed("--preset", str(path), "--name", "x") == Config(name="x")
+
+
+def test_mappings_of_files_may_be_merged(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("objective:\n  image: &a {<<: {eps: 0.2, steps: 3}, steps: 5}\n  latent: {<<: *a, eps: 0.01}\n")
+    objective = parsed("--preset", str(path)).objective
+    assert (objective.image.eps, objective.image.steps) == (0.2, 5)
+    assert (objective.latent.eps, objective.latent.steps) == (0.01, 5)
 
 
 def test_help_lists_every_section_and_preset(capsys: pytest.CaptureFixture[str]) -> None:

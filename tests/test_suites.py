@@ -88,6 +88,8 @@ def test_the_worst_case_is_over_every_attack() -> None:
         ("- a", ["list"]),
         ("include: [nothing]", ["'nothing' does not exist", "known", "unseen"]),
         ("attacks: [", ["not valid YAML"]),
+        ("attacks: []\nattacks: []", ["mine.yaml', line 2: 'attacks' is there already, in line 1; give it once"]),
+        ("attacks: [{threat: image, eps: 0.1,\n  name: a, eps: 0.2}]", ["mine.yaml', line 2: 'eps' is there already, in line 1"]),
         ("summaries: [{name: s, of: [ghost]}]", ["s names 'ghost'"]),
         ("include: known", ["include is 'known'", "[known]"]),
     ],

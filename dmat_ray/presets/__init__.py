@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from dmat_ray import yaml_file
 from dmat_ray.errors import UserError
 from dmat_ray.wording import choices
 
@@ -40,10 +39,7 @@ def load(layers: list[str], above: tuple[str, ...] = ()) -> dict[str, Any]:
             raise UserError(f"preset '{layer}' does not exist{hint}")
         if layer in above:
             raise UserError(f"preset '{layer}' includes itself ({' > '.join([*above, layer])})")
-        try:
-            values = yaml.safe_load(path.read_text()) or {}
-        except yaml.YAMLError as error:
-            raise UserError(f"preset '{layer}' is not valid YAML: {' '.join(str(error).split())}") from None
+        values = yaml_file.read(path, f"preset '{layer}'")
         if not isinstance(values, dict):
             raise UserError(f"preset '{layer}' holds a {type(values).__name__}, not settings by section")
         others = values.pop("include", None) or []

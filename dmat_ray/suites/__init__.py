@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from dmat_ray import yaml_file
 from dmat_ray.config import AttackRow, EvaluationConfig, Section, Summary
 from dmat_ray.errors import UserError
 from dmat_ray.wording import choices, did_you_mean, wrong
@@ -36,10 +36,7 @@ def load(name: str, above: tuple[str, ...] = ()) -> dict[str, list[dict[str, Any
         raise UserError(f"suite '{name}' does not exist{hint}")
     if name in above:
         raise UserError(f"suite '{name}' includes itself ({' > '.join([*above, name])})")
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"suite '{name}' is not valid YAML: {' '.join(str(error).split())}") from None
+    values = yaml_file.read(path, f"suite '{name}'")
     if not isinstance(values, dict) or (unknown := values.keys() - KEYS):
         what = f"'{min(map(str, unknown))}'" if isinstance(values, dict) else f"a {type(values).__name__}"
         raise UserError(f"suite '{name}' holds {what}; a suite has {', '.join(sorted(KEYS))}")
