@@ -1,7 +1,8 @@
 """What --dry-run prints: the settings as they are understood, the resources of every stage, and what it takes at most."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import yaml
@@ -9,13 +10,15 @@ from rich.console import Console
 from rich.table import Table
 
 from dmat_ray import estimate
+from dmat_ray.checkpoint import load_classifier
 from dmat_ray.config import Config
 from dmat_ray.data.set_format import MANIFEST
 from dmat_ray.data.set_reader import read_manifest
 from dmat_ray.data.sources import list_examples
+from dmat_ray.evaluation import require_fit
 from dmat_ray.manifold import encoder_trainer, generators
 from dmat_ray.manifold.gan_trainer import check_images, check_workers
-from dmat_ray.storage import set_folder
+from dmat_ray.storage import Place, set_folder
 
 
 def sizes(config: Config) -> tuple[dict[str, int], int]:
@@ -61,11 +64,26 @@ def stages(
         found.append(estimate.search(config, dearest, trials))
         if config.tune.confirm_seeds:
             found.append(estimate.confirm(config, dearest))
-    if models:
+    if models:  # none of which need be there
         likely = [passes(method) for method in train] + [passes(corner) for corner in corners if trials]
         network = max(likely or [one], key=lambda of: of.classifier_back)
         found.append(estimate.evaluate(config, network, counts["test"], models))
     return found
+
+
+def evaluation_stage(config: Config, folders: Mapping[str, Place]) -> estimate.Stage:
+    """Evaluation of models that are there, each with its own network. Raises UserError for one that does not fit the images."""
+    counts, classes = sizes(config)
+    generator = generators.load_configured(config.generator, "cpu")
+    shape = [generator.channels, generator.resolution, generator.resolution]
+    one = estimate.passes(config, generator, classes)
+    each = []
+    for name, folder in folders.items():
+        network, run = load_classifier(folder)
+        require_fit(run, {"shapes": {"on_manifold": shape}, "class_names": run["class_names"]}, name)
+        each.append(estimate.evaluate(config, estimate.with_classifier(one, network), counts["test"], 1))
+    every = estimate.evaluate(config, one, counts["test"], len(folders))
+    return replace(every, flops=sum(stage.flops for stage in each))
 
 
 def generator_stages(config: Config) -> list[estimate.Stage]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmat_ray import classifiers, objectives, validation
@@ -94,23 +94,36 @@ def passes(config: Config, generator: Generator, num_classes: int) -> Passes:
     bare: Generator = copy.deepcopy(generator).to("meta")  # type: ignore[attr-defined]
     w_shape = (1, generator.num_ws, generator.w_dim)
     # batch norm of one image has no statistics in training mode; its operations are the same
-    network, device = classifiers.build(config.classifier, generator.channels, num_classes).eval(), "cpu"
-    try:
-        bare_network = copy.deepcopy(network).to("meta")
-        train = counted(bare_network, shape, back=True)
-        network, device = bare_network, "meta"
-    except Exception:  # without data nothing can be done that depends on the values of the input
-        train = counted(network, shape, back=True, device=device)
-    network.requires_grad_(False)
+    network = classifiers.build(config.classifier, generator.channels, num_classes).eval()
+    forward, back, train = _of_classifier(network, shape)
     return Passes(
         generator=counted(bare.synthesis, w_shape),
         generator_back=counted(bare.synthesis, w_shape, back=True),
-        classifier=counted(network, shape, device=device),
-        classifier_back=counted(network, shape, back=True, device=device),
+        classifier=forward,
+        classifier_back=back,
         classifier_train=train,
         lpips_back=_lpips(config.projection, shape),
         image=shape[1:],
     )
+
+
+def with_classifier(one: Passes, network: nn.Module) -> Passes:
+    """The same of another classifier, which is on the CPU and in eval mode."""
+    forward, back, train = _of_classifier(network, (1, *one.image))
+    return replace(one, classifier=forward, classifier_back=back, classifier_train=train)
+
+
+def _of_classifier(network: nn.Module, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Forward, forward and back to the input, with weights too. Its parameters want no gradients afterwards."""
+    device = "cpu"
+    try:
+        bare = copy.deepcopy(network).to("meta")
+        train = counted(bare, shape, back=True)
+        network, device = bare, "meta"
+    except Exception:  # without data nothing can be done that depends on the values of the input
+        train = counted(network, shape, back=True, device=device)
+    network.requires_grad_(False)
+    return counted(network, shape, device=device), counted(network, shape, back=True, device=device), train
 
 
 def _lpips(config: ProjectionConfig, shape: tuple[int, ...]) -> int:

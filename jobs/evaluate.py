@@ -23,17 +23,17 @@ def main() -> None:
     from dmat_ray.models import models_folder, named_folders
 
     root = models_folder(config)
-    if arguments.dry_run and root.local is None:
-        given = arguments.models or config.methods  # what is in an object store is not looked at
-    else:
-        # one that is half published, in an object store, or its empty folder, has no such file
-        given = arguments.models or [folder.name for folder in root.folders() if (folder / RUN).is_file()]
+    if arguments.dry_run and root.local is None:  # what is in an object store is not looked at
+        print(dry_run.text(config, dry_run.stages(config, models=len(arguments.models or config.methods))))
+        return
+    # one that is half published, in an object store, or its empty folder, has no such file
+    given = arguments.models or [folder.name for folder in root.folders() if (folder / RUN).is_file()]
     if not given:
         raise UserError(f"there are no models under '{root}'; train one with jobs/train.py, or name folders with --models")
-    if arguments.dry_run:
-        print(dry_run.text(config, dry_run.stages(config, models=len(given))))
-        return
     models = named_folders(config, given)
+    if arguments.dry_run:
+        print(dry_run.text(config, [dry_run.evaluation_stage(config, models)]))
+        return
     results, findings = jobs.evaluate(config, models, jobs.Speaker().stage("evaluate"))
     print(report.terminal_table(results, list(models)))
     print(report.terminal_checks(findings))

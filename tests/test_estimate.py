@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dmat_ray import classifiers, dry_run, estimate, threats
+from dmat_ray import checkpoint, classifiers, dry_run, estimate, model_import, models, threats
 from dmat_ray.attack import attack
 from dmat_ray.config import Config, ImageRow, LatentRow, PerceptualRow
 from dmat_ray.errors import UserError
@@ -29,6 +30,7 @@ from dmat_ray.types import Batch
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
+CLASSES = ("a", "b", "c")
 MakeConfig = Callable[..., Config]
 
 
@@ -189,6 +191,44 @@ def test_an_evaluation_adds_up(make_config: MakeConfig, generator: StyleGAN2) ->
     # two sets; natural images have no w; three budgets
     assert image == 3 * (5 * one.classifier_back + one.classifier)
     assert estimate.evaluate(config, one, 100, 2).flops == 7 * 2 * (2 * 2 * one.classifier + 2 * image + latent)
+
+
+def test_models_that_are_there_are_counted_with_their_own_networks(
+    make_config: MakeConfig, generator: StyleGAN2, set_folder: Path, tmp_path: Path
+) -> None:
+    rows = [{"threat": "clean"}, {"threat": "image", "name": "PGD", "eps": 0.1, "steps": 5}]
+    config = make_config(output=str(tmp_path), manifold_set=str(set_folder), evaluation={"attacks": rows})
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(config.to_json()))
+    networks = {"small": "digits_cnn", "large": "resnet18"}
+    costs = {}
+    for name, network in networks.items():
+        of = make_config(classifier={"name": network})
+        built, about = classifiers.build(of.classifier, 1, 3).eval(), checkpoint.describe_run(of, CLASSES, 1, 8, None, None)
+        checkpoint.save(tmp_path / "models" / name, built, {**about, "finished": True, "history": []})
+        costs[name] = estimate.evaluate(config, estimate.passes(of, generator, 3), 12, 1).flops
+    torch.jit.trace(built, torch.zeros(2, 1, 8, 8)).save(str(tmp_path / "large.pt"))
+    program = model_import.read_model(tmp_path / "large.pt", config.classifier, None, 1, 8, 3)
+    model_import.save_model(program, tmp_path / "large.pt", config, CLASSES, 1, 8, tmp_path / "models" / "program")
+    costs["program"] = costs["large"]
+    assert costs["large"] > 3 * costs["small"]
+    for names in (["small"], ["large"], ["program"], ["small", "large", "program"]):
+        found = dry_run.evaluation_stage(config, models.named_folders(config, names))
+        assert found.flops == sum(costs[name] for name in names)
+        assert (found.images, found.work) == (12, f"2 rows, {len(names)} model{'s' if len(names) > 1 else ''}")
+
+    def job(*given: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "jobs" / "evaluate.py"), "--preset", str(tmp_path / "settings.yaml"), *given]
+        return subprocess.run([*command, "--dry-run"], capture_output=True, text=True, timeout=600, check=False)
+
+    (row,) = [line.split("│")[1:-1] for line in job().stdout.splitlines() if line.startswith("│")]
+    assert row[2].strip() == "2 rows, 3 models"
+    assert float(row[5]) == pytest.approx(sum(costs.values()) / 1e12, rel=0.01)
+    refused = job("--models", "small", "lagre")
+    assert refused.returncode == 2
+    assert "models/lagre'; those of this output are large, program, small" in refused.stderr
+    checkpoint.save(tmp_path / "models" / "colour", classifiers.build(of.classifier, 3, 3), {**about, "channels": 3})
+    with pytest.raises(UserError, match=r"model 'colour' takes 3x8x8 images, the set has \[1, 8, 8\]"):
+        dry_run.evaluation_stage(config, {"colour": tmp_path / "models" / "colour"})
 
 
 def test_hours_are_those_of_all_workers() -> None:
