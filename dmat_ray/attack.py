@@ -46,12 +46,22 @@ class Attacked(NamedTuple):
     broken_B: Tensor
 
 
+def in_eval_mode(network: nn.Module) -> nn.Module:
+    """The network, put in eval mode. What torch.export has made refuses that, and stays in the mode that it was exported in."""
+    try:
+        return network.eval()
+    except NotImplementedError:
+        for module in network.modules():
+            module.training = False
+        return network
+
+
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[nn.Module]:
     """The network in eval mode without parameter gradients; every flag as it was afterwards, also after an error."""
     modes = [(module, module.training) for module in network.modules()]
     wanted = [(p, p.requires_grad) for p in network.parameters()]
-    network.eval()
+    in_eval_mode(network)
     for parameter, _ in wanted:
         parameter.requires_grad_(False)
     try:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dmat_ray import autoattack, corruptions, threats
 from dmat_ray.arithmetic import tf32
-from dmat_ray.attack import attack, losses_of, require_possible
+from dmat_ray.attack import attack, in_eval_mode, losses_of, require_possible
 from dmat_ray.attack_view import view_of
 from dmat_ray.config import ON_CURVE, AttackRow, AutoAttackRow, CleanRow, CorruptionRow, EvaluationConfig, Row
 from dmat_ray.data.manifold_set import ManifoldSet
@@ -85,7 +85,7 @@ class Evaluator:
         if model not in self._networks:
             if not self.config.transfer:
                 self._networks.clear()
-            self._networks[model] = self._load(model).to(self.device).eval()
+            self._networks[model] = in_eval_mode(self._load(model).to(self.device))
         return self._networks[model]
 
     def seen_by_attacks(self, model: str) -> nn.Module:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 import torch
 import torch.nn.functional as F
@@ -275,6 +276,26 @@ def test_an_evaluated_network_is_left_as_it_was(set_folder: Path, generator: Sty
     assert network.training
     assert all(p.requires_grad for p in network.parameters())
     assert results.accuracy("mine", "natural", "clean").count == 4
+
+
+def test_an_exported_program_is_attacked_as_its_network(
+    set_folder: Path, generator: StyleGAN2, make_batch: Callable[..., Batch]
+) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(288, 3))
+    batch, any_number = make_batch(12), ({0: torch.export.Dim("images")},)
+    program = torch.export.export(network.eval(), (batch.x_BCHW,), dynamic_shapes=any_number).module()
+    networks = {"plain": network, "program": program, "inside": nn.Sequential(program)}
+    threat, labels = build_threat("image", eps=0.05), batch.y_B % 3
+    found = {name: attack_images(one, threat, batch.x_BCHW, labels, steps=3) for name, one in networks.items()}
+    assert 0 < int(found["plain"].broken_B.sum()) < 12
+    results = evaluate(networks, open_set(set_folder, "test"), generator, EvaluationConfig(), attacks=ROWS).rows
+    rows = {name: results.filter(pc.equal(results["model"], name)) for name in networks}
+    for name in ("program", "inside"):
+        assert torch.equal(found[name].broken_B, found["plain"].broken_B)
+        for column in ("id", "attack", "prediction"):
+            assert rows[name][column].equals(rows["plain"][column])
+        assert networks[name].training, "it is left as it was"
 
 
 def test_a_set_made_here_is_the_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
