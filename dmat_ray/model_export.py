@@ -16,6 +16,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.files import sha256, write_json
 from dmat_ray.folders import fetched, holds_anything
 from dmat_ray.metrics import Results
+from dmat_ray.report_text import escaped
 from dmat_ray.report_values import columns_described
 from dmat_ray.storage import Place, at
 from dmat_ray.units import VERSION
@@ -189,7 +190,9 @@ def _code(run: dict[str, Any], built: dict[str, Any]) -> str:
 def _origin(run: dict[str, Any], config: Config) -> str:
     if "source" in run:
         source = run["source"]
-        return f"Imported from `{source['file']}` ({source['format']}, sha256 {source['sha256'][:16]}...), not trained here."
+        return (
+            f"Imported from {escaped(source['file'])} ({source['format']}, sha256 {source['sha256'][:16]}...), not trained here."
+        )
     attacked = {key: term.weight for key, term in config.objective.adversarial.items()}
     weights = {"clean": config.objective.clean.weight, **attacked}
     terms = ", ".join(f"{key} {weight:g}" for key, weight in weights.items() if weight > 0)
@@ -203,8 +206,8 @@ def _table(results: Results | None) -> str:
     lines = ["| test set | attack | accuracy (%) | 95 % interval | images |", "|---|---|---|---|---|"]
     for (_, set_name, attack), found in results.accuracies().items():
         interval = f"{100 * found.low:.1f} to {100 * found.high:.1f}"
-        lines.append(f"| {set_name} | {attack} | {100 * found.value:.1f} | {interval} | {found.count} |")
-    meant = [f"- {column}: {text}" for column, text in columns_described(results).items()]
+        lines.append(f"| {set_name} | {escaped(attack)} | {100 * found.value:.1f} | {interval} | {found.count} |")
+    meant = [f"- {escaped(column)}: {escaped(text)}" for column, text in columns_described(results).items()]
     return "\n".join([*lines, "", "Images are in [0, 1], and so are L-infinity radii.", "", *meant])
 
 
@@ -232,13 +235,13 @@ def export(model: Place, name: str, evaluation: Place, folder: Path) -> None:
     write_json(folder / CONFIG, about)
     write_json(folder / CARD, model_card(name, run, config, results))
     page = PAGE.format(
-        name=name,
-        library=about["architecture"].get("package", about["architecture"]["library"]),
+        name=escaped(name),
+        library=escaped(about["architecture"].get("package", about["architecture"]["library"])),
         architecture=about["architecture"]["name"],
         resolution=run["resolution"],
         channels=run["channels"],
         classes=len(run["class_names"]),
-        class_names=", ".join(json.dumps(text, ensure_ascii=False) for text in run["class_names"]),
+        class_names=escaped(", ".join(json.dumps(text, ensure_ascii=False) for text in run["class_names"])),
         mean=about["normalisation"]["mean"],
         std=about["normalisation"]["std"],
         code=_code(run, about["architecture"]),

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 
 from dmat_ray.checks import Finding
@@ -22,45 +23,51 @@ def markdown(
     title: str, results: Results, models: list[str], findings: Sequence[Finding], facts: Sequence[tuple[str, str]], config: str
 ) -> str:
     """Everything of the page but its pictures."""
-    text = [f"# {_escaped(title)}", ""]
+    text = [f"# {escaped(title)}", ""]
     warnings = [f for f in findings if f.level == "warning"]
     if warnings:
         text += ["## Warnings", ""]
-        text += [f"- **Warning:** {_escaped(f.model)}: {_escaped(f.check)}: {_escaped(f.text)}" for f in warnings] + [""]
+        text += [f"- **Warning:** {escaped(f.model)}: {escaped(f.check)}: {escaped(f.text)}" for f in warnings] + [""]
     for table in tables(results, models):
-        text += [f"## {_escaped(table.title)}", ""]
+        text += [f"## {escaped(table.title)}", ""]
         cells = [[(per_cent(table.cells[m, c]), table.is_best(m, c)) for c in table.columns] for m in models]
         text += _table(["method", *table.columns], models, [[f"**{t}**" if b else t for t, b in row] for row in cells])
         text += ["95 % intervals:", ""]
         text += _table(["method", *table.columns], models, [[interval(table.cells[m, c]) for c in table.columns] for m in models])
-    text += ["## Columns", "", *(f"- **{_escaped(c)}**: {_escaped(what)}" for c, what in columns_described(results).items()), ""]
+    text += ["## Columns", "", *(f"- **{escaped(c)}**: {escaped(what)}" for c, what in columns_described(results).items()), ""]
     for set_name in results.config.sets:
         for name, every in results.curves(set_name).items():
-            text += [f"## {_escaped(name)} over eps on {_escaped(SET_NAMES[set_name])}", ""]
+            text += [f"## {escaped(name)} over eps on {escaped(SET_NAMES[set_name])}", ""]
             body = [[per_cent(results.at_eps(m, set_name, name, eps)) for eps in every] for m in models]
             text += _table(["method", *(f"{eps:.4g}" for eps in every)], models, body)
     for transfer in transfers(results, models):
-        text += [f"## Transfer of {_escaped(transfer['title'])}", ""]
+        text += [f"## Transfer of {escaped(transfer['title'])}", ""]
         body = [[per_cent(transfer["pairs"][source, judge]) for judge in models] for source in models]
         text += _table(["attacked, then judged by", *models], models, body)
     if findings:
         good, every_check = passed(findings)
         others = f"; {every_check - good} gave the {number_of(len(warnings), 'warning')} above" if warnings else ""
         text += ["## Checks", "", f"{good} of {every_check} passed{others}.", ""]
-        text += [f"- {f.level}: {_escaped(f.model)}: {_escaped(f.check)}: {_escaped(f.text)}" for f in findings] + [""]
-    text += ["## Settings", "", *(f"- {_escaped(name)}: {_escaped(value)}" for name, value in facts), ""]
-    text += [*(f"    {line}" for line in config.splitlines()), ""]
+        text += [f"- {f.level}: {escaped(f.model)}: {escaped(f.check)}: {escaped(f.text)}" for f in findings] + [""]
+    text += ["## Settings", "", *(f"- {escaped(name)}: {escaped(value)}" for name, value in facts), ""]
+    text += [fenced(config, "yaml"), ""]
     return "\n".join(text)
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """A name as Markdown's text."""
     return "".join(f"\\{c}" if c in r"\`*_{}[]<>()#|&~!" else c for c in " ".join(text.split()))
 
 
+def fenced(text: str, language: str) -> str:
+    """A block of code, whatever is in it."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
 def _table(head: Sequence[str], names: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(_escaped(c) for c in head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    return [*lines, *(f"| {_escaped(n)} | " + " | ".join(row) + " |" for n, row in zip(names, body, strict=True)), ""]
+    lines = ["| " + " | ".join(escaped(c) for c in head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    return [*lines, *(f"| {escaped(n)} | " + " | ".join(row) + " |" for n, row in zip(names, body, strict=True)), ""]
 
 
 def comma_separated(results: Results, models: list[str]) -> str:

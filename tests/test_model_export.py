@@ -12,6 +12,7 @@ import pytest
 import torch
 import torchvision
 from installed import install
+from rendered import Rendered
 from safetensors.torch import load_file
 from test_model_import import CLASSES, program, small, unsettle
 from torch import Tensor
@@ -148,7 +149,7 @@ def test_the_readme_of_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(by_its_readme(folder, x, monkeypatch), small()((x - 0.5) / 0.25), rtol=1e-5, atol=1e-5)
     card = json.loads((folder / "model_card.json").read_text())
     assert (card["dataset"], card["eps"]) == (None, None), "of whoever made it, which nobody here knows"
-    assert "Imported from `x.pt" in (folder / "README.md").read_text()
+    assert "Imported from x.pt" in (folder / "README.md").read_text()
 
 
 def test_the_weights_are_torchvisions_behind_one_prefix(trained: Callable[..., Path]) -> None:
@@ -196,6 +197,31 @@ def test_an_export_replaces_nothing_but_an_export(trained: Callable[..., Path]) 
         model_export.require_ours(model)
     model_export.require_ours(export(model))
     model_export.require_ours(model.parent / "nothing there")
+
+
+def test_names_of_others_are_text_in_the_readme(
+    trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attack, classes, name = "P|G <b>D</b> `x`", ("<img src=x onerror=alert(1)>", "a|b\n# `c`", "*d*", "[e](f)"), "_a_ <b>b</b>"
+    monkeypatch.setitem(globals(), "CLASSES", classes)
+    model = trained("digits_cnn", 1, 32)
+    found = rows(**{f"natural__{row}": [0, 1] for row in ("clean", attack)}).to_pylist()
+    table = pa.Table.from_pylist([{**row, "model": name, "source": name} for row in found if row["model"] == "mine"])
+    evaluated(tmp_path / "evaluation", table, checkpoint.digest(model))
+    about = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    attacks = [ATTACKS[0], {**ATTACKS[1], "name": attack}]
+    about = {**about, "models": {name: checkpoint.digest(model)}, "evaluation": {"attacks": attacks, "sets": ["natural"]}}
+    (tmp_path / "evaluation" / "evaluation.json").write_text(json.dumps(about))
+    model_export.export(model, name, tmp_path / "evaluation", tmp_path / "folder")
+    page = Rendered((tmp_path / "folder" / "README.md").read_text())
+    assert page.tags == []
+    assert [language for language, _ in page.code] == ["python"]
+    assert page.texts[0] == name
+    assert page.texts[1].split("classes: ")[1].split(".It takes")[0] == ", ".join(json.dumps(text) for text in classes)
+    assert [(row[1], row[2], len(row)) for row in page.tables[0]] == [
+        ("attack", "accuracy (%)", 5), ("clean", "50.0", 5), (attack, "50.0", 5)
+    ]  # fmt: skip
+    assert [text for text in page.texts if text.startswith(f"{attack}: ")]
 
 
 def test_cards_take_accuracies_from_rows(trained: Callable[..., Path], tmp_path: Path) -> None:

@@ -17,10 +17,12 @@ import pyarrow as pa
 import pytest
 import scipy.stats
 import torch
+import yaml
 from PIL import Image
+from rendered import Rendered
 from tiny_page import EVALUATION, GROUP, MODELS, PGD, TITLE, WORST, Written, write_page
 
-from dmat_ray import checkpoint, report, report_values
+from dmat_ray import checkpoint, report, report_text, report_values
 from dmat_ray.checks import Finding
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.data.manifold_set import open_set
@@ -248,6 +250,20 @@ def test_page_names_everything_as_it_is_written(page: Page) -> None:
     for name in {*COLUMNS["on_manifold"], *LINES}:
         assert name in page.texts, name
     assert page.tables[0][0][4] == GROUP
+
+
+def test_markdown_is_read_as_it_is_meant(page: Page, written: Written) -> None:
+    settings = "data:\n  source: /d/<img src=x onerror=alert(1)>\n  # ```` and ``` in it\n"
+    facts = [("Images", "<b>x</b>"), ("Generator sha256", "a|b")]
+    text = report_text.markdown(TITLE, written.results, MODELS, written.findings, facts, settings)
+    found = Rendered(text)
+    assert found.tags == []
+    assert found.code == [("yaml", settings)]
+    for table in page.tables[:4]:
+        assert table in found.tables
+    assert {"Images: <b>x</b>", "Generator sha256: a|b", TITLE} <= set(found.texts)
+    (settings,) = [code for _, code in Rendered(written.path.with_suffix(".md").read_text()).code]
+    assert yaml.safe_load(settings)["evaluation"]["attacks"][1]["name"] == PGD
 
 
 def test_siblings_hold_the_numbers_of_the_table(page: Page, written: Written) -> None:
