@@ -6,7 +6,7 @@ State dicts are read without running anything (`manifold.formats.checkpoints`), 
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dmat_ray import checkpoint, classifiers
+from dmat_ray import checkpoint, classifiers, wide_resnet
 from dmat_ray.config import ClassifierConfig, Config
 from dmat_ray.config.training import of_levels
 from dmat_ray.errors import UserError
@@ -102,7 +102,7 @@ def _state_dict(tree: Any, depth: int = 0) -> tuple[Tensors, str]:
     return {key: value for key, value in tree.items() if isinstance(key, str) and isinstance(value, Stored)}, ""
 
 
-def _stripped(key: str, expected: Mapping[str, Tensor]) -> str:
+def _stripped(key: str, expected: Container[str]) -> str:
     """A name without what wrappers put before it."""
     while key not in expected:
         prefix = next((p for p in PREFIXES if key.startswith(p)), None)
@@ -116,11 +116,16 @@ def _numbers(value: Tensor | Stored) -> Tensor:
     return value.read() if isinstance(value, Stored) else value
 
 
-def _by_name(path: Path, tensors: Tensors, expected: Mapping[str, Tensor]) -> dict[str, str]:
-    """The network's name of a tensor -> its name in the file."""
+def _by_name(path: Path, tensors: Tensors, expected: Mapping[str, Tensor], others: Mapping[str, str]) -> dict[str, str]:
+    """The network's name of a tensor -> its name in the file. `others` are what files of other code call it -> the network's."""
     names: dict[str, str] = {}
+    if not any(theirs.endswith(wide_resnet.FIRST_OF_TRADES) for theirs in tensors):
+        others = {}
     for theirs in tensors:
-        ours = _stripped(theirs, expected)
+        ours = _stripped(theirs, others or expected)
+        if others and ours.startswith(wide_resnet.UNUSED_BY_TRADES):
+            continue
+        ours = others.get(ours, ours)
         if ours in names and ours not in expected:
             ours = theirs  # no name of this network: what is missing will be said
         if ours in names and not COUNTERS.fullmatch(ours):
@@ -189,7 +194,7 @@ def _from_state(path: Path, config: ClassifierConfig, given: Normalisation | Non
     format_, tensors = _read(path, notes)
     network = classifiers.build(config.model_copy(update={"mean": (0.0,), "std": (1.0,)}), channels, num_classes)
     expected = network.network.state_dict()
-    names = _by_name(path, tensors, expected)
+    names = _by_name(path, tensors, expected, wide_resnet.names_of_trades(network.network))
     ours: Tensors = {key: tensors[theirs] for key, theirs in names.items()}
     own = _normalisation(path, ours, channels, notes)
     _require_match(path, config.name, ours, names, expected, num_classes)

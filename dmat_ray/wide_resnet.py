@@ -55,6 +55,26 @@ class WideResNet(nn.Sequential):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
+# the same network as in the code of TRADES (arXiv 1901.08573), from which RobustBench and many others have theirs
+FIRST_OF_TRADES = "block1.layer.0.conv1.weight"  # by which its files are told
+UNUSED_BY_TRADES = "sub_block1."  # a group of blocks that has weights and is never called
+
+
+def names_of_trades(network: nn.Module) -> dict[str, str]:
+    """What each tensor of a wide ResNet is called in files of that code -> its name here; nothing for another network."""
+    if not isinstance(network, WideResNet):
+        return {}
+    first, *blocks, norm, _, _, _, head = (name for name, _ in network.named_children())
+    of_group = len(blocks) // 3
+    layers = {f"block{1 + k // of_group}.layer.{k % of_group}": name for k, name in enumerate(blocks)}
+    layers |= {"conv1": first, "bn1": norm, "fc": head}
+    return {
+        f"{theirs}.{key.replace('shortcut', 'convShortcut')}": f"{ours}.{key}"
+        for theirs, ours in layers.items()
+        for key in network.get_submodule(ours).state_dict()
+    }
+
+
 def build(name: str, channels: int, num_classes: int) -> WideResNet | None:
     """The network called wrn-DEPTH-WIDTH, or None for another name. Raises UserError for a depth that is not 6 n + 4."""
     if (match := NAME.fullmatch(name)) is None:

@@ -122,6 +122,68 @@ def wrapped(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return OrderedDict((prefix + key, value) for key, value in state.items())
 
 
+class TheirBlock(nn.Module):
+    """As TRADES' code has it: where the number of features changes, the shortcut takes what is activated, too."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(inputs), nn.BatchNorm2d(outputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        if inputs != outputs:
+            self.convShortcut = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = self.bn1(x).relu()
+        kept = self.convShortcut(active) if hasattr(self, "convShortcut") else x
+        return kept + self.conv2(self.bn2(self.conv1(active)).relu())
+
+
+class TheirGroup(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(TheirBlock(inputs, outputs, stride), TheirBlock(outputs, outputs, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class TheirWideResNet(nn.Module):
+    """wrn-16-2 by the names of TRADES' code, with the group that it makes and does not call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.block1, self.sub_block1 = TheirGroup(16, 32, 1), TheirGroup(16, 32, 1)
+        self.block2, self.block3 = TheirGroup(32, 64, 2), TheirGroup(64, 128, 2)
+        self.bn1, self.fc = nn.BatchNorm2d(128), nn.Linear(128, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.block3(self.block2(self.block1(self.conv1(x))))).relu()
+        return self.fc(nn.functional.avg_pool2d(x, 8).flatten(1))
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "1."])
+def test_a_wide_resnet_may_have_the_names_of_trades(tmp_path: Path, images: Tensor, prefix: str) -> None:
+    theirs = small(TheirWideResNet)
+    state = wrapped(theirs.state_dict(), prefix)
+    found = read(saved(state, tmp_path / "theirs.pt"), "wrn-16-2")
+    with torch.no_grad():
+        torch.testing.assert_close(found.network(images), theirs(images), rtol=1e-5, atol=1e-5)
+    ours, source = found.network.network.state_dict(), theirs.state_dict()
+    for mine, their in (
+        ("2.conv1.weight", "block1.layer.1.conv1.weight"),
+        ("3.shortcut.weight", "block2.layer.0.convShortcut.weight"),
+    ):
+        assert torch.equal(ours[mine], source[their])
+    again = read(saved(ours, tmp_path / "ours.pt"), "wrn-16-2")
+    with torch.no_grad():
+        assert torch.equal(again.network(images), found.network(images))
+    state.pop(f"{prefix}fc.bias")
+    with pytest.raises(UserError, match=r"does not fit classifier.name 'wrn-16-2': 1 of its \d+ tensors are missing"):
+        read(saved(state, tmp_path / "theirs.pt"), "wrn-16-2")
+
+
 def test_a_torchvision_network_is_torchvisions(tmp_path: Path, shufflenet: nn.Module, images: Tensor) -> None:
     network, run = imported(saved(shufflenet.state_dict(), tmp_path / "theirs.pth"), tmp_path / "theirs", given=IMAGENET)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
