@@ -32,7 +32,7 @@ _OF_TABLES = ("name", "group", "curve")  # fields of a row that say its place in
 
 
 def project(
-    generator: Generator | str,
+    generator: Generator | Place,
     x_BCHW: Tensor,
     config: ProjectionConfig | None = None,
     *,
@@ -57,6 +57,7 @@ def project(
     >>> found.w_BLD.shape, bool(found.l1_B.mean() < 0.8 * nearest.l1_B.mean())  # about half as far from x
     (torch.Size([10, 8, 64]), True)
     """
+    inputs.require_gradients("a projection")
     config = inputs.section(ProjectionConfig, projection, "projection", over=config)
     inputs.require_images(x_BCHW, levels=True)
     g = _loaded(generator)
@@ -64,16 +65,16 @@ def project(
     ids = inputs.names_of(x_BCHW, ids)
     start, device = None, g.w_mean.device
     if config.start == "encoder":
-        if not isinstance(generator, str):
+        if not isinstance(generator, Place):
             raise UserError(
                 "start is encoder, which lies beside the generator: give that one's name or folder, or start='nearest'"
             )
-        folder = encoder.locate_encoder(config.encoder, Config().output, generator)
-        start = encoder.load_encoder(folder, generators.fingerprint(generator), device)
+        folder = encoder.locate_encoder(config.encoder, Config().output, str(generator))
+        start = encoder.load_encoder(folder, generators.fingerprint(str(generator)), device)
     return Projector(g, config, device, start).project(x_BCHW.detach().cpu(), ids)
 
 
-def build_threat(threat: str, *, generator: Generator | str | None = None, **settings: Any) -> Threat:
+def build_threat(threat: str, *, generator: Generator | Place | None = None, **settings: Any) -> Threat:
     """What an attack may change, and how far, by its name in suites: image, latent, joint, fog, snow, jpeg, stadv, ...
 
     `settings` are those of its rows and terms, such as eps (a number, or a text such as "8/255") and norm; images are in [0, 1],
@@ -134,6 +135,7 @@ def attack_images(
     >>> share[0] < 0.3 < share[1] < 0.6 < share[2]
     True
     """
+    inputs.require_gradients("an attack")
     inputs.require_threat(threat)
     inputs.require_images(x_BCHW)
     num_classes = inputs.require_classifier(network, x_BCHW)
@@ -155,7 +157,7 @@ def attack_images(
 def evaluate(
     models: Mapping[str, nn.Module | Place],
     data: ManifoldSet,
-    generator: Generator | str,
+    generator: Generator | Place,
     config: EvaluationConfig | str,
     **evaluation_settings: Any,
 ) -> Results:
@@ -178,6 +180,7 @@ def evaluate(
     >>> row["model"], row["set"], row["attack"], round(row["linf"], 3)
     ('dmat', 'on_manifold', 'linf', 0.1)
     """
+    inputs.require_gradients("an evaluation")
     if not isinstance(models, Mapping):
         raise UserError(f"models is a {type(models).__name__}; give models by names, {{'mine': network}}")
     if not isinstance(data, ManifoldSet):
@@ -195,8 +198,8 @@ def evaluate(
     g = _loaded(generator)
     first = data.batch(np.arange(min(8, len(data))), "on_manifold").to(g.w_mean.device)
     inputs.require_made_by(g, first.x_BCHW, "the set")
-    if isinstance(generator, str):
-        set_reader.require_generator(data.manifest, generators.fingerprint(generator), "the set")
+    if isinstance(generator, Place):
+        set_reader.require_generator(data.manifest, generators.fingerprint(str(generator)), "the set")
     else:
         inputs.require_set_of(g, first)
     evaluation.require_suite(settings, data.manifest)
@@ -217,10 +220,10 @@ def evaluate(
         return Results(evaluation.evaluate_here(evaluator), settings)
 
 
-def _loaded(generator: Generator | str) -> Generator:
+def _loaded(generator: Generator | Place) -> Generator:
     """A generator given by name, by folder or as it is."""
-    if isinstance(generator, str):
-        return generators.load_generator(generator)
+    if isinstance(generator, Place):
+        return generators.load_generator(str(generator))
     if not callable(getattr(generator, "synthesis", None)):
         raise UserError(f"generator is a {type(generator).__name__}; give 'mnist32', a folder, or what load_generator returns")
     return generator

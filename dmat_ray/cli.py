@@ -114,7 +114,7 @@ def _complete(values: dict[str, Any], given: Iterable[str]) -> Config:
     return config.model_copy(update={"evaluation": with_absolute_weights(suites.resolved(config.evaluation))})
 
 
-def settings(*given: str, **sections: Any) -> Config:
+def settings(*given: str | Path, **sections: Any) -> Config:
     """The Config of presets (names, or YAML files), layered left to right, and of `sections` over them, as a command line's.
 
     Raises UserError for a preset, setting or value that there is not, by its dotted name.
@@ -129,7 +129,7 @@ def settings(*given: str, **sections: Any) -> Config:
     Traceback (most recent call last):
     dmat_ray.errors.UserError: training.epoch: there is no such setting (found 2); did you mean epochs?
     """
-    values = presets.merge(_layers(given), sections)
+    values = presets.merge(_layers([*map(str, given)]), sections)
     try:
         return _complete(values, [f"training.{name}" for name in sections.get("training", {})])
     except ValidationError as error:

@@ -17,7 +17,7 @@ from dmat_ray.storage import Place, at
 from dmat_ray.types import Batch
 
 
-def load_images(source: str = "mnist5k", split: str = "test", **data: Any) -> tuple[Batch, tuple[str, ...]]:
+def load_images(source: Place = "mnist5k", split: str = "test", **data: Any) -> tuple[Batch, tuple[str, ...]]:
     """Images of a source with their labels, and the names of the classes: what projection reads as well.
 
     `source` is mnist5k, a folder with one sub-folder a class, or any other that `data.source` may be; `data` are further settings
@@ -34,7 +34,7 @@ def load_images(source: str = "mnist5k", split: str = "test", **data: Any) -> tu
         raise UserError(f"split is '{split}'; choose train or test")
     if "limit" in data:
         data[f"{split}_limit"] = data.pop("limit")
-    config = inputs.section(DataConfig, {"source": source, **data}, "data")
+    config = inputs.section(DataConfig, {"source": str(source), **data}, "data")
     listing = sources.list_examples(config)
     rows = listing.rows(split)
     read = sources.read_pixels(rows, config)

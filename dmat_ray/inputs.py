@@ -1,6 +1,7 @@
 """What callers from Python give, checked where it comes in: each message names what was found, and the way out."""
 
 from collections import Counter
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -146,9 +147,15 @@ def require_reach(search: AttackConfig, threat: Threat) -> None:
 
 
 def require_batch_size(batch_size: int) -> None:
-    """Raise UserError for batches of no image."""
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}; give 1 or more")
+    """Raise UserError for batches of no image, and for what is no number of them."""
+    if not isinstance(batch_size, Integral) or batch_size < 1:
+        raise UserError(f"batch_size is {batch_size!r}; give a whole number, 1 or more")
+
+
+def require_gradients(what: str) -> None:
+    """Raise UserError where torch keeps what gradients need from being recorded; torch.no_grad() alone does not."""
+    if torch.is_inference_mode_enabled():
+        raise UserError(f"torch.inference_mode() is on, and {what} needs gradients; call it outside, or use torch.no_grad()")
 
 
 def names_of(x_BCHW: Tensor, ids: list[str] | None) -> list[str]:

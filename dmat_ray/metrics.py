@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dmat_ray.config import CleanRow, EvaluationConfig
+from dmat_ray.errors import UserError
 from dmat_ray.units import applies, curve_name, group_of, rows_to_run
+from dmat_ray.wording import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class Results:
         return [name for name in of if any(applies(self.suite[part], set_name) for part in self.groups.get(name, [name]))]
 
     def accuracy(self, model: str, set_name: str, column: str) -> Accuracy:
-        """The number in a cell of the table."""
+        """The number in a cell of the table. Raises UserError for a model, a test set or a column that there is not."""
+        self._require(model, set_name, column)
         summary = next((s for s in self.config.summaries if s.name == column), None)
         if summary is None:
             right = self.correct(model, set_name, column)
@@ -102,6 +105,17 @@ class Results:
             divisor = sum(trained[part] for part in parts)
         middle, low, high = (sum(getattr(a, end) for a in found) / divisor for end in ("value", "low", "high"))
         return Accuracy(middle, low, high, found[0].count)
+
+    def _require(self, model: str, set_name: str, column: str) -> None:
+        if (model, set_name, column) in self._own:
+            return
+        columns = self.columns(set_name) if set_name in self.config.sets else []
+        for what, name, known in (
+            ("model", model, self.models), ("set", set_name, self.config.sets), ("column", column, columns)
+        ):  # fmt: skip
+            if name not in known:
+                hint = did_you_mean(str(name), known)
+                raise UserError(f"there is no {what} '{name}' in these results; {hint}choose from {', '.join(known)}")
 
     def per_example(self, model: str, set_name: str, column: str) -> np.ndarray:
         """(N) float64, whose mean is the number in a cell: 0 or 1, of a mean the share of its attacks that an example stood."""

@@ -14,6 +14,7 @@ from dmat_ray import charts, checkpoint, figures, gallery, report_text, report_v
 from dmat_ray.checks import Finding
 from dmat_ray.config import Config
 from dmat_ray.data import manifold_set
+from dmat_ray.errors import UserError
 from dmat_ray.evaluation import Evaluator
 from dmat_ray.manifold import generators
 from dmat_ray.metrics import Results
@@ -28,6 +29,8 @@ MOST_WARNINGS = 12  # that are shown at once
 
 def terminal_table(results: Results, models: list[str]) -> str:
     """Accuracy in per cent, methods x columns, a block for each test set; many columns take several tables.
+
+    Raises UserError for a model that was not evaluated, and for none.
 
     >>> from dmat_ray import evaluate, make_set, open_set, settings, terminal_table, train
     >>> config = settings("demo", "dmat", "small", output="runs/small")
@@ -44,6 +47,8 @@ def terminal_table(results: Results, models: list[str]) -> str:
     accuracy (%) on 10 natural test images x
     ...
     """
+    if not models:
+        raise UserError(f"models is {models!r}; give some of those that were evaluated: {', '.join(results.models)}")
     # markup would swallow a name such as "at [fast]"
     console = Console(width=WIDTH, force_terminal=False, color_system=None, record=True, markup=False, file=io.StringIO())
     room = WIDTH - max(len(name) for name in ("method", *models)) - 4

@@ -4,12 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
-from dmat_ray import attack_images, build_threat, evaluate, load_images, open_set, project, settings
+from dmat_ray import attack_images, build_threat, evaluate, load_images, open_set, project, settings, terminal_table
 from dmat_ray.config import EvaluationConfig
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import generators
@@ -20,6 +22,17 @@ X, Y = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch
 
 
 MEAN = [{"name": "m", "how": "mean", "of": ["PGD-99"]}]
+
+
+ROWS = [
+    {"threat": "clean"},
+    {"threat": "image", "name": "PGD", "eps": 0.1, "steps": 1},
+    {"threat": "latent", "name": "OM", "eps": 0.1, "steps": 1},
+]
+
+
+def three_classes() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
 
 
 @pytest.mark.parametrize(
@@ -65,6 +78,7 @@ def test_codes_are_looked_at(small_net: nn.Module, generator: StyleGAN2, make_ba
 def test_other_inputs_are_looked_at(small_net: nn.Module, generator: StyleGAN2, set_folder: Path, tmp_path: Path) -> None:
     image, data = build_threat("image"), open_set(set_folder, "test")
     suite = EvaluationConfig()
+    results = evaluate({"a": three_classes()}, data, generator, suite, attacks=ROWS, limit=3)
     for call, message in (
         (lambda: build_threat("imgae"), r"no threat 'imgae'; did you mean image\? choose from image, latent, fog"),
         (lambda: build_threat("latent"), r"threat latent moves w; give its generator, as build_threat\('latent', generator="),
@@ -76,7 +90,14 @@ def test_other_inputs_are_looked_at(small_net: nn.Module, generator: StyleGAN2, 
         (lambda: attack_images(small_net, image, X, Y, ids=list("ab")), "ids has 2 names for 4 images"),
         (lambda: attack_images(small_net, "image", X, Y), r"threat is 'image'; give what build_threat makes"),
         (lambda: attack_images(small_net, image, X, Y, name="x"), "name belongs to a suite's table"),
-        (lambda: attack_images(small_net, image, X, Y, batch_size=0), "batch_size is 0; give 1 or more"),
+        (lambda: attack_images(small_net, image, X, Y, batch_size=0), "batch_size is 0; give a whole number, 1 or more"),
+        (lambda: attack_images(small_net, image, X, Y, batch_size="3"), "batch_size is '3'; give a whole number, 1 or more"),
+        (lambda: results.accuracy("b", "natural", "clean"), "there is no model 'b' in these results; choose from a"),
+        (lambda: results.accuracy("a", "natrual", "clean"), r"no set 'natrual' in .*; did you mean natural\? choose from"),
+        (lambda: results.accuracy("a", "natural", "PDG"), r"no column 'PDG' .*; did you mean PGD\? choose from clean, PGD$"),
+        (lambda: results.accuracy("a", "natural", "OM"), "no column 'OM' in these results; choose from clean, PGD"),
+        (lambda: terminal_table(results, ["typo"]), "there is no model 'typo' in these results; choose from a"),
+        (lambda: terminal_table(results, []), r"models is \[\]; give some of those that were evaluated: a"),
         (lambda: attack_images(lambda x: x, image, X, Y), "the network is a function, not a torch.nn.Module"),
         (lambda: attack_images(nn.Flatten(0), image, X, Y), r"puts out \(64,\) for one image, but must put out"),
         (lambda: project(generator, X.repeat(1, 1, 2, 2)), "x_BCHW has images of 1x16x16, the generator makes 1x8x8"),
@@ -98,6 +119,39 @@ def test_other_inputs_are_looked_at(small_net: nn.Module, generator: StyleGAN2, 
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             call()
+
+
+def test_gradients_must_be_allowed(small_net: nn.Module, generator: StyleGAN2, set_folder: Path) -> None:
+    data, image = open_set(set_folder, "test"), build_threat("image")
+    calls = (
+        lambda: attack_images(small_net, image, X, Y, steps=1),
+        lambda: project(generator, X, steps=1, lpips=0),
+        lambda: evaluate({"a": three_classes()}, data, generator, EvaluationConfig(), attacks=ROWS, limit=3),
+    )
+    for call in calls:
+        with torch.inference_mode(), pytest.raises(UserError, match=r"inference_mode\(\) is on, and .* or use torch.no_grad\(\)"):
+            call()
+        with torch.no_grad():
+            call()
+
+
+def test_folders_may_be_paths(generator_folder: Path, set_folder: Path, tmp_path: Path) -> None:
+    data = open_set(set_folder, "test")
+    batch = data.batch(np.arange(3), "on_manifold")
+    found = [project(folder, batch.x_BCHW, steps=2, lpips=0) for folder in (generator_folder, str(generator_folder))]
+    assert torch.equal(found[0].w_BLD, found[1].w_BLD)
+    threat = build_threat("latent", generator=generator_folder, eps=0.1)
+    assert attack_images(three_classes(), threat, batch.x_BCHW, batch.y_B, batch.w_BLD, steps=1).x_BCHW.shape == (3, 1, 8, 8)
+    results = evaluate({"a": three_classes()}, data, generator_folder, EvaluationConfig(), attacks=ROWS, limit=3)
+    assert results.accuracy("a", "on_manifold", "OM").count == 3
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for k in range(2):
+            Image.fromarray(np.full((8, 8), 99 * k, np.uint8)).save(tmp_path / name / f"{k}.png")
+    assert load_images(tmp_path, resolution=8, test_share=0.5)[1] == ("a", "b")
+    (tmp_path / "mine.yaml").write_text("training: {epochs: 7}")
+    config = settings(tmp_path / "mine.yaml", output=tmp_path, generator={"path": generator_folder})
+    assert config == settings(str(tmp_path / "mine.yaml"), output=str(tmp_path), generator={"path": str(generator_folder)})
 
 
 class Picky(nn.Module):

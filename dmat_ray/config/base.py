@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+from pathlib import PurePath
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
 
 def parse_fraction(value: Any) -> Any:
@@ -25,6 +26,14 @@ class Section(BaseModel):
     """Base of all settings: immutable, and a key it does not know is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _paths_as_text(cls, values: Any) -> Any:
+        """A setting that names a file is a text; from Python it may come as a Path."""
+        if not isinstance(values, dict):
+            return values
+        return {name: str(value) if isinstance(value, PurePath) else value for name, value in values.items()}
 
     def fingerprint(self) -> str:
         """Twelve hex digits that change whenever any setting changes."""

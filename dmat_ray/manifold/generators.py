@@ -31,6 +31,7 @@ from dmat_ray.manifold.formats.stored import shown
 from dmat_ray.manifold.stylegan1 import StyleGAN1
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.rng import kept_apart
+from dmat_ray.storage import Place
 
 WEIGHTS, CARD = "generator.safetensors", "card.json"
 FILES = {"stylegan1": WEIGHTS, "stylegan2": WEIGHTS, **exported.FILES}
@@ -169,7 +170,7 @@ def load_stylegan(path: str) -> StyleGAN1 | StyleGAN2:
     return generator
 
 
-def load_generator(path: str, device: torch.device | str = "cpu", precision: str = "reference") -> LatentGenerator:
+def load_generator(path: Place, device: torch.device | str = "cpu", precision: str = "reference") -> LatentGenerator:
     """A frozen generator in eval mode, in one of GeneratorConfig's precisions.
 
     `path` is mnist32 (shipped), or a folder or URL that train_generator.py or import_generator.py wrote.
@@ -182,6 +183,7 @@ def load_generator(path: str, device: torch.device | str = "cpu", precision: str
     >>> w.shape, g.synthesis(w).shape
     (torch.Size([4, 8, 64]), torch.Size([4, 1, 32, 32]))
     """
+    path = str(path)
     if read_card(path)["kind"] in exported.FILES:
         if precision != "reference":
             raise UserError(f"generator '{path}' is an exported program: generator.precision must be reference, not {precision}")
