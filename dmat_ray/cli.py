@@ -211,7 +211,8 @@ def with_absolute_paths(config: Config) -> Config:
 
     def absolute(value: str) -> str:
         reserved = value in ("mnist5k", "mnist32", "pretrained", "random", "classifier", "inception", "none")
-        return str(Path(value).resolve()) if Path(value).exists() and not reserved else value
+        path = Path(os.path.expanduser(value))
+        return str(path.resolve()) if path.exists() and not reserved else value
 
     given = {name: getattr(config.projection, name) for name in ("lpips_weights", "encoder")}
     projection = config.projection.model_copy(update={k: v and absolute(v) for k, v in given.items()})
@@ -232,7 +233,8 @@ def with_absolute_weights(config: EvaluationConfig) -> EvaluationConfig:
     """The same with the files of weights that its rows name made absolute."""
 
     def absolute(value: str) -> str:
-        return value if value in ("pretrained", "random") or "://" in value else str(Path(value).resolve())
+        reserved = value in ("pretrained", "random") or "://" in value
+        return value if reserved else str(Path(os.path.expanduser(value)).resolve())
 
     rows = [
         row.model_copy(update={"weights": absolute(row.weights)}) if isinstance(row, PerceptualThreat) else row

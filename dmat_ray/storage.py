@@ -5,6 +5,7 @@ where they always do (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL, GOOGLE_A
 """
 
 import errno
+import os
 import re
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
@@ -32,7 +33,7 @@ def require_not_of_storage(error: Exception, place: Location) -> None:
 
 
 def at(place: Place) -> Location:
-    """The location that a setting names; a local path is made absolute.
+    """The location that a setting names; a local path is made absolute, from the home folder if it begins with ~.
 
     Raises UserError for a scheme that is not known, and for credentials in a URL: settings are written into models and reports.
     """
@@ -41,7 +42,7 @@ def at(place: Place) -> Location:
     text = str(place)
     match = None if isinstance(place, Path) else URL.fullmatch(text)
     if match is None:
-        return Location("", str(Path(text).resolve()))
+        return Location("", str(Path(os.path.expanduser(text)).resolve()))
     scheme, rest = match[1].lower(), match[2]
     if scheme == "file":
         if not rest.startswith("/"):

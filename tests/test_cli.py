@@ -273,6 +273,9 @@ def test_paths_of_inputs_become_absolute(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "inception.pth").touch()
     judged = cli.parse("test", ["--gan.quality.weights", "inception.pth", "--gan.quality.network", "photos"])[0].gan.quality
     assert (judged.weights, judged.network) == (str(tmp_path / "inception.pth"), str(tmp_path / "photos"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = parsed("--data.source", "~/photos", "--evaluation.lpips_weights", "~/alex.pth")
+    assert (config.data.source, config.evaluation.lpips_weights) == (str(tmp_path / "photos"), str(tmp_path / "alex.pth"))
 
 
 def test_numbers_with_few_choices_are_read_from_text() -> None:

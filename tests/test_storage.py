@@ -457,6 +457,15 @@ def test_local_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.Monke
     assert str(at("x") / "y") == f"{tmp_path}/x/y"
 
 
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert at("~/runs").local == tmp_path / "home" / "runs" == at(Path("~/runs")).local
+    assert at("~").local == tmp_path / "home"
+    assert at("~nobody-of-this-name/x").local == tmp_path / "~nobody-of-this-name" / "x"
+    assert at("runs/~").local == tmp_path / "runs" / "~"
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
