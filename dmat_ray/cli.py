@@ -97,7 +97,7 @@ def _source(parser: argparse.ArgumentParser) -> tuple[type[BaseSettings], CliSet
 def _layers(given: Sequence[str], over: Sequence[str] = ()) -> dict[str, Any]:
     """The values of presets, and a name for the model, that of the presets."""
     layers = presets.load([*given, *over])
-    layers.setdefault("name", "_".join(part.rsplit("/", 1)[-1].removesuffix(".yaml") for part in given))
+    layers.setdefault("name", presets.name_of(given))
     return layers
 
 

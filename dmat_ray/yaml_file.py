@@ -33,8 +33,10 @@ class _Loader(yaml.SafeLoader):
 def read(path: Path, what: str) -> Any:
     """What a YAML file holds; {} if nothing. Raises UserError, which calls the file `what`, for one that is no YAML."""
     try:
-        return yaml.load(path.read_text(), _Loader) or {}
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except _TwiceError as error:
         raise UserError(f"{what}, {error}") from None
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} is no UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2024-13-01 is a date that there is not
         raise UserError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from None

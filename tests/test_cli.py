@@ -146,10 +146,42 @@ def test_wrong_values_name_key_value_and_choices(argv: list[str], parts: list[st
     ],
 )
 def test_wrong_files_are_described(tmp_path: Path, text: str, parts: list[str]) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text(text)
+    wrong_file(tmp_path, text.encode(), parts, "--preset")
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "parts"),
+    [
+        ("--preset", "data: {source: Bäume}".encode("latin-1"), ["no UTF-8 text", "at byte 16); save it as UTF-8"]),
+        ("--preset", b"name: 2024-13-01", ["not valid YAML: month must be in 1..12"]),
+        ("--preset", b"a: " + b"[" * 5000, ["not valid YAML"]),
+        ("--preset", b"include: [../folder/mine.yaml]", ["mine.yaml' includes itself"]),
+        ("--evaluation.suites", "attacks: [{threat: ä}]".encode("latin-1"), ["no UTF-8 text"]),
+        ("--evaluation.suites", b"include: [../folder/mine.yaml]", ["mine.yaml' includes itself"]),
+        ("--evaluation.suites", b"attacks: 5", ["attacks is 5; give a list"]),
+        ("--evaluation.suites", b"attacks: hello", ["attacks is 'hello'; give a list"]),
+        ("--evaluation.suites", b"summaries: {name: a}", ["summaries is {'name': 'a'}; give a list"]),
+        ("--evaluation.suites", b"include: [3]", ["include has 3; give names or paths of suites"]),
+        ("--evaluation.suites", b"attacks: [{threat: image, name: [a]}]", ["attack '['a']': name: must be a text"]),
+    ],
+)
+def test_files_that_cannot_be_read_are_described(tmp_path: Path, option: str, content: bytes, parts: list[str]) -> None:
+    (tmp_path / "folder").mkdir()
+    wrong_file(tmp_path / "folder", content, parts, option)
+
+
+def test_a_name_is_made_of_any_files_name(tmp_path: Path) -> None:
+    for name, expected in (("my set", "demo_my_set"), ("Bäume (1)", "demo_B_ume__1_"), ("_x", "demo__x")):
+        (tmp_path / f"{name}.yaml").write_text("training: {epochs: 3}")
+        assert cli.settings("demo", str(tmp_path / f"{name}.yaml")).name == expected
+    assert cli.settings(str(tmp_path / "_x.yaml")).name == "x"
+
+
+def wrong_file(folder: Path, content: bytes, parts: list[str], option: str) -> None:
+    path = folder / "mine.yaml"
+    path.write_bytes(content)
     with pytest.raises(UserError) as raised:
-        parsed("--preset", str(path))
+        parsed(option, str(path))
     message = str(raised.value)
     assert "\n" not in message
     assert [part for part in parts if part not in message] == [], message

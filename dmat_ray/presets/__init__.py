@@ -1,5 +1,7 @@
 """Settings by name: YAML files, each a partial config, layered left to right."""
 
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,12 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
+def name_of(layers: Iterable[str]) -> str:
+    """What a model of these presets is called: their names, of letters and signs that a name may have."""
+    joined = "_".join(layer.rsplit("/", 1)[-1].removesuffix(".yaml") for layer in layers)
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", joined).lstrip("_.-")
+
+
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """`above` over `below`, section by section."""
     merged = dict(below)
@@ -24,7 +32,7 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def load(layers: list[str], above: tuple[str, ...] = ()) -> dict[str, Any]:
+def load(layers: list[str], above: Mapping[Path, str] | None = None) -> dict[str, Any]:
     """Presets by name, or YAML files by path (anything with a dot or a slash), the later over the earlier.
 
     Those that one names under `include` are layered first, and it over them; files are looked for beside it. Raises UserError
@@ -37,8 +45,8 @@ def load(layers: list[str], above: tuple[str, ...] = ()) -> dict[str, Any]:
         if not path.is_file():
             hint = "" if is_file else f"; {choices(layer, names())}"
             raise UserError(f"preset '{layer}' does not exist{hint}")
-        if layer in above:
-            raise UserError(f"preset '{layer}' includes itself ({' > '.join([*above, layer])})")
+        if (here := path.resolve()) in (above := above or {}):
+            raise UserError(f"preset '{layer}' includes itself ({' > '.join([*above.values(), layer])})")
         values = yaml_file.read(path, f"preset '{layer}'")
         if not isinstance(values, dict):
             raise UserError(f"preset '{layer}' holds a {type(values).__name__}, not settings by section")
@@ -46,5 +54,5 @@ def load(layers: list[str], above: tuple[str, ...] = ()) -> dict[str, Any]:
         if not isinstance(others, list) or not all(isinstance(other, str) for other in others):
             raise UserError(f"preset '{layer}': include is {others!r}; give a list of presets")
         beside = [str(path.parent / other) if "/" in other or "." in other else other for other in others]
-        merged = merge(merge(merged, load(beside, (*above, layer))), values)
+        merged = merge(merge(merged, load(beside, {**above, here: layer})), values)
     return merged

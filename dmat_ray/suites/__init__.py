@@ -1,5 +1,6 @@
 """Suites of attacks by name: YAML files, each a table of rows, summaries of them, and other suites that it includes."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,7 +23,7 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def load(name: str, above: tuple[str, ...] = ()) -> dict[str, list[dict[str, Any]]]:
+def load(name: str, above: Mapping[Path, str] | None = None) -> dict[str, list[dict[str, Any]]]:
     """Rows and summaries of a suite, by name or by path (anything with a dot or a slash), those of included ones first.
 
     A row of a name that an included suite has takes that one's place.
@@ -34,23 +35,27 @@ def load(name: str, above: tuple[str, ...] = ()) -> dict[str, list[dict[str, Any
     if not path.is_file():
         hint = "" if is_file else f"; {choices(name, names())}"
         raise UserError(f"suite '{name}' does not exist{hint}")
-    if name in above:
-        raise UserError(f"suite '{name}' includes itself ({' > '.join([*above, name])})")
+    if (here := path.resolve()) in (above := above or {}):
+        raise UserError(f"suite '{name}' includes itself ({' > '.join([*above.values(), name])})")
     values = yaml_file.read(path, f"suite '{name}'")
     if not isinstance(values, dict) or (unknown := values.keys() - KEYS):
         what = f"'{min(map(str, unknown))}'" if isinstance(values, dict) else f"a {type(values).__name__}"
         raise UserError(f"suite '{name}' holds {what}; a suite has {', '.join(sorted(KEYS))}")
-    if not isinstance(others := values.get("include") or [], list):
-        raise UserError(f"suite '{name}': include is {others!r}; give a list, [{others}]")
+    for key in sorted(KEYS):
+        if not isinstance(found := values.get(key) or [], list):
+            raise UserError(f"suite '{name}': {key} is {found!r}; give a list, [{found}]")
+    others = values.get("include") or []
+    if odd := [other for other in others if not isinstance(other, str)]:
+        raise UserError(f"suite '{name}': include has {odd[0]!r}; give names or paths of suites")
     # files are looked for beside the one that includes them
     beside = [str(path.parent / other) if "/" in other or "." in other else other for other in others]
-    parts = [*(load(other, (*above, name)) for other in beside), values]
+    parts = [*(load(other, {**above, here: name}) for other in beside), values]
     return {key: _joined([row for part in parts for row in part.get(key) or []]) for key in ("attacks", "summaries")}
 
 
 def _joined(rows: list[Any]) -> list[Any]:
     """Rows in the order in which their names first come, each as it comes last. What is no row stays, for pydantic to name."""
-    named = [row.get("name") if isinstance(row, dict) else None for row in rows]
+    named = [row["name"] if isinstance(row, dict) and isinstance(row.get("name"), str) else None for row in rows]
     last = {name: row for name, row in zip(named, rows, strict=True) if name is not None}
     first = {name: place for place, name in reversed(list(enumerate(named)))}
     return [last.get(name, rows[place]) for place, name in enumerate(named) if name is None or first[name] == place]
