@@ -74,8 +74,10 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 OF_SCHEDULES = {
     "training.lr": ("cosine", "one_cycle"),
     "training.lr_warmup": ("cosine",),
+    "training.lr_epochs": ("piecewise",),
+    "training.lr_values": ("piecewise",),
 }
-"""Settings that only some learning rate schedules look at, and the default does not."""
+"""Settings that only some learning rate schedules look at."""
 
 
 def _source(parser: argparse.ArgumentParser) -> tuple[type[BaseSettings], CliSettingsSource[Any]]:

@@ -75,6 +75,12 @@ def test_a_rate_of_another_schedule_is_refused(tmp_path: Path) -> None:
         cli.parse("test", ["--preset", "demo", "--training.lr", "0.01"])
     with pytest.raises(UserError, match=r"training\.lr_warmup means nothing for training\.schedule one_cycle; it is of cosine"):
         cli.settings("demo", training={"schedule": "one_cycle", "lr_warmup": 1})
+    for name, value in (("lr_values", (0, 9, 9, 9)), ("lr_epochs", (0, 1, 2, 3))):
+        refused = rf"training\.{name} means nothing for training\.schedule cosine; it is of piecewise"
+        with pytest.raises(UserError, match=refused):
+            cli.settings("demo", training={"schedule": "cosine", name: value})
+        with pytest.raises(UserError, match=refused):
+            parsed("--preset", "demo", "--training.schedule", "cosine", f"--training.{name}", ",".join(map(str, value)))
     (tmp_path / "both.yaml").write_text("training: {schedule: one_cycle, lr: 0.3, lr_values: [0, 1], lr_epochs: [0, 9]}")
     assert cli.settings(str(tmp_path / "both.yaml")).training.lr == 0.3
     assert cli.parse("test", ["--training.schedule", "cosine", "--training.lr", "0.01"])[0].training.lr == 0.01
