@@ -25,10 +25,11 @@ def main() -> None:
     prepare_environment(config, elastic=False)
     from dmat_ray.cluster import gan
     from dmat_ray.cluster.jobs import Speaker
+    from dmat_ray.manifold.gan_images import is_trained
 
     say = Speaker().stage("generator")
     folder = output / "generator"
-    if not arguments.overwrite and gan.is_trained(config, folder):
+    if not arguments.overwrite and is_trained(config, folder):
         say("is trained already and unchanged, nothing to do")
     else:
         gan.train(config, folder, shlex.join(["python", "jobs/train_generator.py", *sys.argv[1:]]), say)
