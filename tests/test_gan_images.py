@@ -1,6 +1,12 @@
 """The images of a generator's training: decoded once, and again when they or how they are decoded change."""
 
+import hashlib
 import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +17,10 @@ import torch
 from PIL import Image
 
 from dmat_ray import cli
-from dmat_ray.config import Config
+from dmat_ray.config import Config, DataConfig
 from dmat_ray.data.sources import list_examples, read_pixels
 from dmat_ray.errors import UserError
-from dmat_ray.manifold import gan_images
+from dmat_ray.manifold import gan_images, trained_on
 
 
 def photo_folder(root: Path, count: int = 12, classes: int = 2) -> Path:
@@ -52,7 +58,7 @@ def test_decoded_images_follow_their_files(tmp_path: Path) -> None:
     after = gan_images.prepare_images(config, tmp_path / "train")
     assert after.digest != before.digest
     assert not torch.equal(after.open()[0], before.open()[0])
-    for name in ("images.npy", "labels.npy", "rejected.json"):
+    for name in ("images.npy", "labels.npy", "rejected.json", "images.parquet"):
         (after.folder / name).unlink()
         again = gan_images.prepare_images(config, tmp_path / "train")
         assert torch.equal(again.open()[0], gan_images.prepare_images(config, tmp_path / "other").open()[0])
@@ -140,3 +146,142 @@ def test_one_class_trains_no_classifier_and_is_refused_before_it_is_decoded(
             photo_settings(photo_folder(tmp_path / "photos", classes=0), tmp_path, "--cluster.train_workers", "1"), tmp_path
         )
     assert not list(tmp_path.glob("*images-*"))
+
+
+def trained(config: Config, folder: Path) -> Path:
+    """A generator's folder as a training of these settings leaves it, its weights aside."""
+    cache = gan_images.prepare_images(config, folder.parent / "train")
+    folder.mkdir(parents=True)
+    shutil.copyfile(cache.folder / "images.parquet", folder / "images.parquet")
+    (folder / "card.json").write_text(json.dumps(gan_images.card_of(config, cache)))
+    (folder / "generator.safetensors").write_bytes(b"")
+    return folder
+
+
+def test_the_table_beside_a_generator_tells_its_images(tmp_path: Path) -> None:
+    photos = photo_folder(tmp_path / "photos", count=20)
+    config = photo_settings(photos, tmp_path, "--data.max_rejected", "0.2")
+    rows = list_examples(config.data).rows("train")
+    victim = rows["id"][0].as_py()
+    (photos / victim).write_bytes(b"no picture")
+    card = json.loads((trained(config, tmp_path / "generator") / "card.json").read_text())
+    table = pq.read_table(tmp_path / "generator" / "images.parquet")
+    assert table["id"].equals(rows["id"])
+    assert table["label"].equals(rows["label"])
+    assert table["version"][1].as_py() == "{0.st_size} {0.st_mtime_ns}".format((photos / rows["id"][1].as_py()).stat())
+    images = read_pixels(rows, config.data)
+    expected = [None if isinstance(image, str) else hashlib.sha256(image.tobytes()).digest() for image in images]
+    assert table["pixels_sha256"].to_pylist() == expected
+    assert expected.count(None) == 1
+    content = (tmp_path / "generator" / "images.parquet").read_bytes()
+    assert card["images_file_sha256"] == hashlib.sha256(content).hexdigest()
+    for path in photos.rglob("*.png"):
+        os.utime(path, (0, 0))
+    again = json.loads((trained(config, tmp_path / "later" / "generator") / "card.json").read_text())
+    assert again["images_pixels_sha256"] == card["images_pixels_sha256"]
+    assert again["images_file_sha256"] != card["images_file_sha256"]
+
+
+def contents(config: Config) -> dict[str, bytes | str]:
+    """The pixels of the training split by id."""
+    rows = list_examples(config.data).rows("train")
+    images = [image if isinstance(image, str) else image.tobytes() for image in read_pixels(rows, config.data)]
+    return dict(zip(rows["id"].to_pylist(), images, strict=True))
+
+
+def add(photos: Path) -> None:
+    for name in ("new", "newer"):
+        shutil.copyfile(photos / "class0" / "00.png", photos / "class0" / f"{name}.png")
+
+
+def remove(photos: Path) -> None:
+    (photos / "class1" / "01.png").unlink()
+
+
+def draw(photos: Path) -> None:
+    for path in sorted((photos / "class0").iterdir())[:3]:
+        Image.fromarray(np.zeros((10, 10), dtype=np.uint8)).save(path)
+
+
+def touch(photos: Path) -> None:
+    for path in photos.rglob("*.png"):
+        os.utime(path)
+
+
+def save_otherwise(photos: Path) -> None:
+    """The same pixels in larger files."""
+    for path in photos.rglob("*.png"):
+        Image.open(path).save(path, compress_level=0)
+
+
+@pytest.mark.parametrize("change", [touch, save_otherwise, add, remove, draw])
+@pytest.mark.parametrize("with_table", [True, False])
+def test_a_generator_is_another_only_where_images_are(
+    tmp_path: Path, change: Callable[[Path], None], *, with_table: bool
+) -> None:
+    """One without a table was trained by an earlier version: that of its files anything has changed is all that can be told."""
+    photos = photo_folder(tmp_path / "photos", count=20)
+    config = photo_settings(photos, tmp_path)
+    folder = trained(config, tmp_path / "generator")
+    if not with_table:
+        (folder / "images.parquet").unlink()
+    assert gan_images.is_trained(config, folder)
+    before = contents(config)
+    change(photos)
+    after = contents(config)
+    counts = {
+        "more": len(after.keys() - before.keys()),
+        "fewer": len(before.keys() - after.keys()),
+        "changed": sum(after[id] != before[id] for id in after.keys() & before.keys()),
+    }
+    told = ", ".join(f"{count} image{'s'[: count - 1]} {word}" for word, count in counts.items() if count)
+    assert bool(told) == (change in (add, remove, draw))
+    if with_table and not told:
+        assert gan_images.is_trained(config, folder)
+        return
+    why = f"{told} since" if with_table else "its images have changed since, or their files"
+    with pytest.raises(UserError, match=re.escape(f"holds another generator ({why}); give another --output, or --overwrite")):
+        gan_images.is_trained(config, folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gan.seed", "5"], r"\(gan.seed was 0, now it is 5\)"),
+        (["--gan.quality.samples", "50"], r"\(gan.quality.samples was \d+, now it is 50\)"),
+        (["--data.resize", "pad"], r"\(data.resize was crop, now it is pad\)"),
+        (["--data.test_share", "0.5"], r"\(6 images fewer since; data.test_share was 0.2, now it is 0.5\)"),
+    ],
+)
+def test_what_another_generator_was_made_with_is_named(tmp_path: Path, options: list[str], words: str) -> None:
+    photos = photo_folder(tmp_path / "photos", count=20)
+    folder = trained(photo_settings(photos, tmp_path), tmp_path / "generator")
+    with pytest.raises(UserError, match=words):
+        gan_images.is_trained(photo_settings(photos, tmp_path, *options), folder)
+
+
+def test_only_images_whose_files_are_others_are_decoded_to_compare_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos = photo_folder(tmp_path / "photos", count=20)
+    config = photo_settings(photos, tmp_path)
+    folder = trained(config, tmp_path / "generator")
+    name = list_examples(config.data).rows("train")["id"][3].as_py()
+    os.utime(photos / name)
+    decoded: list[str] = []
+
+    def noting(rows: pa.Table, data: DataConfig) -> list[np.ndarray | str]:
+        decoded.extend(rows["id"].to_pylist())
+        return read_pixels(rows, data)
+
+    monkeypatch.setattr(trained_on, "read_pixels", noting)
+    assert gan_images.is_trained(config, folder)
+    assert decoded == [name]
+
+
+def test_a_folder_that_is_no_whole_generator_is_another(tmp_path: Path) -> None:
+    config = photo_settings(photo_folder(tmp_path / "photos"), tmp_path)
+    assert not gan_images.is_trained(config, tmp_path / "generator")
+    folder = trained(config, tmp_path / "generator")
+    for name in ("generator.safetensors", "card.json"):
+        (folder / name).unlink()
+        with pytest.raises(UserError, match="it was not trained here, or is not whole"):
+            gan_images.is_trained(config, folder)

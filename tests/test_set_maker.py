@@ -1,5 +1,6 @@
 """What is looked at before a set is begun: room in its files, and whether the generator was trained on its test images."""
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +19,7 @@ from dmat_ray.config import Config
 from dmat_ray.data import set_format, sources
 from dmat_ray.data.sources import list_examples
 from dmat_ray.errors import UserError
-from dmat_ray.manifold import set_maker
+from dmat_ray.manifold import gan_images, set_maker
 
 PLAIN = {"lpips": 0, "start": "mean", "steps": 1, "poor_l1": 1}
 Make = Callable[..., Config]
@@ -44,7 +47,8 @@ def make(photos: Path, tmp_path: Path, generator_folder: Path) -> Make:
         if card is not None:
             known["data"] = {"source": str(photos), "resolution": 8, **card}
         (folder / "card.json").write_text(json.dumps(known))
-        values = {"data": {"source": str(photos), "resolution": 8, **data}, "generator": {"path": str(folder)}}
+        gan = {"architecture": known["architecture"]}
+        values = {"data": {"source": str(photos), "resolution": 8, **data}, "generator": {"path": str(folder)}, "gan": gan}
         return Config.model_validate({**values, "projection": PLAIN, "output": str(tmp_path / "out")})
 
     return made
@@ -92,6 +96,85 @@ def test_a_generator_that_knows_no_test_image_is_nothing_to_say(
     make: Make, card: dict[str, Any] | None, data: dict[str, Any]
 ) -> None:
     assert said(make(card, **data)) == []
+
+
+def ids(config: Config, split: str) -> set[str]:
+    return set(list_examples(config.data).rows(split)["id"].to_pylist())
+
+
+def draw(path: Path) -> None:
+    Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def after_training(make: Make, tmp_path: Path) -> Callable[..., Config]:
+    """after_training(with_table, **data): `make` with a generator that was trained on the photos as they are."""
+
+    def made(with_table: bool, **data: Any) -> Config:
+        config = make({**data}, **data)
+        folder = Path(config.generator.path)
+        cache = gan_images.prepare_images(config, tmp_path / "train")
+        card = json.loads((folder / "card.json").read_text()) | gan_images.card_of(config, cache)
+        (folder / "card.json").write_text(json.dumps(card))
+        if with_table:
+            shutil.copyfile(cache.folder / "images.parquet", folder / "images.parquet")
+        return config
+
+    return made
+
+
+@pytest.mark.parametrize("with_table", [True, False])
+def test_one_image_more_of_the_same_source_is_another_split(
+    after_training: Callable[..., Config], photos: Path, *, with_table: bool
+) -> None:
+    """What an earlier version trained has no table: how many images it saw is then not known any more."""
+    config = after_training(with_table, official_split=False, test_share=0.25)
+    before = ids(config, "train")
+    assert said(config) == []
+    for name in ("00", "01"):
+        draw(photos / "train" / f"class{name[1]}" / f"{name}.png")
+    test = ids(config, "test")
+    assert test & before
+    (line,) = said(config)
+    many = f"{len(test & before)} of {len(test)} test images are" if with_table else "test images may be"
+    assert line.startswith(f"warning: {many} among those that generator")
+    assert line.endswith("train it anew, or give data.official_split")
+    noted = len(test & before) if with_table else "unknown"
+    assert set_maker.make(config, torch.device("cpu"), print)["test_images_seen_by_generator"] == noted
+
+
+def test_other_settings_and_more_images_are_counted_by_what_was_trained_on(
+    after_training: Callable[..., Config], photos: Path
+) -> None:
+    config = after_training(True, official_split=True)
+    before = ids(config, "train")
+    for number in range(20, 30):
+        draw(photos / "train" / f"class{number % 2}" / f"{number}.png")
+    other = config.model_copy(update={"data": config.data.model_copy(update={"official_split": False, "test_share": 0.75})})
+    test = ids(other, "test")
+    (line,) = said(other)
+    assert f"{len(test & before)} of {len(test)} test images are among" in line
+    assert 0 < len(test & before) < len(test)
+    assert said(config) == [], "its own test part is still apart"
+
+
+def test_images_are_known_by_the_names_of_the_table(
+    make: Make, after_training: Callable[..., Config], tmp_path: Path, photos: Path
+) -> None:
+    """Of Parquet, ids may come from a column, or be file and row."""
+    shutil.rmtree(photos)
+    photos.mkdir()
+    encoded = []
+    for shade in range(20):
+        Image.fromarray(np.full((8, 8), shade, dtype=np.uint8)).save(buffer := io.BytesIO(), "png")
+        encoded.append(buffer.getvalue())
+    columns = {"image": encoded, "label": [i % 2 for i in range(20)], "name": [f"n{i}" for i in range(20)]}
+    pq.write_table(pa.table(columns), photos / "all.parquet")
+    config = after_training(True, id_column="name")
+    other = config.model_copy(update={"data": config.data.model_copy(update={"id_column": None, "seed": 1})})
+    as_theirs = config.model_copy(update={"data": config.data.model_copy(update={"seed": 1})})
+    (line,) = said(other)
+    assert f"{len(ids(as_theirs, 'test') & ids(config, 'train'))} of 4 test images are" in line
 
 
 def test_the_shipped_generator_and_another_seed() -> None:

@@ -16,8 +16,9 @@ from dmat_ray.cluster.events import heed_stop, listen, no_retry_of_user_errors, 
 from dmat_ray.config import Config
 from dmat_ray.folders import replace_folder
 from dmat_ray.lease import Lease, sole
+from dmat_ray.manifold import trained_on
 from dmat_ray.manifold.base import LatentGenerator
-from dmat_ray.manifold.gan_images import PARTIAL, ImageCache, check
+from dmat_ray.manifold.gan_images import PARTIAL, ImageCache, card_of, check
 from dmat_ray.manifold.gan_trainer import DEAD_END, PROGRESS, is_finished, result_of, train_generator
 from dmat_ray.manifold.generators import save_generator
 from dmat_ray.manifold.samples import sample_grid
@@ -137,11 +138,7 @@ def _train(
             )
         card = {
             "command": command,
-            "data": config.data.model_dump(mode="json"),
-            "images": len(cache.open()[1]),
-            "images_sha256": cache.digest,
-            "rejected": cache.rejected,
-            "training": config.gan.model_dump(mode="json"),
+            **card_of(config, cache),
             "quality": kept,
             "seed": config.gan.seed,
             "versions": versions(),
@@ -149,6 +146,7 @@ def _train(
 
         def write(fresh: Path) -> None:
             save_generator(fresh, generator, card)
+            shutil.copyfile(cache.folder / trained_on.IMAGES, fresh / trained_on.IMAGES)
             (fresh / SAMPLES).write_bytes(sample_grid(generator, config.gan.seed))
             lease.check()
 

@@ -5,6 +5,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,16 +13,17 @@ import torch
 from torch import Tensor
 
 from dmat_ray.config import Config, DataConfig
-from dmat_ray.data.sources import list_examples, read_pixels, versions_of_images
+from dmat_ray.data.sources import read_pixels
 from dmat_ray.errors import UserError
-from dmat_ray.files import read_json, text_digest, write_json
-from dmat_ray.manifold import quality
+from dmat_ray.files import read_json, write_json
+from dmat_ray.manifold import quality, trained_on
 from dmat_ray.manifold.gan_trainer import check_images, check_workers
 from dmat_ray.manifold.generators import CARD, WEIGHTS
+from dmat_ray.manifold.trained_on import CHUNK
+from dmat_ray.wording import number_of
 
 PARTIAL = ".images-*.partial"  # of the decoded images, until they are whole
 PIXELS, LABELS, REJECTED = "images.npy", "labels.npy", "rejected.json"
-CHUNK = 64  # images that a thread reads and decodes at a time
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,8 @@ class ImageCache:
         return torch.from_numpy(pixels[: len(labels)]), torch.from_numpy(labels)
 
 
-def _listing(config: Config) -> tuple[pa.Table, str]:
-    """The training split, and a digest that changes with its images, their labels, and how they are decoded."""
-    labelled = config.gan.architecture.num_classes > 0
-    rows = list_examples(config.data, labelled=labelled).rows("train")
-    columns = rows["id"].to_pylist(), rows["label"].to_pylist(), versions_of_images(rows, config.data)
-    lines = [f"{id}\t{label}\t{version}" for id, label, version in zip(*columns, strict=True)]
-    # without a word for what is as it was before it could be set
-    resize = "" if config.data.resize == "crop" else f" {config.data.resize}"
-    decoded = {name: getattr(config.data, name) for name in ("image_column", "max_pixels")}
-    others = "".join(f" {name}={value}" for name, value in decoded.items() if value != DataConfig.model_fields[name].default)
-    return rows, text_digest("\n".join([f"{config.data.resolution} {config.data.channels}{resize}{others}", *lines]))
+def _listed(config: Config) -> tuple[pa.Table, str]:
+    return trained_on.listed(config.data, labelled=config.gan.architecture.num_classes > 0)
 
 
 def prepare_images(config: Config, storage: Path) -> ImageCache:
@@ -59,11 +52,11 @@ def prepare_images(config: Config, storage: Path) -> ImageCache:
     Raises UserError for settings that do not fit the images, before one is decoded, and if more than `data.max_rejected` of them
     cannot be read.
     """
-    rows, digest = _listing(config)
+    rows, digest = _listed(config)
     blank = torch.zeros(1, config.data.channels, config.data.resolution, config.data.resolution)
     _require_fit(config, blank, torch.tensor(rows["label"].to_pylist()))
     cache = storage / f"images-{digest[:16]}"
-    if all((cache / name).is_file() for name in (PIXELS, LABELS, REJECTED)):
+    if all((cache / name).is_file() for name in (PIXELS, LABELS, REJECTED, trained_on.IMAGES)):
         return ImageCache(cache, digest, read_json(cache / REJECTED))
     shutil.rmtree(cache, ignore_errors=True)
     partial = storage / PARTIAL.replace("*", f"{digest[:16]}.{os.getpid()}")
@@ -81,16 +74,17 @@ def _decode_all(rows: pa.Table, config: DataConfig, folder: Path) -> dict[str, s
     shape = (rows.num_rows, config.channels, config.resolution, config.resolution)
     pixels = np.lib.format.open_memmap(folder / PIXELS, mode="w+", dtype=np.uint8, shape=shape)
 
-    def load(start: int) -> list[str | None]:
-        """Decodes some; the reason for each that cannot be read."""
+    def load(start: int) -> list[tuple[str | None, bytes | None]]:
+        """Decodes some; of each the reason why it cannot be read, or the digest of its pixels."""
         found = read_pixels(rows.slice(start, CHUNK), config)
         for place, image in enumerate(found, start):
             if not isinstance(image, str):
                 pixels[place] = image
-        return [image if isinstance(image, str) else None for image in found]
+        return [(image if isinstance(image, str) else None, trained_on.pixels_digest(image)) for image in found]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside of the interpreter's lock
-        reasons = [reason for chunk in pool.map(load, range(0, rows.num_rows, CHUNK)) for reason in chunk]
+        loaded = [one for chunk in pool.map(load, range(0, rows.num_rows, CHUNK)) for one in chunk]
+    reasons = [reason for reason, _ in loaded]
     rejected = {id: reason for id, reason in zip(rows["id"].to_pylist(), reasons, strict=True) if reason is not None}
     good = [i for i, reason in enumerate(reasons) if reason is None]
     if not good or len(rejected) > config.max_rejected * rows.num_rows:
@@ -101,23 +95,63 @@ def _decode_all(rows: pa.Table, config: DataConfig, folder: Path) -> dict[str, s
             pixels[place] = pixels[i]
     pixels.flush()
     np.save(folder / LABELS, rows["label"].to_numpy()[good])
+    trained_on.write(folder, rows, [digest for _, digest in loaded])
     return rejected
+
+
+def card_of(config: Config, cache: ImageCache) -> dict[str, Any]:
+    """What the card of a generator says of the images that it is trained on, and how."""
+    return {
+        "data": config.data.model_dump(mode="json"),
+        "images": len(cache.open()[1]),
+        "images_sha256": cache.digest,
+        **trained_on.described(cache.folder),
+        "rejected": cache.rejected,
+        "training": config.gan.model_dump(mode="json"),
+    }
 
 
 def is_trained(config: Config, folder: Path) -> bool:
     """True if `folder` holds the generator that these settings and this data make.
 
-    Raises UserError if it holds another one, which training would replace.
+    Raises UserError that says what differs if it holds another one, which training would replace.
     """
     if not folder.exists():
         return False
     card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
-    same = card.get("training") == config.gan.model_dump(mode="json") and card.get("images_sha256") == _listing(config)[1]
-    if same and (folder / WEIGHTS).is_file():
-        return True
-    raise UserError(
-        f"'{folder}' holds another generator, or one of other settings or images; give another --output, or --overwrite"
-    )
+    if why := _different(config, folder, card):
+        raise UserError(f"'{folder}' holds another generator ({why}); give another --output, or --overwrite")
+    return True
+
+
+def _first_difference(was: Any, now: Any, name: str) -> str:
+    """The first setting under `name` that differs, in words; empty if none does."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*now, *was])
+        return next(filter(None, (_first_difference(was.get(k), now.get(k), f"{name}.{k}") for k in keys)), "")
+    return "" if was == now else f"{name} was {was}, now it is {now}"
+
+
+def _different(config: Config, folder: Path, card: dict[str, Any]) -> str:
+    """What of a generator's training, of which `card` tells, is not what it would be now; empty if nothing is."""
+    if "training" not in card or not (folder / WEIGHTS).is_file():
+        return "it was not trained here, or is not whole"
+    if other := _first_difference(card["training"], config.gan.model_dump(mode="json"), "gan"):
+        return other
+    rows, digest = _listed(config)
+    if card.get("images_sha256") == digest:
+        return ""
+    data = config.data.model_dump(mode="json")
+    then = data | (card["data"] if isinstance(card.get("data"), dict) else {})
+    others = [f"data.{name} was {then[name]}, now it is {value}" for name, value in data.items() if then[name] != value]
+    decoded = [other for other in others if other.split()[0].removeprefix("data.") in trained_on.DECODING]
+    if decoded:
+        return decoded[0]
+    if (known := trained_on.read(folder, card)) is None:
+        return "; ".join(["its images have changed since, or their files", *others])
+    changes = trained_on.changes(known, rows, config.data)
+    words = ", ".join(f"{number_of(count, 'image')} {word}" for word, count in changes.items())
+    return "; ".join([f"{words} since", *others]) if changes else ""
 
 
 def _require_fit(config: Config, images: Tensor, labels: Tensor) -> None:

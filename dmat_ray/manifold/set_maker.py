@@ -10,30 +10,26 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
-from pydantic import ValidationError
 
 from dmat_ray.checkpoint import versions
-from dmat_ray.config import Config, DataConfig, ProjectionConfig
+from dmat_ray.config import Config, ProjectionConfig
 from dmat_ray.data import set_format, set_writer, sources
 from dmat_ray.data.pixels import quantise
 from dmat_ray.data.set_format import MANIFEST, SHARDS
 from dmat_ray.data.set_reader import read_manifest
 from dmat_ray.data.set_writer import Record, Shard
 from dmat_ray.data.sources import Listing
-from dmat_ray.errors import DmatRayError, UserError
+from dmat_ray.errors import UserError
 from dmat_ray.files import text_digest
 from dmat_ray.lease import Lease, exclusive
-from dmat_ray.manifold import encoder, generators
+from dmat_ray.manifold import encoder, generators, trained_on
 from dmat_ray.manifold.projection import Projector
-from dmat_ray.storage import Location, at, set_folder
+from dmat_ray.storage import Location, set_folder
 
 # What may change over a half-finished set: the quality of results does not depend on it. (w itself may, where rounding decides
 # into which of two valleys a search goes. The encoder counts by its weights, not by its folder.)
 HARMLESS = {"batch_size", "compile", "encoder"}
-# settings of the data that say which images the test split is drawn from and which go there; others take fewer of either split
-SPLIT = ("seed", "test_share", "official_split", "classes", "label_column")
 REJECTED_SAID = 20  # the others are in the manifest
 
 
@@ -80,39 +76,9 @@ def prepare(config: Config, say: Callable[[str], None]) -> Listing:
         say(f"taking {taken} of {listing.found} images ({', '.join(f'data.{name}' for name in why)})")
     if listing.ignored:
         say(f"not taken: {listing.ignored}")
-    seen, names = _seen_by_generator(config, listing)
-    if seen != 0:
-        many = "test images may be" if seen is None else f"{seen} of {listing.rows('test').num_rows} test images are"
-        say(
-            f"warning: {many} among those that generator '{config.generator.path}' was trained on, which flatters what is "
-            f"measured on them; give {' and '.join(names)} as under data in its {generators.CARD}"
-        )
+    if warning := trained_on.warning_of_seen(config, listing):
+        say(warning)
     return listing
-
-
-def _seen_by_generator(config: Config, listing: Listing) -> tuple[int | None, list[str]]:
-    """How many test images the generator was trained on, as far as its card tells, and the settings that split them otherwise.
-
-    None for images of the same source that cannot be listed any more as they were then. The card of an imported generator says
-    nothing of its images.
-    """
-    said = generators.read_card(config.generator.path).get("data")
-    try:
-        theirs = DataConfig.model_validate(said)
-    except ValidationError:
-        return 0, []
-    named = {theirs.source, config.data.source} & sources.NAMED.keys()
-    if theirs.source != config.data.source and (named or str(at(theirs.source)) != str(at(config.data.source))):
-        return 0, []
-    names = [f"data.{name}" for name in SPLIT if getattr(theirs, name) != getattr(config.data, name)]
-    if not names:
-        return 0, []
-    here = {"id_column": config.data.id_column, "resolution": config.data.resolution}
-    try:
-        known = sources.list_examples(theirs.model_copy(update=here), labelled=False).rows("train")
-    except DmatRayError:
-        return None, names
-    return pc.sum(pc.is_in(listing.rows("test")["id"], value_set=known["id"])).as_py() or 0, names
 
 
 def _require_room(config: Config, listing: Listing) -> None:
@@ -237,8 +203,8 @@ def finish(config: Config, work: Begun, made_by: dict[str, str], say: Callable[[
         "lpips_is_perceptual": config.projection.lpips_weights != "random",
         "versions": made_by,
     }
-    if seen := _seen_by_generator(config, work.listing)[0]:
-        described["test_images_seen_by_generator"] = seen
+    if (seen := trained_on.seen_in_training(config, work.listing)[0]) != 0:
+        described["test_images_seen_by_generator"] = "unknown" if seen is None else seen
     return set_writer.finish(work.folder, settings_of(config, work.listing), work.shards, records, described)
 
 

@@ -91,7 +91,7 @@ def test_samples_and_quality_are_in_mlflow(calm):
     with Image.open(client.download_artifacts(run.info.run_id, grids[-1])) as grid:
         assert grid.size == (10 * 34 + 2, 8 * 34 + 2)
     assert {a.path for a in client.list_artifacts(run.info.run_id, "generator")} == {
-        f"generator/{name}" for name in ("card.json", "generator.safetensors", "samples.png")
+        f"generator/{name}" for name in ("card.json", "generator.safetensors", "images.parquet", "samples.png")
     }
 
 
@@ -196,5 +196,5 @@ def test_a_generator_that_is_there_is_not_replaced_unasked(calm, tmp_path):
     assert gan_images.is_trained(settings(calm), calm / "generator")
     assert not gan_images.is_trained(settings(tmp_path), tmp_path / "generator")
     other, _ = cli.parse("test", ["--output", str(calm), *OPTIONS, "--gan.seed", "5"], preset=["mnist32_generator"])
-    with pytest.raises(UserError, match=r"holds another generator.*--overwrite"):
+    with pytest.raises(UserError, match=r"holds another generator \(gan.seed was 0, now it is 5\); .*--overwrite"):
         gan_images.is_trained(other, calm / "generator")

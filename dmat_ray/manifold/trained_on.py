@@ -1,0 +1,167 @@
+"""The images that a generator was trained on: a table beside its weights, which tells later which of them are test images, and
+whether they have changed since.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from dmat_ray.config import Config, DataConfig
+from dmat_ray.data import sources
+from dmat_ray.data.sources import Listing, read_pixels, versions_of_images
+from dmat_ray.errors import DmatRayError
+from dmat_ray.files import sha256, text_digest
+from dmat_ray.manifold import generators
+from dmat_ray.storage import at
+
+IMAGES = "images.parquet"
+CHUNK = 64  # images that a thread reads and decodes at a time
+# settings of the data that say how an image is decoded
+DECODING = ("resolution", "channels", "resize", "image_column", "max_pixels")
+# settings of the data that say which images the test split is drawn from and which go there; others take fewer of either split
+SPLIT = ("seed", "test_share", "official_split", "classes", "label_column")
+
+
+def listed(data: DataConfig, *, labelled: bool) -> tuple[pa.Table, str]:
+    """The training split as in a `Listing` with a column `version`, and a digest that changes with it and how it is decoded."""
+    rows = sources.list_examples(data, labelled=labelled).rows("train")
+    rows = rows.append_column("version", pa.array(versions_of_images(rows, data), pa.string()))
+    columns = (rows[name].to_pylist() for name in ("id", "label", "version"))
+    lines = [f"{id}\t{label}\t{version}" for id, label, version in zip(*columns, strict=True)]
+    # without a word for what is as it was before it could be set
+    resize = "" if data.resize == "crop" else f" {data.resize}"
+    decoded = {name: getattr(data, name) for name in ("image_column", "max_pixels")}
+    others = "".join(f" {name}={value}" for name, value in decoded.items() if value != DataConfig.model_fields[name].default)
+    return rows, text_digest("\n".join([f"{data.resolution} {data.channels}{resize}{others}", *lines]))
+
+
+def pixels_digest(image: np.ndarray | str) -> bytes | None:
+    """sha256 of a decoded image as `read_pixels` gives it; None for one that cannot be read."""
+    return None if isinstance(image, str) else hashlib.sha256(image.tobytes()).digest()
+
+
+def write(folder: Path, rows: pa.Table, digests: list[bytes | None]) -> None:
+    """Write the table of the `rows` of `listed`, of which `digests` are the pixels'."""
+    known = rows.select(["id", "label", "version"]).append_column("pixels_sha256", pa.array(digests, pa.binary(32)))
+    pq.write_table(known, folder / IMAGES, compression="zstd")
+
+
+def described(folder: Path) -> dict[str, str]:
+    """For a generator's card: digests of the table in `folder`, and of the ids, labels and pixels in it, whatever their files'
+    times.
+    """
+    table = _usable(pq.read_table(folder / IMAGES))
+    columns = (table[name].to_pylist() for name in ("id", "label", "pixels_sha256"))
+    lines = [f"{id}\t{label}\t{digest.hex()}" for id, label, digest in zip(*columns, strict=True)]
+    return {"images_file_sha256": sha256(folder / IMAGES), "images_pixels_sha256": text_digest("\n".join(lines))}
+
+
+def _usable(table: pa.Table) -> pa.Table:
+    return table.filter(pc.is_valid(table["pixels_sha256"]))
+
+
+def read(folder: Path, card: dict[str, Any]) -> pa.Table | None:
+    """The table that the card is about, also of images that could not be read (null as pixels_sha256); None if there is none."""
+    said = card.get("images_file_sha256")
+    if said is None or not (folder / IMAGES).is_file() or sha256(folder / IMAGES) != said:
+        return None
+    return pq.read_table(folder / IMAGES)
+
+
+def changes(known: pa.Table, rows: pa.Table, data: DataConfig) -> dict[str, int]:
+    """How many of the `rows` of `listed` are more, fewer and changed since `known` was written, where any are.
+
+    Another label or other pixels are a change, another time of a file is none: such an image is decoded to compare it.
+    """
+    place = pc.index_in(rows["id"], value_set=known["id"].combine_chunks())
+    here = rows.filter(pc.is_valid(place))
+    then = known.take(place.drop_null())
+    relabelled = pc.not_equal(here["label"], then["label"])
+    touched = pc.and_(pc.not_equal(here["version"], then["version"]), pc.invert(relabelled))
+    before = then.filter(touched)["pixels_sha256"].to_pylist()
+    other = sum(now != was for now, was in zip(_digests(here.filter(touched), data), before, strict=True))
+    more, fewer = rows.num_rows - here.num_rows, known.num_rows - here.num_rows
+    counts = {"more": more, "fewer": fewer, "changed": (pc.sum(relabelled).as_py() or 0) + other}
+    return {word: count for word, count in counts.items() if count}
+
+
+def _digests(rows: pa.Table, data: DataConfig) -> Iterator[bytes | None]:
+    def of(start: int) -> list[bytes | None]:
+        return [pixels_digest(image) for image in read_pixels(rows.slice(start, CHUNK), data)]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for found in pool.map(of, range(0, rows.num_rows, CHUNK)):
+            yield from found
+
+
+def warning_of_seen(config: Config, listing: Listing) -> str:
+    """What is to be said of test images that the generator was trained on; empty if there are none."""
+    seen, names = seen_in_training(config, listing)
+    if seen == 0:
+        return ""
+    many = "test images may be" if seen is None else f"{seen} of {listing.rows('test').num_rows} test images are"
+    way_out = (
+        f"give {' and '.join(names)} as under data in its {generators.CARD}"
+        if names
+        else "images have come or gone since, so that it is split otherwise: train it anew, or give data.official_split"
+    )
+    return (
+        f"warning: {many} among those that generator '{config.generator.path}' was trained on, which flatters what is measured "
+        f"on them; {way_out}"
+    )
+
+
+def seen_in_training(config: Config, listing: Listing) -> tuple[int | None, list[str]]:
+    """How many test images the generator was trained on, as far as its folder tells, and the settings that split them otherwise.
+
+    None for images of the same source that cannot be listed any more as they were then. The card of an imported generator says
+    nothing of its images.
+    """
+    card = generators.read_card(config.generator.path)
+    try:
+        theirs = DataConfig.model_validate(card.get("data"))
+    except ValidationError:
+        return 0, []
+    named = {theirs.source, config.data.source} & sources.NAMED.keys()
+    if theirs.source != config.data.source and (named or str(at(theirs.source)) != str(at(config.data.source))):
+        return 0, []
+    names = [f"data.{name}" for name in SPLIT if getattr(theirs, name) != getattr(config.data, name)]
+    try:
+        known = _known_ids(config, card, theirs)
+        if known is None or not len(known):
+            return (None if known is None else 0), names
+        test = listing.rows("test")["id"]
+        if theirs.id_column != config.data.id_column:
+            # by the names that the generator's table has for them
+            as_theirs = config.data.model_copy(update={"id_column": theirs.id_column})
+            test = sources.list_examples(as_theirs).rows("test")["id"]
+    except DmatRayError:
+        return None, names
+    return pc.sum(pc.is_in(test, value_set=known)).as_py() or 0, names
+
+
+def _known_ids(config: Config, card: dict[str, Any], theirs: DataConfig) -> pa.ChunkedArray | None:
+    """Ids of the images that a generator was trained on; empty if no test image can be among them, None if they are not known.
+
+    Raises DmatRayError if they are to be listed again and cannot be.
+    """
+    if (known := read(generators.folder_of(config.generator.path), card)) is not None:
+        return _usable(known)["id"]
+    if "images_sha256" in card:
+        architecture = card.get("architecture")
+        labelled = isinstance(architecture, dict) and bool(architecture.get("num_classes"))
+        rows, digest = listed(theirs, labelled=labelled)
+        return rows["id"] if digest == card["images_sha256"] else None
+    if all(getattr(theirs, name) == getattr(config.data, name) for name in SPLIT):
+        return pa.chunked_array([], pa.string())
+    here = {"resolution": config.data.resolution}
+    return sources.list_examples(theirs.model_copy(update=here), labelled=False).rows("train")["id"]
