@@ -18,7 +18,7 @@ from dmat_ray import pace
 from dmat_ray.config import GanConfig, StyleGAN2Config
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
-from dmat_ray.manifold import gan, gan_trainer
+from dmat_ray.manifold import gan, gan_trainer, quality
 from dmat_ray.manifold.gan_trainer import _Training, is_finished, read_progress, result_of, train_generator
 
 pytestmark = pytest.mark.slow
@@ -138,9 +138,9 @@ def test_a_finished_training_is_not_trained_again(tmp_path: Path) -> None:
     again, reports = train(settings(), tmp_path)
     assert reports == []
     assert all(torch.equal(state[key], again[key]) for key in state)
-    generator, quality = result_of(tmp_path / "checkpoint", settings())
+    generator, kept = result_of(tmp_path / "checkpoint", settings())
     assert all(torch.equal(value, state[key]) for key, value in generator.state_dict().items())
-    assert quality["diversity"] > 0
+    assert kept["diversity"] > 0
 
 
 def test_other_settings_do_not_go_on_from_a_checkpoint(tmp_path: Path) -> None:
@@ -174,6 +174,12 @@ def found(fid: float | None, lowest: float) -> dict[str, float]:
         ([found(None, 0.9), found(None, 0.9), found(None, 0.1)], "best", 1),
         ([found(None, 0.9), found(None, float("nan")), found(None, float("nan"))], "best", 0),
         ([found(9, 0.9), found(float("inf"), 0.9), found(float("inf"), 0.9)], "best", 0),
+        # all collapsed: the first is the least trained
+        ([found(90, 0.05), found(30, 0.2), found(5, 0.39)], "best", 2),
+        ([found(90, 0.05), found(5, 0.2), found(30, 0.39)], "best", 1),
+        ([found(None, 0.05), found(None, 0.3), found(None, 0.2)], "best", 1),
+        ([found(None, 0.05), found(None, 0.2), found(None, float("nan"))], "best", 1),
+        ([found(None, float("nan")), found(None, float("nan")), found(None, 0.1)], "best", 2),
     ],
 )
 def test_the_best_snapshot_is_the_result(
@@ -192,7 +198,10 @@ def test_the_best_snapshot_is_the_result(
     assert equal == [k == best for k in range(3)]
     collapsed = [float(not q["lowest_diversity"] >= 0.4) for q in qualities]
     assert [r["collapsed"] for r in reports if "collapsed" in r] == collapsed
-    assert result_of(tmp_path / "checkpoint", config)[1]["kimg"] == pytest.approx(0.08 * (best + 1))
+    kept = result_of(tmp_path / "checkpoint", config)[1]
+    assert kept["kimg"] == pytest.approx(0.08 * (best + 1))
+    assert kept["collapsed"] == collapsed[best]
+    assert bool(quality.warning_of_collapse(kept, "")) == bool(collapsed[best])
 
 
 def test_a_training_that_diverges_late_ends_with_its_best_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,12 +21,14 @@ from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.gan_images import PARTIAL, ImageCache, card_of, check
 from dmat_ray.manifold.gan_trainer import DEAD_END, PROGRESS, is_finished, result_of, train_generator
 from dmat_ray.manifold.generators import save_generator
+from dmat_ray.manifold.quality import warning_of_collapse
 from dmat_ray.manifold.samples import sample_grid
 from dmat_ray.storage import local_output
 from dmat_ray.wording import number_of, to_go
 
 SAMPLES = "samples.png"
 RUN_NAME = "generator"
+COLLAPSED = "train it anew with gan.ada_target 0.6, a higher gan.r1_gamma or gan.mode_seeking, or more images of a class"
 FEW = 1000  # images, by which a generator is hardly judged
 
 
@@ -55,12 +57,9 @@ def describe(metrics: dict[str, float], kimg: float) -> str:
 def _warnings(metrics: dict[str, float], config: Config) -> list[str]:
     """What a report gives reason to say besides its numbers."""
     said = []
-    if metrics.get("collapsed"):
-        rest = "an earlier snapshot is kept if one is better" if config.gan.keep == "best" else "gan.keep best would leave it out"
-        said.append(
-            f"warning: two samples of a class are only {metrics['lowest_diversity']:.0%} as far apart as real images: the "
-            f"generator has collapsed here; {rest}"
-        )
+    rest = "an earlier snapshot is kept if one is better" if config.gan.keep == "best" else "gan.keep best would leave it out"
+    if warning := warning_of_collapse(metrics, f"here; {rest}"):
+        said.append(warning)
     if not math.isfinite(metrics["loss_g"] + metrics["loss_d"]):
         said.append(f"warning: training has diverged and ends with its best snapshot; {DEAD_END}")
     return said
@@ -131,6 +130,8 @@ def _train(
         generator, kept = result_of(last, config.gan)
         fid = f", FID {kept['fid']:.3g}" if "fid" in kept else ""
         say(f"keeping the snapshot of {kept['kimg']:.3g} thousand images (gan.keep {config.gan.keep}){fid}")
+        if warning := warning_of_collapse(kept, f"in the snapshot that is kept; {COLLAPSED}"):
+            say(warning)
         if "fid" in kept and (count := len(cache.open()[1])) < FEW:
             say(
                 f"note: it is judged by the {count} images that it learned from, and one that repeats so few scores well; how "

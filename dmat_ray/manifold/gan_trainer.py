@@ -186,15 +186,6 @@ class _Training:
         return {"loss_g": loss_g, "loss_d": loss_d, "real_sign": sign, "augment": self.probability}
 
 
-def _better(new: dict[str, float], old: dict[str, float] | None, judge: Judge, keep: str) -> bool:
-    """Whether a snapshot of this quality takes the place of the best so far: alive before collapsed, then the lower FID."""
-    if old is None or keep == "last":
-        return True
-    if judge.collapsed(new) or judge.collapsed(old):
-        return not judge.collapsed(new)
-    return "fid" not in new or new["fid"] <= old["fid"]
-
-
 def train_generator(
     config: GanConfig,
     images: Tensor,
@@ -252,10 +243,11 @@ def train_generator(
         if not diverged:
             training.average.measure_w(seed=config.seed)
             quality = judge(training.average)
-            metrics |= quality | {"collapsed": float(judge.collapsed(quality))}
+            quality["collapsed"] = float(judge.collapsed(quality))
+            metrics |= quality
             if on_snapshot is not None and context.rank == 0:
                 on_snapshot(training.average, metrics["kimg"], quality)
-            if _better(quality, best_quality, judge, config.keep):
+            if best_quality is None or config.keep == "last" or judge.is_better(quality, best_quality):
                 best_quality = {**quality, "kimg": metrics["kimg"]}
                 best = copy.deepcopy(training.average.state_dict())
         history.append(metrics)

@@ -235,6 +235,31 @@ class Judge:
         """True if samples (of a class) are much closer to each other than real images are, or are no numbers."""
         return not quality["lowest_diversity"] >= self.config.diversity_floor
 
+    def is_better(self, new: dict[str, float], old: dict[str, float]) -> bool:
+        """Whether a later snapshot of this quality takes the place of an earlier one.
+
+        Alive before collapsed, then the lower FID, or without FID and both collapsed the higher diversity; of equals the later.
+        """
+        if self.collapsed(new) != self.collapsed(old):
+            return self.collapsed(old)
+        if "fid" in new:
+            return new["fid"] <= old["fid"]
+        return not self.collapsed(new) or not _or_lowest(new["lowest_diversity"]) < _or_lowest(old["lowest_diversity"])
+
+
+def _or_lowest(diversity: float) -> float:
+    return -math.inf if math.isnan(diversity) else diversity
+
+
+def warning_of_collapse(quality: dict[str, float], rest: str) -> str:
+    """What is to be said of a snapshot of this quality, with `rest` behind it; empty unless it has collapsed."""
+    if not quality.get("collapsed"):
+        return ""
+    return (
+        f"warning: two samples of a class are only {quality['lowest_diversity']:.0%} as far apart as real images: the generator "
+        f"has collapsed {rest}"
+    )
+
 
 def compare(made: Tensor, real: Tensor, neighbours: int = NEIGHBOURS) -> dict[str, float]:
     """FID, precision and recall of features (N, F) of samples against those of real images."""
