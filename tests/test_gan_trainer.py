@@ -18,7 +18,7 @@ from dmat_ray import pace
 from dmat_ray.config import GanConfig, StyleGAN2Config
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
-from dmat_ray.manifold import gan, gan_trainer, quality
+from dmat_ray.manifold import diversity, gan, gan_trainer
 from dmat_ray.manifold.gan_trainer import _Training, is_finished, read_progress, result_of, train_generator
 
 pytestmark = pytest.mark.slow
@@ -201,7 +201,7 @@ def test_the_best_snapshot_is_the_result(
     kept = result_of(tmp_path / "checkpoint", config)[1]
     assert kept["kimg"] == pytest.approx(0.08 * (best + 1))
     assert kept["collapsed"] == collapsed[best]
-    assert bool(quality.warning_of_collapse(kept, "")) == bool(collapsed[best])
+    assert bool(diversity.warning_of_collapse(kept, "")) == bool(collapsed[best])
 
 
 def test_a_training_that_diverges_late_ends_with_its_best_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from dmat_ray import checkpoint, classifiers, weights
 from dmat_ray.config import Config, QualityConfig, StyleGAN2Config
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
-from dmat_ray.manifold import quality
+from dmat_ray.manifold import diversity, quality
 from dmat_ray.manifold import samples as sampling
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.samples import sample_grid
@@ -110,8 +110,9 @@ class ClassCopier(LatentGenerator):
     """Makes images of the class that z asks for, of `dead` classes the same one always."""
 
     def __init__(self, images: Tensor, labels: Tensor, dead: tuple[int, ...] = ()) -> None:
-        super().__init__(4, 4, 1, 32, 1, num_classes=3)
-        self.groups, self.dead = [images[labels == c].float() / 255 for c in range(3)], dead
+        classes = int(labels.max()) + 1
+        super().__init__(classes + 1, classes + 1, 1, images.shape[2], 1, num_classes=classes)
+        self.groups, self.dead = [images[labels == c].float() / 255 for c in range(classes)], dead
 
     def mapping(self, z_BZ: Tensor, truncation_psi: float = 1.0) -> Tensor:
         return z_BZ[:, None]
@@ -119,7 +120,7 @@ class ClassCopier(LatentGenerator):
     def synthesis(self, w_BLD: Tensor, clamp: bool = True) -> Tensor:
         images = []
         for z, c in zip(w_BLD[:, 0], self.class_of(w_BLD[:, 0]).tolist(), strict=True):
-            place = 0 if c in self.dead else int(torch.erf(z[3].abs() / 2**0.5) * len(self.groups[c]))
+            place = 0 if c in self.dead else int(torch.erf(z[-1].abs() / 2**0.5) * len(self.groups[c]))
             images.append(self.groups[c][min(place, len(self.groups[c]) - 1)])
         return torch.stack(images)
 
@@ -133,6 +134,19 @@ def test_one_dead_class_is_a_collapse(judge: quality.Judge) -> None:
     assert dead["diversity"] > 0.5
     assert dead["lowest_diversity"] == 0
     assert judge.collapsed(dead)
+
+
+def test_a_dead_class_of_a_hundred_is_a_collapse(capsys: pytest.CaptureFixture[str]) -> None:
+    """Far more classes than the samples would give pairs. One that has no two real images cannot be judged, which is said."""
+    labels = torch.arange(500) % 100
+    images = torch.randint(0, 256, (500, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images[labels == 41] = images[41].clone()
+    judge = quality.Judge(QualityConfig(network="none", samples=200), images, labels, HERE)
+    assert "of 1 of 100 classes no two real images differ" in capsys.readouterr().err
+    found = [judge(ClassCopier(images, labels, dead)) for dead in ((41,), (7,))]
+    assert [judge.collapsed(q) for q in found] == [False, True]
+    assert found[1]["lowest_diversity"] == 0
+    assert found[1]["diversity"] == pytest.approx(found[0]["diversity"], abs=0.05)
 
 
 def test_classes_of_which_few_pairs_were_drawn_do_not_count() -> None:
@@ -196,11 +210,21 @@ def test_pairs_share_their_class() -> None:
     pairs = quality.real_pairs(labels, 200, torch.Generator().manual_seed(0))
     assert len(pairs) == 200
     assert all(labels[a] == labels[b] and a != b for a, b in zip(pairs[0::2], pairs[1::2], strict=True))
+    assert torch.equal(labels[pairs[0::2]], torch.arange(100) % 3)
+    assert len({(int(a), int(b)) for a, b in pairs.view(-1, 2)}) == 2 + 6 + 6, "any two of a class, in either order"
     torch.manual_seed(0)
     generator = StyleGAN2(StyleGAN2Config(resolution=8, channel_base=32, z_dim=8, num_classes=3))
     classes = torch.cat([c for _, _, c in sampling.samples(generator, 300, pairs=True)])
     assert torch.equal(classes[0::2], classes[1::2])
-    assert len(torch.unique(classes)) == 3
+    assert torch.equal(classes[0::2], torch.arange(150) % 3)
+
+
+def test_z_of_a_class_is_what_was_drawn_with_two_coordinates_changed() -> None:
+    z = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+    turned = diversity.of_classes(z, torch.arange(60) % 5, 5)
+    assert torch.equal(turned[:, :5].argmax(dim=1), torch.arange(60) % 5)
+    assert torch.equal(turned[:, :5].sort(dim=1).values, z[:, :5].sort(dim=1).values)
+    assert torch.equal(turned[:, 5:], z[:, 5:])
 
 
 def test_training_the_network_leaves_the_global_random_numbers_alone() -> None:

@@ -18,10 +18,10 @@ from dmat_ray.folders import replace_folder
 from dmat_ray.lease import Lease, sole
 from dmat_ray.manifold import trained_on
 from dmat_ray.manifold.base import LatentGenerator
+from dmat_ray.manifold.diversity import warning_of_collapse
 from dmat_ray.manifold.gan_images import PARTIAL, ImageCache, card_of, check
 from dmat_ray.manifold.gan_trainer import DEAD_END, PROGRESS, is_finished, result_of, train_generator
 from dmat_ray.manifold.generators import save_generator
-from dmat_ray.manifold.quality import warning_of_collapse
 from dmat_ray.manifold.samples import sample_grid
 from dmat_ray.storage import local_output
 from dmat_ray.wording import number_of, to_go

@@ -105,7 +105,9 @@ class QualityConfig(Section):
         "starts), 'inception' (the usual one, needs `weights`), a folder of a trained classifier, or 'none'",
     )
     weights: str = Field("pretrained", description="file with Inception's weights; 'pretrained' = from the torch cache")
-    samples: int = Field(2000, ge=8, description="how many samples are compared with as many real images")
+    samples: int = Field(
+        2000, ge=8, description="how many samples are compared with as many real images; for collapse at least 60 of each class"
+    )
     epochs: int = Field(8, ge=1, description="epochs that network 'classifier' is trained for")
     diversity_floor: float = Field(
         0.4,

@@ -22,6 +22,7 @@ from dmat_ray.config import ClassifierConfig, QualityConfig
 from dmat_ray.data.pixels import unit
 from dmat_ray.errors import UserError
 from dmat_ray.manifold.base import LatentGenerator
+from dmat_ray.manifold.diversity import class_means, distances, pair_count, real_pairs
 from dmat_ray.manifold.samples import chunk_size, samples
 from dmat_ray.types import RunContext
 from dmat_ray.weights import locate
@@ -167,12 +168,18 @@ class Judge:
         self._features = feature_network(config, images, labels, context)
         self._chunk = chunk_size(images.shape[2])
         rng = torch.Generator().manual_seed(0)
-        pairs = real_pairs(labels if conditional else torch.zeros_like(labels), self._count, rng)
-        distance = torch.zeros(self._count // 2, device=context.device)
-        for place in self._places(self._count):
+        self._paired = pair_count(config.samples, len(torch.unique(labels)) if conditional else 0)
+        pairs = real_pairs(labels if conditional else torch.zeros_like(labels), self._paired, rng)
+        distance = torch.zeros(self._paired // 2, device=context.device)
+        for place in self._places(self._paired):
             x = unit(images[pairs[place]]).to(context.device)
             distance[place.start // 2 : place.stop // 2] = distances(x)
         self._real_distance = class_means(self._gathered(distance), labels[pairs[::2]] if conditional else None)
+        if unjudged := [c for c, apart in self._real_distance.items() if c is not None and apart == 0]:
+            context.say(
+                f"note: of {len(unjudged)} of {len(self._real_distance) - 1} classes no two real images differ, so that how far "
+                f"samples of them lie apart is not judged; the first is of label {unjudged[0]}"
+            )
         self._real: Tensor | None = None
         if self._features is not None:
             chosen = torch.randperm(len(images), generator=rng)[: self._count]
@@ -209,17 +216,17 @@ class Judge:
         """`diversity`, `lowest_diversity`, and where there are features `fid`, `precision` and `recall`, of samples.
 
         Diversity is the mean pixel distance of two samples over that of two real images; of one class, if the generator has
-        classes, and then the lowest of the classes (of which enough pairs were drawn) is told as well.
+        classes, which have as many pairs each, and then the lowest of them (of which real images differ) is told as well.
         """
         rank, world_size, device = self._context.rank, self._context.world_size, self._context.device
-        distance, classes = torch.zeros(self._count // 2, device=device), torch.zeros(self._count // 2, device=device)
-        for place, x, label in samples(generator, self._count, pairs=True, rank=rank, world_size=world_size):
+        distance, classes = torch.zeros(self._paired // 2, device=device), torch.zeros(self._paired // 2, device=device)
+        for place, x, label in samples(generator, self._paired, pairs=True, rank=rank, world_size=world_size):
             half = slice(place.start // 2, place.stop // 2)
             distance[half] = distances(x)
             if label is not None:
                 classes[half] = label[::2].float()
         made = class_means(self._gathered(distance), self._gathered(classes).round().long() if generator.num_classes else None)
-        ratios = {c: made[c] / max(self._real_distance[c], 1e-6) for c in made if c in self._real_distance}
+        ratios = {c: made[c] / max(self._real_distance[c], 1e-6) for c in made if c is None or self._real_distance.get(c)}
         found = {"diversity": ratios[None], "lowest_diversity": min(ratios.values())}
         if self._real is not None:
             parts = samples(generator, self._count, pairs=False, rank=rank, world_size=world_size)
@@ -251,16 +258,6 @@ def _or_lowest(diversity: float) -> float:
     return -math.inf if math.isnan(diversity) else diversity
 
 
-def warning_of_collapse(quality: dict[str, float], rest: str) -> str:
-    """What is to be said of a snapshot of this quality, with `rest` behind it; empty unless it has collapsed."""
-    if not quality.get("collapsed"):
-        return ""
-    return (
-        f"warning: two samples of a class are only {quality['lowest_diversity']:.0%} as far apart as real images: the generator "
-        f"has collapsed {rest}"
-    )
-
-
 def compare(made: Tensor, real: Tensor, neighbours: int = NEIGHBOURS) -> dict[str, float]:
     """FID, precision and recall of features (N, F) of samples against those of real images."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -272,30 +269,3 @@ def compare(made: Tensor, real: Tensor, neighbours: int = NEIGHBOURS) -> dict[st
     fid = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
     prc = prc_features_to_metric(made, real, prc_neighborhood=neighbours, prc_batch_size=10_000, save_cpu_ram=True, verbose=False)
     return {"fid": float(fid), "precision": float(prc["precision"]), "recall": float(prc["recall"])}
-
-
-def distances(x_BCHW: Tensor) -> Tensor:
-    """Mean absolute pixel difference between images 2i and 2i + 1 (B / 2), in the images' units."""
-    return (x_BCHW[0::2] - x_BCHW[1::2]).abs().mean(dim=(1, 2, 3))
-
-
-def class_means(values: Tensor, classes: Tensor | None, least: int = 20) -> dict[int | None, float]:
-    """Mean of values (N), of all (under None) and of each class (N) that has `least` or more of them."""
-    means: dict[int | None, float] = {None: float(values.mean())}
-    if classes is not None:
-        for c in torch.unique(classes).tolist():
-            members = values[classes == c]
-            if len(members) >= least:
-                means[int(c)] = float(members.mean())
-    return means
-
-
-def real_pairs(labels: Tensor, count: int, rng: torch.Generator) -> Tensor:
-    """Positions (count) of images: a random one, then another of its class, and so on."""
-    members = {int(c): torch.nonzero(labels == c).flatten() for c in torch.unique(labels)}
-    pairs: list[int] = []
-    for i in torch.randint(len(labels), (max(1, count // 2),), generator=rng).tolist():
-        group = members[int(labels[i])]
-        others = group[group != i] if len(group) > 1 else group
-        pairs += [i, int(others[int(torch.randint(len(others), (1,), generator=rng))])]
-    return torch.tensor(pairs)
