@@ -50,6 +50,14 @@ def test_decoded_images_are_those_of_the_training_split(tmp_path: Path) -> None:
     assert {p.name: p.stat().st_mtime_ns for p in cache.folder.iterdir()} == written
 
 
+@pytest.mark.parametrize("name", ["images.npy", "labels.npy"])
+def test_decoded_images_that_another_machine_does_not_see_are_told(tmp_path: Path, name: str) -> None:
+    cache = gan_images.prepare_images(photo_settings(photo_folder(tmp_path / "photos"), tmp_path), tmp_path / "train")
+    (cache.folder / name).unlink()
+    with pytest.raises(UserError, match=rf"'{cache.folder}' are not to be seen on .*not shared by all nodes; give a shared one"):
+        cache.open()
+
+
 def test_decoded_images_follow_their_files(tmp_path: Path) -> None:
     config = photo_settings(photo_folder(tmp_path / "photos"), tmp_path)
     before = gan_images.prepare_images(config, tmp_path / "train")

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +36,19 @@ class ImageCache:
     rejected: dict[str, str]
 
     def open(self) -> tuple[Tensor, Tensor]:
-        """uint8 images (N, C, H, W), of which only those asked for are ever read, and labels (N)."""
-        labels = np.load(self.folder / LABELS)
-        # a private map: what is shared with all processes of a node is never written
-        pixels = np.load(self.folder / PIXELS, mmap_mode="c")
+        """uint8 images (N, C, H, W), of which only those asked for are ever read, and labels (N).
+
+        Raises UserError on a machine that does not see the folder.
+        """
+        try:
+            labels = np.load(self.folder / LABELS)
+            # a private map: what is shared with all processes of a node is never written
+            pixels = np.load(self.folder / PIXELS, mmap_mode="c")
+        except FileNotFoundError:
+            raise UserError(
+                f"the decoded images in '{self.folder}' are not to be seen on {socket.gethostname()}: that folder is not shared "
+                "by all nodes; give a shared one as --output"
+            ) from None
         return torch.from_numpy(pixels[: len(labels)]), torch.from_numpy(labels)
 
 
