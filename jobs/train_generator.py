@@ -3,9 +3,11 @@
 import argparse
 import shlex
 import sys
+from contextlib import suppress
 
 from dmat_ray import cli
 from dmat_ray.cluster.session import prepare_environment
+from dmat_ray.errors import UserError
 from dmat_ray.storage import local_output
 
 
@@ -25,11 +27,14 @@ def main() -> None:
     prepare_environment(config, elastic=False)
     from dmat_ray.cluster import gan
     from dmat_ray.cluster.jobs import Speaker
-    from dmat_ray.manifold.gan_images import is_trained
+    from dmat_ray.lease import sole
+    from dmat_ray.manifold.gan_images import is_trained, sweep
 
     say = Speaker().stage("generator")
     folder = output / "generator"
     if not arguments.overwrite and is_trained(config, folder):
+        with suppress(UserError), sole(folder):  # what a training that was killed in its last moment has left
+            sweep(output / "train")
         say("is trained already and unchanged, nothing to do")
     else:
         gan.train(config, folder, shlex.join(["python", "jobs/train_generator.py", *sys.argv[1:]]), say)

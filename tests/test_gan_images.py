@@ -73,6 +73,23 @@ def test_decoded_images_follow_their_files(tmp_path: Path) -> None:
     assert not list((tmp_path / "train").glob(".*"))
 
 
+def test_decoded_images_that_nothing_goes_on_with_are_removed(tmp_path: Path) -> None:
+    config, storage = photo_settings(photo_folder(tmp_path / "photos"), tmp_path), tmp_path / "train"
+    name = list_examples(config.data).rows("train")["id"][0].as_py()
+    caches = []
+    for time in (1, 2, 3):  # the same pixels each time
+        os.utime(tmp_path / "photos" / name, (time, time))
+        caches.append(gan_images.prepare_images(config, storage).folder)
+    (storage / f"generator-abc-{caches[0].name.removeprefix('images-')[:12]}-2").mkdir()  # which has begun, and not ended
+    (storage / ".images-0123456789abcdef.1.partial").mkdir()
+    (storage / "dmat-0123456789ab").mkdir()
+    gan_images.sweep(storage, caches[2])
+    assert set(storage.glob("*images-*")) == {caches[0], caches[2]}
+    assert (storage / "dmat-0123456789ab").is_dir(), "a classifier's"
+    gan_images.sweep(storage)
+    assert list(storage.glob("*images-*")) == [caches[0]]
+
+
 def test_decoded_images_follow_the_column_and_the_limit(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     encoded = {}

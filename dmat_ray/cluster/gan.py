@@ -19,7 +19,7 @@ from dmat_ray.lease import Lease, sole
 from dmat_ray.manifold import trained_on
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.diversity import warning_of_collapse
-from dmat_ray.manifold.gan_images import PARTIAL, ImageCache, card_of, check
+from dmat_ray.manifold.gan_images import ImageCache, card_of, check, sweep
 from dmat_ray.manifold.gan_trainer import DEAD_END, PROGRESS, is_finished, result_of, train_generator
 from dmat_ray.manifold.generators import save_generator
 from dmat_ray.manifold.samples import sample_grid
@@ -74,9 +74,8 @@ def train(config: Config, folder: Path, command: str, say: Callable[[str], None]
     storage = local_output(config, "jobs/train_generator.py") / "train"
     # one at a time, whatever its settings: the decoded images, which the first to end removes, are the same for many
     with sole(folder) as lease:
-        for left in storage.glob(PARTIAL):
-            shutil.rmtree(left, ignore_errors=True)
         cache = check(config, storage)  # bad data ends here, before Ray starts
+        sweep(storage, cache.folder)
         with session.connected(config.cluster, config.output, say, (session.TRAIN,)):
             return _train(config, folder, storage, cache, lease, command, say)
 

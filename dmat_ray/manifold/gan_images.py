@@ -80,6 +80,17 @@ def prepare_images(config: Config, storage: Path) -> ImageCache:
     return ImageCache(cache, digest, rejected)
 
 
+def sweep(storage: Path, own: Path | None = None) -> None:
+    """Remove images below `storage` that were decoded for trainings which have ended, or of files that are others now, but `own`.
+
+    Under the lease of the generator's folder.
+    """
+    for left in (*storage.glob(PARTIAL), *storage.glob("images-*")):
+        digest = left.name.removeprefix("images-")[:12]
+        if left != own and not any(storage.glob(f"generator-*-{digest}-*")):  # as cluster.gan calls unfinished trainings
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _decode_all(rows: pa.Table, config: DataConfig, folder: Path) -> dict[str, str]:
     shape = (rows.num_rows, config.channels, config.resolution, config.resolution)
     pixels = np.lib.format.open_memmap(folder / PIXELS, mode="w+", dtype=np.uint8, shape=shape)
