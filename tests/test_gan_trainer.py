@@ -18,7 +18,7 @@ from dmat_ray import pace
 from dmat_ray.config import GanConfig, StyleGAN2Config
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
-from dmat_ray.manifold import diversity, gan, gan_trainer
+from dmat_ray.manifold import diversity, gan, gan_trainer, quality
 from dmat_ray.manifold.gan_trainer import _Training, is_finished, read_progress, result_of, train_generator
 
 pytestmark = pytest.mark.slow
@@ -104,6 +104,28 @@ def test_sigterm_leaves_a_checkpoint_within_an_interval(tmp_path: Path, monkeypa
     assert timeless(told + rest) == timeless(reports)
     assert all(torch.equal(state[key], expected[key]) for key in expected)
     assert is_finished(tmp_path / "stopped" / "checkpoint")
+
+
+def test_a_training_that_goes_on_is_judged_by_the_network_that_judged_it_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(kimg=0.24, quality={"network": "classifier", "epochs": 1})
+    _, reports = train(config, tmp_path / "whole")
+    step = _Training.step
+
+    def failing(self: _Training, i: int, *given: Any) -> None:
+        if i == 15:
+            raise ConnectionError
+        step(self, i, *given)
+
+    monkeypatch.setattr(_Training, "step", failing)
+    with pytest.raises(ConnectionError):
+        train(config, tmp_path / "stopped")
+    monkeypatch.setattr(_Training, "step", step)
+    monkeypatch.setattr(quality, "train_classifier", lambda *_: pytest.fail("it is trained anew, and its FIDs do not compare"))
+    _, rest = train(config, tmp_path / "stopped")
+    assert timeless(rest) == timeless(reports)[-len(rest) :]
+    assert "fid" in rest[-1]
 
 
 @pytest.mark.exhaustive

@@ -298,7 +298,7 @@ def test_inception_by_path(inception_file: Path) -> None:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     images, labels = digits(6)
-    features = quality.feature_network(QualityConfig(network="inception", weights=str(inception_file)), images, labels, HERE)
+    features, _ = quality.feature_network(QualityConfig(network="inception", weights=str(inception_file)), images, labels, HERE)
     assert features is not None
     theirs = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(inception_file))
     expected = theirs(images.expand(-1, 3, -1, -1))[0]

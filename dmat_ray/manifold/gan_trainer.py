@@ -205,14 +205,19 @@ def train_generator(
     check_images(config, images, labels)
     check_workers(config, context.world_size)
     training = _Training(config, context)
-    first, best, best_quality, history = 0, None, None, []
+    first, best, best_quality, history, judged = 0, None, None, [], None
     if (found := checkpoint.newest(context, PROGRESS)) is not None:
         progress, state = read_progress(found, config)
         training.load(state)
         first, best, best_quality, history = progress["step"], state["best"], progress["best"], progress["history"]
+        judged = state.get("judge")
     if first == training.steps:
         return _restored(config, best, context.device)
-    judge = Judge(config.quality, images, labels, context, conditional=config.architecture.num_classes > 0)
+    judge = Judge(config.quality, images, labels, context, judged, conditional=config.architecture.num_classes > 0)
+
+    def whole() -> dict[str, Any]:
+        return {**training.state(), "best": best, "judge": judge.state}
+
     per_kimg = 1000 / config.batch_size
     report_every = max(1, round(config.report_kimg * per_kimg))
     # a multiple, so that a snapshot's losses are means over a whole interval
@@ -230,7 +235,7 @@ def train_generator(
                 training.agree()
                 progress = {"step": i, "of": training.steps, "diverged": False, "best": best_quality, "history": history}
                 about = {"config": config.model_dump(mode="json"), **progress}
-                checkpoint.hand_over_state(context, {}, PROGRESS, about, {**training.state(), "best": best}, wait=True)
+                checkpoint.hand_over_state(context, {}, PROGRESS, about, whole(), wait=True)
             continue
         told, speed = True, (i - first) * config.batch_size / (time.monotonic() - began)
         metrics = {"kimg": i / per_kimg, **training.losses(), "images_per_second": speed}
@@ -259,8 +264,7 @@ def train_generator(
             "best": best_quality,
             "history": history,
         }
-        state = {**training.state(), "best": best}
-        checkpoint.hand_over_state(context, metrics, PROGRESS, progress, state, wait=progress["step"] == training.steps)
+        checkpoint.hand_over_state(context, metrics, PROGRESS, progress, whole(), wait=progress["step"] == training.steps)
         if diverged:
             break
     return _restored(config, best, context.device)

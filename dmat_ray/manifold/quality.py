@@ -11,6 +11,7 @@ import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ from dmat_ray.weights import locate
 
 # images (B, C, H, W), float in [0, 1], on the network's device -> features (B, F)
 Features = Callable[[Tensor], Tensor]
+State: TypeAlias = dict[str, Tensor]
 
 NEIGHBOURS = 3  # of precision and recall, as published
 
@@ -136,36 +138,59 @@ def of_first_worker(network: nn.Module, context: RunContext) -> None:
     context.average_(tensors)
 
 
-def feature_network(config: QualityConfig, images: Tensor, labels: Tensor, context: RunContext) -> Features | None:
-    """The features that `config.network` names, the same on all workers, or None for 'none'; raises UserError if they cannot be
-    had.
+def own_network(
+    config: QualityConfig, images: Tensor, labels: Tensor, context: RunContext, state: State | None = None
+) -> classifiers.Classifier:
+    """The classifier of the images themselves, the same on all workers: of an earlier one's `state`, or trained."""
+    if not state:
+        network = train_classifier(images, labels, int(labels.max()) + 1, config.epochs, context.device)
+        of_first_worker(network, context)
+        return network
+    with torch.random.fork_rng(devices=[]):
+        network = classifiers.build(ClassifierConfig(name="digits_cnn"), images.shape[1], int(labels.max()) + 1)
+    network.load_state_dict(state)
+    return network.to(context.device).eval().requires_grad_(False)
+
+
+def feature_network(
+    config: QualityConfig, images: Tensor, labels: Tensor, context: RunContext, state: State | None = None
+) -> tuple[Features | None, State]:
+    """The features that `config.network` names, the same on all workers, or None for 'none'; and the weights of what was trained
+    for them, which as `state` give the very same. Raises UserError if they cannot be had.
     """
     device = context.device
     check(config, images.shape[1], images.shape[2], labels)
     if config.network == "none":
-        return None
+        return None, {}
     if config.network == "inception":
-        return inception_features(locate("inception", config.weights, "gan.quality.weights"), device)
+        return inception_features(locate("inception", config.weights, "gan.quality.weights"), device), {}
     if config.network == "classifier":
-        network = train_classifier(images, labels, int(labels.max()) + 1, config.epochs, device)
-        of_first_worker(network, context)
-        return classifier_features(network)
-    return classifier_features(checkpoint.load_classifier(config.network, device)[0])
+        network = own_network(config, images, labels, context, state)
+        return classifier_features(network), network.state_dict()
+    return classifier_features(checkpoint.load_classifier(config.network, device)[0]), {}
 
 
 class Judge:
     """Compares a generator's samples with `images` (N, C, H, W), uint8 or in [0, 1], of `labels` (N).
 
-    Classes matter if the generator has them (`conditional`). Trains its network when it is made, if the settings say so.
+    Classes matter if the generator has them (`conditional`). Trains its network when it is made, if the settings say so and
+    there is no `state` of an earlier one: FIDs of two networks do not compare.
     All workers of `context` make one and call it together; each does its part. Raises UserError if the network cannot be
     had.
     """
 
     def __init__(
-        self, config: QualityConfig, images: Tensor, labels: Tensor, context: RunContext, *, conditional: bool = True
+        self,
+        config: QualityConfig,
+        images: Tensor,
+        labels: Tensor,
+        context: RunContext,
+        state: State | None = None,
+        *,
+        conditional: bool = True,
     ) -> None:
         self.config, self._context = config, context
-        self._features = feature_network(config, images, labels, context)
+        self._features, self.state = feature_network(config, images, labels, context, state)
         self._chunk = chunk_size(images.shape[2])
         rng = torch.Generator().manual_seed(0)
         self._paired = pair_count(config.samples, len(torch.unique(labels)) if conditional else 0)
