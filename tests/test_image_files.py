@@ -55,7 +55,7 @@ def test_predictions_are_the_networks(make_config: Callable[..., Config], set_fo
         probability = network(torch.from_numpy(np.asarray(x)).float()[None, None] / 255).softmax(dim=1)[0]
         assert row["class_name"] == run["class_names"][row["prediction"]]
         assert abs(float(probability[row["prediction"]]) - row["probability"]) < 1e-5
-    with pytest.raises(UserError, match="batch_size is 0; give 1 or more"):
+    with pytest.raises(UserError, match="batch_size is 0; give a whole number, 1 or more"):
         predict(model, tmp_path / "photos", batch_size=0)
     with pytest.raises(UserError, match=r"^'.*/absent' is no folder that exists"):
         predict(model, tmp_path / "absent")
