@@ -669,10 +669,15 @@ DEEP_CODE = {
 
 @pytest.mark.parametrize("what", DEEP_CODE)
 def test_code_that_would_end_the_process_is_refused(made: Any, tmp_path: Path, what: str) -> None:
+    left = [1]  # a process that has scripted much before makes files of code that are copies of each other
+
     def edit(name: str, content: bytes) -> bytes:
+        if not left or not name.endswith(".py") or b"    return " not in content:
+            return content
+        left.clear()
         return content.replace(b"    return ", f"    return {DEEP_CODE[what]}\n    return ".encode(), 1)
 
-    path = edited(made(Decoder, "script"), tmp_path / "deep.pt", lambda n, c: edit(n, c) if n.endswith(".py") else c)
+    path = edited(made(Decoder, "script"), tmp_path / "deep.pt", edit)
     with pytest.raises(UserError, match=r"holds (code that is nested deeper|elif|\"\"\").*code/.*\.py") as caught:
         load_program(path, "torchscript", CPU)
     assert "\n" not in str(caught.value)
