@@ -224,12 +224,13 @@ def load(path: str, config: Config) -> tuple[Space, dict[str, Any]]:
         raise UserError(f"tune.space '{path}' has constants only: there is nothing to search{''.join(lists[:1])}")
     space = Space(path, layers, domains, simplexes, constants)
     corners = list(space.corners(base, config.tune.epochs))
-    idle = [key for key in cli.OF_SCHEDULES if key in domains]
-    if idle and all(one.training.schedule == "piecewise" for one in corners):
-        raise UserError(
-            f"tune.space '{path}': {idle[0]} means nothing for training.schedule piecewise, whose rates are training.lr_values; "
-            'add "training.schedule": "cosine" to the space'
-        )
+    schedules = sorted({one.training.schedule for one in corners})
+    for key, of in cli.OF_SCHEDULES.items():
+        if key in domains and not set(of) & set(schedules):
+            raise UserError(
+                f"tune.space '{path}': {key} means nothing for training.schedule {' and '.join(schedules)}; "
+                f'add "training.schedule": "{of[0]}" to the space'
+            )
     return space, base
 
 

@@ -18,6 +18,7 @@ from dmat_ray.errors import UserError
 IMPORTS = "from ray import tune\nfrom dmat_ray.cluster.spaces import simplex, times\n"
 SHIPPED = sorted((ROOT / "tune_spaces").glob("*.py"))
 WEIGHTS = ("objective.clean.weight", "objective.image.weight", "objective.latent.weight")
+RATES = '"training.lr_values": tune.choice([[0.1, 0.1], [0.2, 0.1]])'
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +208,7 @@ def test_a_populations_changes_are_those_of_its_seed(tmp_path, config):
         ('SPACE = {"objective.image.steps": times(0.5, 2)}', "is a whole number; .* tune.randint"),
         ('SPACE = {"objective.image.eps": [0.1, 0.2]}', "of the list for objective.image.eps, tune.choice"),
         ('SPACE = {"training.lr": times(0.5, 2)}', "training.lr means nothing for training.schedule piecewise"),
+        (f'SPACE = {{"training.schedule": "cosine", {RATES}}}', "training.lr_values means nothing for training.schedule cosine"),
         ('SPACE = {"generator.path": tune.choice(["a", "b"])}', "'generator.path' cannot be searched"),
         ('SPACE = {"training.epochs": tune.randint(1, 4)}', "training.epochs cannot be searched: tune.epochs"),
         ('SPACE = {"training.seed": tune.randint(1, 4)}', "training.seed cannot be searched"),
@@ -222,6 +224,11 @@ def test_a_populations_changes_are_those_of_its_seed(tmp_path, config):
 def test_a_space_that_does_not_fit_is_refused(tmp_path, config, content, message):
     with pytest.raises(UserError, match=message):
         load(tmp_path, config, content)
+
+
+def test_rates_of_the_schedule_that_there_is_are_searched(tmp_path, config):
+    space = load(tmp_path, config, f"SPACE = {{{RATES}}}")
+    assert list(space.domains) == ["training.lr_values"]
 
 
 def test_a_missing_file_is_named(config):

@@ -175,8 +175,9 @@ def test_a_dry_run_knows_how_many_trials_there_will_be(finished, tmp_path, say):
 def test_the_best_settings_are_trained_anew_with_their_share_of_the_schedule(finished, tmp_path, say):
     """A warm-up that was half of a trial is half of the whole training."""
     finished.copy_set(tmp_path)
-    more = ["--tune.confirm_seeds", "2", "--tune.epochs", "1", "--training.schedule", "cosine", "--training.lr", "0.1"]
-    plan = Plan(tuned(tmp_path, *more, "--training.lr_warmup", "0.25"), say)
+    config = tuned(tmp_path, "--tune.confirm_seeds", "2", "--tune.epochs", "1")
+    cosine = config.training.model_copy(update={"schedule": "cosine", "lr": 0.1, "lr_warmup": 0.25})
+    plan = Plan(config.model_copy(update={"training": cosine}), say)
     best = Trial("little_001", "finished", {"training.lr_warmup": 0.5}, 1, 0.0, {})
     made = champion.anew(plan, best)
     assert {kind: [one.training.lr_warmup for one in configs.values()] for kind, configs in made.items()} == {
