@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import ray
 import torch
-from searches import options, runs_of, told, tuned
+from searches import SPACE, options, runs_of, told, tuned
 from small import processes_below, start_job, wait_for
 
 from dmat_ray import checkpoint
@@ -27,10 +27,12 @@ def test_a_population_carries_weights_and_changes_settings(finished, tmp_path, s
     """Its driver is killed, and its Ray with it, once weights have changed hands."""
     more = ["--tune.searcher", "random", "--tune.scheduler", "pbt", "--tune.num_samples", 4, "--tune.epochs", 4]
     more += ["--cluster.train_workers", 1, "--tune.objective", "clean", "--tune.evaluate", False]
-    more += ["--training.schedule", "cosine", "--training.lr", 0.2]
     config = tuned(tmp_path, *more)
     finished.copy_set(tmp_path)
-    job = start_job("tune.py", tmp_path, "--preset", "demo", "dmat", *options(tmp_path), *map(str, more))
+    given = options(tmp_path)
+    cosine = SPACE.replace("SPACE = {", 'SPACE = {"training.schedule": "cosine", "training.lr": 0.2,')
+    (tmp_path / "little.py").write_text(cosine)
+    job = start_job("tune.py", tmp_path, "--preset", "demo", "dmat", *given, *map(str, more))
     folder = tmp_path / "tune" / "little"
 
     def branched() -> list[Path]:
