@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from dmat_ray import batch_norm
 from dmat_ray.arithmetic import tf32
 from dmat_ray.errors import UserError
+from dmat_ray.rng import kept_apart
 from dmat_ray.stem import Stem, fits
 
 BATCH_NORM = (nn.BatchNorm2d, batch_norm.TermBatchNorm2d)
@@ -216,7 +217,7 @@ class AttackView(nn.Module):
         folded = self if dtype == self._dtype else AttackView(self.source, dtype)
         folded.refresh()
         folded._is_checked = True
-        with torch.random.fork_rng([x_BCHW.device] if x_BCHW.device.type == "cuda" else []):
+        with kept_apart(x_BCHW.device):
             torch.manual_seed(0)
             x = torch.rand(2, *x_BCHW.shape[1:], dtype=dtype).to(x_BCHW.device)
             (theirs, g_theirs), (ours, g_ours) = _logits_and_gradients(plain, x), _logits_and_gradients(folded, x)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dmat_ray.attack import frozen
 from dmat_ray.config import AutoAttackRow
 from dmat_ray.errors import UserError
+from dmat_ray.rng import kept_apart
 from dmat_ray.threats.balls import ball_norm
 from dmat_ray.types import Batch
 
@@ -47,8 +48,7 @@ def run(network: nn.Module, batch: Batch, row: AutoAttackRow, seed: int) -> tupl
         num_classes = network(batch.x_BCHW[:1]).shape[1]
     require_fit(row, num_classes)
     device = batch.x_BCHW.device
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), frozen(network):
+    with kept_apart(device), frozen(network):
         attack = library(network, row, num_classes, seed, device)
         x, _ = attack.run_standard_evaluation(batch.x_BCHW, batch.y_B, batch_size=len(batch))
     x = x.clamp(0.0, 1.0).detach()

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dmat_ray.errors import UserError
+from dmat_ray.rng import kept_apart
 from dmat_ray.weights import locate
 
 EPSILON = 1e-10  # the package's
@@ -65,7 +66,7 @@ class Perceptual(torch.nn.Module):
         super().__init__()
         self.random = weights == "random"
         path = None if self.random else locate(f"lpips_{net}", weights, setting, f"{setting}=random does without")
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng(devices=[]):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), kept_apart():
             warnings.simplefilter("ignore")  # the package calls torchvision in a deprecated way
             torch.manual_seed(seed)
             self.metric = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)

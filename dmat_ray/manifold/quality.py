@@ -25,6 +25,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.diversity import class_means, distances, pair_count, real_pairs
 from dmat_ray.manifold.samples import chunk_size, samples
+from dmat_ray.rng import kept_apart
 from dmat_ray.types import RunContext
 from dmat_ray.weights import locate
 
@@ -37,7 +38,7 @@ NEIGHBOURS = 3  # of precision and recall, as published
 
 def train_classifier(x_BCHW: Tensor, y_B: Tensor, num_classes: int, epochs: int, device: torch.device) -> classifiers.Classifier:
     """A small classifier of uint8 or [0, 1] images, with shifts as augmentation, in eval mode. Leaves the global RNG alone."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with kept_apart(device):
         torch.manual_seed(1)
         network = classifiers.build(ClassifierConfig(name="digits_cnn"), x_BCHW.shape[1], num_classes).to(device)
     rng = torch.Generator().manual_seed(1)
@@ -115,7 +116,7 @@ def check(config: QualityConfig, channels: int, resolution: int, labels: Tensor)
                 f"{run['channels']} channel(s), the generator makes {resolution}x{resolution} with {channels}"
             )
         classifier = validate(run["config"]).classifier
-        with torch.random.fork_rng(devices=[]):  # weights that nobody uses must not move what is drawn next
+        with kept_apart():  # weights that nobody uses must not move what is drawn next
             network = classifiers.build(classifier, channels, len(run["class_names"]))
         if not _linear_layers(network):
             raise UserError(
@@ -146,7 +147,7 @@ def own_network(
         network = train_classifier(images, labels, int(labels.max()) + 1, config.epochs, context.device)
         of_first_worker(network, context)
         return network
-    with torch.random.fork_rng(devices=[]):
+    with kept_apart():
         network = classifiers.build(ClassifierConfig(name="digits_cnn"), images.shape[1], int(labels.max()) + 1)
     network.load_state_dict(state)
     return network.to(context.device).eval().requires_grad_(False)
