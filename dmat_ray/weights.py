@@ -77,6 +77,11 @@ def locate(name: str, path: str, setting: str, alternative: str = "") -> Path:
     return found
 
 
+def locate_lpips(net: str, path: str, setting: str = "projection.lpips_weights") -> Path:
+    """The file of the backbone `net` of LPIPS, like `locate`."""
+    return locate(f"lpips_{net}", path, setting, f"{setting}=random does without")
+
+
 def generator_place(path: str) -> Location:
     """Folder of a shipped generator's name, or the user's path or URL."""
     return at(Path(str(resources.files("dmat_ray") / "assets" / path)) if path in SHIPPED_GENERATORS else path)

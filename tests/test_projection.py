@@ -329,6 +329,13 @@ def test_the_w_returned_was_never_seen_through_noise(generator: StyleGAN2, image
     torch.testing.assert_close(projector.losses[-1][0], at_end, atol=1e-5, rtol=1e-5)
 
 
+def test_no_rate_makes_an_image_worse_than_its_start(generator: StyleGAN2, images: Tensor) -> None:
+    values: dict[str, object] = {"start": "nearest", "candidates": 200, "lr": 20, "steps": 5, "noise_ramp": 1}
+    far = project(generator, images, **values, noise=0.2)
+    start = Projector(generator, settings(**values), CPU).start(images)
+    torch.testing.assert_close(far.w_BLD, start, rtol=0, atol=0)
+
+
 def test_nearest_starts_closer_than_the_mean(generator: StyleGAN2, images: Tensor) -> None:
     still: dict[str, object] = {"steps": 1, "lr": 1e-9}
     mean = project(generator, images, **still)

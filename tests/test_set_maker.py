@@ -16,10 +16,11 @@ from PIL import Image
 
 from dmat_ray import settings
 from dmat_ray.config import Config
-from dmat_ray.data import set_format, sources
+from dmat_ray.data import set_format, set_writer, sources
 from dmat_ray.data.sources import list_examples
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import gan_images, set_maker
+from dmat_ray.storage import Location
 
 PLAIN = {"lpips": 0, "start": "mean", "steps": 1, "poor_l1": 1}
 Make = Callable[..., Config]
@@ -96,6 +97,34 @@ def test_a_generator_that_knows_no_test_image_is_nothing_to_say(
     make: Make, card: dict[str, Any] | None, data: dict[str, Any]
 ) -> None:
     assert said(make(card, **data)) == []
+
+
+def test_lpips_is_known_by_the_content_of_its_weights(make: Make, tmp_path: Path) -> None:
+    """The same file at another place makes the same set; other weights at the same place, or none, do not."""
+    config, first, second = make(None, official_split=True), tmp_path / "a.pth", tmp_path / "b.pth"
+    listing = list_examples(config.data)
+
+    def settings_with(path: Path | str) -> dict[str, Any]:
+        projection = config.projection.model_copy(update={"lpips": 1.0, "lpips_weights": str(path)})
+        return set_maker.settings_of(config.model_copy(update={"projection": projection}), listing)
+
+    first.write_bytes(b"weights")
+    second.write_bytes(b"weights")
+    set_folder = Location(None, str(tmp_path / "set"))
+    before = settings_with(first)
+    set_writer.begin(set_folder, before)
+    set_writer.begin(set_folder, settings_with(second))
+    first.write_bytes(b"others")
+    with pytest.raises(UserError, match=r"begun with lpips_sha256 = \w{64}, now it is \w{64}"):
+        set_writer.begin(set_folder, settings_with(first))
+    with pytest.raises(UserError, match=r"projection\.lpips_weights = .*b\.pth, now it is random"):
+        set_writer.begin(set_folder, settings_with("random"))
+    del before["lpips_sha256"]  # one of before digests were recorded is known by the path
+    (set_folder / set_writer.SETTINGS).write_json(before)
+    with pytest.raises(UserError, match=r"projection\.lpips_weights = .*a\.pth, now it is .*b\.pth"):
+        set_writer.begin(set_folder, settings_with(second))
+    set_writer.begin(set_folder, settings_with(first))
+    assert "lpips_sha256" not in settings_with("random")
 
 
 def ids(config: Config, split: str) -> set[str]:

@@ -233,6 +233,15 @@ def test_a_set_is_finished_under_its_own_settings_only(folder: Location, shards:
     finished(folder, shards)
     assert is_finished(folder, SETTINGS)
     assert not is_finished(folder, {**SETTINGS, "class_names": ["a", "c"]})
+    manifest = json.loads((Path(folder.key) / "manifest.json").read_text())
+    manifest["projection"]["lpips_weights"] = "a.pth"
+    (folder / "manifest.json").write_json(manifest)
+    by_path = {**SETTINGS, "projection": manifest["projection"]}
+    moved = {**SETTINGS, "projection": {**manifest["projection"], "lpips_weights": "b.pth"}}
+    assert [is_finished(folder, {**made, "lpips_sha256": "1"}) for made in (by_path, moved)] == [True, False]
+    (folder / "manifest.json").write_json({**manifest, "lpips_sha256": "1"})
+    assert [is_finished(folder, {**moved, "lpips_sha256": digest}) for digest in ("1", "2")] == [True, False]
+    (folder / "manifest.json").write_json({**manifest, "projection": SETTINGS["projection"]})
     _cut(Path(folder.key) / "shards" / "part-000001.parquet")
     assert not is_finished(folder, SETTINGS)
 

@@ -28,6 +28,7 @@ from dmat_ray.storage import Location, require_not_of_storage
 
 SETTINGS = "settings.json"
 MAX_PIXELS = "data.max_pixels"
+LPIPS_PATH, LPIPS_DIGEST = "projection.lpips_weights", "lpips_sha256"  # the former tells nothing where both have the latter
 NAME = re.compile(r"part-(\d{6,})(?:-(\d+))?\.parquet")
 # a raw image gains by compression, a PNG and the digits of a float do not
 COMPRESSION = {"image.bytes": "none", "w.list.element": "none"}
@@ -77,7 +78,7 @@ def begin(folder: Location, settings: dict[str, Any]) -> None:
         return
     if not isinstance(old, dict):
         raise UserError(f"'{path}' is damaged: it holds a {type(old).__name__}, not an object")
-    before, now = _flat(old), _flat(settings)
+    before, now = _known_alike(_flat(old), _flat(settings))
     then, most = before.get(MAX_PIXELS), now.get(MAX_PIXELS)
     if isinstance(then, int) and isinstance(most, int) and then < most:
         before[MAX_PIXELS] = most
@@ -103,6 +104,13 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     for section, value in settings.items():
         flat |= {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
     return flat
+
+
+def _known_alike(old: dict[str, Any], new: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both with LPIPS's weights by their content, or, where a set is from before that was recorded, by their path."""
+    left_out = LPIPS_PATH if LPIPS_DIGEST in old and LPIPS_DIGEST in new else LPIPS_DIGEST
+    rest = [{key: value for key, value in flat.items() if key != left_out} for flat in (old, new)]
+    return rest[0], rest[1]
 
 
 def write_shard(folder: Location, name: str, table: pa.Table, rejected: dict[str, str]) -> bool:
@@ -270,7 +278,9 @@ def is_finished(folder: Location, settings: dict[str, Any]) -> bool:
         manifest = set_reader.read_manifest(folder)
     except UserError:
         return False
-    if any(manifest.get(key) != value for key, value in settings.items()):
+    held = {key: manifest[key] for key in [*settings, LPIPS_DIGEST] if key in manifest}
+    before, now = _known_alike(_flat(held), _flat(settings))
+    if before != now:
         return False
     records = read_records(folder, ids=False)
     return all(name in records and records[name].rows == rows for name, rows in manifest["shards"].items())

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from dmat_ray.errors import UserError
 from dmat_ray.rng import kept_apart
-from dmat_ray.weights import locate
+from dmat_ray.weights import locate_lpips
 
 EPSILON = 1e-10  # the package's
 SMALLEST = 32  # pixels of an image that every backbone takes
@@ -65,7 +65,7 @@ class Perceptual(torch.nn.Module):
     def __init__(self, net: str, weights: str, seed: int = 0, setting: str = "projection.lpips_weights") -> None:
         super().__init__()
         self.random = weights == "random"
-        path = None if self.random else locate(f"lpips_{net}", weights, setting, f"{setting}=random does without")
+        path = None if self.random else locate_lpips(net, weights, setting)
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), kept_apart():
             warnings.simplefilter("ignore")  # the package calls torchvision in a deprecated way
             torch.manual_seed(seed)

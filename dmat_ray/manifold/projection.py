@@ -156,8 +156,13 @@ class Projector:
         w = self.start(target)
         # an encoder may say anything of an image unlike those it knows
         sound = w.isfinite().all(dim=2).all(dim=1)[:, None, None]
+        w = torch.where(sound, w, self.generator.w_mean)
         key = torch.tensor([derive(self.config.seed, "projection", ids[i]) for i in index])
-        slots.fill(index, target, features, torch.where(sound, w, self.generator.w_mean), key.to(self.device))
+        new = slice(len(slots.index), len(slots.index) + len(index))
+        slots.fill(index, target, features, w, key.to(self.device))
+        if self.config.noise > 0:  # or the first step looks at the start itself
+            loss = self._loss(w, target, features, w.new_zeros(len(w)))[0]
+            slots.best[new] = torch.where(loss.isfinite(), loss, torch.inf)
 
     def _target(self, x: Tensor) -> Tensor:
         return unit(x.to(self.device)).to(self.dtype, memory_format=torch.channels_last)
@@ -207,7 +212,8 @@ class Projector:
     def project(self, x_BCHW: Tensor, ids: list[str]) -> Projection:
         """N images (uint8, or float in [0, 1]; on the CPU) -> their projections, in their order; N may be 0.
 
-        Ids seed each image's noise. The w of an image is that of the lowest loss seen at a w without noise. An image whose
+        Ids seed each image's noise. The w of an image is that of the lowest loss seen at a w without noise, its start among
+        them. An image whose
         loss or gradient is not finite is given up there; its errors say what its best w so far, or its first, is worth.
         Raises ValueError for images of another shape or range than the generator's.
         """

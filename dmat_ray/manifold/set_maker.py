@@ -21,11 +21,12 @@ from dmat_ray.data.set_reader import read_manifest
 from dmat_ray.data.set_writer import Record, Shard
 from dmat_ray.data.sources import Listing
 from dmat_ray.errors import UserError
-from dmat_ray.files import text_digest
+from dmat_ray.files import sha256, text_digest
 from dmat_ray.lease import Lease, exclusive
 from dmat_ray.manifold import encoder, generators, trained_on
 from dmat_ray.manifold.projection import Projector
 from dmat_ray.storage import Location, set_folder
+from dmat_ray.weights import locate_lpips
 
 # What may change over a half-finished set: the quality of results does not depend on it. (w itself may, where rounding decides
 # into which of two valleys a search goes. The encoder counts by its weights, not by its folder.)
@@ -44,6 +45,8 @@ def settings_of(config: Config, listing: Listing) -> dict[str, Any]:
         "examples": listing.table.num_rows,
         "listing_sha256": _digest(listing),
     }
+    if config.projection.lpips > 0 and config.projection.lpips_weights != "random":
+        settings["lpips_sha256"] = sha256(locate_lpips(config.projection.lpips_net, config.projection.lpips_weights))
     if config.projection.start == "encoder":
         settings["encoder_sha256"] = encoder.fingerprint_encoder(encoder_folder(config))
     return settings
