@@ -10,7 +10,7 @@ from ray.tune.experiment.trial import Trial as TuneTrial
 from searches import ONE_BY_ONE, SPACE, tuned
 from small import database
 
-from dmat_ray.cluster import champion, searchers, tune
+from dmat_ray.cluster import champion, searchers, trial_watch, tune
 from dmat_ray.cluster.search_plan import Plan
 from dmat_ray.config import ClusterConfig, TuneConfig
 from dmat_ray.errors import UserError
@@ -109,10 +109,10 @@ def test_settings_that_do_not_go_together_end_their_trial_alone(finished, tmp_pa
         tuned(tmp_path, "--tune.space", space, "--objective.image.step_size", "0.05", "--objective.image.eps", "0.1"), say
     )
     run, opened = Untracked(), []
-    monkeypatch.setattr(tune.tracking, "open_run", lambda config, name, *_, **__: opened.append(config.name) or run)
+    monkeypatch.setattr(trial_watch.tracking, "open_run", lambda config, name, *_, **__: opened.append(config.name) or run)
     plan.folder.mkdir(parents=True)
     drawn = LiveTable((), "search")
-    watcher = tune._Watcher(plan, run, say, drawn)
+    watcher = trial_watch.Watcher(plan, run, say, drawn)
     trial = TuneTrial("stub", stub=True, trial_id="odd_000", trial_name_creator=lambda _: "odd_000")
     trial.config = {"objective.image.eps": 0.2, "objective.image.steps": 2}
     with pytest.raises(ValueError, match="a weak attack"):
@@ -131,7 +131,7 @@ def test_gpu_hours_are_those_that_were_spent(finished, tmp_path, say):
     plan = Plan(tuned(tmp_path), say)
     plan.folder.mkdir(parents=True)
     (plan.folder / "spent.json").write_text('{"seconds": {"a": 7200.0}, "gpu_seconds": 36000.0}')
-    assert tune._Watcher(plan, Untracked(), say, LiveTable((), "search")).gpu_hours() == 10.0
+    assert trial_watch.Watcher(plan, Untracked(), say, LiveTable((), "search")).gpu_hours() == 10.0
 
 
 def test_a_budget_counts_the_epoch_that_is_running(finished, tmp_path, say, monkeypatch):
@@ -140,9 +140,9 @@ def test_a_budget_counts_the_epoch_that_is_running(finished, tmp_path, say, monk
     (tmp_path / "one.py").write_text('from ray import tune\nSPACE = {"objective.image.steps": tune.choice([4, 2])}\n')
     plan, clock = Plan(tuned(tmp_path, "--tune.space", tmp_path / "one.py", *resources), say), [1000.0]
     plan.folder.mkdir(parents=True)
-    monkeypatch.setattr(tune.tracking, "open_run", lambda *_, **__: Untracked())
-    monkeypatch.setattr(tune.time, "monotonic", lambda: clock[0])
-    watcher = tune._Watcher(plan, Untracked(), say, LiveTable((), "search"))
+    monkeypatch.setattr(trial_watch.tracking, "open_run", lambda *_, **__: Untracked())
+    monkeypatch.setattr(trial_watch.time, "monotonic", lambda: clock[0])
+    watcher = trial_watch.Watcher(plan, Untracked(), say, LiveTable((), "search"))
     trials = []
     for name in ("one", "waits"):
         trial = TuneTrial("stub", stub=True, trial_id=name, trial_name_creator=str)
@@ -151,14 +151,14 @@ def test_a_budget_counts_the_epoch_that_is_running(finished, tmp_path, say, monk
         watcher.started(trial)
     trials[0].set_status(TuneTrial.RUNNING)
     trials[1].set_status(TuneTrial.PAUSED)
-    tell = tune._Tell()
-    with tune._watched(watcher):
+    tell = trial_watch.Tell()
+    with trial_watch.watched(watcher):
         clock[0] += 0.4 * 3600
         tell.on_step_end(1, trials)
         assert watcher.gpu_hours() == pytest.approx(0.4)
         assert json.loads((plan.folder / "spent.json").read_text())["seconds"].keys() == {str(trials[0])}
         clock[0] += 0.2 * 3600
-        with pytest.raises(tune._BudgetUsedUpError):
+        with pytest.raises(trial_watch.BudgetUsedUpError):
             tell.on_step_end(2, trials)
 
 
