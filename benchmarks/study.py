@@ -39,7 +39,8 @@ from dmat_ray.errors import UserError
 from dmat_ray.files import read_json, write_json
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators, set_maker
-from dmat_ray.manifold.gan_trainer import result_of, train_generator
+from dmat_ray.manifold.gan_progress import result_of
+from dmat_ray.manifold.gan_trainer import train_generator
 from dmat_ray.manifold.samples import sample_grid
 from dmat_ray.storage import at, set_folder
 from dmat_ray.units import VERSION

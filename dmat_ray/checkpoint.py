@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,13 +172,15 @@ def hand_over(context: RunContext, metrics: dict[str, float], write: Callable[[P
 def hand_over_state(
     context: RunContext, metrics: dict[str, float], name: str, progress: dict[str, Any], state: dict[str, Any], *, wait: bool
 ) -> None:
-    """`hand_over` of a checkpoint that is tensors, `state`, and the JSON file `name`, `progress`, which makes it whole."""
+    """`hand_over` of what `write_state` writes."""
+    hand_over(context, metrics, partial(write_state, name=name, progress=progress, state=state), wait=wait)
 
-    def write(folder: Path) -> None:
-        torch.save(state, folder / STATE)
-        seal(folder, name, progress)
 
-    hand_over(context, metrics, write, wait=wait)
+def write_state(folder: Path, name: str, progress: dict[str, Any], state: dict[str, Any]) -> None:
+    """Put a checkpoint into an empty folder: tensors, and the JSON file `name`, which makes it whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(state, folder / STATE)
+    seal(folder, name, progress)
 
 
 def no_space(error: BaseException, kept: Sequence[Path | str]) -> str:

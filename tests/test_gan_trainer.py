@@ -19,7 +19,8 @@ from dmat_ray.config import GanConfig, StyleGAN2Config
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import diversity, gan, gan_trainer, quality
-from dmat_ray.manifold.gan_trainer import _Training, is_finished, read_progress, result_of, train_generator
+from dmat_ray.manifold.gan_progress import is_finished, read_progress, result_of
+from dmat_ray.manifold.gan_trainer import _Training, train_generator
 
 pytestmark = pytest.mark.slow
 
@@ -75,6 +76,27 @@ def test_a_killed_training_goes_on_with_the_very_numbers(tmp_path: Path) -> None
     assert timeless(kept + rest) == timeless(lines)
     two = torch.load(tmp_path / "killed" / "result0.pt", weights_only=True)
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize(("fade", "kept"), [(0.0, 0.24), (0.3, 0.16), (0.8, None)])
+def test_a_longer_training_goes_on_with_the_very_numbers_from_before_the_rates_fell(
+    tmp_path: Path, fade: float, kept: float | None
+) -> None:
+    shared = {"ada_target": 0.6, "ada_kimg": 0.5, "path_length": 2.0, "r1_interval": 3, "fade": fade}
+    short, long = settings(**shared, kimg=0.28), settings(**shared, kimg=0.56)
+    trunk, reports = tmp_path / "trunk", []
+    train_generator(short, *some_images(), LocalContext(tmp_path / "short", lambda _: None), trunk=trunk)
+    if kept is None:
+        assert not trunk.exists(), "no snapshot is from before the rates fell"
+        return
+    context = LocalContext(tmp_path / "on", lambda m: reports.append(dict(m)))
+    longer = train_generator(long, *some_images(), context, shorter=trunk).state_dict()
+    expected, whole = train(long, tmp_path / "whole")
+    assert timeless(reports) == [report for report in timeless(whole) if report["kimg"] > kept + 1e-9]
+    assert all(torch.equal(longer[key], expected[key]) for key in expected)
+    for other in (short, settings(**shared, kimg=0.2), settings(**shared, kimg=0.56, seed=1)):
+        with pytest.raises(UserError, match="was trained with other settings under gan"):
+            train_generator(other, *some_images(), LocalContext(tmp_path / "other", lambda _: None), shorter=trunk)
 
 
 def test_sigterm_leaves_a_checkpoint_within_an_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,13 +14,15 @@ from dmat_ray.cluster import session, tracking, workers
 from dmat_ray.cluster.context import RayContext, StoppedError, stored_checkpoints
 from dmat_ray.cluster.events import heed_stop, listen, no_retry_of_user_errors, send
 from dmat_ray.config import Config
+from dmat_ray.files import read_json
 from dmat_ray.folders import replace_folder
 from dmat_ray.lease import Lease, sole
 from dmat_ray.manifold import trained_on
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.diversity import warning_of_collapse
-from dmat_ray.manifold.gan_images import ImageCache, card_of, check, sweep
-from dmat_ray.manifold.gan_trainer import DEAD_END, PROGRESS, is_finished, result_of, train_generator
+from dmat_ray.manifold.gan_images import ImageCache, card_of, check, extends, sweep, trunk_of
+from dmat_ray.manifold.gan_progress import PROGRESS, is_finished, result_of
+from dmat_ray.manifold.gan_trainer import DEAD_END, train_generator
 from dmat_ray.manifold.generators import save_generator
 from dmat_ray.manifold.samples import sample_grid
 from dmat_ray.storage import local_output
@@ -29,6 +31,7 @@ from dmat_ray.wording import number_of, to_go
 SAMPLES = "samples.png"
 RUN_NAME = "generator"
 COLLAPSED = "train it anew with gan.ada_target 0.6, a higher gan.r1_gamma or gan.mode_seeking, or more images of a class"
+TRUNK = "-trunk"  # ends the name of what a longer training can go on from, beside an unfinished one
 FEW = 1000  # images, by which a generator is hardly judged
 
 
@@ -44,7 +47,8 @@ def worker(settings: dict[str, Any]) -> None:
     with no_retry_of_user_errors(mailbox) as go, contextlib.suppress(StoppedError):
         if go:
             images, labels = ImageCache(Path(settings["images"]), "", {}).open()
-            train_generator(config.gan, images, labels, RayContext(RUN_NAME, mailbox), show)
+            shorter, trunk = settings["shorter"], Path(settings["trunk"])
+            train_generator(config.gan, images, labels, RayContext(RUN_NAME, mailbox), show, shorter=shorter, trunk=trunk)
 
 
 def describe(metrics: dict[str, float], kimg: float) -> str:
@@ -68,8 +72,9 @@ def _warnings(metrics: dict[str, float], config: Config) -> list[str]:
 def train(config: Config, folder: Path, command: str, say: Callable[[str], None]) -> Path:
     """Train a generator on the training split of `config.data`, with its session, and write it to `folder`.
 
-    A rerun after a crash goes on from the latest snapshot. Asked to stop (SIGTERM, Ctrl-C) it has a checkpoint written, and
-    raises SystemExit.
+    A rerun after a crash goes on from the latest snapshot, and one of more `gan.kimg` than the generator that is there from the
+    last snapshot of that before its rates fell. Asked to stop (SIGTERM, Ctrl-C) it has a checkpoint written, and raises
+    SystemExit.
     """
     storage = local_output(config, "jobs/train_generator.py") / "train"
     # one at a time, whatever its settings: the decoded images, which the first to end removes, are the same for many
@@ -87,7 +92,7 @@ def _train(
         name, reason = next(iter(cache.rejected.items()))
         say(f"{number_of(len(cache.rejected), 'image')} cannot be read, left out; the first: '{name}' {reason}")
     name = f"generator-{config.gan.fingerprint()}-{cache.digest[:12]}-{config.cluster.train_workers}"
-    others = [p.name for p in storage.glob("generator-*") if p.name != name]
+    others = [p.name for p in storage.glob("generator-*") if p.name != name and not p.name.endswith(TRUNK)]
     if others:
         say(
             f"'{storage}' holds unfinished trainings of other settings, images or workers, which this one leaves: "
@@ -118,7 +123,12 @@ def _train(
                 f"{config.gan.report_kimg:g} thousand, a snapshot every "
                 f"{config.gan.snapshot_kimg:g} thousand (on CPUs that may be hours)"
             )
-            settings = {"config": config.to_json(), "mailbox": mailbox, "images": str(cache.folder)}
+            paths = {"images": str(cache.folder), "trunk": str(storage / f"{name}{TRUNK}"), "shorter": None}
+            if extends(config, folder):
+                paths["shorter"] = str(trunk_of(folder))
+                many = read_json(trunk_of(folder) / PROGRESS)["history"][-1]["kimg"]
+                say(f"going on from the training of '{folder}', with its first {many:.3g} thousand images")
+            settings = {"config": config.to_json(), "mailbox": mailbox, **paths}
             workers.fit(worker, settings, config.cluster, storage / name, say, keep=2)
         # not the one that Ray Train knows of: it has not heard of the last, if this process was killed just then
         last = newest_of(stored_checkpoints(storage / name), PROGRESS, say)
@@ -150,7 +160,11 @@ def _train(
             (fresh / SAMPLES).write_bytes(sample_grid(generator, config.gan.seed))
             lease.check()
 
+        trunk = trunk_of(folder)
+        shutil.rmtree(trunk, ignore_errors=True)  # first: it must never be that of another generator
         replace_folder(folder, write)
+        if (left := storage / f"{name}{TRUNK}").exists():
+            left.rename(trunk)
         run.done = True
         run.artifact(folder, "generator")
         run.metrics({f"kept_{key}": float(value) for key, value in kept.items()}, step=round(kept["kimg"] * 1000))

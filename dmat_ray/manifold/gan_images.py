@@ -18,6 +18,7 @@ from dmat_ray.data.sources import read_pixels
 from dmat_ray.errors import UserError
 from dmat_ray.files import read_json, write_json
 from dmat_ray.manifold import quality, trained_on
+from dmat_ray.manifold.gan_progress import PROGRESS, is_shorter
 from dmat_ray.manifold.gan_trainer import check_images, check_workers
 from dmat_ray.manifold.generators import CARD, WEIGHTS
 from dmat_ray.manifold.trained_on import CHUNK
@@ -133,16 +134,35 @@ def card_of(config: Config, cache: ImageCache) -> dict[str, Any]:
 
 
 def is_trained(config: Config, folder: Path) -> bool:
-    """True if `folder` holds the generator that these settings and this data make.
+    """True if `folder` holds the generator that these settings and this data make; False if training makes it, of another too.
 
-    Raises UserError that says what differs if it holds another one, which training would replace.
+    Raises UserError that says what differs if it holds one that training would replace without going on from it.
     """
-    if not folder.exists():
+    if not folder.exists() or extends(config, folder):
         return False
-    card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
+    card = _card(folder)
     if why := _different(config, folder, card):
         raise UserError(f"'{folder}' holds another generator ({why}); give another --output, or --overwrite")
     return True
+
+
+def trunk_of(folder: Path) -> Path:
+    """Where the training of the generator in `folder` keeps the state that a longer one goes on from."""
+    return folder.with_name(f"{folder.name}_training")
+
+
+def extends(config: Config, folder: Path) -> bool:
+    """Whether these settings train the generator in `folder`, on the same images, for longer, and what it takes is there."""
+    trunk, card = trunk_of(folder) / PROGRESS, _card(folder)
+    before = read_json(trunk)["config"] if trunk.is_file() else None
+    if before is None or before != card.get("training") or not is_shorter(before, config.gan):
+        return False
+    return not _different(config, folder, {**card, "training": config.gan.model_dump(mode="json")})
+
+
+def _card(folder: Path) -> dict[str, Any]:
+    card: dict[str, Any] = read_json(folder / CARD) if (folder / CARD).is_file() else {}
+    return card
 
 
 def _first_difference(was: Any, now: Any, name: str) -> str:

@@ -9,6 +9,8 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,18 +20,19 @@ from dmat_ray import checkpoint
 from dmat_ray.arithmetic import tf32
 from dmat_ray.config import GanConfig
 from dmat_ray.errors import UserError
+from dmat_ray.folders import replace_folder
 from dmat_ray.manifold import gan
 from dmat_ray.manifold.augment import adapted, augment
 from dmat_ray.manifold.discriminator import Discriminator
+from dmat_ray.manifold.gan_progress import PROGRESS, read_progress, restored
 from dmat_ray.manifold.quality import Judge
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.pace import LEAST_STEPS, TELL_AFTER_S, Pace
 from dmat_ray.rng import derive
-from dmat_ray.storage import Place, at
+from dmat_ray.storage import Place
 from dmat_ray.types import RunContext
 from dmat_ray.wording import to_go
 
-PROGRESS = "gan.json"
 ADA_INTERVAL = 4
 PATH_DECAY = 0.01
 DEAD_END = "lower gan.lr_generator and gan.lr_discriminator or raise gan.r1_gamma"
@@ -192,6 +195,9 @@ def train_generator(
     labels: Tensor,
     context: RunContext,
     on_snapshot: OnSnapshot | None = None,
+    *,
+    shorter: Place | None = None,
+    trunk: Path | None = None,
 ) -> StyleGAN2:
     """Train on `images` (N, C, H, W), float in [0, 1] or uint8, and return the averaged generator that `config.keep` names.
 
@@ -201,18 +207,25 @@ def train_generator(
     rank 0. One more is written when a machine is to be taken away, or the job is asked to stop. Goes on from the newest
     checkpoint, on one CPU worker with the very numbers of an uninterrupted run.
     A training that diverges ends with the best snapshot so far, or with a UserError if there is none.
+
+    The last snapshot before the rates fall is also kept in the folder `trunk`: one of more `kimg`, and else the same settings
+    and images, goes on from there if it is given as `shorter`, with the very numbers that it would have had from the start.
     """
     check_images(config, images, labels)
     check_workers(config, context.world_size)
     training = _Training(config, context)
     first, best, best_quality, history, judged = 0, None, None, [], None
-    if (found := checkpoint.newest(context, PROGRESS)) is not None:
-        progress, state = read_progress(found, config)
+    found = checkpoint.newest(context, PROGRESS)
+    if (begun := found or shorter) is not None:
+        progress, state = read_progress(begun, config, shorter=found is None)
         training.load(state)
         first, best, best_quality, history = progress["step"], state["best"], progress["best"], progress["history"]
         judged = state.get("judge")
+        if found is None and trunk is not None and context.rank == 0:  # a little longer may fall from the same snapshot on
+            renamed = {**progress, "config": config.model_dump(mode="json"), "of": training.steps}
+            replace_folder(trunk, partial(checkpoint.write_state, name=PROGRESS, progress=renamed, state=state))
     if first == training.steps:
-        return _restored(config, best, context.device)
+        return restored(config, best, context.device)
     judge = Judge(config.quality, images, labels, context, judged, conditional=config.architecture.num_classes > 0)
 
     def whole() -> dict[str, Any]:
@@ -222,6 +235,7 @@ def train_generator(
     report_every = max(1, round(config.report_kimg * per_kimg))
     # a multiple, so that a snapshot's losses are means over a whole interval
     snapshot_every = report_every * max(1, round(config.snapshot_kimg / config.report_kimg))
+    straight = math.floor(training.steps * (1.0 - config.fade)) // snapshot_every * snapshot_every
     began, pace, told = time.monotonic(), Pace(context, None), False
     for i in range(first + 1, training.steps + 1):
         with tf32(config.precision != "float32"):
@@ -264,36 +278,9 @@ def train_generator(
             "best": best_quality,
             "history": history,
         }
+        if i == straight and trunk is not None and context.rank == 0 and not diverged:
+            replace_folder(trunk, partial(checkpoint.write_state, name=PROGRESS, progress=progress, state=whole()))
         checkpoint.hand_over_state(context, metrics, PROGRESS, progress, whole(), wait=progress["step"] == training.steps)
         if diverged:
             break
-    return _restored(config, best, context.device)
-
-
-def _restored(config: GanConfig, state: Any, device: torch.device) -> StyleGAN2:
-    generator = StyleGAN2(config.architecture)
-    generator.load_state_dict(state)
-    return generator.to(device).eval().requires_grad_(False)
-
-
-def read_progress(folder: Place, config: GanConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a checkpoint says of itself, and its tensors; raises UserError if it is damaged or of another training."""
-    path = at(folder) / PROGRESS
-    if not path.is_file():
-        raise UserError(f"'{folder}' is no checkpoint of a generator training (no {PROGRESS})")
-    progress: dict[str, Any] = path.read_json()
-    if progress["config"] != config.model_dump(mode="json"):
-        raise UserError(f"'{folder}' was trained with other settings under gan.*; give another --output or remove it")
-    return progress, checkpoint.load_state(folder)
-
-
-def is_finished(folder: Place) -> bool:
-    """Whether a checkpoint is a training's last."""
-    progress = (at(folder) / PROGRESS).read_json()
-    return bool(progress["step"] == progress["of"])
-
-
-def result_of(folder: Place, config: GanConfig) -> tuple[StyleGAN2, dict[str, Any]]:
-    """The generator that a finished training's last checkpoint holds, and its quality and `diverged`."""
-    progress, state = read_progress(folder, config)
-    return _restored(config, state["best"], torch.device("cpu")), {**progress["best"], "diverged": progress["diverged"]}
+    return restored(config, best, context.device)

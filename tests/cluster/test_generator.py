@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,3 +199,28 @@ def test_a_generator_that_is_there_is_not_replaced_unasked(calm, tmp_path):
     other, _ = cli.parse("test", ["--output", str(calm), *OPTIONS, "--gan.seed", "5"], preset=["mnist32_generator"])
     with pytest.raises(UserError, match=r"holds another generator \(gan.seed was 0, now it is 5\); .*--overwrite"):
         gan_images.is_trained(other, calm / "generator")
+
+
+def test_a_generator_is_trained_for_longer_from_where_its_rates_had_not_fallen(calm, tmp_path):
+    shutil.copytree(calm / "generator", tmp_path / "generator")
+    longer, _ = cli.parse("test", ["--output", str(tmp_path), *OPTIONS, "--gan.kimg", "0.64"], preset=["mnist32_generator"])
+    with pytest.raises(UserError, match=r"holds another generator \(gan.kimg was 0.48, now it is 0.64\)"):
+        gan_images.is_trained(longer, tmp_path / "generator")
+    shutil.copytree(calm / "generator_training", tmp_path / "generator_training")
+    for option in ("--gan.seed", "--data.seed"):
+        other, _ = cli.parse(
+            "test", ["--output", str(tmp_path), *OPTIONS, "--gan.kimg", "0.64", option, "5"], preset=["mnist32_generator"]
+        )
+        with pytest.raises(UserError, match=r"holds another generator"):
+            gan_images.is_trained(other, tmp_path / "generator")
+    assert not gan_images.is_trained(longer, tmp_path / "generator")
+    lines: list[str] = []
+    gan.train(longer, tmp_path / "generator", "longer", lines.append)
+    assert any("with its first 0.32 thousand images" in line for line in lines)
+    before, after = logged(calm)["loss_g"], logged(tmp_path)["loss_g"]
+    assert sorted(after) == [400, 480, 560, 640]
+    assert after[400] != before[400], "the shorter one's rates were falling there"
+    card = json.loads((tmp_path / "generator" / "card.json").read_text())
+    assert card["training"]["kimg"] == 0.64
+    assert json.loads((tmp_path / "generator_training" / "gan.json").read_text())["step"] == 40
+    assert gan_images.is_trained(longer, tmp_path / "generator")
