@@ -11,13 +11,14 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 import dmat_ray
 from dmat_ray import classifiers
 from dmat_ray.cli import validate
-from dmat_ray.config import Config
+from dmat_ray.config import Config, DataConfig
 from dmat_ray.errors import UserError
 from dmat_ray.files import is_full, read_json, sha256, text_digest, write_json
 from dmat_ray.folders import fetched
@@ -77,6 +78,14 @@ def describe_run(
         "set_sha256": set_sha256,
         "versions": versions(),
     }
+
+
+def of_set(config: Config, manifest: Mapping[str, Any]) -> Config:
+    """The settings with `data` as the set of this manifest was made: a training takes the set as it is, whatever its own say."""
+    try:
+        return config.model_copy(update={"data": DataConfig.model_validate(manifest["data"])})
+    except ValidationError:  # of a later version, or another program's
+        return config
 
 
 def save(folder: Path, network: nn.Module | dict[str, Tensor], run: dict[str, Any], state: dict[str, Any] | None = None) -> None:

@@ -122,7 +122,8 @@ class _Run:
         class_names = tuple(manifest["class_names"])
         network = classifiers.build(config.classifier, channels, len(class_names)).to(context.device)
         self.step = TrainingStep(config, network, generator, context)
-        self.about = checkpoint.describe_run(config, class_names, channels, resolution, generator_sha256, set_sha256)
+        recorded = checkpoint.of_set(config, manifest)
+        self.about = checkpoint.describe_run(recorded, class_names, channels, resolution, generator_sha256, set_sha256)
         self.steps = steps_per_epoch(source.size, self.settings.batch_size)
         held_out = source.held_out(context.rank, context.world_size)
         self.validators: list[Callable[[nn.Module, RunContext], dict[str, float]]] = []

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dmat_ray import checkpoint, classifiers, trainer
-from dmat_ray.config import ClassifierConfig, Config
+from dmat_ray.config import ClassifierConfig, Config, DataConfig
 from dmat_ray.data.epochs import held_out_positions
 from dmat_ray.data.manifold_set import ManifoldSet, epoch_batches, open_set
 from dmat_ray.errors import UserError
@@ -181,13 +181,15 @@ def test_validation_does_not_touch_the_training(
     assert same(weights(tmp_path / "with"), weights(tmp_path / "without"))
 
 
-def test_metrics_and_run_say_what_was_trained(train: Train, make_config: MakeConfig, tmp_path: Path) -> None:
-    config, reports = make_config(), []
+def test_metrics_and_run_say_what_was_trained(train: Train, make_config: MakeConfig, tmp_path: Path, data: ManifoldSet) -> None:
+    config, reports = make_config(data={"source": "another", "resize": "pad"}), []
     train(config, tmp_path, reports.append)
     run = checkpoint.read_run(tmp_path / "checkpoint")
     assert run["epoch"] == 2
     assert [timeless(m) for m in run["history"]] == [timeless(m) for m in reports]
-    assert Config.model_validate(run["config"]) == config
+    made = DataConfig.model_validate(data.manifest["data"])
+    assert made.resize == "crop"
+    assert Config.model_validate(run["config"]) == config.model_copy(update={"data": made}), "images are those of the set"
     expected = {f"train_{term}_{what}" for term in ("image", "latent") for what in ("loss", "accuracy")}
     assert expected | {"train_loss", "val_clean", "val_robust", "epoch", "lr"} <= set(reports[-1])
     assert all(np.isfinite(value) for value in reports[-1].values())

@@ -15,6 +15,7 @@ from dmat_ray.cluster.ingest import Streamed
 from dmat_ray.cluster.leftovers import GROUP, Leftover, left_by_others
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.data import manifold_set
+from dmat_ray.data.set_reader import read_manifest
 from dmat_ray.errors import UserError
 from dmat_ray.files import text_digest
 from dmat_ray.lease import sole
@@ -111,7 +112,11 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
         leftovers = list(left_by_others(todo, folder, stack))
         final = {c.name: _first(found.final(c) for found in leftovers) for c in todo}
         configs = [c for c in todo if final[c.name] is None]
-        runs = {c.name: stack.enter_context(tracking.tracked(c, c.name, "train", parent, of=_key(c))) for c in todo}
+        manifest = read_manifest(set_path)
+        runs = {
+            c.name: stack.enter_context(tracking.tracked(checkpoint.of_set(c, manifest), c.name, "train", parent, of=_key(c)))
+            for c in todo
+        }
 
         told: dict[str, int] = {}  # the last epoch that was told before, by a model's name
 
