@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,17 @@ def test_decoded_images_are_those_of_the_training_split(tmp_path: Path) -> None:
     written = {p.name: p.stat().st_mtime_ns for p in cache.folder.iterdir()}
     assert gan_images.prepare_images(config, tmp_path / "train") == cache
     assert {p.name: p.stat().st_mtime_ns for p in cache.folder.iterdir()} == written
+
+
+def test_images_that_the_disk_has_no_room_for_are_refused_before_one_is_decoded(tmp_path: Path) -> None:
+    config, (soft, hard) = photo_settings(photo_folder(tmp_path / "photos"), tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
+        with pytest.raises(UserError, match=r"decoded images of the training take .* not so much space"):
+            gan_images.prepare_images(config, tmp_path / "train")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / "train").iterdir())
 
 
 @pytest.mark.parametrize("name", ["images.npy", "labels.npy"])

@@ -1,5 +1,6 @@
 """The images of a generator's training, decoded once into a folder that all its workers map."""
 
+import math
 import os
 import shutil
 import socket
@@ -16,7 +17,7 @@ from torch import Tensor
 from dmat_ray.config import Config, DataConfig
 from dmat_ray.data.sources import read_pixels
 from dmat_ray.errors import UserError
-from dmat_ray.files import read_json, write_json
+from dmat_ray.files import is_full, read_json, write_json
 from dmat_ray.manifold import quality, trained_on
 from dmat_ray.manifold.gan_progress import PROGRESS, is_shorter
 from dmat_ray.manifold.gan_trainer import check_images, check_workers
@@ -93,8 +94,7 @@ def sweep(storage: Path, own: Path | None = None) -> None:
 
 
 def _decode_all(rows: pa.Table, config: DataConfig, folder: Path) -> dict[str, str]:
-    shape = (rows.num_rows, config.channels, config.resolution, config.resolution)
-    pixels = np.lib.format.open_memmap(folder / PIXELS, mode="w+", dtype=np.uint8, shape=shape)
+    pixels = _blank(folder / PIXELS, (rows.num_rows, config.channels, config.resolution, config.resolution))
 
     def load(start: int) -> list[tuple[str | None, bytes | None]]:
         """Decodes some; of each the reason why it cannot be read, or the digest of its pixels."""
@@ -119,6 +119,26 @@ def _decode_all(rows: pa.Table, config: DataConfig, folder: Path) -> dict[str, s
     np.save(folder / LABELS, rows["label"].to_numpy()[good])
     trained_on.write(folder, rows, [digest for _, digest in loaded])
     return rejected
+
+
+def _blank(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.uint8]]:
+    """A mapped file of zeros whose space is taken: a write into a hole for which there is none would kill the process.
+
+    Raises UserError if there is not so much.
+    """
+    size = math.prod(shape)
+    try:
+        mapped = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise UserError(
+            f"the decoded images of the training take {size / 1e9:.3g} GB below '{path.parents[1]}', and there is not so much "
+            "space; free some, or give another --output"
+        ) from None
+    return mapped
 
 
 def card_of(config: Config, cache: ImageCache) -> dict[str, Any]:
