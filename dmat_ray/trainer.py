@@ -32,6 +32,11 @@ def check_inputs(config: Config, manifest: Mapping[str, Any], generator_sha256: 
     require_generator(manifest, generator_sha256, "the on-manifold set")
     if config.training.images == "natural" and (terms := objectives.on_manifold_terms(config.objective)):
         raise UserError(f"objective.{terms[0]} needs training.images on_manifold: natural images have no exact w")
+    if (config.training.flip or config.training.crop_padding) and (terms := objectives.on_manifold_terms(config.objective)):
+        raise UserError(
+            f"training.flip and training.crop_padding change the image, and objective.{terms[0]} needs the w that makes it: x "
+            "would not be g(w) any more"
+        )
     if config.training.batch_size < world_size:
         raise UserError(f"training.batch_size {config.training.batch_size} is smaller than the {world_size} workers")
     if len(manifest["class_names"]) < 2:

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from dmat_ray import batch_norm, objectives
 from dmat_ray.attack import frozen
 from dmat_ray.attack_view import AttackView, takes
+from dmat_ray.augmentation import augment
 from dmat_ray.config import Config
 from dmat_ray.objectives import CLEAN
 from dmat_ray.rng import derive
@@ -57,6 +58,8 @@ class TrainingStep:
         settings, objective = self.settings, self.objective
         if not self._is_laid_out:
             self._lay_out(batch.x_BCHW[:2])
+        if settings.flip or settings.crop_padding:
+            batch = augment(batch, settings, epoch)
         # dropout's masks are those of this step, whatever came before
         torch.manual_seed(derive(settings.seed, "step", epoch, step, self.context.rank) % 2**31)
         drawn = objective.drawn(settings.seed, f"{epoch}/{step}")

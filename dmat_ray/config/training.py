@@ -48,6 +48,12 @@ class TrainingConfig(Section):
     """SGD on the objective, with a learning rate that changes every step."""
 
     images: Literal["on_manifold", "natural"] = Field("on_manifold", description="what x is: g(w), or the natural image")
+    flip: bool = Field(False, description="mirror every other training image, at random; not with terms that need w")
+    crop_padding: int = Field(
+        0,
+        ge=0,
+        description="black pixels around a training image before a random crop of its size; not with terms that need w",
+    )
     loader: Literal["memory", "stream"] = Field(
         "memory",
         description="'memory': every worker holds the training split; 'stream': Ray Data reads and shuffles the whole of it "
