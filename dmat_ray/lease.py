@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,6 +51,7 @@ class Lease:
     def __init__(self, file: Location, interval_s: float) -> None:
         self._file, self._interval_s = file, interval_s
         self._stop, self._lost = threading.Event(), False
+        self._told: list[Callable[[], object]] = []
         pid = os.getpid()
         self._content: dict[str, Any] = {
             "owner": uuid.uuid4().hex,
@@ -66,6 +67,10 @@ class Lease:
         """Raise UserError if another run has taken the folder (this one was suspended, or its storage out of reach)."""
         if self._lost:
             raise UserError(f"another run has taken over '{self._file.parent}' while this one did not answer; this one ends")
+
+    def when_lost(self, call: Callable[[], object]) -> None:
+        """Have `call` called, in another thread, when somebody else is seen to have taken the folder."""
+        self._told.append(call)
 
     def _take(self) -> None:
         if not self._file.create_bytes(self._bytes()):
@@ -119,6 +124,8 @@ class Lease:
                 found = self._read()
                 if found is not None and found["owner"] != self._content["owner"]:
                     self._lost = True
+                    for call in self._told:
+                        call()
                     return
                 self._content["beat"] += 1
                 self._file.write_bytes(self._bytes())

@@ -90,10 +90,12 @@ def train(config: Config, folder: Location, command: str, say: Callable[[str], N
             run.metrics(metrics, step=round(metrics["kimg"] * 1000))
             say(describe(metrics, config.encoder.kimg))
 
+        lease.when_lost(asked.set)  # the other goes on with this
         with listen(handle, asked) as mailbox:
             session.await_machines(config.cluster, say, config.cluster.train_workers)
             settings = {"config": config.to_json(), "mailbox": mailbox}
             result = workers.fit(worker, settings, config.cluster, storage / name, say, keep=2)
+        lease.check()
         if asked.is_set() and result.return_value is None:
             say("stopped; the same command goes on from the checkpoint")
             return {}  # which is where the signal takes effect

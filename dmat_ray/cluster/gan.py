@@ -116,6 +116,7 @@ def _train(
             for line in [describe(metrics, config.gan.kimg), *_warnings(metrics, config)]:
                 say(line)
 
+        lease.when_lost(asked.set)  # the other goes on with this
         with listen(handle, asked) as mailbox:
             session.await_machines(config.cluster, say, config.cluster.train_workers)
             say(
@@ -130,6 +131,7 @@ def _train(
                 say(f"going on from the training of '{folder}', with its first {many:.3g} thousand images")
             settings = {"config": config.to_json(), "mailbox": mailbox, **paths}
             workers.fit(worker, settings, config.cluster, storage / name, say, keep=2)
+        lease.check()
         # not the one that Ray Train knows of: it has not heard of the last, if this process was killed just then
         last = newest_of(stored_checkpoints(storage / name), PROGRESS, say)
         assert last is not None

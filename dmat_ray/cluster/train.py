@@ -141,6 +141,7 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
                     runs[config.name].artifact(model_folder(config), "checkpoint")
 
         asked = stack.enter_context(heed_stop())
+        lease.when_lost(asked.set)  # the other goes on with this
         mailbox = stack.enter_context(listen(handle, asked))
         if configs:
             count = session.worker_count(first.cluster)
@@ -159,6 +160,7 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
             except Exception:
                 publish_finished()  # of several models some may be done
                 raise
+        lease.check()
         if asked.is_set() and any(Leftover(folder).final(c) is None for c in configs):
             say("stopped; the same command goes on from the checkpoint")
             return  # which is where the signal takes effect

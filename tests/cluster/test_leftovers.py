@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from small import settings
 
-from dmat_ray import models, trainer
+from dmat_ray import lease, models, trainer
+from dmat_ray.cluster import train
 from dmat_ray.cluster.context import next_name
 from dmat_ray.cluster.leftovers import Leftover, left_by_others
 from dmat_ray.config import Config
 from dmat_ray.data.manifold_set import open_set
+from dmat_ray.errors import UserError
 from dmat_ray.lease import sole
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators
@@ -47,6 +49,27 @@ def test_a_later_checkpoint_has_a_later_name_whatever_the_clock_says(monkeypatch
     for ahead in ("checkpoint_2999-12-31_23-59-59.999999", "checkpoint_2999"):  # of a clock that was ahead; of nobody
         first = next_name(ahead)
         assert ahead < first < next_name(first)
+
+
+def test_a_training_that_another_run_has_taken_over_ends(tmp_path, finished, ray_session, monkeypatch):
+    """The other one's file is all that it sees, as after a suspension."""
+    finished.copy_set(tmp_path)
+    monkeypatch.setattr(lease, "INTERVAL_S", 0.2)
+    config = settings(tmp_path, "--training.epochs", "200", "--cluster.train_workers", "1")
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if "epoch 1/200" in line:
+            (file,) = (tmp_path / "train").glob(".*.lease/writer.json")
+            file.write_text(json.dumps({**json.loads(file.read_text()), "owner": "another"}))
+
+    with pytest.raises(UserError, match=r"another run has taken over '.*' while this one did not answer; this one ends"):
+        train.train_models([config], say)
+    assert not any("epoch 199/200" in line for line in lines)
+    assert not models.model_folder(config).is_dir()
+    (found,) = (tmp_path / "train").glob(f"{config.name}-*")
+    assert Leftover(at(found)).of(config), "the other one goes on from there"
 
 
 def test_a_model_finds_its_checkpoints_in_the_folder_of_any_group(tmp_path, finished):
