@@ -22,6 +22,7 @@ help:
 	@echo "make check      ruff, mypy, and the direction of imports"
 	@echo "make docs       the documents as a site, in build/site; a broken link is an error"
 	@echo "make format     ruff format"
+	@echo "make clean      removes .venv, the site and caches; results in runs/ stay"
 	@echo "make results    the study on MNIST-5k, docs/results and the README's second table anew (hours); with CIFAR10=FOLDER also in colour"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -102,5 +103,6 @@ format: $(STAMP)
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
+# Not runs/, which holds results.
 clean:
-	rm -rf $(VENV) runs build .cache .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build .cache .mypy_cache .ruff_cache .pytest_cache

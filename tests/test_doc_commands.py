@@ -8,6 +8,8 @@ import argparse
 import functools
 import re
 import runpy
+import shlex
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -260,6 +262,14 @@ def test_yaml_is_settings_or_a_suite(document: Path, tmp_path: Path, monkeypatch
 def test_python_is_python(document: Path) -> None:
     for block in blocks(document, "python"):
         compile(block.text, block.name or document.name, "exec")
+
+
+def test_make_clean_leaves_results() -> None:
+    command = ["make", "--dry-run", "--no-print-directory", "clean"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    removed = shlex.split(told)[2:]
+    assert ".venv" in removed
+    assert "runs" not in {path.split("/")[0] for path in removed}
 
 
 def test_a_wrong_command_is_found(parse: Parsers) -> None:
