@@ -1,15 +1,22 @@
-"""The files for Kubernetes have fields that KubeRay and Kubernetes know, and Ray's autoscaler reads of them what they say."""
+"""The files for Kubernetes have fields that KubeRay and Kubernetes know, and Ray's autoscaler reads of them what they say.
+
+What ray_cluster.yaml asks of Amazon, docs/cluster.md lists among what the head's role may do.
+"""
 
 import copy
 import gzip
 import json
+import re
 import shlex
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+import ray
 import yaml
+from moto.iam.aws_managed_policies import aws_managed_policies_data
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import validate_config
 from ray.scripts.scripts import drain_node
@@ -113,3 +120,40 @@ def test_a_pod_that_is_taken_away_tells_ray_first(group: str) -> None:
     given = drain_node.make_context("drain-node", options).params  # which refuses what Ray does not know
     assert given["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
     assert int(waited.removeprefix("sleep ")) < given["deadline_remaining_seconds"] < pod["terminationGracePeriodSeconds"]
+
+
+PERMISSIONS = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8").split("### What it may do on Amazon")[1]
+STARTED_BY_THE_HEAD = {"ec2:RunInstances", "ec2:TerminateInstances", "ec2:CreateTags", "ec2:Describe*"}
+
+
+def asked_of_amazon() -> set[str]:
+    """The actions that starting the workers of ray_cluster.yaml takes, with the role of their own that it shows in a comment."""
+    text = (ROOT / "ray_cluster.yaml").read_text().replace("# IamInstanceProfile:", "IamInstanceProfile:")
+    kinds = yaml.safe_load(text)["available_node_types"]
+    workers = [kind["node_config"] for name, kind in kinds.items() if name != "head"]
+    asked = {
+        "ssm:GetParameters": any(worker["ImageId"].startswith("resolve:ssm:") for worker in workers),
+        "iam:PassRole": any("IamInstanceProfile" in worker for worker in workers),
+        "iam:CreateServiceLinkedRole": any(worker.get("InstanceMarketOptions") == {"MarketType": "spot"} for worker in workers),
+    }
+    return STARTED_BY_THE_HEAD | {action for action, needed in asked.items() if needed}
+
+
+def test_the_heads_role_may_do_all_that_workers_take() -> None:
+    rows = re.findall(r"^\| (`.+?) \| .+ \|$", PERMISSIONS, re.MULTILINE)
+    assert set(re.findall(r"`(\w+:[\w*]+)`", " ".join(rows))) == asked_of_amazon()
+    assert len(asked_of_amazon()) == 7
+
+
+def test_what_the_role_that_ray_makes_lacks_is_said() -> None:
+    """By Ray's own list of policies, and Amazon's text of these."""
+    source = (Path(ray.__file__).parent / "autoscaler" / "_private" / "aws" / "config.py").read_text()
+    attached = re.findall(r'"arn:aws:iam::aws:policy/(\w+)"', source)
+    assert "AmazonEC2FullAccess" in attached
+    published = json.loads(aws_managed_policies_data)
+    statements = [statement for name in attached for statement in published[name]["Document"]["Statement"]]
+    actions = [statement["Action"] for statement in statements if statement["Effect"] == "Allow"]
+    allowed = [action for found in actions for action in ([found] if isinstance(found, str) else found)]
+    lacking = {action for action in asked_of_amazon() if not any(fnmatch(action, pattern) for pattern in allowed)}
+    (told,) = re.findall(r"it lacks (.+?), so", PERMISSIONS)
+    assert set(re.findall(r"`(.+?)`", told)) == lacking
