@@ -1,6 +1,6 @@
 """The files for Kubernetes have fields that KubeRay and Kubernetes know, and Ray's autoscaler reads of them what they say.
 
-What ray_cluster.yaml asks of Amazon, docs/cluster.md lists among what the head's role may do.
+Of ray_cluster.yaml: docs/cluster.md lists all that it asks of Amazon, and the line that mounts storage may run again.
 """
 
 import copy
@@ -8,6 +8,7 @@ import gzip
 import json
 import re
 import shlex
+import subprocess
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,20 @@ def test_a_pod_that_is_taken_away_tells_ray_first(group: str) -> None:
     given = drain_node.make_context("drain-node", options).params  # which refuses what Ray does not know
     assert given["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
     assert int(waited.removeprefix("sleep ")) < given["deadline_remaining_seconds"] < pod["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.parametrize("mounted", [False, True])
+def test_the_line_that_mounts_shared_storage_may_run_again(mounted: bool, tmp_path: Path) -> None:
+    """With programs that write down how they are called: a second mount is refused, and a new EFS root belongs to root."""
+    taken = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text().replace("# - sudo", "- sudo"))
+    line = taken["setup_commands"][-1]
+    for name, code in {"sudo": 0, "mountpoint": 0 if mounted else 32}.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/told\nexit {code}\n')
+        (tmp_path / name).chmod(0o755)
+    subprocess.run(["bash", "-c", line], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=True)
+    told = [command.split(maxsplit=2)[:2] for command in (tmp_path / "told").read_text().splitlines()]
+    mount = [] if mounted else [["sudo", "mount"]]
+    assert told == [["sudo", "mkdir"], ["mountpoint", "-q"], *mount, ["sudo", "chown"]]
 
 
 PERMISSIONS = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8").split("### What it may do on Amazon")[1]
