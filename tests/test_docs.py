@@ -8,12 +8,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args, get_origin
 
 import pytest
 
+from dmat_ray.cli import settings
 from dmat_ray.config import AttackRow, Config, Section
 from dmat_ray.config.attacks import AdversarialTerm
+from dmat_ray.trials import Trial
 
 ROOT = Path(__file__).parents[1]
 WRITER = runpy.run_path(str(ROOT / "docs" / "tables.py"))
@@ -79,6 +82,17 @@ def test_the_writer_runs_as_a_script(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, str(ROOT / "docs" / "tables.py")], cwd=tmp_path, check=True, env=environment)
     assert SETTINGS.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_models_that_a_search_trains_anew_are_listed() -> None:
+    from dmat_ray.cluster import champion
+
+    config = settings("demo", "dmat", tune={"confirm_seeds": 1})
+    search = SimpleNamespace(config=config, base=config.to_json(), folder=Path("NAME"), space=SimpleNamespace(constants={}))
+    made = champion.anew(search, Trial("NAME_001", "finished", {}, 1, 0.0, {}))
+    rows = re.findall(r"^\| `models/(\S+?)` \|", (ROOT / "docs" / "search.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {re.sub(r"\d$", "K", name) for kind in made.values() for name in kind} <= set(rows)
 
 
 def test_the_plans_are_those_of_the_measured_rates() -> None:
