@@ -13,10 +13,11 @@ from typing import Any, get_args, get_origin
 
 import pytest
 
-from dmat_ray.cli import settings
+from dmat_ray import build_threat, settings
 from dmat_ray.config import AttackRow, Config, Section
 from dmat_ray.config.attacks import AdversarialTerm
 from dmat_ray.trials import Trial
+from dmat_ray.types import Measured
 
 ROOT = Path(__file__).parents[1]
 WRITER = runpy.run_path(str(ROOT / "docs" / "tables.py"))
@@ -82,6 +83,28 @@ def test_the_writer_runs_as_a_script(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, str(ROOT / "docs" / "tables.py")], cwd=tmp_path, check=True, env=environment)
     assert SETTINGS.read_bytes() == before
+
+
+def names_in(document: str, pattern: str) -> set[str]:
+    """What stands between backticks in the part of a document that a pattern's only group takes, wherever lines break."""
+    (found,) = re.findall(pattern.replace(" ", r"\s"), (ROOT / "docs" / document).read_text(encoding="utf-8"), re.DOTALL)
+    return set(re.findall(r"`(.+?)`", found))
+
+
+def test_threats_that_some_methods_do_not_search_are_named() -> None:
+    refused = set()
+    for name in (row.model_fields["threat"].default for row in get_args(get_args(AttackRow)[0])):
+        if name not in ("clean", "corruption", "autoattack"):
+            generator = "mnist32" if name in ("latent", "joint") else None
+            more = {"weights": "random"} if name == "perceptual" else {}
+            refused |= set() if isinstance(build_threat(name, generator=generator, **more), Measured) else {name}
+    assert names_in("guide.md", "Neither works for (.+?)\\.") == refused
+
+
+def test_jobs_that_are_runs_in_mlflow_are_named() -> None:
+    text = {path.name: path.read_text() for path in (ROOT / "jobs").glob("*.py")}
+    tracked = {name for name, code in text.items() if re.search(r"prepare_environment\(config(?!.*tracked=False)", code)}
+    assert names_in("guide.md", "## Tracking\n\n(.+?) are runs in MLflow") == tracked
 
 
 @pytest.mark.slow
