@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin
 
 import pytest
 
-from dmat_ray import build_threat, settings
+from dmat_ray import build_threat, checkpoint, settings
 from dmat_ray.config import AttackRow, Config, Section
 from dmat_ray.config.attacks import AdversarialTerm
 from dmat_ray.trials import Trial
@@ -105,6 +105,12 @@ def test_jobs_that_are_runs_in_mlflow_are_named() -> None:
     text = {path.name: path.read_text() for path in (ROOT / "jobs").glob("*.py")}
     tracked = {name for name, code in text.items() if re.search(r"prepare_environment\(config(?!.*tracked=False)", code)}
     assert names_in("guide.md", "## Tracking\n\n(.+?) are runs in MLflow") == tracked
+
+
+def test_settings_with_which_a_training_goes_on_are_named() -> None:
+    """All but the name, under which its checkpoints are found."""
+    may_differ = names_in("training.md", "do not change what is trained may differ: (.+?): a training takes")
+    assert may_differ == {*checkpoint.HARMLESS} - {"name"}
 
 
 @pytest.mark.slow
