@@ -264,6 +264,12 @@ def test_python_is_python(document: Path) -> None:
         compile(block.text, block.name or document.name, "exec")
 
 
+def test_jobs_that_have_a_dry_run_are_named() -> None:
+    section = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8").split("## What it will cost\n")[1]
+    named = re.findall(r"`(\w+\.py)`", section.split("take `--dry-run`")[0])
+    assert sorted(f"jobs/{name}" for name in named) == [job for job in JOBS if "--dry-run" in options(job)]
+
+
 def test_make_clean_leaves_results() -> None:
     command = ["make", "--dry-run", "--no-print-directory", "clean"]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
