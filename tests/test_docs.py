@@ -1,11 +1,13 @@
 """What the documents say of settings is what the settings are. `python docs/tables.py` writes the tables anew."""
 
+import inspect
 import json
 import os
 import re
 import runpy
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +23,7 @@ from dmat_ray.types import Measured
 
 ROOT = Path(__file__).parents[1]
 WRITER = runpy.run_path(str(ROOT / "docs" / "tables.py"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SETTINGS = ROOT / "docs" / "configuration.md"
 
 
@@ -111,6 +114,16 @@ def test_settings_with_which_a_training_goes_on_are_named() -> None:
     """All but the name, under which its checkpoints are found."""
     may_differ = names_in("training.md", "do not change what is trained may differ: (.+?): a training takes")
     assert may_differ == {*checkpoint.HARMLESS} - {"name"}
+
+
+@pytest.mark.slow
+def test_what_a_server_needs_beyond_this_package_is_named() -> None:
+    """Its artifacts lie at s3:// in the command there, which MLflow reaches by boto3."""
+    from mlflow.store.artifact import s3_artifact_repo
+
+    needed = names_in("search.md", "for artifacts at `s3://` also (.+?), which this package does not install")
+    assert {name for name in needed if f"import {name}\n" in inspect.getsource(s3_artifact_repo)} == needed != set()
+    assert not needed & {re.split(r"\W", line)[0] for line in PROJECT["dependencies"]}
 
 
 @pytest.mark.slow
