@@ -116,6 +116,17 @@ def test_settings_with_which_a_training_goes_on_are_named() -> None:
     assert may_differ == {*checkpoint.HARMLESS} - {"name"}
 
 
+def test_packages_are_those_of_the_project() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## Dependencies, and what each is for\n")[1]
+    table, for_tests = page.split("For tests only: ")
+    rows = re.findall(r"^\| ([\w-].*?) \| .+ \|$", table, re.MULTILINE)
+    named = {name for row in rows[1:] if "(extra" not in row for name in re.sub(r"\[.*\]", "", row).split(", ")}
+    needed = {re.split(r"[^\w-]", line)[0] for line in PROJECT["dependencies"]}
+    assert named == needed
+    listed = re.sub(r"\(.*?\)", "", for_tests.split(". ")[0], flags=re.DOTALL)
+    assert not needed & set(re.findall(r"[\w-]+", listed))
+
+
 @pytest.mark.slow
 def test_what_a_server_needs_beyond_this_package_is_named() -> None:
     """Its artifacts lie at s3:// in the command there, which MLflow reaches by boto3."""
