@@ -17,7 +17,7 @@ from dmat_ray.errors import DmatRayError, UserError
 from dmat_ray.wording import did_you_mean, wrong
 
 EPILOG = """\
-Any setting is given by its dotted name: --objective.image.eps 8/255 --training.epochs 5
+Any setting is given by its dotted name: --objective.image.eps 8/255 --training.batch_size 64
 Lists are given with commas: --evaluation.sets on_manifold,natural
 Presets are layered left to right, then the settings of the command line: --preset demo dmat
 """
@@ -122,8 +122,8 @@ def settings(*given: str | Path, **sections: Any) -> Config:
     Raises UserError for a preset, setting or value that there is not, by its dotted name.
 
     >>> from dmat_ray import settings
-    >>> config = settings("demo", "dmat", objective={"image": {"eps": "8/255"}}, training={"epochs": 2})
-    >>> config.name, config.data.source, config.training.epochs
+    >>> config = settings("demo", "dmat", objective={"image": {"eps": "8/255"}}, training={"seed": 2})
+    >>> config.name, config.data.source, config.training.seed
     ('demo_dmat', 'mnist5k', 2)
     >>> [(name, term.weight, round(term.eps, 4)) for name, term in config.objective.adversarial.items() if term.weight]
     [('image', 0.5, 0.0314), ('latent', 0.5, 0.06)]
@@ -153,7 +153,6 @@ def parse(
     """
     parser = _Parser(
         description=description,
-        usage="%(prog)s [--preset NAME ...] [--SECTION.FIELD VALUE ...]",
         epilog=EPILOG,
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
@@ -166,6 +165,8 @@ def parse(
     )  # fmt: skip
     if add is not None:
         add(parser)
+    needed = "".join(f"{action.option_strings[0]} {action.metavar} " for action in parser._actions if action.required)
+    parser.usage = f"%(prog)s {needed}[--preset NAME ...] [--SECTION.FIELD VALUE ...]"
     arguments, source = _source(parser)
     namespace = parser.parse_args(argv)
     layers = _layers(namespace.preset, over)

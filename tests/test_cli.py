@@ -231,6 +231,25 @@ def test_help_lists_every_section_and_preset(capsys: pytest.CaptureFixture[str])
     assert "(default: demo, whose values take the place of the defaults below)" in " ".join(capsys.readouterr().out.split())
 
 
+def test_usage_shows_what_a_job_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    def add(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--models", nargs="+", required=True, metavar="NAME")
+        parser.add_argument("--images", required=True, metavar="FOLDER")
+        parser.add_argument("--to", metavar="FILE")
+
+    with pytest.raises(SystemExit):
+        cli.parse("A job.", ["--help"], add=add)
+    usage = capsys.readouterr().out.splitlines()[0]
+    assert usage.endswith(" --models NAME --images FOLDER [--preset NAME ...] [--SECTION.FIELD VALUE ...]")
+
+
+@pytest.mark.parametrize("line", [line for line in cli.EPILOG.splitlines() if " --" in line])
+def test_examples_of_help_may_be_copied(line: str) -> None:
+    """And leave the learning rate its whole schedule."""
+    training = parsed("--preset", "demo", *line.partition(": ")[2].split()).training
+    assert training.lr_epochs[-1] == training.epochs
+
+
 def test_validate_lists_every_wrong_setting() -> None:
     with pytest.raises(UserError) as raised:
         cli.validate({"training": {"epochs": 0}, "data": {"channels": 2}})
