@@ -57,7 +57,7 @@ def main() -> None:
         models = champion.MOST + 2 * config.tune.confirm_seeds if config.tune.evaluate else 0
         corners = list(plan.space.corners(plan.base, config.tune.epochs))
         print(dry_run.text(config, dry_run.stages(config, trials=plan.trials, corners=corners, models=models)))
-        print("what judges trials after every epoch, and the best on test images, is not in it")
+        print("not counted: the suites of tune.suites, which run after every epoch and, for the best models, on test images")
         print(plan.told())
         return
     say = jobs.Speaker().stage("tune")
