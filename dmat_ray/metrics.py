@@ -61,8 +61,12 @@ class Results:
         return self._own[model, set_name, self.clean][0]
 
     def correct(self, model: str, set_name: str, name: str) -> np.ndarray:
-        """For each example whether it is right under an attack, or under all of a group and on the clean image, (N) bool."""
+        """For each example whether it is right under an attack, or under all of a group and on the clean image, (N) bool.
+
+        Raises UserError for a row of a group, which did not meet every example: see `met`.
+        """
         if name not in self.groups:
+            self._require_whole(name)
             return self._own[model, set_name, name][1]
         ids, standing = self._own[model, set_name, self.clean]
         for part in self.groups[name]:
@@ -88,7 +92,10 @@ class Results:
         return [name for name in of if any(applies(self.suite[part], set_name) for part in self.groups.get(name, [name]))]
 
     def accuracy(self, model: str, set_name: str, column: str) -> Accuracy:
-        """The number in a cell of the table. Raises UserError for a model, a test set or a column that there is not."""
+        """The number in a cell of the table. Raises UserError for a model, a test set or a column that there is not.
+
+        A row of a group is no column.
+        """
         self._require(model, set_name, column)
         summary = next((s for s in self.config.summaries if s.name == column), None)
         if summary is None:
@@ -106,7 +113,12 @@ class Results:
         middle, low, high = (sum(getattr(a, end) for a in found) / divisor for end in ("value", "low", "high"))
         return Accuracy(middle, low, high, found[0].count)
 
+    def _require_whole(self, name: str) -> None:
+        if name in self.suite and (group := group_of(self.suite[name])):
+            raise UserError(f"'{name}' met only what the rows of its group before it left; ask for the group '{group}'")
+
     def _require(self, model: str, set_name: str, column: str) -> None:
+        self._require_whole(column)
         if (model, set_name, column) in self._own:
             return
         columns = self.columns(set_name) if set_name in self.config.sets else []
@@ -118,7 +130,10 @@ class Results:
                 raise UserError(f"there is no {what} '{name}' in these results; {hint}choose from {', '.join(known)}")
 
     def per_example(self, model: str, set_name: str, column: str) -> np.ndarray:
-        """(N) float64, whose mean is the number in a cell: 0 or 1, of a mean the share of its attacks that an example stood."""
+        """(N) float64, whose mean is the number in a cell: 0 or 1, of a mean the share of its attacks that an example stood.
+
+        Raises UserError for a row of a group, ValueError for a ratio of means.
+        """
         summary = next((s for s in self.config.summaries if s.name == column), None)
         if summary is None:
             return self.correct(model, set_name, column).astype(np.float64)

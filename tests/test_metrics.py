@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dmat_ray.config import EvaluationConfig
+from dmat_ray.errors import UserError
 from dmat_ray.metrics import Results, wilson
 from dmat_ray.units import rows_to_run
 
@@ -92,6 +93,10 @@ def test_columns_are_what_counting_gives(answers: dict[str, dict[str, bool]]) ->
     assert results.per_example("at", "natural", "mean").tolist() == each
     with pytest.raises(ValueError, match="'UAR' is a ratio"):
         results.per_example("at", "natural", "UAR")
+    for part in ("CE", "DLR"):
+        for of_all in (results.accuracy, results.per_example, results.correct):
+            with pytest.raises(UserError, match=f"'{part}' met only what .*; ask for the group 'both'"):
+                of_all("at", "natural", part)
     assert results.curves("natural") == {"PGD": [0.05, 0.1, 0.2]}
     at = [results.at_eps("at", "natural", "PGD", eps).value for eps in (0.05, 0.1, 0.2)]
     assert at == pytest.approx([share["PGD @ 0.05"], share["PGD"], share["PGD @ 0.2"]])
@@ -140,9 +145,11 @@ def test_confusion_counts_labels_and_predictions() -> None:
     ("changes", "words"),
     [
         ({"summaries": [{"name": "worst", "of": ["PGD", "rain"]}]}, ["worst", "'rain'", "PGD", "both"]),
+        ({"summaries": [{"name": "mean", "how": "mean", "of": ["PGD", "DLR"]}]}, ["mean names 'DLR'", "name 'both'"]),
         ({"summaries": [{"name": "PGD", "of": ["fog"]}]}, ["unique", "PGD"]),
         ({"summaries": [{"name": "UAR", "how": "uar", "of": ["fog"]}]}, ["trained", "1 row"]),
         ({"transfer": ["both"]}, ["transfer", "'both'"]),
+        ({"transfer": ["CE"]}, ["transfer names 'CE'", "none of clean, PGD, fog"]),
         ({"attacks": [{"threat": "image", "name": "a", "group": "g", "curve": [0.1]}]}, ["group", "curve"]),
         ({"attacks": [{"threat": "image", "name": "a @ 0.1"}]}, ["'a @ 0.1'", "another eps"]),
     ],

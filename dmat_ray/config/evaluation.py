@@ -138,7 +138,7 @@ class Summary(Section):
         description="worst: share of examples that stand under every one; mean: mean of the accuracies; uar: their sum over that "
         "of models trained against each (arXiv 1908.08016)",
     )
-    of: tuple[str, ...] = Field(min_length=1, description="names of rows or groups")
+    of: tuple[str, ...] = Field(min_length=1, description="names of groups, and of rows that are in none")
     trained: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         (), description="uar: for each of `of` the accuracy in [0, 1] of a model that was trained against it"
     )
@@ -191,7 +191,8 @@ class EvaluationConfig(Section):
             raise ValueError(f"'{odd[0]}': '{ON_CURVE}' in a name says that it is a row's at another eps; choose another name")
         if any(row.name == "clean" and not isinstance(row, CleanRow) for row in self.attacks):
             raise ValueError("'clean' is the name of the row without an attack; choose another")
-        groups = list(dict.fromkeys(filter(None, (getattr(row, "group", "") for row in self.attacks))))
+        grouped = {row.name: group for row in self.attacks if (group := str(getattr(row, "group", "")))}
+        groups = list(dict.fromkeys(grouped.values()))
         every = [*names, *groups, *(summary.name for summary in self.summaries)]
         if "clean" in groups or any(summary.name == "clean" for summary in self.summaries):
             raise ValueError("'clean' is the name of the row without an attack; choose another for the group or summary")
@@ -201,10 +202,13 @@ class EvaluationConfig(Section):
         if not self.suites:
             for where, wanted in (*((s.name, s.of) for s in self.summaries), ("transfer", self.transfer)):
                 # rows of a group meet other examples for every model
-                alone = [row.name for row in self.attacks if not getattr(row, "group", "")]
-                choices = alone if where == "transfer" else [*names, *groups]
-                if unknown := [name for name in wanted if name not in choices]:
-                    raise ValueError(f"{where} names '{unknown[0]}', which is none of {', '.join(choices)}")
+                alone = [name for name in names if name not in grouped]
+                choices = alone if where == "transfer" else [*alone, *groups]
+                for name in (name for name in wanted if name not in choices):
+                    if where != "transfer" and name in grouped:
+                        told = f"which meets only what its group leaves to it; name '{grouped[name]}'"
+                        raise ValueError(f"{where} names '{name}', {told}")
+                    raise ValueError(f"{where} names '{name}', which is none of {', '.join(choices)}")
         if not names or not self.sets:
             raise ValueError("evaluation needs at least one attack and one test set")
         if "natural" in self.sets and all(isinstance(row, ON_MANIFOLD) for row in self.attacks):
