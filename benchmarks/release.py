@@ -2,20 +2,23 @@
 
     python benchmarks/release.py runs/study/mnist models/mnist standard at_eps_20 dmat_eps_20
 
-Of every method the model of the first seed, with what the study's rows say of it. The page's numbers are those rows', too.
+Of every method the model of the first seed, with what the study's rows say of it; the accuracy without an attack is that of all
+test images, where the study has it (clean/). The page's numbers are those rows', too.
 """
 
 import argparse
+import functools
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import yaml
 from study_methods import KEPT_VERSIONS, version_of
 
 from dmat_ray import checkpoint, cli, model_export
-from dmat_ray.config import Config
+from dmat_ray.config import CleanRow, Config
 from dmat_ray.errors import UserError
 from dmat_ray.files import sha256, write_json
 from dmat_ray.folders import replace_folder
@@ -37,7 +40,7 @@ python jobs/import_model.py --checkpoint {folder}/{last}/model.safetensors --cla
 ```
 
 Made by `{command}`.
-Accuracy in %, of one model each on {images} test images:
+Accuracy in %, of one model each on {images} test images (`clean`: {clean_images}):
 
 | model | test set | {columns} | sha256 of its weights |
 |---|---|{dashes}|---|
@@ -45,36 +48,56 @@ Accuracy in %, of one model each on {images} test images:
 """
 
 
-def released(study: Path, config: Config, folder: Path, names: list[str]) -> list[tuple[str, Results]]:
+Found = tuple[str, Results, Results]
+"""A method, what the rows of its model say, and what those of more images without an attack do, which may be the same."""
+
+
+def released(study: Path, config: Config, folder: Path, names: list[str]) -> list[Found]:
     """Export the models, and return what the study's rows say of each. Raises UserError for one that has none."""
-    found = []
+    found: list[Found] = []
     for name in names:
         model, rows = study / "models" / f"{name}-0", study / "rows" / f"{name}-0.parquet"
         if not (model / checkpoint.RUN).is_file() or not rows.is_file():
             raise UserError(f"'{study}' has no model {name}-0 with rows; run benchmarks/study.py")
-        if version_of(rows) not in KEPT_VERSIONS:
-            raise UserError(f"'{rows}' is of older attacks than these of version {VERSION}; run benchmarks/study.py again")
+        _require_kept(rows)
+        clean = unattacked(study, config, f"{name}-0")
         with tempfile.TemporaryDirectory() as scratch:
             evaluation = Path(scratch)  # in the form that an evaluation has
             shutil.copyfile(rows, evaluation / model_export.ROWS)
             about = {"version": VERSION, "models": {f"{name}-0": checkpoint.digest(model)}}
             write_json(evaluation / model_export.DONE, {**about, "evaluation": config.evaluation.model_dump(mode="json")})
-            place = folder / name
-            replace_folder(place, lambda fresh, m=model, n=f"{name}-0", e=evaluation: model_export.export(m, n, e, fresh))
+            write = functools.partial(model_export.export, model, f"{name}-0", evaluation, clean=clean)
+            replace_folder(folder / name, write)
             results = model_export.read_evaluation(evaluation, f"{name}-0", model)
         assert results is not None
-        found.append((name, results))
+        found.append((name, results, clean or results))
     return found
 
 
-def page(config: Config, folder: Path, found: list[tuple[str, Results]]) -> str:
+def _require_kept(rows: Path) -> None:
+    if version_of(rows) not in KEPT_VERSIONS:
+        raise UserError(f"'{rows}' is of older attacks than these of version {VERSION}; run benchmarks/study.py again")
+
+
+def unattacked(study: Path, config: Config, model: str) -> Results | None:
+    """What the study's rows of all test images say of a model, without an attack; None if there are none."""
+    if not (rows := study / "clean" / f"{model}.parquet").is_file():
+        return None
+    _require_kept(rows)
+    suite = {"suites": (), "attacks": (CleanRow(),), "summaries": (), "transfer": (), "limit": None}
+    return Results(pq.read_table(rows), config.evaluation.model_copy(update=suite))
+
+
+def page(config: Config, folder: Path, found: list[Found]) -> str:
     """The list of what lies in `folder`, in Markdown."""
-    lines, counts = [], set()
-    for name, results in found:
+    lines, counts, of_clean = [], set(), set()
+    for name, results, clean in found:
         for set_name in results.config.sets:
             columns = results.columns(set_name)
-            cells = [results.accuracy(f"{name}-0", set_name, c) if c in columns else None for c in COLUMNS]
+            cells = [results.accuracy(f"{name}-0", set_name, c) if c in columns else None for c in COLUMNS[1:]]
             counts |= {cell.count for cell in cells if cell}
+            cells.insert(0, clean.accuracy(f"{name}-0", set_name, clean.clean))
+            of_clean.add(len(clean.ids(f"{name}-0", set_name)))
             numbers = " | ".join("" if cell is None else f"{100 * cell.value:.1f}" for cell in cells)
             digest = sha256(folder / name / checkpoint.MODEL)[:16]
             lines.append(f"| [{name}]({name}) | {SET_NAMES[set_name]} | {numbers} | {digest} |")
@@ -87,11 +110,16 @@ def page(config: Config, folder: Path, found: list[tuple[str, Results]]) -> str:
         mean=mean,
         std=std,
         command=" ".join(["python benchmarks/release.py", *sys.argv[1:]]),
-        images=" or ".join(map(str, sorted(counts))),
+        images=_or(counts),
+        clean_images=_or(of_clean),
         columns=" | ".join(COLUMNS),
         dashes="|".join(["---"] * len(COLUMNS)),
         rows="\n".join(lines),
     )
+
+
+def _or(counts: set[int]) -> str:
+    return " or ".join(f"{count:,}" for count in sorted(counts))
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from dmat_ray.config import AutoAttackRow, Config, EvaluationConfig
 from dmat_ray.errors import UserError
 from dmat_ray.files import sha256, write_json
 from dmat_ray.folders import fetched, holds_anything
-from dmat_ray.metrics import Results
+from dmat_ray.metrics import Accuracy, Results
 from dmat_ray.report_text import escaped
 from dmat_ray.report_values import columns_described
 from dmat_ray.storage import Place, at
@@ -27,7 +27,7 @@ CONFIG, CARD, README = "config.json", "model_card.json", "README.md"
 PREFIX = "network."  # of the architecture's own names in model.safetensors
 # what evaluation leaves (see cluster/evaluate.py)
 ROWS, DONE = "rows.parquet", "evaluation.json"
-SETS = ("natural", "on_manifold")  # of which the card gives accuracies, the first that was evaluated
+CARDS_SET = "natural"  # whose accuracies the card gives: RobustBench's are of no images g(w)
 
 GREY = """\
 first = next(m for m in network.modules() if isinstance(m, torch.nn.Conv2d))
@@ -70,7 +70,8 @@ It takes images in [0, 1]; the normalisation, mean {mean} and std {std}, belongs
 ```python
 {code}```
 
-`config.json` says the same to programs; `model_card.json` has the keys of RobustBench's model cards.
+`config.json` says the same to programs; `model_card.json` has the keys of RobustBench's model cards, and says of how many images
+its accuracies are.
 
 {origin}
 
@@ -138,17 +139,22 @@ def config_json(run: dict[str, Any], config: Config, network: classifiers.Classi
     }
 
 
-def model_card(name: str, run: dict[str, Any], config: Config, results: Results | None) -> dict[str, Any]:
-    """A card with RobustBench's keys; null is what nobody here knows. Accuracies are in percent, as text, as theirs are."""
-    clean, robust, eps = None, None, None
+def model_card(
+    name: str, run: dict[str, Any], config: Config, results: Results | None, clean: Results | None = None
+) -> dict[str, Any]:
+    """A card with RobustBench's keys, and of which and how many images its accuracies are; null is what nobody here knows.
+
+    Accuracies are in percent, as text, as theirs are, and of natural images; that without an attack is `clean`'s, if given.
+    """
+    unattacked, robust, eps = None, None, None
     image = config.objective.image
     if "source" not in run and image.weight > 0 and image.norm == "linf":
         eps = image.eps
-    if results is not None:
-        set_name = next(name for name in SETS if name in results.config.sets)
-        clean = _percent(results.accuracy(name, set_name, results.clean).value)
+    if results is not None and CARDS_SET in results.config.sets:
+        of_clean = clean or results
+        unattacked = of_clean.accuracy(name, CARDS_SET, of_clean.clean)
         if found := _autoattack(results):
-            robust, eps = _percent(results.accuracy(name, set_name, found[0]).value), found[1]
+            robust, eps = results.accuracy(name, CARDS_SET, found[0]), found[1]
     return {
         "link": None,
         "name": name,
@@ -158,14 +164,17 @@ def model_card(name: str, run: dict[str, Any], config: Config, results: Results 
         "venue": None,
         "architecture": architecture(run, config)["name"],
         "eps": None if eps is None else _fraction(eps),
-        "clean_acc": clean,
-        "autoattack_acc": robust,
+        "clean_acc": _percent(unattacked),
+        "autoattack_acc": _percent(robust),
         "reported": None,
+        "test_set": None if unattacked is None else CARDS_SET,
+        "clean_images": None if unattacked is None else unattacked.count,
+        "autoattack_images": None if robust is None else robust.count,
     }
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f}"
+def _percent(found: Accuracy | None) -> str | None:
+    return None if found is None else f"{100 * found.value:.2f}"
 
 
 def _fraction(eps: float) -> str:
@@ -200,11 +209,13 @@ def _origin(run: dict[str, Any], config: Config) -> str:
     return f"Trained by dmat_ray {run['versions']['dmat_ray']} for {epochs}; weights of its objective: {terms}."
 
 
-def _table(results: Results | None) -> str:
+def _table(results: Results | None, clean: Results | None) -> str:
     if results is None:
         return "It has not been evaluated."
     lines = ["| test set | attack | accuracy (%) | 95 % interval | images |", "|---|---|---|---|---|"]
-    for (_, set_name, attack), found in results.accuracies().items():
+    for (name, set_name, attack), found in results.accuracies().items():
+        if clean is not None and attack == results.clean:
+            found = clean.accuracy(name, set_name, clean.clean)
         interval = f"{100 * found.low:.1f} to {100 * found.high:.1f}"
         lines.append(f"| {set_name} | {escaped(attack)} | {100 * found.value:.1f} | {interval} | {found.count} |")
     meant = [f"- {escaped(column)}: {escaped(text)}" for column, text in columns_described(results).items()]
@@ -217,9 +228,10 @@ def require_ours(folder: Place) -> None:
         raise UserError(f"'{folder}' is there and is no exported model; give another folder with --to, or remove it")
 
 
-def export(model: Place, name: str, evaluation: Place, folder: Path) -> None:
+def export(model: Place, name: str, evaluation: Place, folder: Path, clean: Results | None = None) -> None:
     """Write the model in the folder `model` to `folder`, for others; `evaluation` is where rows may lie.
 
+    `clean` are rows of the same test sets without an attack, of more images, whose accuracies take the place of those there.
     `model.safetensors` is the checkpoint's own: `mean`, `std` and, behind the prefix `network.`, the architecture's state dict.
     Raises UserError for a model that cannot be loaded.
     """
@@ -233,7 +245,7 @@ def export(model: Place, name: str, evaluation: Place, folder: Path) -> None:
     about = config_json(run, config, network)
     about["sha256"] = {path.name: sha256(path) for path in sorted(folder.iterdir())}
     write_json(folder / CONFIG, about)
-    write_json(folder / CARD, model_card(name, run, config, results))
+    write_json(folder / CARD, model_card(name, run, config, results, clean))
     page = PAGE.format(
         name=escaped(name),
         library=escaped(about["architecture"].get("package", about["architecture"]["library"])),
@@ -246,6 +258,6 @@ def export(model: Place, name: str, evaluation: Place, folder: Path) -> None:
         std=about["normalisation"]["std"],
         code=_code(run, about["architecture"]),
         origin=_origin(run, config),
-        table=_table(results),
+        table=_table(results, clean),
     )
     (folder / README).write_text(page)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -18,8 +19,9 @@ from test_model_import import CLASSES, program, small, unsettle
 from torch import Tensor
 
 from dmat_ray import checkpoint, classifiers, model_export, model_import, units
-from dmat_ray.config import ClassifierConfig, Config
+from dmat_ray.config import ClassifierConfig, Config, EvaluationConfig
 from dmat_ray.errors import UserError
+from dmat_ray.metrics import Results
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 MakeConfig = Callable[..., Config]
@@ -29,6 +31,7 @@ KEYS = {
     *("link", "name", "authors", "additional_data", "dataset", "venue", "architecture", "eps", "clean_acc", "reported"),
     "autoattack_acc",
 }
+OURS = {"test_set", "clean_images", "autoattack_images"}
 
 
 @pytest.fixture
@@ -69,13 +72,13 @@ def rows(**right: list[int]) -> pa.Table:
     return pa.Table.from_pylist(found)
 
 
-def evaluated(folder: Path, table: pa.Table, digest: str) -> Path:
+def evaluated(folder: Path, table: pa.Table, digest: str, sets: tuple[str, ...] = ("on_manifold", "natural")) -> Path:
     folder.mkdir(exist_ok=True)
     pq.write_table(table, folder / "rows.parquet")
     about = {
         "version": units.VERSION,
         "models": {"mine": digest},
-        "evaluation": {"attacks": ATTACKS, "sets": ["on_manifold", "natural"]},
+        "evaluation": {"attacks": ATTACKS, "sets": sets, "limit": 4},
     }
     (folder / "evaluation.json").write_text(json.dumps(about))
     return folder
@@ -185,9 +188,9 @@ def test_what_is_exported_can_be_imported(trained: Callable[..., Path]) -> None:
 def test_cards_say_what_is_known(trained: Callable[..., Path]) -> None:
     model = trained("digits_cnn", 1, 32, data={"source": "/data/of/somebody/photos", "resolution": 32})
     card = json.loads((export(model) / "model_card.json").read_text())
-    assert card.keys() == KEYS
+    assert card.keys() == KEYS | OURS
     known = {"name": "mine", "dataset": "photos", "architecture": "digits_cnn", "eps": "0.1"}
-    assert card == {key: known.get(key) for key in KEYS}
+    assert card == {key: known.get(key) for key in KEYS | OURS}
     assert "It has not been evaluated." in (model.parent / "exported" / "mine" / "README.md").read_text()
 
 
@@ -233,6 +236,7 @@ def test_cards_take_accuracies_from_rows(trained: Callable[..., Path], tmp_path:
     folder = export(model, evaluation)
     card = json.loads((folder / "model_card.json").read_text())
     assert (card["clean_acc"], card["autoattack_acc"], card["eps"]) == ("75.00", "25.00", "8/255")
+    assert (card["test_set"], card["clean_images"], card["autoattack_images"]) == ("natural", 4, 4)
     page = (folder / "README.md").read_text()
     assert "| natural | PGD | 50.0 | " in page
     assert page.count("| natural |") == 3
@@ -249,3 +253,29 @@ def test_cards_take_accuracies_from_rows(trained: Callable[..., Path], tmp_path:
     # the rows of other weights under this name say nothing of these
     evaluated(evaluation, table, "0" * 64)
     assert json.loads((export(model, evaluation) / "model_card.json").read_text())["clean_acc"] is None
+
+
+def test_cards_have_no_accuracies_of_images_that_the_generator_made(trained: Callable[..., Path], tmp_path: Path) -> None:
+    model = trained("digits_cnn", 1, 32)
+    table = rows(**{f"on_manifold__{attack}": [0, 1] for attack in ("clean", "PGD", "apgd", "square")})
+    evaluation = evaluated(tmp_path / "evaluation", table, checkpoint.digest(model), ("on_manifold",))
+    folder = export(model, evaluation)
+    card = json.loads((folder / "model_card.json").read_text())
+    assert {card[key] for key in ("clean_acc", "autoattack_acc", *OURS)} == {None}
+    assert card["eps"] == "0.1", "that of its training"
+    assert "| on_manifold | AA | 50.0 | " in (folder / "README.md").read_text()
+
+
+def test_the_accuracy_without_an_attack_may_be_of_more_images(trained: Callable[..., Path], tmp_path: Path) -> None:
+    model = trained("digits_cnn", 1, 32)
+    table = rows(**{f"natural__{attack}": [0, 1, 2, 3] for attack in ("clean", "PGD", "apgd", "square")})
+    evaluation = evaluated(tmp_path / "evaluation", table, checkpoint.digest(model), ("natural",))
+    some = rows(natural__clean=[0, 1, 2, 3]).to_pylist()
+    more = pa.Table.from_pylist(some + [{**row, "id": f"1{row['id']}", "correct": row["id"] == "0"} for row in some])
+    clean = Results(more.filter(pc.equal(more["model"], "mine")), EvaluationConfig(sets=("natural",)))
+    model_export.export(model, "mine", evaluation, tmp_path / "folder", clean)
+    card = json.loads((tmp_path / "folder" / "model_card.json").read_text())
+    assert (card["clean_acc"], card["clean_images"]) == ("62.50", 8)
+    assert (card["autoattack_acc"], card["autoattack_images"]) == ("100.00", 4)
+    shown = [(row[1], row[2], row[4]) for row in Rendered((tmp_path / "folder" / "README.md").read_text()).tables[0]]
+    assert shown[1:3] == [("clean", "62.5", "8"), ("PGD", "100.0", "4")]

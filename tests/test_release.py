@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -23,6 +24,15 @@ def listed(folder: Path, kind: str) -> list[str]:
     return [cell.strip() for cell in line.split("|")[1:-1]]
 
 
+def card(folder: Path) -> dict[str, Any]:
+    """A model's card."""
+    found: dict[str, Any] = json.loads((folder / "model_card.json").read_text())
+    return found
+
+
+COUNTED = [folder for folder in RELEASED if "clean_images" in card(folder)]  # older cards do not say of how many images they are
+
+
 def test_every_study_has_some() -> None:
     assert {folder.parent.name for folder in RELEASED} == {path.name for path in (ROOT / "benchmarks" / "results").iterdir()}
     assert sum(path.stat().st_size for path in (ROOT / "models").rglob("*")) < 5e6
@@ -33,6 +43,22 @@ def test_files_are_those_that_the_pages_name(folder: Path) -> None:
     about = json.loads((folder / "config.json").read_text())
     assert about["sha256"] == {"model.safetensors": sha256(folder / "model.safetensors")}
     assert listed(folder, "natural")[-1] == about["sha256"]["model.safetensors"][:16]
+
+
+@pytest.mark.parametrize("folder", COUNTED, ids=[str(folder.relative_to(ROOT)) for folder in COUNTED])
+def test_the_accuracy_without_an_attack_is_that_of_all_natural_images(folder: Path) -> None:
+    rows = pq.read_table(ROOT / "benchmarks" / "results" / folder.parent.name / "clean" / "all.parquet").to_pylist()
+    right = [row["correct"] for row in rows if (row["model"], row["set"]) == (f"{folder.name}-0", "natural")]
+    said = card(folder)
+    assert (said["clean_acc"], said["test_set"]) == (f"{100 * sum(right) / len(right):.2f}", "natural")
+    assert said["clean_images"] == len(right)
+    assert float(listed(folder, "natural")[2]) == round(100 * sum(right) / len(right), 1)
+    (line,) = [line for line in (folder / "README.md").read_text().splitlines() if line.startswith("| natural | clean |")]
+    assert line.endswith(f"| {len(right)} |")
+
+
+def test_cards_of_digits_say_of_how_many_images_they_are() -> None:
+    assert {folder for folder in RELEASED if folder.parent.name == "mnist"} <= set(COUNTED)
 
 
 @pytest.mark.parametrize("folder", RELEASED, ids=NAMES)
