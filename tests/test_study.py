@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import scipy.stats
@@ -19,6 +20,7 @@ from dmat_ray.data.pixels import quantise, to_unit
 from dmat_ray.errors import UserError
 from dmat_ray.files import read_json
 from dmat_ray.manifold import generators
+from dmat_ray.metrics import Results
 from dmat_ray.storage import at
 from dmat_ray.units import VERSION
 
@@ -239,6 +241,16 @@ def test_what_the_readme_says_of_the_worst_case_on_digits_is_what_the_rows_say()
     assert projected.startswith("**+")
     assert f"above DMAT's by {projected.strip('*+')} on projections**, all after correction" in text
     assert not natural.startswith("**")
+
+
+def test_a_difference_of_one_model_each_is_never_bold() -> None:
+    study = study_rows.Study(ROOT / "benchmarks" / "results" / "mnist")
+    assert study.worst is not None
+    first = pc.ends_with(study.worst.rows["model"], "-0")
+    study.worst = Results(study.worst.rows.filter(first), study.worst.config)
+    rows = study_report.worst_cases(study)
+    assert any(line.startswith("| dmat_eps_20 | 1 | ") for line in rows)
+    assert not [line for line in rows if "**" in line]
 
 
 def test_the_readme_shows_the_study_on_digits() -> None:
