@@ -195,6 +195,7 @@ def evaluate(
         raise UserError(f"evaluation: {cli.describe(error)}") from None
     if not models:
         raise UserError("there are no models to evaluate; give them by names, {'mine': network}")
+    inputs.require_kinds(data, settings.sets)
     g = _loaded(generator)
     first = data.batch(np.arange(min(8, len(data))), "on_manifold").to(g.w_mean.device)
     inputs.require_made_by(g, first.x_BCHW, "the set")

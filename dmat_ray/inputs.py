@@ -1,6 +1,7 @@
 """What callers from Python give, checked where it comes in: each message names what was found, and the way out."""
 
 from collections import Counter
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from dmat_ray.attack import frozen
 from dmat_ray.cli import describe
 from dmat_ray.config import AttackConfig, Section
 from dmat_ray.config.attacks import require_steps
+from dmat_ray.data.manifold_set import ManifoldSet
 from dmat_ray.errors import UserError
 from dmat_ray.threats.balls import UnitBox
 from dmat_ray.types import Batch, Generator, Threat
@@ -128,6 +130,13 @@ def require_set_of(generator: Generator, batch: Batch) -> None:
     else:
         return
     raise UserError(f"the set was made by another generator: {told}; give the one that it was projected with")
+
+
+def require_kinds(data: ManifoldSet, sets: Sequence[str]) -> None:
+    """Raise UserError unless an open set has its images g(w), by which its generator is known, and those of `sets`."""
+    for kind in ("on_manifold", *sets):
+        if len(getattr(data, kind)) < len(data):
+            raise UserError(f"data was opened without its {kind} images, which are needed here; open it with images=None")
 
 
 def require_threat(threat: Any) -> None:

@@ -77,8 +77,10 @@ def test_codes_are_looked_at(small_net: nn.Module, generator: StyleGAN2, make_ba
 
 def test_other_inputs_are_looked_at(small_net: nn.Module, generator: StyleGAN2, set_folder: Path, tmp_path: Path) -> None:
     image, data = build_threat("image"), open_set(set_folder, "test")
+    made, taken = (open_set(set_folder, "test", images=kind) for kind in ("on_manifold", "natural"))
     suite = EvaluationConfig()
     results = evaluate({"a": three_classes()}, data, generator, suite, attacks=ROWS, limit=3)
+    assert evaluate({"a": three_classes()}, made, generator, suite, sets=["on_manifold"], limit=3).models == ["a"]
     for call, message in (
         (lambda: build_threat("imgae"), r"no threat 'imgae'; did you mean image\? choose from image, latent, fog"),
         (lambda: attack_images(small_net, image, X, Y, steps=3, step_size=1 / 255), "3 steps of step_size 0.00392 .* weak"),
@@ -111,6 +113,8 @@ def test_other_inputs_are_looked_at(small_net: nn.Module, generator: StyleGAN2, 
         (lambda: evaluate([small_net], data, generator, suite), "models is a list; give models by names"),
         (lambda: evaluate({"a": max}, data, generator, suite), "model 'a' is a builtin_function_or_method, not a torch"),
         (lambda: evaluate({"a": small_net}, "runs/x", generator, suite), r"data is 'runs/x'; give .* open_set\(folder, 'test'\)"),
+        (lambda: evaluate({"a": small_net}, made, generator, suite), "without its natural images, .*; open it with images=None"),
+        (lambda: evaluate({"a": small_net}, taken, generator, suite, sets=["natural"]), "without its on_manifold images, which"),
         (lambda: evaluate({"a": small_net}, data, generator, "digits", summaries=MEAN), "evaluation: .*names 'PGD-99', which"),
         (lambda: evaluate({}, data, generator, suite), "there are no models to evaluate"),
         (lambda: evaluate({"a": small_net}, data, generator, suite), "model 'a' puts out 4 classes, the set has 3"),
