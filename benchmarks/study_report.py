@@ -113,7 +113,10 @@ def autoattack(study: Study) -> list[str]:
     config = suites.resolved(EvaluationConfig(suites=(suite,), sets=("natural",)))
     results = Results(pa.concat_tables([pq.read_table(file) for file in files]), config)
     columns, beside = results.columns("natural"), [c for c in BESIDE if c in study.results.columns("natural")]
-    lines = [f"| model | {' | '.join([*columns, *beside])} |", "|" + "---|" * (len(columns) + len(beside) + 1)]
+    ours, theirs = (found.ids(results.models[0], "natural") for found in (study.results, results))
+    both = np.isin(theirs, ours).sum()
+    heads = [*columns, *(c if both == len(theirs) else f"{c}, of {both} of them" for c in beside)]
+    lines = [f"| model | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 1)]
     for model in (f"{m}-0" for m in TABLE if f"{m}-0" in results.models):
         cells = [results.accuracy(model, "natural", column) for column in columns]
         shown = [f"{100 * c.value:.0f} ({100 * c.low:.0f} to {100 * c.high:.0f})" for c in cells]

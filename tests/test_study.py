@@ -253,6 +253,17 @@ def test_a_difference_of_one_model_each_is_never_bold() -> None:
     assert not [line for line in rows if "**" in line]
 
 
+def test_numbers_beside_autoattack_say_of_how_many_of_its_images_they_are() -> None:
+    study = study_rows.Study(ROOT / "benchmarks" / "results" / "mnist")
+    assert study_report.autoattack(study)[0].endswith("| PGD-50 | APGD-CE | APGD-DLR |")
+    kept = pc.unique(pq.read_table(study.folder / "autoattack" / "all.parquet")["id"])[:30]
+    study.results = Results(study.results.rows.filter(pc.is_in(study.results.rows["id"], value_set=kept)), study.results.config)
+    head, _, first, *_ = study_report.autoattack(study)
+    assert head.endswith("| PGD-50, of 30 of them | APGD-CE, of 30 of them | APGD-DLR, of 30 of them |")
+    right = study.results.correct(first.split()[1], "natural", "PGD-50")
+    assert float(first.split(" | ")[-3]) == round(100 * right.sum() / 30)
+
+
 def test_the_readme_shows_the_study_on_digits() -> None:
     study = study_rows.Study(ROOT / "benchmarks" / "results" / "mnist")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
