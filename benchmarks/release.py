@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import yaml
-from study_methods import KEPT_VERSIONS, version_of
+from study_methods import KEPT_VERSIONS, OF_MODEL, told_by, version_of
 
 from dmat_ray import checkpoint, cli, model_export
 from dmat_ray.config import CleanRow, Config
@@ -59,12 +59,12 @@ def released(study: Path, config: Config, folder: Path, names: list[str]) -> lis
         model, rows = study / "models" / f"{name}-0", study / "rows" / f"{name}-0.parquet"
         if not (model / checkpoint.RUN).is_file() or not rows.is_file():
             raise UserError(f"'{study}' has no model {name}-0 with rows; run benchmarks/study.py")
-        _require_kept(rows)
-        clean = unattacked(study, config, f"{name}-0")
+        digest = _require_kept(rows, model)
+        clean = unattacked(study, config, model)
         with tempfile.TemporaryDirectory() as scratch:
             evaluation = Path(scratch)  # in the form that an evaluation has
             shutil.copyfile(rows, evaluation / model_export.ROWS)
-            about = {"version": VERSION, "models": {f"{name}-0": checkpoint.digest(model)}}
+            about = {"version": VERSION, "models": {f"{name}-0": digest}}
             write_json(evaluation / model_export.DONE, {**about, "evaluation": config.evaluation.model_dump(mode="json")})
             write = functools.partial(model_export.export, model, f"{name}-0", evaluation, clean=clean)
             replace_folder(folder / name, write)
@@ -74,16 +74,21 @@ def released(study: Path, config: Config, folder: Path, names: list[str]) -> lis
     return found
 
 
-def _require_kept(rows: Path) -> None:
+def _require_kept(rows: Path, model: Path) -> str:
+    """The model's digest. Raises UserError for rows of older attacks, and of other weights where they say of which."""
     if version_of(rows) not in KEPT_VERSIONS:
         raise UserError(f"'{rows}' is of older attacks than these of version {VERSION}; run benchmarks/study.py again")
+    digest = checkpoint.digest(model)
+    if told_by(rows).get(OF_MODEL, digest) != digest:
+        raise UserError(f"'{rows}' is of another model than '{model}' is now; run benchmarks/study.py again")
+    return digest
 
 
-def unattacked(study: Path, config: Config, model: str) -> Results | None:
+def unattacked(study: Path, config: Config, model: Path) -> Results | None:
     """What the study's rows of all test images say of a model, without an attack; None if there are none."""
-    if not (rows := study / "clean" / f"{model}.parquet").is_file():
+    if not (rows := study / "clean" / f"{model.name}.parquet").is_file():
         return None
-    _require_kept(rows)
+    _require_kept(rows, model)
     suite = {"suites": (), "attacks": (CleanRow(),), "summaries": (), "transfer": (), "limit": None}
     return Results(pq.read_table(rows), config.evaluation.model_copy(update=suite))
 

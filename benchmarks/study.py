@@ -28,11 +28,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
-from study_methods import ABLATIONS, KEPT_VERSIONS, METHODS, OF_VERSION, version_of, worst_case
+from study_methods import ABLATIONS, KEPT_VERSIONS, KINDS, METHODS, OF_MODEL, OF_SET, OF_VERSION, told_by, version_of, worst_case
 
 from dmat_ray import checkpoint, cli, evaluation, suites, yaml_file
 from dmat_ray.config import Config
-from dmat_ray.data import manifold_set
+from dmat_ray.data import manifold_set, set_reader
 from dmat_ray.data.set_format import MANIFEST
 from dmat_ray.data.sources import list_examples, read_pixels
 from dmat_ray.errors import UserError
@@ -175,7 +175,9 @@ class _Study:
         for method, settings in self.own_methods.items():
             path, text = folder / "methods" / f"{method}.yaml", yaml.safe_dump(settings)
             if path.is_file() and path.read_text() != text and list((folder / "models").glob(f"{method}-*")):
-                raise UserError(f"method '{method}' was trained with other settings; remove its models and rows from '{folder}'")
+                there = [kind for kind in ("models", *KINDS) if list((folder / kind).glob(f"{method}-*"))]
+                told = f"remove {method}-* from its folders {', '.join(there)}"
+                raise UserError(f"method '{method}' of the study in '{folder}' was trained with other settings; {told}")
             path.write_text(text)
 
         def one(name: str) -> None:
@@ -238,7 +240,10 @@ def resolved(config: Config) -> Config:
 
 
 def evaluations(config: Config, given: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Folder of rows -> settings over the study's, of what a model has not gone through yet, or by attacks mended since."""
+    """Folder of rows -> settings over the study's, of what a model has not gone through yet, or by attacks mended since.
+
+    Also of what another model of this name or another set has gone through, where rows say of which they are.
+    """
     kinds: dict[str, Any] = {
         "rows": {},
         "clean": {"suites": [], "attacks": [{"threat": "clean", "name": "clean"}], "limit": None},
@@ -249,9 +254,19 @@ def evaluations(config: Config, given: argparse.Namespace, name: str) -> dict[st
         suite = {"suites": [given.autoattack], "sets": ["natural"], "limit": given.autoattack_limit}
         kinds["autoattack"] = {**kinds["clean"], **suite}
     folder = Path(config.output).resolve()
-    return {
-        kind: settings for kind, settings in kinds.items() if version_of(folder / kind / f"{name}.parquet") not in KEPT_VERSIONS
-    }
+    return {kind: settings for kind, settings in kinds.items() if not _is_kept(config, folder / kind / f"{name}.parquet", name)}
+
+
+def _is_kept(config: Config, rows: Path, name: str) -> bool:
+    """Whether rows are of these attacks, this model and this set; those that say of no model are taken for this one's."""
+    told = told_by(rows)
+    return version_of(rows) in KEPT_VERSIONS and (OF_MODEL not in told or told.items() >= _digests(config, name).items())
+
+
+def _digests(config: Config, name: str) -> dict[str, str]:
+    """Of a model and of the set that it is evaluated on, as files of rows say them."""
+    model = checkpoint.digest(at(Path(config.output).resolve() / "models" / name))
+    return {OF_MODEL: model, OF_SET: set_reader.digest(set_reader.read_manifest(set_folder(config)))}
 
 
 def _evaluate(config: Config, kind: str, settings: dict[str, Any], name: str, device: torch.device) -> None:
@@ -267,8 +282,9 @@ def _evaluate(config: Config, kind: str, settings: dict[str, Any], name: str, de
     def load(model: str) -> torch.nn.Module:
         return checkpoint.load_classifier(folder / "models" / model, device)[0]
 
+    about = {OF_VERSION: str(VERSION), **_digests(config, name)}
     evaluator = evaluation.Evaluator(config.evaluation, data, generator, load, [name], device)
-    rows = evaluation.evaluate_here(evaluator).replace_schema_metadata({OF_VERSION: str(VERSION)})
+    rows = evaluation.evaluate_here(evaluator).replace_schema_metadata(about)
     sink = pa.BufferOutputStream()
     pq.write_table(rows, sink, compression="zstd")
     (folder / kind).mkdir(exist_ok=True)

@@ -50,13 +50,22 @@ ABLATIONS = {
 KEPT_VERSIONS = frozenset({7, VERSION})
 """Versions whose rows are kept. Version 8 differs from 7 for networks that are surer than these (docs/evaluation.md)."""
 
-OF_VERSION = "rows_version"
-"""Where a file of rows says of which version they are."""
+KINDS = ("rows", "clean", "worst", "autoattack")
+"""Folders of rows in a study's."""
+
+OF_VERSION, OF_MODEL, OF_SET = "rows_version", "model_sha256", "set_sha256"
+"""Where a file of rows says of which version they are, and of which model and set; those of before say neither of the last."""
+
+
+def told_by(rows: Path) -> dict[str, str]:
+    """What a file of rows says of them; nothing if it is not there."""
+    found = pq.read_schema(rows).metadata if rows.is_file() else None
+    return {key.decode(): value.decode() for key, value in (found or {}).items()}
 
 
 def version_of(rows: Path) -> int | None:
     """That of a file of rows; None if it does not say, or is not there."""
-    found = (pq.read_schema(rows).metadata or {}).get(OF_VERSION.encode()) if rows.is_file() else None
+    found = told_by(rows).get(OF_VERSION)
     return None if found is None else int(found)
 
 

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 from study_claims import Claim, Estimate, estimate
-from study_methods import KEPT_VERSIONS, TABLE, WORST, version_of, worst_case
+from study_methods import KEPT_VERSIONS, KINDS, OF_VERSION, TABLE, WORST, version_of, worst_case
 
 from dmat_ray import cli
 from dmat_ray.data.sources import NAMED
@@ -100,7 +100,7 @@ def pack(folder: Path, target: Path) -> None:
     before = target / "settings.yaml"
     if before.is_file() and yaml.safe_load(before.read_text()) != slim:
         raise UserError(f"'{target}' holds rows of other settings; pack into another folder")
-    for kind in ("rows", "clean", "worst", "autoattack"):
+    for kind in KINDS:
         if files := sorted((folder / kind).glob("*.parquet")):
             (target / kind).mkdir(parents=True, exist_ok=True)
             rows = pa.concat_tables([pq.read_table(file).select(KEPT) for file in files])
@@ -113,7 +113,9 @@ def pack(folder: Path, target: Path) -> None:
                 old = pq.read_table(packed)
                 others = pc.invert(pc.is_in(old["source"], value_set=pc.unique(rows["source"])))
                 rows = pa.concat_tables([old.filter(others), rows])
-            pq.write_table(rows, packed, compression="zstd")
+            # of many models, of which each file said its own
+            about = {key: value for key, value in (rows.schema.metadata or {}).items() if key == OF_VERSION.encode()}
+            pq.write_table(rows.replace_schema_metadata(about), packed, compression="zstd")
     before.write_text(yaml.safe_dump(slim))
     notes = {name: note for name, note in read_json(folder / "study.json").items() if name != "generator"}
     old_notes = read_json(target / "study.json") if (target / "study.json").is_file() else {}

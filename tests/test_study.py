@@ -1,9 +1,12 @@
 """The study's scripts at a small size, its intervals against simulation, and the published pages against their rows."""
 
 import argparse
+import json
+import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,8 @@ import pytest
 import scipy.stats
 import torch
 
-from dmat_ray import checkpoint, cli
+from dmat_ray import checkpoint, classifiers, cli
+from dmat_ray.config import Config
 from dmat_ray.data import manifold_set
 from dmat_ray.data.pixels import quantise, to_unit
 from dmat_ray.errors import UserError
@@ -136,6 +140,7 @@ def test_the_study_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.
 
     packed_at = tmp_path / "packed" / "study"  # a folder says by its name which study it is
     study_rows.pack(output, packed_at)
+    assert pq.read_schema(packed_at / "rows" / "all.parquet").metadata.keys() == {b"rows_version"}
     here, packed = study_rows.Study(output), study_rows.Study(packed_at)
     assert study_report.page(packed) == study_report.page(here)
     assert packed.worst is not None
@@ -280,15 +285,57 @@ def test_what_is_told_of_rows_made_anew_takes_the_place_of_what_was_told_before(
     assert read_json(tmp_path / "study.json").keys() == {"at-0 training", "at-1 rows+clean", "at-0 rows+clean"}
 
 
+def write_rows(path: Path, **about: str) -> None:
+    """A file of rows that says this of itself."""
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table({"x": [1]}).replace_schema_metadata(about), path)
+
+
 def test_rows_of_an_older_version_are_made_anew(tmp_path: Path) -> None:
     config, given = cli.validate({"output": str(tmp_path)}), argparse.Namespace(worst_case=False, autoattack=None)
     for kind, version in (("rows", min(study_methods.KEPT_VERSIONS) - 1), ("clean", VERSION)):
-        (tmp_path / kind).mkdir()
-        table = pa.table({"x": [1]}).replace_schema_metadata({study_methods.OF_VERSION: str(version)})
-        pq.write_table(table, tmp_path / kind / "at-0.parquet")
+        write_rows(tmp_path / kind / "at-0.parquet", rows_version=str(version))
     assert list(study_script.evaluations(config, given, "at-0")) == ["rows"]
-    pq.write_table(pa.table({"x": [1]}), tmp_path / "clean" / "at-0.parquet")  # of no version
+    write_rows(tmp_path / "clean" / "at-0.parquet")  # of no version
     assert list(study_script.evaluations(config, given, "at-0")) == ["rows", "clean"]
+
+
+def test_rows_of_another_model_or_set_are_made_anew(tmp_path: Path, set_folder: Path, make_config: Callable[..., Config]) -> None:
+    given = argparse.Namespace(worst_case=False, autoattack=None)
+    suite = {"attacks": [{"threat": "clean"}], "sets": ["natural"], "limit": 3}
+    config = make_config(output=str(tmp_path), manifold_set=str(set_folder), evaluation=suite)
+
+    def train(seed: int) -> None:
+        torch.manual_seed(seed)
+        network = classifiers.build(config.classifier, 1, 3)
+        run = checkpoint.describe_run(config, ("a", "b", "c"), 1, 8, "f" * 64, "e" * 64)
+        checkpoint.save(tmp_path / "models" / "at-0", network, {**run, "finished": True})
+
+    train(0)
+    for kind, settings in study_script.evaluations(config, given, "at-0").items():
+        study_script._evaluate(config, kind, settings, "at-0", CPU)
+    assert study_script.evaluations(config, given, "at-0") == {}
+    release._require_kept(tmp_path / "rows" / "at-0.parquet", tmp_path / "models" / "at-0")
+    other = shutil.copytree(set_folder, tmp_path / "other")
+    manifest = read_json(other / "manifest.json")
+    (other / "manifest.json").write_text(json.dumps({**manifest, "means": {"l1": 0.5}}))
+    elsewhere = config.model_copy(update={"manifold_set": str(other)})
+    assert list(study_script.evaluations(elsewhere, given, "at-0")) == ["rows", "clean"]
+    train(1)
+    assert list(study_script.evaluations(config, given, "at-0")) == ["rows", "clean"]
+    with pytest.raises(UserError, match=r"at-0\.parquet' is of another model than .*; run benchmarks/study.py again"):
+        release._require_kept(tmp_path / "rows" / "at-0.parquet", tmp_path / "models" / "at-0")
+
+
+def test_a_method_with_other_settings_names_every_folder_that_it_is_in(tmp_path: Path) -> None:
+    one = object.__new__(study_script._Study)
+    one.folder, one.own_methods, one.given = tmp_path, {"mine": {"a": 2}}, argparse.Namespace(autoattack=None)
+    files = ("methods/mine.yaml", "models/mine-0/run.json", "clean/mine-0.parquet", "worst/mine-1.parquet", "rows/at-0.parquet")
+    for path in files:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("a: 1\n")
+    with pytest.raises(UserError, match=r"'mine' .* with other settings; remove mine-\* from its folders models, clean, worst$"):
+        one.models()
 
 
 def test_the_page_says_of_which_versions_rows_are() -> None:
