@@ -176,10 +176,12 @@ def epoch_batches(
     The global order depends on (seed, epoch) alone and is the same for any number of workers; worker r takes
     examples r, r + world_size, ... of each global batch. The batches of an epoch are as equal as can be: a short last
     one would weigh its examples more, and one of a single example has no batch statistics. A batch that does not divide
-    by the workers is topped up from the epoch's beginning, so that all workers have equal parts.
+    by the workers is topped up, so that all workers have equal parts: each with the examples, from the epoch's beginning on,
+    that follow those of the batch before, so that over an epoch none is dealt more than once oftener than another.
     """
     order = index[np.random.default_rng([seed, epoch]).permutation(len(index))]
-    for part in np.array_split(order, steps_per_epoch(len(order), batch_size))[first_step:]:
-        short = -len(part) % world_size
-        part = np.concatenate([part, np.resize(order, short)])
-        yield data.batch(part[rank::world_size], images)
+    parts = np.array_split(order, steps_per_epoch(len(order), batch_size))
+    ends = np.cumsum([-len(part) % world_size for part in parts])  # of the fillers, counted from the first step, also in a resume
+    for part, start, end in list(zip(parts, [0, *ends], ends, strict=False))[first_step:]:
+        fillers = order[np.arange(start, end) % len(order)]
+        yield data.batch(np.concatenate([part, fillers])[rank::world_size], images)
