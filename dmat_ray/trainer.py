@@ -127,6 +127,8 @@ class _Run:
         class_names = tuple(manifest["class_names"])
         network = classifiers.build(config.classifier, channels, len(class_names)).to(context.device)
         self.step = TrainingStep(config, network, generator, context)
+        # of an epoch that was interrupted after its last step the network is validated before another step
+        self.step.lay_out(torch.zeros(2, channels, resolution, resolution, device=context.device))
         recorded = checkpoint.of_set(config, manifest)
         self.about = checkpoint.describe_run(recorded, class_names, channels, resolution, generator_sha256, set_sha256)
         self.steps = steps_per_epoch(source.size, self.settings.batch_size)

@@ -56,8 +56,7 @@ class TrainingStep:
         Raises NotFiniteError, naming the term, if the network's outputs are not finite.
         """
         settings, objective = self.settings, self.objective
-        if not self._is_laid_out:
-            self._lay_out(batch.x_BCHW[:2])
+        self.lay_out(batch.x_BCHW[:2])
         if settings.flip or settings.crop_padding:
             batch = augment(batch, settings, epoch)
         # dropout's masks are those of this step, whatever came before
@@ -80,12 +79,15 @@ class TrainingStep:
             self._averages += 1
         return metrics
 
-    def _lay_out(self, x_BCHW: Tensor) -> None:
-        """Give channels last up for a network that does not take it."""
+    def lay_out(self, x_BCHW: Tensor) -> None:
+        """Give channels last up for a network that does not take it; the first call looks. A step does so by itself."""
+        if self._is_laid_out:
+            return
         with frozen(self.network):
             if not takes(self.network, x_BCHW, self._layout):
                 self._layout = torch.contiguous_format
-                self.network.to(memory_format=self._layout)
+                for network in (self.network, self.result):
+                    network.to(memory_format=self._layout)  # type: ignore[call-overload]
         self._is_laid_out = True
 
     @torch.no_grad()

@@ -237,6 +237,16 @@ class SmallNet(nn.Module):
         return self.head(self.drop(self.conv2(x).tanh()).flatten(1))
 
 
+class ViewingNet(nn.Sequential):
+    """A convolution with batch norm whose map `view` takes apart, which activations that have their channels last refuse."""
+
+    def __init__(self, channels: int = 1, num_classes: int = 4) -> None:
+        super().__init__(nn.Conv2d(channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Linear(256, num_classes))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self[2](self[1](self[0](x_BCHW)).view(len(x_BCHW), -1))  # type: ignore[no-any-return]
+
+
 @pytest.fixture
 def small_net() -> SmallNet:
     """A seeded network for 8x8 grey images and 4 classes, in training mode, its batch-norm statistics not the initial ones."""

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ViewingNet
 
-from dmat_ray import checkpoint, pace, trainer, validation
+from dmat_ray import checkpoint, classifiers, pace, trainer, validation
 from dmat_ray.config import Config
 from dmat_ray.data.epochs import Done, InMemory
 from dmat_ray.data.manifold_set import ManifoldSet, open_set
@@ -114,6 +115,21 @@ def test_a_cut_within_an_epoch_leaves_no_trace(
     torch.testing.assert_close(weights(tmp_path / "parts"), weights(tmp_path / "whole"), atol=0, rtol=0)
     histories = [checkpoint.read_run(tmp_path / name / "checkpoint")["history"] for name in ("whole", "parts")]
     assert [timeless(m) for m in histories[0]] == [timeless(m) for m in histories[1]]
+
+
+@pytest.mark.usefixtures("every_step")
+@pytest.mark.parametrize("ema_decay", [0, 0.9])
+def test_a_cut_after_an_epochs_last_step_leaves_a_network_that_flattens_by_view_as_it_was(
+    train: Train, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema_decay: float
+) -> None:
+    """It does not take channels last, and is validated before any step has shown that."""
+    monkeypatch.setattr(classifiers, "network", lambda name, channels, num_classes: ViewingNet(channels, num_classes))
+    config = make_config(training={**TRAINING, "ema_decay": ema_decay, "checkpoint_minutes": 1e-9})
+    whole = train(config, Context(tmp_path / "whole"))
+    with pytest.raises(PowerCutError):
+        train(config, Context(tmp_path / "parts", 3))
+    assert checkpoint.read_run(tmp_path / "parts" / "checkpoint")["step"] == 3
+    assert timeless(train(config, Context(tmp_path / "parts"))) == timeless(whole)
 
 
 @pytest.mark.parametrize("then", [1, 2, 3])

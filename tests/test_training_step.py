@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ViewingNet
 from torch import Tensor, nn
 
 from dmat_ray import batch_norm, classifiers
@@ -276,18 +277,15 @@ def test_layout_and_compilation_do_not_change_the_step(make_step: Any, batch: Ba
 def test_a_network_that_flattens_by_view_is_trained_in_the_usual_layout(
     make_config: MakeConfig, generator: StyleGAN2, tmp_path: Path, batch: Batch
 ) -> None:
-    class Flattened(nn.Sequential):
-        def forward(self, x_BCHW: Tensor) -> Tensor:
-            return self[2](self[1](self[0](x_BCHW)).view(len(x_BCHW), -1))  # type: ignore[no-any-return]
-
     ends = []
     for channels_last in (False, True):
         torch.manual_seed(5)
-        network = Flattened(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Linear(256, 4))
-        config = make_config(training={**SGD, "channels_last": channels_last})
-        step = TrainingStep(config, network.train(), generator, LocalContext(tmp_path))
-        step(batch, 0, 0, 0.1)
-        ends.append(torch.cat([value.flatten() for value in network.state_dict().values()]))
+        config = make_config(training={**SGD, "channels_last": channels_last, "ema_decay": 0.5})
+        step = TrainingStep(config, ViewingNet().train(), generator, LocalContext(tmp_path))
+        for i in range(2):
+            step(batch, 0, i, 0.1)
+        logits = step.result.eval()(batch.x_BCHW)
+        ends.append([logits, *step.network.state_dict().values(), *step.result.state_dict().values()])
     torch.testing.assert_close(ends[1], ends[0], atol=1e-6, rtol=1e-3)
 
 
