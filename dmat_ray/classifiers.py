@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dmat_ray import batch_norm, wide_resnet
 from dmat_ray.config import ClassifierConfig
@@ -185,11 +186,22 @@ def _own(name: str, channels: int, num_classes: int) -> nn.Module:
         ) from error
     if not isinstance(network, nn.Module):
         raise UserError(f"classifier.name '{name}': '{entry.value}' gave a {type(network).__name__}, not a torch.nn.Module")
+    if lazy := [key for key, tensor in (*network.named_parameters(), *network.named_buffers()) if is_lazy(tensor)]:
+        raise UserError(
+            f"classifier.name '{name}': '{entry.value}' leaves the shape of {lazy[0]} to the first images; give its layer's "
+            "inputs as a number (nn.Linear, not nn.LazyLinear)"
+        )
     return network
 
 
-def require_trainable(config: ClassifierConfig, channels: int, resolution: int, num_classes: int, images: int = 2) -> None:
-    """Raise UserError unless the network takes so many images in training mode, puts out a logit a class, and can be copied."""
+def require_trainable(
+    config: ClassifierConfig, channels: int, resolution: int, num_classes: int, images: int = 2, workers: int = 1
+) -> None:
+    """Raise UserError for a network that cannot be trained by so many workers, each with so many images.
+
+    It must take them in training mode, put out a logit a class, be copied and have gradients: for several workers, which
+    exchange them, of every parameter.
+    """
     network = build(config, channels, num_classes).train()
     try:
         logits = network(torch.zeros(images, channels, resolution, resolution))
@@ -210,6 +222,16 @@ def require_trainable(config: ClassifierConfig, channels: int, resolution: int, 
             f"classifier.name '{config.name}' cannot be copied, as attacks do: {_told(error)} (of torch's weight_norm and "
             "spectral_norm take those of torch.nn.utils.parametrizations)"
         ) from error
+    try:
+        logits.sum().backward()
+    except Exception as error:
+        raise UserError(f"classifier.name '{config.name}' has no gradients: {_told(error)}") from error
+    idle = [name for name, p in network.network.named_parameters() if p.requires_grad and p.grad is None]
+    if workers > 1 and idle:
+        raise UserError(
+            f"classifier.name '{config.name}': its output does not depend on its {idle[0]}, for whose gradient several workers "
+            "would wait; leave it out, freeze it by requires_grad_(False), or train with one worker"
+        )
 
 
 def _take_grey(network: nn.Module) -> None:

@@ -131,8 +131,9 @@ def require_fit(configs: Sequence[Config], manifest: Mapping[str, Any], workers:
         check_inputs(config, manifest, generators.fingerprint(config.generator.path), count)
         held_out_positions(usable, config.training)
         share = _least_share(usable - config.training.val_examples, config.training.batch_size, count)
-        if (network := (config.classifier.fingerprint(), share)) not in tried:
-            classifiers.require_trainable(config.classifier, channels, resolution, len(manifest["class_names"]), share)
+        if (network := (config.classifier.fingerprint(), share, count)) not in tried:
+            classes = len(manifest["class_names"])
+            classifiers.require_trainable(config.classifier, channels, resolution, classes, share, count)
             tried.add(network)
         _require_terms(config, channels, resolution)
     if len({c.training.loader for c in configs}) > 1:

@@ -17,6 +17,7 @@ from dmat_ray import checkpoint, classifiers, models, trainer, wide_resnet
 from dmat_ray.attack_view import AttackView
 from dmat_ray.config import ClassifierConfig, Config
 from dmat_ray.data.manifold_set import open_set
+from dmat_ray.data.set_reader import read_manifest
 from dmat_ray.errors import UserError
 from dmat_ray.files import sha256
 from dmat_ray.local import LocalContext
@@ -113,6 +114,9 @@ gone = "theirs_{place}:gone"
 grey = "theirs_{place}:grey"
 wide = "theirs_{place}:wide"
 old = "theirs_{place}:old"
+lazy = "theirs_{place}:lazy"
+idle = "theirs_{place}:idle"
+still = "theirs_{place}:still"
 tied = "theirs_{place}:tied"
 """
 THEIRS = """
@@ -127,6 +131,14 @@ def wide(channels, num_classes):
     return nn.Flatten()
 def old(channels, num_classes):
     return nn.Sequential(nn.Flatten(), nn.utils.weight_norm(nn.Linear(channels * 64, num_classes)))
+def lazy(channels, num_classes):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
+def idle(channels, num_classes):
+    network = flat(channels, num_classes)
+    network[1].aside = nn.Linear(2, 2)
+    return network
+def still(channels, num_classes):
+    return flat(channels, num_classes).requires_grad_(False)
 def tied(channels, num_classes):
     network = nn.Sequential(nn.Flatten(), nn.Linear(channels * 64, channels * 64), nn.Linear(channels * 64, channels * 64))
     network[2].weight = network[1].weight
@@ -161,15 +173,25 @@ def test_a_network_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_what_is_wrong_with_a_network_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_with_a_network_is_told(
+    make_config: Callable[..., Config], set_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(install(tmp_path, PROJECT.format(place="wrong"), theirs_wrong=THEIRS))
     for name, words in (
         ("grey", r"'theirs_wrong:grey' of 3 channels and 5 classes: KeyError: 3"),
         ("wide", r"does not put out one logit a class, shape \(2, 5\), but shape \(2, 192\)"),
         ("old", r"cannot be copied, as attacks do: RuntimeError: .*torch.nn.utils.parametrizations"),
+        ("lazy", r"'own/lazy': 'theirs_wrong:lazy' leaves the shape of 1\.weight to the first images"),
+        ("idle", r"'own/idle': its output does not depend on its 1\.aside\.weight, for whose gradient several workers"),
+        ("still", r"'own/still' has no gradients: RuntimeError: .*does not require grad"),
     ):
         with pytest.raises(UserError, match=words):
-            classifiers.require_trainable(ClassifierConfig(name=f"own/{name}"), 3, 8, 5)
+            classifiers.require_trainable(ClassifierConfig(name=f"own/{name}"), 3, 8, 5, workers=2)
+    classifiers.require_trainable(ClassifierConfig(name="own/tied"), 3, 8, 192, workers=2)
+    idle = make_config(classifier={"name": "own/idle"}, manifold_set=str(set_folder))
+    models.require_fit([idle], read_manifest(set_folder), workers=1)
+    with pytest.raises(UserError, match="several workers would wait"):
+        models.require_fit([idle], read_manifest(set_folder), workers=2)
     with pytest.raises(UserError, match=r"'own/flat' cannot take 9x9 images: RuntimeError: mat1 and mat2"):
         classifiers.require_trainable(ClassifierConfig(name="own/flat"), 3, 9, 5)
 

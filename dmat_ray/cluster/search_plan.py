@@ -72,7 +72,8 @@ class Plan:
             channels, resolution, _ = manifest["shapes"]["on_manifold"]
             corners = self.space.corners(self.base, self.config.tune.epochs)
             for one in {corner.classifier.fingerprint(): corner.classifier for corner in corners}.values():
-                classifiers.require_trainable(one, channels, resolution, len(manifest["class_names"]))
+                classes, workers = len(manifest["class_names"]), self.config.cluster.train_workers
+                classifiers.require_trainable(one, channels, resolution, classes, workers=workers)
 
     def told(self) -> str:
         """What is drawn, from where to where, and what trials are judged by: a few lines."""
