@@ -39,6 +39,7 @@ FIXED = {
     "training.seed": "all trials are judged by the same held-out images",
     "training.loader": "it does not change what is trained",
     "training.keep": "a trial is what it is after its last epoch",
+    "training.patience": "tune.scheduler says which trials end early",
     "training.checkpoint_every": "a trial may end after any epoch",
     "training.checkpoint_minutes": "a trial may end after any epoch",
 }
@@ -166,7 +167,7 @@ def trial_config(base: Mapping[str, Any], settings: Mapping[str, Any], name: str
     shorter = {
         **{key: scale(old[key], share) for key, scale in COUNTED_IN_EPOCHS.items()},
         # what is judged, passed on and published is what a trial is after an epoch, whichever is its last
-        **{"keep": "last", "checkpoint_every": 1, "checkpoint_minutes": None},
+        **{"keep": "last", "patience": None, "checkpoint_every": 1, "checkpoint_minutes": None},
     }
     layered = presets.merge(dict(base), {"name": name, "training": shorter})
     for key, value in {**settings, "training.epochs": epochs}.items():

@@ -96,9 +96,9 @@ def test_what_a_trial_found_in_epochs_keeps_its_share_of_a_longer_training():
 
 def test_a_trial_is_what_it_is_after_its_last_epoch(config):
     base = config.to_json()
-    base["training"] |= {"keep": "best", "checkpoint_every": 5, "checkpoint_minutes": 1.0}
+    base["training"] |= {"keep": "best", "patience": 1, "checkpoint_every": 5, "checkpoint_minutes": 1.0}
     trial = spaces.trial_config(base, {}, "trial", 1).training
-    assert (trial.keep, trial.checkpoint_every, trial.checkpoint_minutes) == ("last", 1, None)
+    assert (trial.keep, trial.patience, trial.checkpoint_every, trial.checkpoint_minutes) == ("last", None, 1, None)
 
 
 def test_times_is_relative_to_the_settings_without_it(tmp_path, config):
@@ -218,6 +218,7 @@ def test_a_populations_changes_are_those_of_its_seed(tmp_path, config):
         (f"SPACE = {{{WEIGHTS!r}: simplex(), {WEIGHTS[0]!r}: tune.uniform(0, 1)}}", "gives objective.clean.weight twice"),
         ('PRESET = "demo"\nSPACE = {"training.lr": tune.uniform(0.1, 1)}', "preset demo sets output"),
         ('SPACE = {"training.keep": tune.choice(["best", "last"])}', "training.keep cannot be searched"),
+        ('SPACE = {"training.patience": tune.randint(1, 4)}', "training.patience cannot be searched: tune.scheduler"),
         ('PRESET = "nonsense"\nSPACE = {"training.lr": tune.uniform(0.1, 1)}', "preset 'nonsense' does not exist"),
     ],
 )

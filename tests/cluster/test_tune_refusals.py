@@ -173,10 +173,10 @@ def test_a_dry_run_knows_how_many_trials_there_will_be(finished, tmp_path, say):
 
 
 def test_the_best_settings_are_trained_anew_with_their_share_of_the_schedule(finished, tmp_path, say):
-    """A warm-up that was half of a trial is half of the whole training."""
+    """A warm-up that was half of a trial is half of the whole training; each goes on to its last epoch."""
     finished.copy_set(tmp_path)
     config = tuned(tmp_path, "--tune.confirm_seeds", "2", "--tune.epochs", "1")
-    cosine = config.training.model_copy(update={"schedule": "cosine", "lr": 0.1, "lr_warmup": 0.25})
+    cosine = config.training.model_copy(update={"schedule": "cosine", "lr": 0.1, "lr_warmup": 0.25, "patience": 1})
     plan = Plan(config.model_copy(update={"training": cosine}), say)
     best = Trial("little_001", "finished", {"training.lr_warmup": 0.5}, 1, 0.0, {})
     made = champion.anew(plan, best)
@@ -184,3 +184,4 @@ def test_the_best_settings_are_trained_anew_with_their_share_of_the_schedule(fin
         "best": [1.0, 1.0], "start": [0.25, 0.25]
     }  # fmt: skip
     assert [one.training.seed for one in made["best"].values()] == [1, 2]
+    assert {one.training.patience for configs in made.values() for one in configs.values()} == {None}
