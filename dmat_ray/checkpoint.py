@@ -11,7 +11,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -332,14 +332,15 @@ def ancestor(run: dict[str, Any], config: Config) -> dict[str, Any]:
     return {"name": run["config"]["name"], "epoch": run["epoch"], "settings": changed}
 
 
-def relevant(config: Config) -> dict[str, Any]:
-    """Dotted name -> value of the settings that change what is trained."""
-    return _relevant(_flat(config.to_json()))
+def relevant(config: Config, drawn: Collection[str] = ()) -> dict[str, Any]:
+    """Dotted name -> value of the settings that change what is trained, where those in `drawn` may have any value."""
+    return _relevant(_flat(config.to_json()), drawn)
 
 
-def _relevant(flat: dict[str, Any]) -> dict[str, Any]:
+def _relevant(flat: dict[str, Any], drawn: Collection[str] = ()) -> dict[str, Any]:
     # a term of no weight may lie ready in a preset
-    idle = tuple(name.removesuffix("weight") for name, value in flat.items() if MORE_WEIGHT.fullmatch(name) and not value)
+    weights = [name for name in flat if MORE_WEIGHT.fullmatch(name) and name not in drawn]
+    idle = tuple(name.removesuffix("weight") for name in weights if not flat[name])
     return {k: v for k, v in flat.items() if k not in HARMLESS and k.split(".")[0] not in HARMLESS and not k.startswith(idle)}
 
 

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ray.tune.search.sample import Categorical
+
 from dmat_ray import classifiers, cli, evaluation, suites, trials
 from dmat_ray.checkpoint import relevant
 from dmat_ray.cluster import spaces
@@ -37,7 +39,7 @@ class Plan:
         self.config = config.model_copy(update={"output": str(local_output(config, "jobs/tune.py"))})
         self.folder = search_folder(config)
         self.space, self.base = spaces.load(config.tune.space, self.config)
-        probe = spaces.trial_config(self.base, self.space.constants, "probe", config.tune.epochs)
+        probe = self._probe = spaces.trial_config(self.base, self.space.constants, "probe", config.tune.epochs)
         if not probe.training.val_examples:
             raise UserError("a search judges trials by held-out images; training.val_examples is 0")
         if config.tune.max_gpu_hours is not None and not config.cluster.gpus_per_worker:
@@ -93,7 +95,7 @@ class Plan:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What the results depend on, by name. Budgets, machines and what is done afterwards may change on the way."""
-        probe = spaces.trial_config(self.base, self.space.constants, "probe", self.config.tune.epochs)
+        probe = self._probe
         names = ["searcher", "grid_points", "scheduler", "objective", "samples", "epochs", "grace_epochs", "reduction", "seed"]
         found = {f"tune.{name}": getattr(self.config.tune, name) for name in names}
         found |= {f"space: {key}": value for key, value in self.space.description().items()}
@@ -105,7 +107,21 @@ class Plan:
         found["trials are of one worker in memory"] = self.work.is_alone
         found["the on-manifold set"] = set_reader.digest(set_reader.read_manifest(set_folder(self.config)))
         found["the generator"] = generators.fingerprint(self.config.generator.path)
-        return dict(json.loads(json.dumps(found)))
+        return dict(json.loads(json.dumps(found | self._counted_later)))
+
+    @cached_property
+    def _counted_later(self) -> dict[str, Any]:
+        """The part of the identity that searches begun by older versions do not know of: those go on as they are now.
+
+        Settings of terms that have a weight in trials alone, and networks of packages.
+        """
+        drawn, idle = self.space.names, relevant(self._probe)
+        found = {k: v for k, v in relevant(self._probe, drawn).items() if k not in idle and k not in drawn}
+        networks = self.space.domains.get("classifier.name")
+        for name in networks.categories if isinstance(networks, Categorical) else [self._probe.classifier.name]:
+            if own := classifiers.origin(name):
+                found[f"the network {name}"] = f"{own['entry']} of {own['package']}, {own['sha256'][:12]}"
+        return found
 
     @cached_property
     def id(self) -> str:
@@ -126,6 +142,8 @@ class Plan:
         before, now = read_json(self.folder / SEARCH)["identity"], self.identity
         other = "give it another name by --tune.name"
         for name in [*now, *before]:
+            if name in self._counted_later and name not in before:
+                continue
             if before.get(name, "absent") != now.get(name, "absent"):
                 raise UserError(
                     f"the search in '{self.folder}' has {name} = {before.get(name, 'absent')}, now it is "

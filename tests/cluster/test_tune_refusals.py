@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from installed import install
 from ray.tune.experiment.trial import Trial as TuneTrial
 from searches import ONE_BY_ONE, SPACE, tuned
 from small import database
@@ -74,6 +75,57 @@ def test_settings_that_trials_are_judged_by_tell_searches_apart(finished, tmp_pa
     for option, value, name in (("seed", 7, "evaluation.seed"), ("precision", "bf16", "evaluation.precision")):
         other = Plan(tuned(tmp_path, f"--evaluation.{option}", value), say)
         assert {key for key in other.identity | plain.identity if other.identity.get(key) != plain.identity.get(key)} == {name}
+
+
+WITH_JPEG = """
+from ray import tune
+from dmat_ray.cluster.spaces import simplex
+
+SPACE = {
+    ("objective.image.weight", "objective.latent.weight", "objective.more.jpg.weight"): simplex(),
+    "classifier.name": tune.choice(["digits_cnn", "own/flat"]),
+}
+"""
+PROJECT = """
+[project]
+name = "theirs"
+version = "1"
+[project.entry-points."dmat_ray.networks"]
+flat = "theirs_searched:flat"
+"""
+FLAT = """
+from torch import nn
+def flat(channels, num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * 1024, num_classes))
+"""
+
+
+def test_terms_and_networks_that_only_trials_have_tell_searches_apart(finished, tmp_path, say, monkeypatch):
+    """A term without a weight before the search has one in trials; a search begun before this counted goes on."""
+    finished.copy_set(tmp_path)
+    monkeypatch.syspath_prepend(install(tmp_path / "here", PROJECT, theirs_searched=FLAT))
+    space = tmp_path / "jpeg.py"
+    space.write_text(WITH_JPEG)
+
+    def plan(eps: float) -> Plan:
+        term = ("--objective.more.jpg.threat", "jpeg", "--objective.more.jpg.eps", eps)
+        return Plan(tuned(tmp_path, "--tune.space", space, *term), say)
+
+    one, other = plan(0.1), plan(0.2)
+    assert {key for key in one.identity | other.identity if one.identity.get(key) != other.identity.get(key)} == {
+        "objective.more.jpg.eps"
+    }
+    one.begin()
+    with pytest.raises(UserError, match=r"has objective\.more\.jpg\.eps = 0\.1, now it is 0\.2"):
+        other.is_finished(resume=True)
+    (tmp_path / "here" / "theirs_searched.py").write_text(FLAT + "# more")
+    with pytest.raises(UserError, match="has the network own/flat = theirs_searched:flat of theirs, "):
+        plan(0.1).is_finished(resume=True)
+    begun = json.loads((one.folder / "search.json").read_text())
+    known = {key: value for key, value in begun["identity"].items() if ".jpg" not in key and not key.startswith("the network")}
+    known |= {key: value for key, value in begun["identity"].items() if key.startswith("space: ")}
+    (one.folder / "search.json").write_text(json.dumps({**begun, "identity": known}))
+    assert not other.is_finished(resume=True)
 
 
 def test_another_evaluation_at_the_end_is_left_to_be_done(finished, tmp_path, say):
