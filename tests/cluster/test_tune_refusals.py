@@ -11,6 +11,7 @@ from ray.tune.experiment.trial import Trial as TuneTrial
 from searches import ONE_BY_ONE, SPACE, tuned
 from small import database
 
+from dmat_ray import cli, presets
 from dmat_ray.cluster import champion, searchers, trial_watch, tune
 from dmat_ray.cluster.search_plan import Plan
 from dmat_ray.config import ClusterConfig, TuneConfig
@@ -108,8 +109,8 @@ def test_terms_and_networks_that_only_trials_have_tell_searches_apart(finished, 
     space.write_text(WITH_JPEG)
 
     def plan(eps: float) -> Plan:
-        term = ("--objective.more.jpg.threat", "jpeg", "--objective.more.jpg.eps", eps)
-        return Plan(tuned(tmp_path, "--tune.space", space, *term), say)
+        term = {"objective": {"more": {"jpg": {"threat": "jpeg", "eps": eps}}}}
+        return Plan(cli.validate(presets.merge(tuned(tmp_path, "--tune.space", space).to_json(), term)), say)
 
     one, other = plan(0.1), plan(0.2)
     assert {key for key in one.identity | other.identity if one.identity.get(key) != other.identity.get(key)} == {
