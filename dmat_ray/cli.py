@@ -160,7 +160,7 @@ def parse(
     shipped = ", ".join(presets.names())
     given = f"{' '.join(preset)}, whose values take the place of the defaults below" if preset else "none"
     parser.add_argument(
-        "--preset", nargs="+", default=list(preset), metavar="NAME",
+        "--preset", nargs="+", action="extend", metavar="NAME",
         help=f"settings to start from: {shipped}, or YAML files (default: {given})",
     )  # fmt: skip
     if add is not None:
@@ -169,6 +169,7 @@ def parse(
     parser.usage = f"%(prog)s {needed}[--preset NAME ...] [--SECTION.FIELD VALUE ...]"
     arguments, source = _source(parser)
     namespace = parser.parse_args(argv)
+    namespace.preset = namespace.preset or list(preset)  # no default of the parser, which those given would be added to
     layers = _layers(namespace.preset, over)
 
     class Layered(arguments):  # type: ignore[misc, valid-type]

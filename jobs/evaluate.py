@@ -9,7 +9,11 @@ from dmat_ray.errors import UserError
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--models", nargs="+", metavar="NAME", help="models under OUTPUT/models, or folders (default: all under OUTPUT/models)"
+        "--models",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="models under OUTPUT/models, or folders (default: all under OUTPUT/models)",
     )
     cli.dry_run(parser)
 

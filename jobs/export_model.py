@@ -13,7 +13,9 @@ from dmat_ray.storage import at
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", nargs="+", required=True, metavar="NAME", help="models under OUTPUT/models, or folders")
+    parser.add_argument(
+        "--models", nargs="+", action="extend", required=True, metavar="NAME", help="models under OUTPUT/models, or folders"
+    )
     parser.add_argument("--to", metavar="FOLDER", help="where a folder for each goes (default: OUTPUT/exported)")
     parser.add_argument("--register", metavar="NAME", help="register the model in MLflow under this name")
     parser.add_argument("--alias", metavar="ALIAS", help="alias of the registered version, e.g. champion")

@@ -1,6 +1,7 @@
 """The command line: presets, overrides, help and errors as a user meets them."""
 
 import argparse
+import runpy
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from dmat_ray import cli, presets
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
+
+JOBS = Path(__file__).parents[1] / "jobs"
 
 
 def parsed(*argv: str) -> Config:
@@ -28,6 +31,7 @@ def test_presets_are_layered_left_to_right(tmp_path: Path) -> None:
     assert config.objective.image.eps == 0.15, "what only the first layer says, holds"
     assert (config.training.epochs, config.training.batch_size) == (4, 7)
     assert parsed("--preset", str(above), "dmat").objective.image.weight == 0.5
+    assert parsed("--preset", str(below), "--preset", "dmat", str(above)) == config, "given several times, as lists may be"
 
 
 def test_name_joins_the_presets(tmp_path: Path) -> None:
@@ -40,6 +44,7 @@ def test_name_joins_the_presets(tmp_path: Path) -> None:
 def test_the_jobs_own_preset_is_used_when_none_is_given() -> None:
     assert cli.parse("A job.", [], preset=["dmat"])[0].objective.latent.weight == 0.5
     assert cli.parse("A job.", ["--preset", "at"], preset=["dmat"])[0].objective.latent.weight == 0
+    assert cli.parse("A job.", ["--preset", "demo", "--preset", "at"], preset=["dmat"])[0] == parsed("--preset", "demo", "at")
 
 
 def test_overrides_win_over_presets() -> None:
@@ -101,6 +106,10 @@ def test_arguments_of_the_job_itself() -> None:
     config, arguments = cli.parse("A job.", ["--models", "a", "b", "--training.epochs", "7"], add=add)
     assert arguments.models == ["a", "b"]
     assert config.training.epochs == 7
+    for job in ("evaluate", "export_model"):
+        own = runpy.run_path(str(JOBS / f"{job}.py"))["add"]
+        _, arguments = cli.parse("A job.", ["--models", "a", "--training.epochs", "7", "--models", "b", "c"], add=own)
+        assert arguments.models == ["a", "b", "c"], job
 
 
 @pytest.mark.parametrize("option", ["--objective.image.epsilon", "--epochs", "--training.epoch", "--nonsense.x"])
