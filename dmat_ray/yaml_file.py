@@ -1,5 +1,6 @@
 """YAML as users write it: presets, suites, the methods of a study."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,33 +9,52 @@ import yaml
 from dmat_ray.errors import UserError
 
 MERGE = "tag:yaml.org,2002:merge"  # of the key <<
+PLAIN = re.compile(r"[-+]?(0|[1-9]\d*|[1-9]\d{0,2}(_\d{3})+|0[xb][\da-fA-F_]+)")
+"""Whole numbers that nobody reads otherwise than YAML: 010 is 8 there, 1_0 is 10, and 12:30 is 750."""
 
 
-class _TwiceError(Exception):
-    """A mapping that gives a key twice; says where."""
+class _UnclearError(Exception):
+    """What is not taken although PyYAML would; says where."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a mapping that gives a key twice, which YAML forbids: PyYAML takes the last without a word."""
+    """Refuses what PyYAML takes without a word for something else.
+
+    A mapping that gives a key twice, which YAML forbids (PyYAML takes the last), also by two words for one value, such as yes and
+    on; and a whole number that only YAML 1.1 reads so.
+    """
 
     def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
         # not where values are made of it: by then it may hold what << has merged into it
         mapping = super().compose_mapping_node(anchor)
-        lines: dict[tuple[str, str], int] = {}
+        given: dict[Any, yaml.ScalarNode] = {}
         for key, _ in mapping.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != MERGE:
-                name, line = (key.tag, key.value), key.start_mark.line + 1
-                if name in lines:
-                    raise _TwiceError(f"line {line}: '{key.value}' is there already, in line {lines[name]}; give it once")
-                lines[name] = line
+                value = self.construct_object(key)
+                if first := given.get(value):
+                    what = f"line {key.start_mark.line + 1}: '{key.value}' is there already, "
+                    where = f"in line {first.start_mark.line + 1}"
+                    same = f"as '{first.value}' {where}, and YAML reads both as {value}; write what is text in quotes"
+                    raise _UnclearError(what + (f"{where}; give it once" if first.value == key.value else same))
+                given[value] = key
         return mapping
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        number: int = super().construct_yaml_int(node)
+        if not PLAIN.fullmatch(node.value):
+            line = node.start_mark.line + 1
+            raise _UnclearError(f"line {line}: {node.value} is the number {number} in YAML; write {number}, or '{node.value}'")
+        return number
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def read(path: Path, what: str) -> Any:
     """What a YAML file holds; {} if nothing. Raises UserError, which calls the file `what`, for one that is no YAML."""
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
-    except _TwiceError as error:
+    except _UnclearError as error:
         raise UserError(f"{what}, {error}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{what} is no UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None

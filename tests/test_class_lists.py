@@ -242,6 +242,16 @@ def make_one(root: Path) -> Path:
         ({"a": [], "b": ["y"]}, r"data\.classes\.0\.members"),
         ({"a": "x", "b": ["y"]}, r"class 'a' must be a list of folders or labels, not 'x'"),
         ([{"name": "a", "members": [["x"]]}, {"name": "a", "members": [["y"]]}], r"two are called 'a'"),
+        *(
+            ({"a": ["x"], **classes}, rf"data\.classes: {found} is no name of a class; .* in quotes")
+            for classes, found in (
+                ({True: ["y"]}, "True"),
+                ({None: ["y"]}, "None"),
+                ({"b": [False]}, "False"),
+                ({"b": [["y", 1.0]]}, r"1\.0"),
+                ({"b": [{"y": "z"}]}, r"\{'y': 'z'\}"),
+            )
+        ),
     ],
 )
 def test_lists_that_cannot_be(classes: Any, told: str, tmp_path: Path) -> None:

@@ -156,6 +156,11 @@ def test_wrong_values_name_key_value_and_choices(argv: list[str], parts: list[st
         ("training: {epochs: [", ["not valid YAML"]),
         ("name: a\ntraining: {epochs: 3}\ntraining: {seed: 1}", ["mine.yaml', line 3: 'training' is there already, in line 2"]),
         ("training:\n  epochs: 3\n  seed: 1\n  'epochs': 4", ["mine.yaml', line 4: 'epochs' is there already, in line 2"]),
+        ("data:\n  classes:\n    yes: [a]\n    on: [b]", ["line 4: 'on' is there already, as 'yes' in line 3", "both as True"]),
+        ("training:\n  1: 2\n  1.0: 2", ["line 3: '1.0' is there already, as '1' in line 2"]),
+        ("data: {classes: {a: [7],\n  b: [010]}}", ["line 2: 010 is the number 8 in YAML; write 8, or '010'"]),
+        ("training: {epochs: 12:30}", ["line 1: 12:30 is the number 750 in YAML; write 750, or '12:30'"]),
+        ("data: {seed: 1_0}", ["1_0 is the number 10 in YAML"]),
         ("training: 3", ["training", "3"]),
         ("evaluation: {attacks: [{threat: rain, name: a}]}", ["evaluation.attacks", "rain", "'fog'"]),
     ],
@@ -213,6 +218,14 @@ def test_empty_file_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "nothing.yaml"
     path.write_text("# only a comment\n")
     assert parsed("--preset", str(path), "--name", "x") == Config(name="x")
+
+
+def test_numbers_of_files_may_be_grouped_and_of_another_base(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("data: {max_pixels: 50_000_000, seed: 0x1F, train_limit: +5, classes: {'no': ['007', 10], a: [0]}}")
+    data = parsed("--preset", str(path)).data
+    assert (data.max_pixels, data.seed, data.train_limit) == (50_000_000, 31, 5)
+    assert [(one.name, one.members) for one in data.classes] == [("no", (("007",), ("10",))), ("a", (("0",),))]
 
 
 def test_mappings_of_files_may_be_merged(tmp_path: Path) -> None:

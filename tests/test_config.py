@@ -3,6 +3,7 @@
 import itertools
 import json
 import pickle
+import re
 import types
 from collections.abc import Iterator
 from typing import Any, Literal, Union, get_args, get_origin
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import dmat_ray.config
-from dmat_ray import presets
+from dmat_ray import cli, presets
 from dmat_ray.config import (
     ON_MANIFOLD,
     THREATS,
@@ -27,6 +28,7 @@ from dmat_ray.config import (
 )
 from dmat_ray.config.attacks import TERMS
 from dmat_ray.config.evaluation import ROWS
+from dmat_ray.errors import UserError
 from dmat_ray.threats import PIXELS
 
 NAMES = presets.names()
@@ -180,6 +182,23 @@ def test_unknown_keys_are_refused(values: dict[str, Any]) -> None:
 def test_values_out_of_range_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Config.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "told"),
+    [
+        ("training", "epochs", True, "must be a whole number (found 'true')"),
+        ("training", "val_examples", False, "must be a whole number (found 'false')"),
+        ("training", "clip_norm", True, "must be a number (found 'true')"),
+        ("training", "lr_values", [0, True], "must be a number (found 'true')"),
+        ("data", "channels", True, "must be 1 or 3 (found 'true')"),
+        ("cluster", "gpus_per_worker", True, "must be a number (found 'true')"),
+    ],
+)
+def test_true_and_false_are_no_numbers(section: str, name: str, value: Any, told: str) -> None:
+    with pytest.raises(UserError, match=rf"^{section}\.{name}(\.1)?: {re.escape(told)}$"):
+        cli.validate({section: {name: value}})
+    assert cli.validate({"data": {"official_split": True}}).data.official_split is True
 
 
 @pytest.mark.parametrize("section", sorted(all_sections(), key=lambda s: s.__name__), ids=lambda s: s.__name__)

@@ -1,9 +1,10 @@
 """What every section of settings shares. Imports neither torch nor ray."""
 
+import functools
 import hashlib
 import json
 from pathlib import PurePath
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
@@ -22,6 +23,32 @@ def parse_fraction(value: Any) -> Any:
 Fraction = Annotated[float, BeforeValidator(parse_fraction)]
 
 
+@functools.cache
+def _types_in(annotation: Any) -> frozenset[type]:
+    """The types of the values that an annotation allows, those in a list as well."""
+    if get_origin(annotation) is Literal:
+        return frozenset(type(choice) for choice in get_args(annotation))
+    if parts := get_args(annotation):
+        return frozenset().union(*(_types_in(part) for part in parts))
+    return frozenset({annotation} if isinstance(annotation, type) else ())
+
+
+def _takes_numbers(annotation: Any) -> bool:
+    types = _types_in(annotation)
+    return bool(types & {int, float}) and not types & {bool, str}
+
+
+def _truths_as_text(value: Any) -> Any:
+    """Of a number, or numbers: text for true and false, which pydantic would take for 1 and 0."""
+    if isinstance(value, list | tuple):
+        return [_truths_as_text(one) for one in value]
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def _path_as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, PurePath) else value
+
+
 class Section(BaseModel):
     """Base of all settings: immutable, and a key it does not know is an error."""
 
@@ -29,11 +56,12 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _paths_as_text(cls, values: Any) -> Any:
-        """A setting that names a file is a text; from Python it may come as a Path."""
+    def _as_text(cls, values: Any) -> Any:
+        """A setting that names a file is a text; from Python it may come as a Path. That true is no number, text shows."""
         if not isinstance(values, dict):
             return values
-        return {name: str(value) if isinstance(value, PurePath) else value for name, value in values.items()}
+        numbers = {name for name, field in cls.model_fields.items() if _takes_numbers(field.annotation)}
+        return {name: _truths_as_text(v) if name in numbers else _path_as_text(v) for name, v in values.items()}
 
     def fingerprint(self) -> str:
         """Twelve hex digits that change whenever any setting changes."""

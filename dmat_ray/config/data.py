@@ -1,5 +1,6 @@
 """Settings of natural images."""
 
+from numbers import Integral
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -24,6 +25,15 @@ class ClassList(Section):
     )
 
 
+def _text(name: Any) -> str:
+    """The name of a class, or its number, as text; ValueError for what YAML makes of words such as yes, null and 1.0."""
+    if isinstance(name, bool) or not isinstance(name, str | Integral):
+        raise ValueError(
+            f"{name!r} is no name of a class; write names that YAML reads as something else (yes, null, 1.0) in quotes"
+        )
+    return str(name)
+
+
 def _class_lists(value: Any) -> Any:
     """{dog: [n02085620, [n02085782, 152]]}, as files have it, to a list of classes, which keeps its order on every way."""
     if not isinstance(value, dict):
@@ -32,8 +42,8 @@ def _class_lists(value: Any) -> Any:
     for name, members in value.items():
         if not isinstance(members, list | tuple):
             raise ValueError(f"class '{name}' must be a list of folders or labels, not {members!r}")
-        named = [[str(n) for n in (m if isinstance(m, list | tuple) else [m])] for m in members]
-        lists.append({"name": str(name), "members": named})
+        named = [[_text(n) for n in (m if isinstance(m, list | tuple) else [m])] for m in members]
+        lists.append({"name": _text(name), "members": named})
     return lists
 
 
