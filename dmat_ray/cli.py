@@ -4,7 +4,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,8 @@ def settings(*given: str | Path, **sections: Any) -> Config:
     """
     values = presets.merge(_layers([*map(str, given)]), sections)
     try:
-        return _complete(values, [f"training.{name}" for name in sections.get("training", {})])
+        training = sections.get("training")
+        return _complete(values, [f"training.{name}" for name in training] if isinstance(training, Mapping) else [])
     except ValidationError as error:
         raise UserError(describe(error, Config)) from None
 

@@ -17,6 +17,7 @@ WORDS = {
     **dict.fromkeys(("tuple_type", "list_type"), "must be a list"),
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "must be a table"),
     "string_type": "must be a text",
+    "string_too_short": "must not be empty",
     "missing": "is missing",
     "literal_error": "must be {expected}",
     "string_pattern_mismatch": "must be of the form {pattern}",

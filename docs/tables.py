@@ -102,12 +102,18 @@ def bounds(metadata: list[Any]) -> str:
     low = next((part for part in metadata if isinstance(part, at.Ge | at.Gt)), None)
     high = next((part for part in metadata if isinstance(part, at.Le | at.Lt)), None)
     if isinstance(low, at.Ge) and isinstance(high, at.Le):
-        return f", {low.ge:,} to {high.le:,}"
+        return f", {low.ge:,} to {_of_bits(high.le)}"
     told = {at.Ge: lambda b: f"{b.ge} or more", at.Gt: lambda b: f"above {b.gt}"} if low else {}
     ends = [told[type(low)](low)] if low else []
     if high is not None:
         ends.append(f"at most {high.le}" if isinstance(high, at.Le) else f"below {high.lt}")
     return "".join(f", {end}" for end in ends)
+
+
+def _of_bits(number: Any) -> str:
+    """A bound; the largest number of so many bits by how many they are."""
+    bits = int(number).bit_length()
+    return f"2^{bits} - 1" if bits >= 32 and number == 2**bits - 1 else f"{number:,}"
 
 
 def default(info: FieldInfo) -> str:

@@ -240,6 +240,8 @@ def make_one(root: Path) -> Path:
         ({"a": ["x", "y"], "b": ["y"]}, r"data: classes: 'y' is in class 'a' and in class 'b'; an image has one label"),
         ({"a": ["x", ["z", "x"]], "b": ["y"]}, r"'x' is twice in class 'a'"),
         ({"a": [], "b": ["y"]}, r"data\.classes\.0\.members"),
+        ({"a": [[]], "b": ["y"]}, r"data: classes: an entry of 'a' is empty; give the name of a class"),
+        ({"a": ["x", ["z", ""]], "b": ["y"]}, r"an entry of 'a' is empty"),
         ({"a": "x", "b": ["y"]}, r"class 'a' must be a list of folders or labels, not 'x'"),
         ([{"name": "a", "members": [["x"]]}, {"name": "a", "members": [["y"]]}], r"two are called 'a'"),
         *(

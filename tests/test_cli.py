@@ -3,6 +3,7 @@
 import argparse
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -161,6 +162,11 @@ def test_wrong_values_name_key_value_and_choices(argv: list[str], parts: list[st
         ("data: {classes: {a: [7],\n  b: [010]}}", ["line 2: 010 is the number 8 in YAML; write 8, or '010'"]),
         ("training: {epochs: 12:30}", ["line 1: 12:30 is the number 750 in YAML; write 750, or '12:30'"]),
         ("data: {seed: 1_0}", ["1_0 is the number 10 in YAML"]),
+        ("1: 2", ["mine.yaml': 1 is no section of settings"]),
+        ("on: {epochs: 3}", ["mine.yaml': True is no section of settings (YAML reads on and yes as True)"]),
+        ('data: {source: ""}', ["data.source: must not be empty (found '')"]),
+        ('data: {source: "a\\0b"}', ["data.source: 'a\\x00b' holds a NUL"]),
+        ("projection: {seed: 9223372036854775808}", ["projection.seed: must be 9223372036854775807 or less"]),
         ("training: 3", ["training", "3"]),
         ("evaluation: {attacks: [{threat: rain, name: a}]}", ["evaluation.attacks", "rain", "'fog'"]),
     ],
@@ -188,6 +194,18 @@ def test_wrong_files_are_described(tmp_path: Path, text: str, parts: list[str]) 
 def test_files_that_cannot_be_read_are_described(tmp_path: Path, option: str, content: bytes, parts: list[str]) -> None:
     (tmp_path / "folder").mkdir()
     wrong_file(tmp_path / "folder", content, parts, option)
+
+
+@pytest.mark.parametrize("training", [None, 3, "fast"])
+def test_sections_that_are_none_are_described(training: Any) -> None:
+    with pytest.raises(UserError, match=rf"^training: must be a table \(found {training!r}\)$"):
+        cli.settings("demo", training=training)
+
+
+@pytest.mark.parametrize("name", ["data.source", "generator.path", "projection.encoder", "evaluation.lpips_weights"])
+def test_a_path_of_nothing_is_not_the_folder_of_the_command(name: str) -> None:
+    with pytest.raises(UserError, match=rf"^{name}: must not be empty"):
+        parsed(f"--{name}", "")
 
 
 def test_a_name_is_made_of_any_files_name(tmp_path: Path) -> None:

@@ -250,6 +250,19 @@ def _list_as_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text("[1, 2]")
 
 
+def _no_shapes(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({key: value for key, value in manifest.items() if key != "shapes"}))
+
+
+def _usable_is_a_text(folder: Path) -> None:
+    edit_manifest(folder, usable="x", count=-1)
+
+
+def _two_channels(folder: Path) -> None:
+    edit_manifest(folder, shapes={"on_manifold": [2, 8, 8], "w": [1, 8]})
+
+
 def _flipped_bit(folder: Path) -> None:
     """In the pixels of a shard that was written with checksums."""
     path = folder / "shards" / "part-000001.parquet"
@@ -301,6 +314,9 @@ def _other_version(folder: Path) -> None:
         (_natural_image_null, "part-000001.parquet of .*: the natural image of 'example-.*' cannot be read"),
         (_other_count, "24 images to read in its train split, its manifest says 23"),
         (_list_as_manifest, "is damaged: it holds a list, not an object"),
+        (_no_shapes, r"manifest\.json' is damaged: shapes: is missing; run jobs/project\.py again"),
+        (_usable_is_a_text, r"manifest\.json' is damaged: count: must be 0 or more \(found -1\) \(and 1 more\); run"),
+        (_two_channels, r"damaged: shapes\.on_manifold: \[2, 8, 8\] is no shape of square grey or RGB images; run"),
         (_shard_elsewhere, r"names a shard '\.\./\.\./part-000001\.parquet', which is no file of its own"),
         (_other_version, "format version 99, this program reads 2"),
     ],

@@ -6,7 +6,9 @@ import json
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator, model_validator
+
+MOST_SEED = 2**63 - 1  # that a torch.Generator takes
 
 
 def parse_fraction(value: Any) -> Any:
@@ -62,6 +64,14 @@ class Section(BaseModel):
             return values
         numbers = {name for name, field in cls.model_fields.items() if _takes_numbers(field.annotation)}
         return {name: _truths_as_text(v) if name in numbers else _path_as_text(v) for name, v in values.items()}
+
+    @field_validator("*")
+    @classmethod
+    def _text_can_be_a_path(cls, value: Any) -> Any:
+        """The system ends a path at a NUL, and Python raises ValueError wherever one is looked for."""
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError(f"{value!r} holds a NUL, which no text of settings may")
+        return value
 
     def fingerprint(self) -> str:
         """Twelve hex digits that change whenever any setting changes."""

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from dmat_ray.config.base import Section
+from dmat_ray.config.base import MOST_SEED, Section
 
 # a command line brings text, which a Literal of numbers does not take
 Channels = Annotated[Literal[1, 3], BeforeValidator(lambda v: int(v) if v in ("1", "3") else v)]
@@ -52,6 +52,7 @@ class DataConfig(Section):
 
     source: str = Field(
         "mnist5k",
+        min_length=1,
         description="'mnist5k' (5,000 embedded digits), a folder with one sub-folder a class, a Parquet file or a folder of "
         "them, or a folder with the files of CIFAR-10, CIFAR-100 or MNIST; folders and files may be s3:// and gs:// URLs",
     )
@@ -92,7 +93,7 @@ class DataConfig(Section):
         description="Parquet: column of labels, integers or names; CIFAR-100: coarse_label for its 20 classes instead of 100",
     )
     id_column: str | None = Field(None, description="Parquet: column of unique ids; null = file name and row")
-    seed: int = Field(0, ge=0, description="seed of the split and of the subsets")
+    seed: int = Field(0, ge=0, le=MOST_SEED, description="seed of the split and of the subsets")
 
     def settled(self) -> dict[str, Any]:
         """As JSON, without what came when sets and models had been made without it, where it is at its default."""
@@ -103,6 +104,10 @@ class DataConfig(Section):
     def _check(self) -> "DataConfig":
         owner: dict[str, str] = {}
         for one in self.classes:
+            if not all(names and all(names) for names in one.members):
+                raise ValueError(
+                    f"classes: an entry of '{one.name}' is empty; give the name of a class of the source, or several"
+                )
             for name in (name for names in one.members for name in names):
                 if name in owner:
                     also = "twice in class" if owner[name] == one.name else f"in class '{owner[name]}' and in class"

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import CliSuppress
 
 from dmat_ray.config.attacks import AttackConfig, require_reach
-from dmat_ray.config.base import Fraction, Section
+from dmat_ray.config.base import MOST_SEED, Fraction, Section
 from dmat_ray.config.threats import ON_MANIFOLD, FogThreat, ImageThreat, LatentThreat, ThreatSettings, joined
 
 ON_CURVE = " @ "  # between the name of a row and the eps of its curve
@@ -168,7 +168,7 @@ class EvaluationConfig(Section):
     )
     limit: int | None = Field(None, ge=1, description="evaluate at most so many test images, drawn once for all; null = all")
     batch_size: int = Field(100, ge=1, description="images attacked together")
-    seed: int = Field(0, ge=0, description="seed of random starts")
+    seed: int = Field(0, ge=0, le=MOST_SEED, description="seed of random starts")
     precision: Literal["float32", "bf16"] = Field(
         "float32",
         description="arithmetic of the network while it is attacked (by AutoAttack's own code: always float32); what it says of "
@@ -178,7 +178,9 @@ class EvaluationConfig(Section):
         "none", description="backbone of the LPIPS distance in the rows; none = left out"
     )
     lpips_weights: str = Field(
-        "pretrained", description="'pretrained' (torchvision's, from the torch cache), a file or URL of them, or 'random'"
+        "pretrained",
+        min_length=1,
+        description="'pretrained' (torchvision's, from the torch cache), a file or URL of them, or 'random'",
     )
     check_examples: int = Field(
         100, ge=0, description="images, at most a batch, on which gradients, inputs and noise are looked at; 0 = not"

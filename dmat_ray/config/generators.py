@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from dmat_ray.config.base import Section
+from dmat_ray.config.base import MOST_SEED, Section
 from dmat_ray.config.data import Channels
 
 
@@ -12,7 +12,9 @@ class GeneratorConfig(Section):
     """The generator whose range stands for the image manifold."""
 
     path: str = Field(
-        "mnist32", description="'mnist32' (shipped), or a folder or URL with what train_generator.py or import_generator.py wrote"
+        "mnist32",
+        min_length=1,
+        description="'mnist32' (shipped), or a folder or URL with what train_generator.py or import_generator.py wrote",
     )
     precision: Literal["reference", "fast", "bf16"] = Field(
         "reference",
@@ -104,7 +106,9 @@ class QualityConfig(Section):
         description="features for FID, precision and recall: 'classifier' (trained on the labelled images when training "
         "starts), 'inception' (the usual one, needs `weights`), a folder of a trained classifier, or 'none'",
     )
-    weights: str = Field("pretrained", description="file with Inception's weights; 'pretrained' = from the torch cache")
+    weights: str = Field(
+        "pretrained", min_length=1, description="file with Inception's weights; 'pretrained' = from the torch cache"
+    )
     samples: int = Field(
         2000, ge=8, description="how many samples are compared with as many real images; for collapse at least 60 of each class"
     )
@@ -156,7 +160,7 @@ class GanConfig(Section):
     )
     keep: Literal["best", "last"] = Field("best", description="which snapshot is the result: that of the lowest FID, or the last")
     quality: QualityConfig = QualityConfig()
-    seed: int = Field(0, ge=0, description="seed of weights, noise and order")
+    seed: int = Field(0, ge=0, le=MOST_SEED, description="seed of weights, noise and order")
 
     @model_validator(mode="after")
     def _check(self) -> "GanConfig":

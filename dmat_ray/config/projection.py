@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from dmat_ray.config.base import Section
+from dmat_ray.config.base import MOST_SEED, Section
 
 
 class ProjectionConfig(Section):
@@ -42,6 +42,7 @@ class ProjectionConfig(Section):
     lpips_net: Literal["alex", "vgg", "squeeze"] = Field("vgg", description="backbone of LPIPS")
     lpips_weights: str = Field(
         "pretrained",
+        min_length=1,
         description="'pretrained' (torchvision's, from the torch cache), 'random' (seeded, not perceptual), or a file "
         "or URL of the backbone's state dict",
     )
@@ -53,6 +54,7 @@ class ProjectionConfig(Section):
     )
     encoder: str | None = Field(
         None,
+        min_length=1,
         description="folder or URL written by train_encoder.py; null = OUTPUT/encoder if it is there, else the generator's own",
     )
     candidates: int = Field(2048, ge=1, description="samples that start=nearest chooses from")
@@ -60,7 +62,7 @@ class ProjectionConfig(Section):
     shard_size: int = Field(256, ge=1, description="images a Parquet shard, the unit of work and of resume")
     poor_l1: float = Field(0.1, gt=0, description="mean absolute pixel error above which an image is marked poor")
     poor_lpips: float | None = Field(None, gt=0, description="LPIPS above which an image is marked poor; null = none is")
-    seed: int = Field(0, ge=0, description="seed of noise, candidates and of a random LPIPS backbone")
+    seed: int = Field(0, ge=0, le=MOST_SEED, description="seed of noise, candidates and of a random LPIPS backbone")
 
     @model_validator(mode="after")
     def _check(self) -> "ProjectionConfig":
@@ -86,7 +88,7 @@ class EncoderConfig(Section):
     style_mixing: float = Field(0.5, ge=0, le=1, description="probability that two z share one sample")
     precision: Literal["float32", "bf16"] = Field("float32", description="arithmetic of the encoder while it is trained")
     report_kimg: float = Field(10.0, gt=0, description="thousands of samples between two reports, each with a checkpoint")
-    seed: int = Field(0, ge=0, description="seed of weights and samples")
+    seed: int = Field(0, ge=0, le=MOST_SEED, description="seed of weights and samples")
 
     @model_validator(mode="after")
     def _check(self) -> "EncoderConfig":

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from dmat_ray.config.base import Section
+from dmat_ray.config.base import MOST_SEED, Section
 
 PASSWORD = re.compile(r"(?!file:|sqlite:)[a-z+]+://[^/@]+:[^@]+@", re.IGNORECASE)
 
@@ -108,7 +108,7 @@ class TrainingConfig(Section):
     val_examples: int = Field(
         0, ge=0, description="training examples held out to measure clean and robust accuracy after every epoch"
     )
-    seed: int = Field(0, ge=0, description="seed of weights, order and attacks")
+    seed: int = Field(0, ge=0, le=MOST_SEED, description="seed of weights, order and attacks")
 
     @model_validator(mode="after")
     def _check(self) -> "TrainingConfig":

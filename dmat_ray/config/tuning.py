@@ -78,7 +78,7 @@ class TuneConfig(Section):
     retries: int = Field(
         2, ge=0, description="how often a trial that failed goes on from its last checkpoint before it is given up"
     )
-    seed: int = Field(0, ge=0, description="seed of what is drawn")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of what is drawn")
     max_gpu_hours: float | None = Field(
         None, gt=0, description="GPU-hours of trials after which the search ends with what it has; null = never"
     )

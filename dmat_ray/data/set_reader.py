@@ -13,8 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
+from dmat_ray.cli import describe
 from dmat_ray.data.decoding import MAX_PIXELS, SIZED, decode
+from dmat_ray.data.manifest import Described
 from dmat_ray.data.set_format import MANIFEST, SHARDS, VERSION, different_columns, schema
 from dmat_ray.errors import UserError
 from dmat_ray.files import text_digest
@@ -24,7 +27,19 @@ READERS = 16  # files read at a time: an object store answers slowly, and many a
 
 
 def read_manifest(place: Place) -> dict[str, Any]:
-    """The manifest of a finished set; raises UserError for one that is missing, unfinished or of another version."""
+    """The manifest of a finished set; raises UserError for one that is missing, damaged or of another version."""
+    manifest = manifest_as_it_is(place)
+    try:
+        Described.model_validate(manifest)
+    except ValidationError as error:
+        first, *more = describe(error).split("; ")
+        told = f"{first}{f' (and {len(more)} more)' if more else ''}"
+        raise UserError(f"'{at(place) / MANIFEST}' is damaged: {told}; run jobs/project.py again") from None
+    return manifest
+
+
+def manifest_as_it_is(place: Place) -> dict[str, Any]:
+    """The same of one that may lack keys that readers look up."""
     folder = at(place)
     try:
         content = (folder / MANIFEST).read_bytes()

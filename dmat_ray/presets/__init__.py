@@ -50,6 +50,8 @@ def load(layers: list[str], above: Mapping[Path, str] | None = None) -> dict[str
         values = yaml_file.read(path, f"preset '{layer}'")
         if not isinstance(values, dict):
             raise UserError(f"preset '{layer}' holds a {type(values).__name__}, not settings by section")
+        if odd := [key for key in values if not isinstance(key, str)]:
+            raise UserError(f"preset '{layer}': {odd[0]!r} is no section of settings (YAML reads on and yes as True)")
         others = values.pop("include", None) or []
         if not isinstance(others, list) or not all(isinstance(other, str) for other in others):
             raise UserError(f"preset '{layer}': include is {others!r}; give a list of presets")

@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from dmat_ray.cli import describe
-from dmat_ray.data.set_reader import read_manifest
+from dmat_ray.data.manifest import Count, Described
+from dmat_ray.data.set_reader import manifest_as_it_is
 from dmat_ray.storage import Location
 
 MOST_DEFECTS = 20  # lines of one check
@@ -31,16 +32,6 @@ CHECKS = {
 }
 
 Name = Annotated[str, StringConstraints(pattern=r"^[^/\\]+\.parquet$")]
-Count = Annotated[int, Field(ge=0)]
-Size = Annotated[int, Field(ge=1)]
-
-
-class Shapes(BaseModel):
-    """Shapes in a manifest: (C, H, W) of images, (L, D) of w."""
-
-    model_config = ConfigDict(strict=True)
-    on_manifold: Annotated[list[Size], Field(min_length=3, max_length=3)]
-    w: Annotated[list[Size], Field(min_length=2, max_length=2)]
 
 
 class Thresholds(BaseModel):
@@ -52,26 +43,14 @@ class Thresholds(BaseModel):
     steps: int | None = None
 
 
-class Manifest(BaseModel):
-    """A manifest, key by key."""
+class Manifest(Described):
+    """A manifest with what only an inspection looks up."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
-    data: dict[str, Any]
     projection: Thresholds
     generator: str | None = None
-    generator_sha256: str
     generator_precision: Literal["reference", "fast", "bf16"]
-    class_names: Annotated[list[str], Field(min_length=1)]
     shards: dict[Name, Count]
-    shapes: Shapes
-    count: Count
-    splits: dict[str, Count]
-    status: dict[str, Count]
-    usable: dict[str, Count]
-    means: dict[str, FiniteFloat]
     lpips_is_perceptual: bool
-    rejected: dict[str, str]
-    versions: dict[str, str]
     examples: Count | None = None
 
 
@@ -113,17 +92,13 @@ def first_line(error: Exception) -> str:
 def read_checked_manifest(folder: Location, check: Check) -> Manifest | None:
     """The manifest, if it can be read at all."""
     try:
-        manifest = Manifest.model_validate(read_manifest(folder))
+        manifest = Manifest.model_validate(manifest_as_it_is(folder))
     except ValidationError as error:
         for part in describe(error).split("; "):
             check.defect(part)
         return None
     except Exception as error:
         check.defect(first_line(error))
-        return None
-    channels, height, width = manifest.shapes.on_manifold
-    if channels not in (1, 3) or height != width:
-        check.defect(f"shapes.on_manifold: {manifest.shapes.on_manifold} is no shape of square grey or RGB images")
         return None
     check.detail = f"{manifest.count} images in {len(manifest.shards)} shards, {len(manifest.rejected)} rejected"
     return manifest
