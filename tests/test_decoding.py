@@ -37,7 +37,10 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 def png(samples: np.ndarray, depth: int, color: int, *chunks: bytes) -> bytes:
     """A PNG as its specification says: `samples` (H, W) or (H, W, C), of 1, 8 or 16 bits."""
     height, width = samples.shape[:2]
-    rows = np.packbits(samples, axis=1) if depth == 1 else samples.astype(">u2" if depth == 16 else np.uint8)
+    rows = samples.astype(">u2" if depth == 16 else np.uint8)
+    if depth < 8:
+        bits = np.unpackbits(rows[..., None], axis=2)[..., 8 - depth :]
+        rows = np.packbits(bits.reshape(height, -1), axis=1)
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     data = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)))
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + data + chunk(b"IEND", b"")
@@ -124,8 +127,12 @@ def test_a_transparent_colour_becomes_white() -> None:
         seen = np.where((c == keys).all(2, keepdims=True), white, c >> (8 - shift))
         found = decode(png(c, depth, 2, chunk(b"tRNS", struct.pack(">HHH", *keys))), N, 3)
         np.testing.assert_array_equal(found, seen.transpose(2, 0, 1))
-    bits = noise(N, N, most=1)
-    assert (decode(png(bits, 1, 0, chunk(b"tRNS", b"\0\0")), N, 1) == 255).all()
+    for depth in (1, 2, 4):  # stretched to 8 bits, as is said of samples in the specification of PNG
+        most = 2**depth - 1
+        g = noise(N, N, most=most)
+        for key in range(most + 1):
+            found = decode(png(g, depth, 0, chunk(b"tRNS", struct.pack(">H", key))), N, 1)[0]
+            np.testing.assert_array_equal(found, np.where(g == key, 255, g * (255 // most)), err_msg=f"{key} of {depth} bits")
 
 
 def test_transparency_of_palettes() -> None:

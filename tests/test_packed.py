@@ -112,6 +112,21 @@ def test_mnist_is_what_torchvision_reads(tmp_path: Path, name: str, compressed: 
     assert listing.class_names == tuple("0123456789")
 
 
+def test_labels_that_begin_at_1_or_have_gaps_are_the_classes_that_occur(tmp_path: Path) -> None:
+    """As the letters of EMNIST do, which are 1 to 26."""
+    shown = np.array([1, 2, 5])
+    sets = [(x, shown[y % 3]) for x, y in (TRAIN_DIGITS, TEST_DIGITS)]
+    listing, _ = listed(files.idx(tmp_path / "MNIST" / "raw", *sets), resolution=28, channels=1)
+    assert listing.class_names == ("1", "2", "5")
+    for split in ("train", "test"):
+        theirs = torchvision.datasets.MNIST(str(tmp_path), train=split == "train", download=False)
+        assert shown[listing.rows(split)["label"].to_numpy()].tolist() == theirs.targets.tolist()
+    two, _ = listed(tmp_path / "MNIST" / "raw", resolution=28, channels=1, classes={"five": [5], "few": [1, 2]})
+    assert Counter(two.rows("train")["label"].to_pylist()) == {0: 18, 1: 42}
+    files.idx(tmp_path / "none" / "raw", *((x[:0], y[:0]) for x, y in sets))
+    refused(tmp_path / "none", r"is MNIST's format \(idx\) without images", resolution=28, channels=1)
+
+
 def test_the_folder_above_and_other_names_of_the_files_will_do(tmp_path: Path) -> None:
     # whose name must not be taken for a part of theirs
     files.idx(tmp_path / "images" / "raw", TRAIN_DIGITS, TEST_DIGITS)

@@ -48,6 +48,7 @@ NO_LEVELS = {
     "LAB": "colours in L*a*b*",
 }
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # two tags of TIFF, and a value of the second
+PNG_DEPTH = 24  # the byte of a PNG that says how many bits a sample has
 MAX_PIXELS = DataConfig().max_pixels
 
 
@@ -113,6 +114,8 @@ def _picture(content: bytes, mode: str, max_pixels: int) -> Image.Image:
                 image.load()
                 if kind == "TIFF" and image.mode in NO_LEVELS:
                     raise _UnsupportedError(NO_LEVELS[image.mode])
+                if kind == "PNG" and image.mode == "L":
+                    _stretch_transparent_level(image, content[PNG_DEPTH])
                 picture, turn = _opaque(image).convert(mode), UPRIGHT.get(_orientation(image))
                 return picture if turn is None else picture.transpose(turn)
     except MemoryError:  # says nothing of the image
@@ -149,6 +152,13 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(EXIF_ORIENTATION, 1))
     except Exception:  # damaged EXIF says nothing, and the picture may be whole
         return 1
+
+
+def _stretch_transparent_level(image: Image.Image, bits: int) -> None:
+    """The transparent level of grey of 2 or 4 bits, of which Pillow has stretched all pixels to 8 but not this."""
+    transparent = image.info.get("transparency")
+    if bits < 8 and isinstance(transparent, int):
+        image.info["transparency"] = transparent * 255 // ((1 << bits) - 1)
 
 
 def _opaque(image: Image.Image) -> Image.Image:

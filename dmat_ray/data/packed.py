@@ -105,7 +105,7 @@ def is_packed(name: str) -> bool:
 def packed_items(root: Location, files: Sequence[str], found: Found, config: DataConfig) -> Items:
     """All images of a data set: first its training, then its test files, which `data.official_split` false leaves aside.
 
-    Raises UserError for files that are missing, damaged, cut short, or do not go together.
+    Raises UserError for files that are missing, damaged, cut short, empty, or do not go together.
     """
     layout, prefix, there = found.layout, f"{found.folder}/" if found.folder else "", set(files)
     if missing := [prefix + name for name in (*layout.train, *layout.test) if prefix + name not in there]:
@@ -125,10 +125,14 @@ def packed_items(root: Location, files: Sequence[str], found: Found, config: Dat
         ]
         in_test.append(np.full(count, split == "test"))
     label = np.concatenate(labels).astype(np.int64)
+    if not len(label):
+        raise UserError(f"data.source '{root}' is {layout.title} without images")
     class_names = _class_names(root, prefix, layout, there, coarse)
-    if class_names is None:
-        class_names = tuple(str(k) for k in range(int(label.max(initial=0)) + 1))
-    if len(label) and label.max() >= len(class_names):
+    numbers = np.arange(len(class_names or ()))
+    if class_names is None:  # those that occur: labels may begin at 1, as the letters of EMNIST do
+        numbers, label = np.unique(label, return_inverse=True)
+        class_names = tuple(str(number) for number in numbers)
+    if label.max() >= len(class_names):
         raise UserError(f"label {label.max()} occurs in '{root}', but '{prefix}{layout.names}' names {len(class_names)} classes")
     return Items(
         pa.array(ids, pa.string()),
@@ -138,7 +142,7 @@ def packed_items(root: Location, files: Sequence[str], found: Found, config: Dat
         class_names,
         "" if official else f"the test set of {layout.title} (data.official_split)",
         in_test=np.concatenate(in_test) if official else None,
-        also=tuple(str(k) for k in range(len(class_names))),
+        also=tuple(str(number) for number in numbers),
     )
 
 
