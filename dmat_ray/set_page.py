@@ -29,6 +29,7 @@ def write(inspection: Inspection, path: Location) -> None:
         for c in inspection.checks
     ]
     values: dict[str, Any] = {"place": inspection.place, "checks": checks, "sound": inspection.sound, "manifest": None}
+    values["warnings"] = [warning.removeprefix("warning: ") for warning in inspection.warnings]
     manifest, rows = inspection.manifest, inspection.rows
     if manifest is not None and rows is not None and inspection.chosen is not None:
         fine = rows.valid(len(manifest.class_names))

@@ -72,6 +72,8 @@ def main() -> None:
             print(f"          - {defect}")
         if check.more:
             print(f"          - and {check.more} more")
+    for warning in found.warnings:
+        print(warning)
     try:
         set_page.write(found, page)
     except OSError as error:

@@ -525,6 +525,35 @@ def test_another_generator_does_not_render(make_set: MakeSet, generator_folder: 
     }
 
 
+def test_images_that_are_there_twice_are_no_defect_but_told(make_set: MakeSet, tmp_path: Path) -> None:
+    """A test image as a training image is, another that is it in another format, and an image under two labels."""
+    folder = make_set()
+    assert inspect_set(folder).warnings == []
+    every = pa.concat_tables(pq.read_table(path) for path in sorted((folder / "shards").glob("*.parquet"))).to_pylist()
+    trained, second, *others = [row for row in every if row["split"] == "train"]
+    tested = [row for row in every if row["split"] == "test" and row["label"] == trained["label"]][:2]
+    odd = next(row for row in others if row["label"] != second["label"])
+    bmp = io.BytesIO()
+    Image.open(io.BytesIO(trained["image"]["bytes"])).save(bmp, format="BMP")
+    contents = [trained["image"]["bytes"], bmp.getvalue(), second["image"]["bytes"]]
+    changed = dict(zip([row["id"] for row in (*tested, odd)], contents, strict=True))
+    for path in (folder / "shards").glob("*.parquet"):
+        edit_rows(
+            folder, lambda rows: [r["image"].update(bytes=changed.get(r["id"], r["image"]["bytes"])) for r in rows], path.name
+        )
+    found = inspect_set(folder)
+    names = manifest_of(folder)["class_names"]
+    pair = [f"'{row['id']}' ({names[row['label']]})" for row in every if row["id"] in (second["id"], odd["id"])]
+    assert found.warnings == [
+        f"warning: among the test images are training images, 2 of 12, the first: '{tested[0]['id']}' is '{trained['id']}'",
+        f"warning: 1 image with more than one label, the first: {' is '.join(pair)}",
+    ]
+    assert states(found)["natural"] == "ok"
+    assert inspect_set(folder, images=0).warnings == []
+    set_page.write(found, at(tmp_path / "page.html"))
+    assert "among the test images are training images, 2 of 12" in (tmp_path / "page.html").read_text()
+
+
 def job(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "jobs" / "inspect_set.py"), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

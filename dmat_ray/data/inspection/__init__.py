@@ -1,8 +1,8 @@
 """Is an on-manifold set what its manifest says it is? Every check is made from the files, and none stops the others.
 
 Two passes over the shards. The first reads what is small (ids, labels, errors) of all rows and keeps some 40 bytes of each; the
-second reads images and w, a part of a shard at a time, of all shards or of as many as are asked for. Memory is bounded by these
-bytes and by a shard.
+second reads images and w, a part of a shard at a time, of all shards or of as many as are asked for, and keeps 25 bytes more.
+Memory is bounded by these bytes and by a shard.
 """
 
 from collections.abc import Callable
@@ -46,6 +46,8 @@ class Inspection:
     rows: Rows | None = None
     chosen: Chosen | None = None
     pairs: dict[int, Pair] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    """Of images that are there more than once, which fails no check."""
 
     @property
     def sound(self) -> bool:
@@ -100,7 +102,10 @@ def inspect_set(
             with checks["rendering"].guard("rendering"):
                 again = [pixels.pairs[i] for i in sampled.tolist() if i in pixels.pairs]
                 render_again(load(manifest.generator_precision), again, manifest.generator_precision, checks["rendering"])
-    return Inspection(str(folder), found, manifest, rows, chosen, pixels.pairs)
+    warnings: list[str] = []
+    with checks["shards"].guard("images that are there twice"):
+        warnings = pixels.copies.warnings(manifest.class_names)
+    return Inspection(str(folder), found, manifest, rows, chosen, pixels.pairs, warnings)
 
 
 def _some_shards(rows: Rows, images: int | None, rng: np.random.Generator) -> np.ndarray:

@@ -11,6 +11,7 @@ import torch
 from dmat_ray.arithmetic import tf32
 from dmat_ray.data.decoding import decode
 from dmat_ray.data.inspection.checks import Check, Manifest, first_line
+from dmat_ray.data.inspection.copies import Copies
 from dmat_ray.data.inspection.rows import Rows, open_shard
 from dmat_ray.data.pixels import quantise
 from dmat_ray.data.set_format import from_lists, from_netpbm
@@ -19,7 +20,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.storage import Location
 from dmat_ray.types import Generator
 
-LARGE = ("id", "image", "on_manifold", "w", "l1", "l2")
+LARGE = ("id", "split", "label", "image", "on_manifold", "w", "l1", "l2")
 VALUES = 1 << 22  # pixel values read together
 HALF_LEVEL = 0.5 / 255  # what rounding to uint8 may move a pixel by
 # levels by which a pixel may differ when it is rendered again. In float32 another order of the sums turns the rounding of few
@@ -45,6 +46,7 @@ class PixelReader:
         self.folder, self.manifest, self.checks, self.rows = folder, manifest, checks, rows
         self.wanted = {(int(rows.shard[i]), int(rows.row[i])): int(i) for i in wanted}
         self.pairs: dict[int, Pair] = {}
+        self.copies = Copies(folder, rows.names)
         self.count, self.most = 0, {"l1": 0.0, "l2": 0.0}
         self.max_pixels, self.resize = max_pixels_of(manifest.model_dump()), resize_of(manifest.model_dump())
 
@@ -97,6 +99,7 @@ class PixelReader:
                 columns = {key: float(batch[key][i].as_py()) for key in ("l1", "l2")}
                 self._errors(f"{name}: '{id}'", natural, image, columns)
             self._store(k, start + i, id, natural, image, codes[i])
+        self.copies.add(k, start, batch, naturals)
         self.count += len(ids)
 
     def _codes(self, name: str, batch: pa.RecordBatch) -> list[np.ndarray | None]:
