@@ -163,6 +163,27 @@ def test_names_in_metadata_and_text_labels_will_do_as_well(tree: Path, synsets: 
     refused(r"class 'name 7' \(7\) of '.*' is named in 'a' and in 'b'", source, {"a": [7], "b": ["name 7", 151]})
 
 
+@pytest.mark.parametrize(
+    ("names", "classes", "told"),
+    [
+        (sorted(map(str, range(12))), {"a": ["2"], "b": ["1"]}, "'2' is the name of class 4 and the number of class '10' of '"),
+        (["crane", "dog", "crane"], {"a": ["crane"], "b": ["dog"]}, "'crane' is the name of classes 0 and 2 of '"),
+        (["crane", "dog", "crane"], {"a": [["n02012849", "crane"]], "b": [1]}, "'crane' is the name of classes 0 and 2 of '"),
+        (["1", "dog", "1"], {"a": ["1"], "b": [2]}, "'1' is the name of classes 0 and 2 and the number of class 'dog' of '"),
+    ],
+)
+def test_what_two_classes_are_called_is_refused(tmp_path: Path, names: list[str], classes: Any, told: str) -> None:
+    """Hugging Face's imagefolder numbers folders in the order of text; ImageNet's names are not all different."""
+    features = {"label": {"names": names, "_type": "ClassLabel"}}
+    table = pa.table({"image": [b"x"] * (4 * len(names)), "label": [*range(len(names))] * 4})
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "x.parquet")
+    refused(f"data.classes: {told}", tmp_path, classes)
+    # a number that is the name of the same class, or of no other, will do
+    numbers, _ = listed(tmp_path, {"a": [0], "b": ["dog"]} if "dog" in names else {"a": [0], "b": [1]})
+    assert {int(id.split("#")[1]) % len(names) for id in numbers.table["id"].to_pylist()} == {0, 1}
+
+
 def test_parts_of_the_source(tree: Path, synsets: list[str], tmp_path: Path) -> None:
     """ImageNet's validation images are the test split, unless they are to be left aside, as the paper does."""
     root = tmp_path / "imagenet"

@@ -5,7 +5,7 @@ A source's class is known by the name of its folder, or by its label in Parquet:
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -19,11 +19,13 @@ def select(items: Items, lists: Sequence[ClassList], source: str) -> Items:
     """The images of the classes in `lists`, labelled by these; `groups` tells which of a class's members an image is of.
 
     Groups are numbered in the order of the lists, so that a folder and Parquet files of the same images have the same ones.
-    Raises UserError that names all members that the source lacks, or one of its classes that two lists claim by two names.
+    Raises UserError that names all members that the source lacks, one that is what two of its classes are called, or one of its
+    classes that two lists claim by two names.
     """
     members = [(label, names) for label, one in enumerate(lists) for names in one.members]
     group_of = {name: group for group, (_, names) in enumerate(members) for name in names}
     also = items.also or ("",) * len(items.class_names)
+    _require_one_class_each(group_of, list(zip(items.class_names, also, strict=True)), source)
     groups = np.full(len(items.class_names), -1)
     for k, (name, other) in enumerate(zip(items.class_names, also, strict=True)):
         claimed = sorted({group_of[n] for n in (name, other) if n in group_of})
@@ -55,6 +57,20 @@ def select(items: Items, lists: Sequence[ClassList], source: str) -> Items:
         in_test=None if items.in_test is None else items.in_test[keep],
         ignored="; ".join(filter(None, (told, items.ignored))),
     )
+
+
+def _require_one_class_each(members: Iterable[str], called: Sequence[tuple[str, str]], source: str) -> None:
+    """Raise UserError for a member that is what two classes of the source are called, each by a name and a number ('' = none)."""
+    for member in members:
+        named = [number or name for name, number in called if name == member]
+        others = [name for name, number in called if number == member != name]
+        if len(named) + len(others) > 1:
+            told = [f"the name of class{'es' * (len(named) > 1)} {' and '.join(named)}"] if named else []
+            told += [f"the number of class '{name}'" for name in others]
+            raise UserError(
+                f"data.classes: '{member}' is {' and '.join(told)} of '{source}'; give what one class alone is called there, its "
+                "number or its name, or name the classes otherwise in the files"
+            )
 
 
 def _hint(missing: Sequence[str], known: Sequence[str]) -> str:
