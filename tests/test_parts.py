@@ -119,6 +119,93 @@ def test_what_is_called_like_a_part_may_be_a_class(tmp_path: Path) -> None:
     assert Counter(named.table["label"].to_pylist()) == {0: 8, 1: 4}
 
 
+NOT_CLASSES = ", which look like parts of a data set, not like classes; give --data.official_split true to "
+LAYOUTS = {
+    "Training/cat Training/dog Testing/cat Testing/dog": "'Testing', 'Training'" + NOT_CLASSES,
+    "train/cat train/dog eval/cat eval/dog": "'eval', 'train'" + NOT_CLASSES,
+    "train/cat train/dog Evaluation/cat Evaluation/dog": "'Evaluation', 'train'" + NOT_CLASSES,
+    "training_set/cat training_set/dog test_set/cat test_set/dog": "'test_set', 'training_set'" + NOT_CLASSES,
+    "trainset/cat trainset/dog val-set/cat val-set/dog": "'trainset', 'val-set'" + NOT_CLASSES,
+    "train/cat train/dog holdout/cat holdout/dog": (
+        "'holdout', 'train', which look like parts of a data set, not like classes; give --data.official_split false to split "
+        "'train' alone, or name them in data.classes if they are classes"
+    ),
+    "test/cat test/dog val/cat val/dog": (
+        "'test', 'val', which look like parts of a data set, not like classes, and none is for training; give one of them as "
+        "data.source, or name them in data.classes if they are classes"
+    ),
+    "test val": "'test', 'val', which look like parts of a data set, not like classes, and none is for training; give ",
+    "a/cat a/dog b/cat b/dog b/hen": (
+        "'a', 'b', which hold no images but sub-folders of the same names, as parts of a data set do; give one of them as "
+        "data.source, or --data.official_split false if they are classes"
+    ),
+}
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parts_of_any_name_are_no_classes(tmp_path: Path, layout: str, labelled: bool) -> None:
+    folders = layout.split()
+    tree(tmp_path, *folders)
+    refused(tmp_path, f"has the folders {LAYOUTS[layout]}", labelled=labelled)
+    first, other = sorted({folder.split("/")[0] for folder in folders})
+    named = listed(tmp_path, labelled=labelled, classes={"one": [first], "two": [other]})
+    assert named.found == 4 * len(folders), "the way out of the message"
+    if "official_split true" in LAYOUTS[layout]:
+        train = next(folder.split("/")[0] for folder in folders if folder.lower().startswith("train"))
+        official = listed(tmp_path, labelled=labelled, official_split=True)
+        assert (tops(official, "train"), tops(official, "test")) == ({train}, {first, other} - {train})
+        assert official.class_names == ("cat", "dog")
+    elif "official_split false if" in LAYOUTS[layout]:
+        assert listed(tmp_path, labelled=labelled, official_split=False).class_names == (first, other)
+    elif "official_split false" in LAYOUTS[layout]:
+        own = listed(tmp_path, labelled=labelled, official_split=False)
+        assert (tops(own, "train"), own.class_names) == ({"train"}, ("cat", "dog"))
+
+
+@pytest.mark.parametrize(
+    ("layout", "classes"),
+    [
+        ("cat/images dog/images hen/images", ("cat", "dog", "hen")),  # tiny-imagenet's
+        ("cat/red cat/grey dog/white dog/grey", ("cat", "dog")),
+        ("cat cat/red cat/grey dog dog/red dog/grey", ("cat", "dog")),
+        ("test cat dog", ("cat", "dog", "test")),
+        ("test val cat", ("cat", "test", "val")),
+        ("testament evaluator", ("evaluator", "testament")),
+    ],
+)
+def test_classes_with_folders_inside_are_classes(tmp_path: Path, layout: str, classes: tuple[str, ...]) -> None:
+    (tmp_path / "source").mkdir()
+    for folder in layout.split():
+        (tmp_path / "source" / folder).mkdir(parents=True, exist_ok=True)
+        for i in range(4):
+            (tmp_path / "source" / folder / f"{i}.png").write_bytes(png(i))
+    assert listed(tmp_path / "source").class_names == classes
+
+
+@pytest.mark.parametrize(
+    ("names", "train"),
+    [
+        (("training.parquet", "testing.parquet"), True),
+        (("training_set-0.parquet", "test_set-0.parquet"), True),
+        (("train.parquet", "eval.parquet"), True),
+        (("train.parquet", "evaluation-0.parquet"), True),
+        (("test.parquet", "validation.parquet"), False),
+    ],
+)
+def test_parts_of_any_name_in_parquet_are_not_pooled(tmp_path: Path, names: tuple[str, str], train: bool) -> None:
+    shards(tmp_path, *names)
+    way = "true to take its own" if train else "false to take all of them, or one of them as data.source$"
+    refused(tmp_path, f"such as '{names[0]}' and '{names[1]}'; give --data.official_split {way}")
+    own = listed(tmp_path, official_split=False)
+    assert {id.split("#")[0] for id in own.table["id"].to_pylist()} == ({names[0]} if train else {*names})
+    if train:
+        official = listed(tmp_path, official_split=True)
+        assert {id.split("#")[0] for id in official.rows("test")["id"].to_pylist()} == {names[1]}
+    else:
+        refused(tmp_path, r"no files of .* are named train\.\.\.", official_split=True)
+
+
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("other", ["test", "validation"])
 def test_parts_in_parquet_are_not_pooled_unasked(tmp_path: Path, other: str, labelled: bool) -> None:
@@ -158,6 +245,11 @@ def test_parts_without_labels(tmp_path: Path) -> None:
         ("TEST_x.parquet", "test"),
         ("val.parquet", "validation"),
         ("training.parquet", "train"),
+        ("Testing-0.parquet", "test"),
+        ("testset.parquet", "test"),
+        ("eval.parquet", "validation"),
+        ("evaluated.parquet", ""),
+        ("settings.parquet", ""),
         ("0000.parquet", ""),
         ("trained-0.parquet", ""),
         # the file's own name comes first
@@ -168,6 +260,7 @@ def test_parts_without_labels(tmp_path: Path) -> None:
         ("plain_text/train/0000.parquet", "train"),
         ("train/test/0000.parquet", "test"),
         ("Val/deeper/0000.parquet", "validation"),
+        ("test_set/0000.parquet", "test"),
         ("train_test_split/0000.parquet", ""),
         ("dev-kit/0000.parquet", ""),
         ("test.old/0000.parquet", ""),

@@ -68,7 +68,7 @@ class DataConfig(Section):
         None,
         description="true: the source's own test set is the test split (CIFAR's, MNIST's; Parquet files and folders named train "
         "and test or val); false: its training part alone is split, by test_share; null: true for CIFAR and MNIST, and with "
-        "data.classes where there is one; else a source that has parts is refused",
+        "data.classes where there is one; else a source that has parts, or looks so, is refused",
     )
     classes: Annotated[tuple[ClassList, ...], BeforeValidator(_class_lists)] = Field(
         (),

@@ -1,6 +1,7 @@
 """Natural images as files in a folder with one sub-folder a class."""
 
 import os
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,7 @@ def is_image(path: str) -> bool:
 def folder_items(root: Location, files: list[str], folders: list[str], config: DataConfig, labelled: bool) -> Items:
     """The images of a tree of these files and folders, in their order. Raises UserError for one without classes or images."""
     images = [path for path in files if is_image(path)]
-    above, test, unused = _parts(root, folders, config, labelled)
+    above, test, unused = _parts(root, folders, images, config, labelled)
     inside = [folder[len(part) :] for part in above for folder in folders if folder.startswith(part)]
     classes = sorted({path for path in inside if path and "/" not in path})
     if not classes and not labelled and images:
@@ -55,7 +56,7 @@ def folder_items(root: Location, files: list[str], folders: list[str], config: D
 
 
 def _parts(
-    root: Location, folders: list[str], config: DataConfig, labelled: bool
+    root: Location, folders: list[str], images: list[str], config: DataConfig, labelled: bool
 ) -> tuple[tuple[str, ...], str, tuple[str, ...]]:
     """Where class folders lie ('' = in the source itself, else 'train/', 'val/'), which of these is the test part, and what of
     the source is left aside. Raises UserError for a test part that is asked for and not there, and where it is not clear.
@@ -64,9 +65,20 @@ def _parts(
     named = {name for one in config.classes for names in one.members for name in names}
     found = None if named.intersection(top) else parts.by_part(top, exactly=True)
     called = [part for part in top if part not in found.rest] if found else []
+    alike = [] if named or config.official_split is not None else _alike(images)
     flat = not labelled and not any(_has_folders(part, folders) for part in called)  # they hold images, and need no classes
     tested = [part for part in (*found.test, *found.validation) if flat or _has_folders(part, folders)] if found else []
+    if found and not found.train:
+        if not named and (flat or not found.rest or any(_has_folders(part, folders) for part in called)):
+            raise UserError(
+                f"'{root}' has the folders {', '.join(map(repr, called))}, which look like parts of a data set, not like "
+                "classes, and none is for training; give one of them as data.source, or name them in data.classes if they are "
+                "classes"
+            )
+        found = None
     if found and config.official_split is None and not named:
+        if found.train[0] in alike:
+            called = sorted({*called, *alike})
         of_classes = _has_folders(found.train[0], folders) and (len(called) > 1 or not found.rest)
         if of_classes or (flat and len(called) > 1):
             ways = "true to take its own test part, or false" if tested else "false"
@@ -83,6 +95,12 @@ def _parts(
             )
         found = None
     if found is None:
+        if alike:
+            raise UserError(
+                f"'{root}' has the folders {', '.join(map(repr, alike[:5]))}{', ...' if len(alike) > 5 else ''}, which hold no "
+                "images but sub-folders of the same names, as parts of a data set do; give one of them as data.source, or "
+                "--data.official_split false if they are classes"
+            )
         if config.official_split:
             raise UserError(f"data.official_split is true, but '{root}' has no folders 'train' and 'test' or 'val'")
         return ("",), "", ()
@@ -95,6 +113,16 @@ def _parts(
         return (train,), "", tuple(f"{part}/" for part in top if f"{part}/" != train)
     test = f"{tested[0]}/"
     return (train, test), test, tuple(f"{part}/" for part in top if f"{part}/" not in (train, test))
+
+
+def _alike(images: list[str]) -> list[str]:
+    """The top folders that hold images in folders alone, two or more of them under names that others of these have as well."""
+    inside: dict[str, set[str]] = {}
+    for top, *rest in (path.split("/", 2) for path in images):
+        inside.setdefault(top, set()).add(rest[0] if len(rest) > 1 else "")
+    inside = {top: names for top, names in inside.items() if "" not in names}
+    count = Counter(name for names in inside.values() for name in names)
+    return sorted(top for top, names in inside.items() if sum(count[name] > 1 for name in names) > 1)
 
 
 def _has_folders(part: str, folders: list[str]) -> bool:

@@ -7,10 +7,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-NAMES = "(train|training|test|val|valid|validation|dev)"
+NAMES = "(train|training|test|testing|val|valid|validation|dev|eval|evaluation)(?:[-_ ]?set)?"
 FOLDER = re.compile(NAMES + r"(\.parquet)?", re.IGNORECASE)  # Spark writes a folder of this name
 FILE = re.compile(NAMES + r"([-_.].*)?", re.IGNORECASE)
-OF = {"train": "train", "training": "train", "test": "test"}  # all others are the validation part
+OF = {"train": "train", "training": "train", "test": "test", "testing": "test"}  # all others are the validation part
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ def part_of(path: str, *, exactly: bool) -> str:
 
 
 def by_part(paths: Sequence[str], *, exactly: bool = False) -> Parts | None:
-    """The parts of these paths, or None if none of them is for training."""
+    """The parts of these paths, or None if no two parts are there and none is for training."""
     found: dict[str, list[str]] = {"train": [], "test": [], "validation": [], "": []}
     for path in paths:
         found[part_of(path, exactly=exactly)].append(path)
-    return Parts(found["train"], found["test"], found["validation"], found[""]) if found["train"] else None
+    known = found["train"] or (found["test"] and found["validation"])
+    return Parts(found["train"], found["test"], found["validation"], found[""]) if known else None

@@ -167,11 +167,14 @@ def _parts(root: Location, names: list[str], config: DataConfig, labelled: bool)
     """
     found = parts.by_part(names)
     if found and config.official_split is None and not config.classes:
-        if others := [*found.test, *found.validation]:
+        first, *others = [part[0] for part in (found.train, found.test, found.validation) if part]
+        if others:
+            ways = "true to take its own test part, or false to split its training part"
             raise UserError(
-                f"'{root}' has Parquet files of parts of a data set, such as '{text(found.train[0])}' and '{text(others[0])}'; "
-                "give --data.official_split true to take its own test part, or false to split its training part"
+                f"'{root}' has Parquet files of parts of a data set, such as '{text(first)}' and '{text(others[0])}'; give "
+                f"--data.official_split {ways if found.train else 'false to take all of them, or one of them as data.source'}"
             )
+    if found and (not found.train or (config.official_split is None and not config.classes)):
         found = None
     test = []
     if found and config.official_split is not False:
