@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import s3
 from dmat_ray.config import DataConfig
 from dmat_ray.data import parquet_rows, parquet_source
 from dmat_ray.data.sources import list_examples, read
+from dmat_ray.errors import UserError
 
 CALL = 64
 """Images that one call asks for."""
@@ -116,25 +118,73 @@ def test_any_order_gives_the_same(tmp_path: Path) -> None:
         assert read(table.take(pa.array(wanted)), config) == [images[i] for i in wanted]
 
 
-def test_a_file_that_is_replaced_is_read_anew(tmp_path: Path) -> None:
-    images, others = contents(300), contents(300, seed=1)
+def write_in_order(path: Path, order: list[int]) -> Path:
+    """A thousand images, each with its number as id and its parity as label."""
+    images = [b"%06d" % i for i in order]
+    table = pa.table({"image": images, "label": [i % 2 for i in order], "key": [f"{i:06d}" for i in order]})
+    pq.write_table(table, path, compression="none", use_dictionary=False)
+    return path
+
+
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize("swapped", [(0, 1), (499, 500), (0, 999)])
+def test_a_file_that_is_written_anew_in_another_order_ends_the_job(
+    tmp_path: Path, swapped: tuple[int, int], opened: bool
+) -> None:
+    """Its rows are known by their numbers, so that they would be other images than their ids and labels say."""
+    order = list(range(1000))
+    file = write_in_order(tmp_path / "x.parquet", order)
+    config = DataConfig(source=str(file), id_column="key")
+    table = list_examples(config).table
+    if opened:
+        assert read(table.slice(0, CALL), config) == [b"%06d" % i for i in range(CALL)]
+    size = file.stat().st_size
+    a, b = swapped
+    order[a], order[b] = b, a
+    os.replace(write_in_order(tmp_path / "new", order), file)
+    assert file.stat().st_size == size
+    with pytest.raises(
+        UserError, match=r"^'.*/x\.parquet' has changed since it was listed, or differs between machines; run again"
+    ):
+        read(table.slice(CALL, CALL), config)
+    again = list_examples(config).table
+    assert read(again, config) == [b"%06d" % i for i in order]
+    file.unlink()
+    assert read(again.slice(0, 1), config) == ["cannot be read: No such file or directory"]
+
+
+def test_a_copy_of_another_time_is_the_same_file(tmp_path: Path) -> None:
+    images = contents(300)
     file = write(tmp_path / "x.parquet", images)
     table, config = rows_of(file)
     assert read(table.slice(0, CALL), config) == images[:CALL]
-    os.replace(write(tmp_path / "new" / "x.parquet", others), file)
-    assert read(table.slice(CALL, CALL), config) == others[CALL : 2 * CALL]
-    file.unlink()
-    assert read(table.slice(2 * CALL, 1), config) == ["cannot be read: No such file or directory"]
+    shutil.copyfile(file, tmp_path / "copy")
+    os.utime(tmp_path / "copy", (1, 1))
+    os.replace(tmp_path / "copy", file)
+    assert read(table.slice(CALL), config) == images[CALL:]
+
+
+def test_a_file_that_is_written_to_while_it_is_read_ends_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "x.parquet", contents(300))
+    table, config = rows_of(file)
+
+    def read_slowly(self: parquet_rows.Reader, wanted: np.ndarray) -> Iterator[tuple[int, Any]]:
+        write(file, contents(300, seed=1))
+        yield from ((int(row), b"") for row in wanted)
+
+    monkeypatch.setattr(parquet_rows.Reader, "read", read_slowly)
+    with pytest.raises(UserError, match="has changed since it was listed"):
+        read(table, config)
 
 
 def test_damage_costs_its_group_and_no_later_call(tmp_path: Path) -> None:
     images = contents(600)
     options = {"row_group_size": 200, "write_page_checksum": True, "compression": "none", "use_dictionary": False}
     file = write(tmp_path / "x.parquet", images, **options)
-    table, config = rows_of(file)
     whole = bytearray(file.read_bytes())
     whole[whole.index(images[250])] ^= 1
     file.write_bytes(bytes(whole))
+    table, config = rows_of(file)
     found = in_calls(table, config)
     assert found[:200] + found[400:] == images[:200] + images[400:]
     assert all(str(reason).startswith("cannot be read: ") for reason in found[200:400])
@@ -194,7 +244,9 @@ def test_calls_in_order_fetch_a_row_group_once(server: s3.Server, monkeypatch: p
     assert fetched(0, table.slice(0, CALL)) < len(content) // 4, "what is behind it is left"
     assert len(content) // 2 < fetched(CALL, table.slice(CALL, 800)) < len(content)
     server.client().put_object(Bucket="one", Key="x.parquet", Body=parquet(images[::-1]))
-    assert read(table.slice(900, 9), config) == images[::-1][900:909], "it was replaced"
+    with pytest.raises(UserError, match=r"'s3://one/x\.parquet' has changed since it was listed"):
+        read(table.slice(900, 9), config)
+    assert read(list_examples(config).table.slice(900, 9), config) == images[::-1][900:909]
 
 
 def test_what_was_read_to_its_end_is_closed(tmp_path: Path) -> None:

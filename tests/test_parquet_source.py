@@ -294,10 +294,10 @@ def test_a_damaged_row_group_costs_its_own_images(tmp_path: Path) -> None:
         tmp_path / "x.parquet", {"image": contents, "label": [0, 1] * 20}, row_group_size=10, write_page_checksum=True,
         compression="none", use_dictionary=False,
     )  # fmt: skip
-    listing, config = listed(tmp_path)
     whole = file.read_bytes()
     place = whole.index(contents[23])
     file.write_bytes(whole[:place] + b"\0" + whole[place + 1 :])
+    listing, config = listed(tmp_path)
     found = read(listing.table, config)
     assert found[:20] + found[30:] == contents[:20] + contents[30:]
     assert all(str(reason).startswith("cannot be read: ") and "\n" not in str(reason) for reason in found[20:30])
@@ -311,11 +311,11 @@ def test_a_file_that_has_changed_since_it_was_listed(tmp_path: Path) -> None:
     assert len(set(before)) == 24, "one for each row"
     write(file, {"image": images(15), "label": [0] * 15})
     assert [a == b for a, b in zip(before, versions_of_images(listing.table, config), strict=True)] == [False] * 20 + [True] * 4
-    assert read(listing.table, config) == [*images(15), *["cannot be read: the file has 15 rows now"] * 5, *images(4)]
-    write(file, {"picture": images(20), "label": [0] * 20})
-    assert "has no column 'image'" in str(read(listing.table, config)[0])
-    file.write_bytes(b"no Parquet")
-    assert str(read(listing.table, config)[0]).startswith("cannot be read: Parquet ")
+    assert read(listing.table.slice(20), config) == images(4), "the other file is as it was"
+    for content in (file.read_bytes(), b"no Parquet", b""):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"x\.parquet' has changed since it was listed"):
+            read(listing.table, config)
     file.unlink()
     assert read(listing.table, config) == [*["cannot be read: No such file or directory"] * 20, *images(4)]
 
@@ -343,7 +343,7 @@ def test_parquet_in_a_store(server: s3.Server, tmp_path: Path) -> None:
     server.put("parquet", {str(p.relative_to(tmp_path)): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()})
     here, config_here = listed(tmp_path / "set")
     there, config = listed("s3://parquet/set")
-    assert there.table.equals(here.table)
+    assert there.table.drop_columns("file_digest").equals(here.table.drop_columns("file_digest"))
     assert read(there.table, config) == read(here.table, config_here)
     assert "cannot be read: No such file or directory" in read(there.table, config)
     one, config = listed("s3://parquet/set/data/0 é#.parquet")

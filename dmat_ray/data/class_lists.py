@@ -55,6 +55,7 @@ def select(items: Items, lists: Sequence[ClassList], source: str) -> Items:
         class_names=tuple(one.name for one in lists),
         also=None,
         in_test=None if items.in_test is None else items.in_test[keep],
+        file_digests=None if items.file_digests is None else items.file_digests[keep],
         ignored="; ".join(filter(None, (told, items.ignored))),
     )
 

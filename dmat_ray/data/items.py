@@ -13,6 +13,7 @@ class Items:
     `ignored` says what is not taken ('' = nothing). `in_test` is the source's own split, if it has one that is to be taken.
     `also` are second names of the classes (numbers, where the first are names), '' for one that has none. `groups` are what a
     split is stratified by besides the classes: an image's class in the source, where several of these are one here.
+    `file_digests` is None where every image is a file of its own.
     """
 
     ids: Any
@@ -24,3 +25,4 @@ class Items:
     in_test: np.ndarray | None = None
     also: tuple[str, ...] | None = None
     groups: np.ndarray | None = None
+    file_digests: np.ndarray | None = None

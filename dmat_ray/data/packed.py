@@ -24,6 +24,7 @@ import pyarrow as pa
 from dmat_ray.config import DataConfig
 from dmat_ray.data import parquet_rows, pickled
 from dmat_ray.data.decoding import encode
+from dmat_ray.data.file_digest import changed, file_digest
 from dmat_ray.data.items import Items
 from dmat_ray.errors import UserError
 from dmat_ray.manifold.formats.refusal import RefusedError
@@ -112,9 +113,10 @@ def packed_items(root: Location, files: Sequence[str], found: Found, config: Dat
         raise UserError(f"data.source '{root}' is {layout.title}, but lacks {', '.join(map(repr, missing))}")
     coarse = config.label_column in COARSE and "CIFAR-100" in layout.title
     ids: list[str] = []
-    labels, offsets, names, in_test = [], [], [], []
+    labels, offsets, names, in_test, digests = [], [], [], [], []
     official = config.official_split is not False
     for split, parts in (("train", layout.train), ("test", layout.test))[: 1 + official]:
+        listed = [_digest(root / (prefix + name)) for name in parts]
         read = [_records(root, prefix + name, there, coarse) for name in parts]
         count = sum(len(part) for part, _ in read)
         ids += [f"{split}-{i:05d}" for i in range(count)]
@@ -124,6 +126,7 @@ def packed_items(root: Location, files: Sequence[str], found: Found, config: Dat
             pa.repeat(pa.scalar(os.fsencode(prefix + n), pa.binary()), len(p)) for n, (p, _) in zip(parts, read, strict=True)
         ]
         in_test.append(np.full(count, split == "test"))
+        digests += [np.full(len(part), digest, np.int64) for digest, (part, _) in zip(listed, read, strict=True)]
     label = np.concatenate(labels).astype(np.int64)
     if not len(label):
         raise UserError(f"data.source '{root}' is {layout.title} without images")
@@ -143,7 +146,13 @@ def packed_items(root: Location, files: Sequence[str], found: Found, config: Dat
         "" if official else f"the test set of {layout.title} (data.official_split)",
         in_test=np.concatenate(in_test) if official else None,
         also=tuple(str(number) for number in numbers),
+        file_digests=np.concatenate(digests),
     )
+
+
+def _digest(place: Location) -> int:
+    with _told(place), place.open() as file:
+        return file_digest(place, file)
 
 
 def _class_names(root: Location, prefix: str, layout: Layout, there: set[str], coarse: bool) -> tuple[str, ...] | None:
@@ -236,9 +245,14 @@ def _idx_header(header: bytes, kind: int) -> tuple[int, ...]:
 
 
 @contextmanager
-def _opened(place: Location) -> Iterator[tuple[Any, int]]:
-    """A file for reading here and there, decompressed, and its size as it lies in the storage."""
+def _opened(place: Location, digest: int | None = None) -> Iterator[tuple[Any, int]]:
+    """A file for reading here and there, decompressed, and its size as it lies in the storage.
+
+    Raises UserError for one that had another `digest` when it was listed.
+    """
     with place.open() as file:
+        if digest is not None and file_digest(place, file) != digest:
+            raise changed(place)
         size = int(file.size())
         buffered = io.BufferedReader(file, BUFFER)  # neighbours are one request to an object store
         if not place.name.endswith(".gz"):
@@ -248,16 +262,16 @@ def _opened(place: Location) -> Iterator[tuple[Any, int]]:
             yield plain, size
 
 
-def read_images(place: Location, offsets: Sequence[int], max_bytes: int) -> list[bytes | str]:
+def read_images(place: Location, digest: int, offsets: Sequence[int], max_bytes: int) -> list[bytes | str]:
     """The images that begin at these bytes of a file, as PNG, or the text of the reason why one cannot be read.
 
     No more than the images asked for is kept in memory, none of which has more than `max_bytes`. Raises StorageError for a
-    storage that does not answer.
+    storage that does not answer, and UserError for a file that had another `digest` when it was listed.
     """
     found: dict[int, bytes] = {}
     reason = "cannot be read: the file ends before it"
     try:
-        with _opened(place) as (file, _):
+        with _opened(place, digest) as (file, _):
             shape: tuple[int, ...] = CIFAR_SHAPE
             if IDX.fullmatch(place.name):
                 shape = (1, *_idx_header(file.read(16), IDX_IMAGES)[1:])

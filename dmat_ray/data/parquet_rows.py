@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dmat_ray.data.file_digest import changed, file_digest
 from dmat_ray.errors import UserError
 from dmat_ray.storage import Location, require_not_of_storage
 
@@ -61,8 +62,10 @@ class Reader:
     A row group is read from its beginning or not at all, so that a new reader a call would take quadratic time.
     """
 
-    def __init__(self, version: tuple[Any, ...], place: Location, column: str) -> None:
-        self.version, self.place, self.content = version, place, place.open()
+    def __init__(self, version: tuple[Any, ...], digest: int, place: Location, column: str) -> None:
+        self.version, self.digest, self.place, self.content = version, digest, place, place.open()
+        if file_digest(place, self.content) != digest:
+            raise changed(place)
         # not `pre_buffer`, which fetches all of a row group at once
         self.file = pq.ParquetFile(self.content, buffer_size=BUFFER, page_checksum_verification=True, pre_buffer=False)
         self.columns = image_columns(self.file.schema_arrow, column, place.name)
@@ -121,22 +124,25 @@ def _version(place: Location, column: str) -> tuple[Any, ...]:
 
 
 def read_rows(
-    place: Location, rows: Sequence[int], column: str, below: Location, max_bytes: int, kept: dict[Location, Reader]
+    place: Location, digest: int, rows: Sequence[int], column: str, below: Location, max_bytes: int, kept: dict[Location, Reader]
 ) -> list[bytes | str]:
     """The encoded images in these rows of a file, or the text of the reason why one cannot be read.
 
     Only the column and the row groups that are needed are read, from where the reader of this file in `kept` is, if there is one;
     it is left there for rows further on. A `path` is followed only if it stays `below` this folder, and to a file of at most
-    `max_bytes`. Raises StorageError for a storage that does not answer.
+    `max_bytes`. Raises StorageError for a storage that does not answer, and UserError for a file that had another `digest` when
+    it was listed, or changes while it is read.
     """
     wanted = np.unique(np.asarray(rows, np.int64))
     found: dict[int, bytes | str] = {}
     reader = kept.pop(place, None)
     try:
         version = _version(place, column)
-        if reader is None or reader.version != version:
-            reader = Reader(version, place, column)
+        if reader is None or (reader.version, reader.digest) != (version, digest):
+            reader = Reader(version, digest, place, column)
         found.update(reader.read(wanted))
+        if _version(place, column) != version:
+            raise changed(place)
         if wanted[-1] + 1 < reader.ends[-1]:
             kept[place] = reader
     except (pa.ArrowException, OSError, ColumnError) as error:

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dmat_ray.config import DataConfig
+from dmat_ray.data.file_digest import file_digest
 from dmat_ray.data.parquet_rows import image_columns, is_text, one_line, require_column
 from dmat_ray.errors import UserError
 from dmat_ray.storage import Location, require_not_of_storage
@@ -32,6 +33,7 @@ class _File:
     class_names: list[str] | None
     largest: tuple[int, int]
     """Bytes of images and rows of a row group, the largest."""
+    digest: int
 
     def where(self, row: int) -> str:
         """Names a row; also its id, if no column does."""
@@ -40,7 +42,7 @@ class _File:
 
 @dataclass(frozen=True)
 class Rows:
-    """All rows of some files in order: ids, labels 0 .. n-1 of the classes that occur, and the number of rows of each file.
+    """All rows of some files in order: ids, labels 0 .. n-1 of the classes that occur; rows and digest of each file.
 
     `also` are the numbers that the files have for classes whose names are known.
     """
@@ -49,6 +51,7 @@ class Rows:
     labels: np.ndarray
     class_names: tuple[str, ...]
     counts: list[int]
+    digests: list[int]
     also: tuple[str, ...] | None = None
 
 
@@ -81,7 +84,8 @@ def list_rows(root: Location, names: Sequence[str], config: DataConfig, labelled
             else file.ids
         ).chunks
     ]
-    return Rows(pa.chunked_array(ids, pa.string()), labels, class_names, [len(file.labels) for file in files], also)
+    counts, digests = [len(file.labels) for file in files], [file.digest for file in files]
+    return Rows(pa.chunked_array(ids, pa.string()), labels, class_names, counts, digests, also)
 
 
 def is_labelled(root: Location, name: str, config: DataConfig, labelled: bool) -> bool:
@@ -95,6 +99,7 @@ def _read_file(root: Location, name: str, config: DataConfig, labelled: bool) ->
     name = os.fsencode(name or root.name).decode("utf-8", "backslashreplace")
     try:
         with place.open() as content:
+            digest = file_digest(place, content)
             file = pq.ParquetFile(content, page_checksum_verification=True)
             schema = file.schema_arrow
             leaves = image_columns(schema, config.image_column, name)
@@ -105,7 +110,8 @@ def _read_file(root: Location, name: str, config: DataConfig, labelled: bool) ->
             ids = None
             if config.id_column is not None:
                 ids = _column(file, config.id_column, "data.id_column", name).cast(pa.string())
-            return _File(name, labels, ids, _class_names(schema, config.label_column), _largest_group(file.metadata, leaves))
+            named, largest = _class_names(schema, config.label_column), _largest_group(file.metadata, leaves)
+            return _File(name, labels, ids, named, largest, digest)
     except (FileNotFoundError, PermissionError) as error:
         raise UserError(f"'{place}' cannot be read: {one_line(error)}") from None
     except (pa.ArrowException, OSError) as error:

@@ -40,8 +40,8 @@ class Listing:
 
     `table` is in the source's order (folders: by class, then path; Parquet: by file, then row) and has the columns id (string,
     unique), split (string, 'train' or 'test'), label (int64, 0 .. classes - 1), file (binary: the path relative to the source; of
-    a `NAMED` one the image itself) and row (int64: in a Parquet file the row, in a file of CIFAR or MNIST the byte at which the
-    image begins, else null).
+    a `NAMED` one the image itself), row (int64: in a Parquet file the row, in a file of CIFAR or MNIST the byte at which the
+    image begins, else null) and file_digest (int64: of the file as it was listed, null where row is).
 
     `found` is how many images the source holds, before the limits; `ignored` says which files are no images ('' = none).
     """
@@ -97,6 +97,7 @@ def list_examples(config: DataConfig, *, labelled: bool = True) -> Listing:
             "label": pa.array(items.labels, pa.int64()),
             "file": items.files,
             "row": items.rows,
+            "file_digest": pa.nulls(len(items.labels), pa.int64()) if items.file_digests is None else items.file_digests,
         }
     )
     _require_unique(table["id"], config)
@@ -158,6 +159,7 @@ def _parquet(root: Location, names: list[str], config: DataConfig, labelled: boo
         ignored,
         in_test,
         found.also,
+        file_digests=np.repeat(np.array(found.digests, np.int64), found.counts),
     )
 
 
@@ -193,7 +195,8 @@ def _parts(root: Location, names: list[str], config: DataConfig, labelled: bool)
 def read(rows: pa.Table, config: DataConfig) -> list[bytes | str]:
     """The encoded image of each row of (a part of) `Listing.table`, or the text of the reason why it cannot be read.
 
-    Raises StorageError for an object store that cannot be reached: that says nothing of the images.
+    Raises StorageError for an object store that cannot be reached, and UserError for a file of many images that has changed since
+    it was listed: neither says anything of the images.
     """
     names: list[Any] = rows["file"].to_pylist()
     if config.source in NAMED:
@@ -201,12 +204,13 @@ def read(rows: pa.Table, config: DataConfig) -> list[bytes | str]:
     root, max_bytes = at(config.source), BYTES_A_PIXEL * config.max_pixels
     with ThreadPoolExecutor(READERS) as pool:
         if not rows["row"].null_count:
-            return _read_parts(root, names, rows["row"].to_pylist(), config.image_column, max_bytes, pool)
+            inside = list(zip(rows["row"].to_pylist(), rows["file_digest"].to_pylist(), strict=True))
+            return _read_parts(root, names, inside, config.image_column, max_bytes, pool)
         return list(pool.map(lambda name: parquet_rows.read_file(root / os.fsdecode(name), max_bytes), names))
 
 
 def _read_parts(
-    root: Location, names: list[bytes], rows: list[int], column: str, max_bytes: int, pool: ThreadPoolExecutor
+    root: Location, names: list[bytes], rows: list[tuple[int, int]], column: str, max_bytes: int, pool: ThreadPoolExecutor
 ) -> list[bytes | str]:
     places: dict[bytes, list[int]] = {}
     for place, name in enumerate(names):
@@ -214,10 +218,11 @@ def _read_parts(
     kept = parquet_rows.readers()
 
     def load(name: bytes) -> list[bytes | str]:
-        place, inside = root / os.fsdecode(name), [rows[i] for i in places[name]]
+        place, inside = root / os.fsdecode(name), [rows[i][0] for i in places[name]]
+        digest = rows[places[name][0]][1]
         if packed.is_packed(os.fsdecode(name)):
-            return packed.read_images(place, inside, max_bytes)
-        return parquet_rows.read_rows(place, inside, column, root if name else root.parent, max_bytes, kept)
+            return packed.read_images(place, digest, inside, max_bytes)
+        return parquet_rows.read_rows(place, digest, inside, column, root if name else root.parent, max_bytes, kept)
 
     contents: list[bytes | str] = [b""] * len(rows)
     for name, found in zip(places, pool.map(load, places), strict=True):
