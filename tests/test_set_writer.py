@@ -274,6 +274,28 @@ def test_other_settings_are_named(folder: Location) -> None:
         begin(folder, SETTINGS)
 
 
+def test_shards_are_not_taken_for_those_of_other_settings_when_the_file_of_theirs_is_lost(
+    folder: Location, shards: list[Shard]
+) -> None:
+    for shard in shards:
+        write(folder, shard)
+    told = r"has shards, but no settings\.json that says how they were made; give another --output, or remove the folder"
+    with pytest.raises(UserError, match=told):
+        begin(folder, SETTINGS)
+    assert not (folder / "settings.json").is_file()
+    finished(folder, shards)
+    with pytest.raises(
+        UserError, match=r"was begun with projection\.steps = 5, now it is 300; give the old value, another --out"
+    ):
+        begin(folder, {**SETTINGS, "projection": {"lr": 0.1, "steps": 300}})
+    begin(folder, SETTINGS)
+    assert (folder / "settings.json").read_json() == SETTINGS, "as the manifest says"
+    (folder / "settings.json").unlink()
+    (folder / "manifest.json").write_json([1])
+    with pytest.raises(UserError, match=r"manifest\.json' is damaged: it holds a list"):
+        begin(folder, SETTINGS)
+
+
 def test_a_supplement_without_images_is_no_file(folder: Location, shards: list[Shard]) -> None:
     nothing = set_format.schema(1, 4, 2, 3, ["a", "b"]).empty_table()
     assert not write_shard(folder, "part-000000-1.parquet", nothing, {"003": "why"})

@@ -68,16 +68,13 @@ def begin(folder: Location, settings: dict[str, Any]) -> None:
     """Write the settings into the folder, or check that what is there was begun with the same.
 
     More `data.max_pixels` than before is no other setting: it takes images that were left out. Raises UserError that names the
-    settings that differ.
+    settings that differ, or says that nothing tells with which settings shards that are there were made.
     """
     path = folder / SETTINGS
-    try:
-        old = path.read_json()
-    except FileNotFoundError:
+    old = _begun_with(folder, settings)
+    if old is None:
         path.write_json(settings)
         return
-    if not isinstance(old, dict):
-        raise UserError(f"'{path}' is damaged: it holds a {type(old).__name__}, not an object")
     before, now = _known_alike(_flat(old), _flat(settings))
     then, most = before.get(MAX_PIXELS), now.get(MAX_PIXELS)
     if isinstance(then, int) and isinstance(most, int) and then < most:
@@ -89,8 +86,31 @@ def begin(folder: Location, settings: dict[str, Any]) -> None:
             f"the on-manifold set '{folder}' was begun with {told}; give the old value{'s'[: len(changed) - 1]}, "
             "another --output, or remove the folder"
         )
-    if old != settings:
+    if old != settings or not path.is_file():
         path.write_json(settings)
+
+
+def _begun_with(folder: Location, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The settings of the set in a folder, of a finished one that lacks their file by its manifest; None if there is no set."""
+    for name in (SETTINGS, MANIFEST):
+        try:
+            found = (folder / name).read_json()
+        except FileNotFoundError:
+            continue
+        if not isinstance(found, dict):
+            raise UserError(f"'{folder / name}' is damaged: it holds a {type(found).__name__}, not an object")
+        return found if name == SETTINGS else _settings_in(found, settings)
+    if _names(folder):
+        raise UserError(
+            f"the on-manifold set '{folder}' has shards, but no {SETTINGS} that says how they were made; give another --output, "
+            "or remove the folder"
+        )
+    return None
+
+
+def _settings_in(manifest: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The part of a manifest that `settings` say, too."""
+    return {key: manifest[key] for key in [*settings, LPIPS_DIGEST] if key in manifest}
 
 
 def _shown(flat: dict[str, Any], key: str) -> Any:
@@ -278,8 +298,7 @@ def is_finished(folder: Location, settings: dict[str, Any]) -> bool:
         manifest = set_reader.read_manifest(folder)
     except UserError:
         return False
-    held = {key: manifest[key] for key in [*settings, LPIPS_DIGEST] if key in manifest}
-    before, now = _known_alike(_flat(held), _flat(settings))
+    before, now = _known_alike(_flat(_settings_in(manifest, settings)), _flat(settings))
     if before != now:
         return False
     records = read_records(folder, ids=False)
