@@ -99,6 +99,8 @@ def untrained(configs: list[Config], say: Callable[[str], None], workers: int | 
         manifest = set_reader.read_manifest(set_folder(todo[0]))
         require_fit(todo, manifest, workers)
         say(_trained_on(todo, manifest))
+        for warning in set_reader.warnings_of_lost(manifest, "train"):
+            say(warning)
     return todo
 
 

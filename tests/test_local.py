@@ -17,6 +17,7 @@ from two_workers import one_step
 from dmat_ray import checkpoint, models, objectives
 from dmat_ray.attack_view import AttackView
 from dmat_ray.config import Config
+from dmat_ray.data import set_reader
 from dmat_ray.data.epochs import held_out_positions
 from dmat_ray.data.manifold_set import epoch_batches, open_set
 from dmat_ray.data.set_reader import read_manifest
@@ -234,7 +235,7 @@ def test_rates_that_end_elsewhere_than_the_training_are_told(make_config: Callab
 
 
 def test_one_image_a_worker_is_refused_before_anything_is_trained(
-    make_config: Callable[..., Config], set_folder: Path, tmp_path: Path
+    make_config: Callable[..., Config], set_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes: dict[str, Any] = {"training": {"batch_size": 3}, "classifier": {"name": "resnet18"}}
     config = make_config(output=str(tmp_path), manifold_set=str(set_folder), name="tiny", **changes)
@@ -244,5 +245,10 @@ def test_one_image_a_worker_is_refused_before_anything_is_trained(
     usable, held_out = manifest["usable"]["train"], config.training.val_examples
     assert lines[0].startswith(f"{usable - held_out} images to train on")
     assert ("projected poorly" in lines[0]) == (manifest["splits"]["train"] > usable)
+    lost = {**manifest, "classes_without_usable": {"train": ["odd"], "test": ["even"]}}
+    monkeypatch.setattr(set_reader, "read_manifest", lambda place: lost)
+    assert models.untrained([config], lines.append, 1) == [config]
+    assert [line for line in lines if "no usable" in line] == set_reader.warnings_of_lost(lost, "train")
+    assert "no usable training image of 'odd'" in lines[-1]
     with pytest.raises(UserError, match="'resnet18' cannot take 8x8 images one at a time"):
         models.untrained([config], print, 3)  # with two each has two of the three, one of them twice

@@ -241,6 +241,20 @@ def test_the_manifest_notes_it(make: Make) -> None:
     assert "test_images_seen_by_generator" not in set_maker.make(fair, torch.device("cpu"), print)
 
 
+def test_a_class_whose_images_are_all_lost_is_told(make: Make, photos: Path) -> None:
+    config = make(None, official_split=True, max_rejected=0.5)
+    lines: list[str] = []
+    assert "classes_without_usable" not in set_maker.make(config, torch.device("cpu"), lines.append)
+    assert not [line for line in lines if "no usable" in line]
+    for path in (photos / "train" / "class1").iterdir():
+        path.write_bytes(b"broken")
+    again = config.model_copy(update={"output": f"{config.output}2"})
+    assert set_maker.make(again, torch.device("cpu"), lines.append)["classes_without_usable"] == {"train": ["class1"]}
+    assert lines[-1].startswith(
+        "warning: no usable training image of 'class1': all were rejected, or are poor (projection.poor_l1"
+    )
+
+
 def test_shards_of_more_than_a_file_holds_are_refused_before_anything_is_written(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

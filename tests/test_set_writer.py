@@ -214,6 +214,28 @@ def test_the_manifest_says_what_the_rows_say(folder: Location, shards: list[Shar
     assert (manifest["projection"], manifest["versions"]) == (SETTINGS["projection"], {"x": "1"})
 
 
+def test_classes_that_have_lost_all_their_images_are_named(folder: Location) -> None:
+    """003 is poor, 001 and 005 to 009 are unreadable: class b is left with a test image only."""
+    shards = plan(listing(), 4)
+    write(folder, shards[0], rejected=["001"])
+    write(folder, shards[1], rejected=["005", "006", "007"])
+    write(folder, shards[2], rejected=["008"])
+    manifest = finished(folder, shards)
+    assert manifest["usable"] == {"test": 2, "train": 2}
+    assert manifest["classes_without_usable"] == {"train": ["b"]}
+    assert is_finished(folder, SETTINGS)
+    few = {"train": ["b"], "test": [*"cdefghi"]}
+    assert set_reader.warnings_of_lost({"classes_without_usable": few}, "train", "test") == [
+        f"warning: no usable {split} image of {names}: all were rejected, or are poor (projection.poor_l1, projection.poor_lpips)"
+        for split, names in (("training", "'b'"), ("test", "'c', 'd', 'e', 'f', 'g' and 2 more classes"))
+    ]
+    # a class that a limit leaves without images is not lost
+    one = plan(Listing(listing().table.filter(pa.array([i % 2 == 0 for i in range(10)])), ("a", "b")), 10)
+    other = at(f"{folder.key}2")
+    write(other, one[0])
+    assert "classes_without_usable" not in finished(other, one)
+
+
 def test_an_image_that_is_missing_or_there_twice_is_no_finished_set(folder: Location, shards: list[Shard]) -> None:
     write(folder, shards[0])
     write(folder, shards[1])

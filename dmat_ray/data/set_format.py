@@ -18,6 +18,7 @@ VERSION = 2
 MANIFEST = "manifest.json"
 SHARDS = "shards"
 REJECTED = b"dmat_ray_rejected"  # key of a shard's metadata: {id: reason} of the images that it lacks, as JSON
+LOST = "classes_without_usable"  # key of the manifest, if there are any: {split: names of classes without a usable image}
 ERRORS = ("lpips", "l1", "l2")
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # the layout that Hugging Face datasets call Image
 MOST_BYTES = 2**31 - 1  # of one Arrow array of binaries, and of what Parquet's readers take of a struct in one piece

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from dmat_ray.cli import describe
 from dmat_ray.data.decoding import MAX_PIXELS, SIZED, decode
 from dmat_ray.data.manifest import Described
-from dmat_ray.data.set_format import MANIFEST, SHARDS, VERSION, different_columns, schema
+from dmat_ray.data.set_format import LOST, MANIFEST, SHARDS, VERSION, different_columns, schema
 from dmat_ray.errors import UserError
 from dmat_ray.files import text_digest
 from dmat_ray.storage import Location, Place, at, require_not_of_storage
@@ -140,6 +140,17 @@ def decoded(table: pa.Table, manifest: dict[str, Any], where: str) -> np.ndarray
 def named_generator(sha: str, path: str | None) -> str:
     """A set's generator as messages name it: by its digest, and by where it lay, if the set tells."""
     return sha[:12] if path is None else f"'{path}' ({sha[:12]})"
+
+
+def warnings_of_lost(manifest: Mapping[str, Any], *splits: str) -> list[str]:
+    """What is to be said of the classes that have lost all their images in these splits of a set; nothing if none has."""
+    return [
+        f"warning: no usable {'training' if split == 'train' else split} image of {', '.join(map(repr, lost[:5]))}"
+        f"{f' and {len(lost) - 5} more classes' if len(lost) > 5 else ''}: all were rejected, or are poor (projection.poor_l1, "
+        "projection.poor_lpips)"
+        for split in splits
+        if (lost := manifest.get(LOST, {}).get(split, []))
+    ]
 
 
 def require_usable(manifest: Mapping[str, Any], folder: Place, split: str) -> None:

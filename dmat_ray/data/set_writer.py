@@ -268,8 +268,17 @@ def finish(
         "rejected": dict(sorted(rejected.items())),
         **described,
     }
+    if lost := _places([shard.rows for shard in shards]) - _places([usable]):
+        names, splits = settings["class_names"], sorted({split for split, _ in lost})
+        manifest[set_format.LOST] = {split: [names[k] for s, k in sorted(lost) if s == split] for split in splits}
     (folder / MANIFEST).write_json(manifest)
     return manifest
+
+
+def _places(tables: Iterable[pa.Table]) -> set[tuple[str, int]]:
+    """The splits and labels that occur together."""
+    found = (table.select(["split", "label"]).group_by(["split", "label"]).aggregate([]).to_pylist() for table in tables)
+    return {(row["split"], row["label"]) for rows in found for row in rows}
 
 
 def _mean(values: np.ndarray) -> float:

@@ -17,7 +17,7 @@ from dmat_ray.config import Config, ProjectionConfig
 from dmat_ray.data import set_format, set_writer, sources
 from dmat_ray.data.pixels import quantise
 from dmat_ray.data.set_format import MANIFEST, SHARDS
-from dmat_ray.data.set_reader import read_manifest
+from dmat_ray.data.set_reader import read_manifest, warnings_of_lost
 from dmat_ray.data.set_writer import Record, Shard
 from dmat_ray.data.sources import Listing
 from dmat_ray.errors import UserError
@@ -227,13 +227,15 @@ def promised(config: Config, listing: Listing) -> dict[str, Any]:
 
 
 def tell(manifest: dict[str, Any], folder: Location, say: Callable[[str], None]) -> None:
-    """Say what a set holds, and warn of one that is mostly poor."""
+    """Say what a set holds, and warn of one that is mostly poor, or in which a class has no usable image."""
     counts = ", ".join(f"{n} {split}" for split, n in sorted(manifest["splits"].items()))
     poor = manifest["status"].get("poor", 0)
     rejected = len(manifest["rejected"])
     l1 = manifest["means"]["l1"]
     say(f"on-manifold set: {counts} images, mean |g(w) - x| {l1:.4f}, {poor} poor, {rejected} rejected, in '{folder}'")
     if warning := warning_of_poor(poor, manifest["count"]):
+        say(warning)
+    for warning in warnings_of_lost(manifest, "train", "test"):
         say(warning)
 
 
