@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -329,6 +330,44 @@ def test_a_set_of_ours_is_a_source(make_set: Callable[..., Path]) -> None:
     assert listing.table["label"].to_pylist() == [row["label"] for row in rows]
     assert list(listing.class_names) == json.loads((folder / "manifest.json").read_text())["class_names"]
     assert read(listing.table, config) == [row["image"]["bytes"] for row in rows]
+
+
+def test_a_set_of_ours_that_lies_among_images_is_not_taken_for_them(make_set: Callable[..., Path], tmp_path: Path) -> None:
+    """Neither in a folder of classes nor beside Parquet files; as Parquet it would hide the former."""
+    made = make_set(train=24, test=12, shards=3)
+    for name in ("cat", "dog"):
+        for i in range(5):
+            (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "photos" / name / f"{i}.png").write_bytes(png(i))
+    write(tmp_path / "tables" / "x.parquet", {"image": images(10), "label": ["cat", "dog"] * 5})
+    for source in ("photos", "tables"):
+        shutil.copytree(made, tmp_path / source / "old" / "set")
+        if source == "photos":
+            refused(tmp_path / source, r"class folder '.*/old' holds no images")
+            (tmp_path / source / "old").rename(tmp_path / source / "cat" / "old")
+        listing, _ = listed(tmp_path / source)
+        assert (listing.found, listing.class_names) == (10, ("cat", "dog"))
+        inside = "cat/old/set" if source == "photos" else "old/set"
+        assert listing.ignored == f"1 on-manifold set in it, the first: '{inside}'"
+    (tmp_path / "tables" / "x.parquet").unlink()
+    refused(tmp_path / "tables", "holds no images but those of on-manifold sets; give '.*/tables/old/set' to take these")
+    for place in ("old/set", "old/set/shards", "old/set/shards/part-000000.parquet"):
+        assert listed(tmp_path / "tables" / place, id_column="id")[0].found, "it is named"
+    # shards of another kind are data
+    write(tmp_path / "others" / "mine" / "shards" / "part-000000.parquet", {"image": images(10), "label": [0, 1] * 5})
+    assert listed(tmp_path / "others")[0].found == 10
+
+
+def test_images_that_parquet_hides_are_told(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            (tmp_path / name / f"{i}.png").write_bytes(png(i))
+    assert listed(tmp_path)[0].ignored == ""
+    write(tmp_path / "extra.parquet", {"image": images(4), "label": [0, 1] * 2})
+    listing, _ = listed(tmp_path)
+    assert listing.found == 4
+    assert listing.ignored == "10 image files beside Parquet, unless that names them, the first: 'cat/0.png'"
 
 
 def test_parquet_in_a_store(server: s3.Server, tmp_path: Path) -> None:

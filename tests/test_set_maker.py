@@ -17,6 +17,7 @@ from PIL import Image
 from dmat_ray import settings
 from dmat_ray.config import Config
 from dmat_ray.data import set_format, set_writer, sources
+from dmat_ray.data.apart import require_apart
 from dmat_ray.data.sources import list_examples
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import gan_images, set_maker
@@ -253,6 +254,41 @@ def test_a_class_whose_images_are_all_lost_is_told(make: Make, photos: Path) -> 
     assert lines[-1].startswith(
         "warning: no usable training image of 'class1': all were rejected, or are poor (projection.poor_l1"
     )
+
+
+def test_an_output_among_the_images_is_refused(make: Make, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next job would list what this one has written."""
+    config = make(None, official_split=True)
+    (tmp_path / "link").symlink_to(photos)
+    for name, place in (
+        *((name, str(photos / inside)) for name in ("output", "manifold_set") for inside in ("out", "train/class0/out")),
+        ("output", str(photos)),
+        ("output", str(tmp_path / "link" / "out")),
+    ):
+        changed = config.model_copy(update={name: place})
+        for check in (lambda c: set_maker.prepare(c, print), lambda c: gan_images.prepare_images(c, tmp_path / "train")):
+            with pytest.raises(
+                UserError, match=rf"^{name} '{photos}.*' is in data\.source '{photos}', .*; give another --{name}$"
+            ):
+                check(changed)
+    monkeypatch.setitem(sources.NAMED, "photos", sources.NAMED["mnist5k"])
+    monkeypatch.chdir(tmp_path)
+    named = config.model_copy(update={"output": "photos/out", "data": config.data.model_copy(update={"source": "photos"})})
+    require_apart(named)
+    require_apart(config.model_copy(update={"output": f"{photos}2"}))
+    for source, output in (("s3://b/photos", "s3://b/photos2"), ("s3://b/photos/out", "/photos"), ("s3://b/photos", "s3://b")):
+        data = config.data.model_copy(update={"source": source})
+        require_apart(config.model_copy(update={"output": output, "data": data}))
+    with pytest.raises(UserError, match=r"output 's3://b/photos/out' is in data\.source 's3://b/photos', "):
+        require_apart(
+            config.model_copy(
+                update={"output": "s3://b/photos/out", "data": config.data.model_copy(update={"source": "s3://b/photos/"})}
+            )
+        )
+    set_maker.make(config, torch.device("cpu"), print)
+    again = config.data.model_copy(update={"source": f"{config.output}/on_manifold_set", "official_split": None})
+    with pytest.raises(UserError, match=r"data\.source '.*' is in '.*/on_manifold_set', where the set that is made of it goes; "):
+        set_maker.prepare(config.model_copy(update={"data": again}), print)
 
 
 def test_shards_of_more_than_a_file_holds_are_refused_before_anything_is_written(

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from dmat_ray.config import DataConfig
 from dmat_ray.data.file_digest import file_digest
 from dmat_ray.data.parquet_rows import image_columns, is_text, one_line, require_column
+from dmat_ray.data.set_format import OURS, SHARDS
 from dmat_ray.errors import UserError
 from dmat_ray.storage import Location, require_not_of_storage
 
@@ -86,6 +87,23 @@ def list_rows(root: Location, names: Sequence[str], config: DataConfig, labelled
     ]
     counts, digests = [len(file.labels) for file in files], [file.digest for file in files]
     return Rows(pa.chunked_array(ids, pa.string()), labels, class_names, counts, digests, also)
+
+
+def sets_below(root: Location, paths: Sequence[str]) -> list[str]:
+    """The folders below `root` that are on-manifold sets of ours, not `root` itself, by a shard of each.
+
+    Raises StorageError for a storage that does not answer.
+    """
+    shards = {path.rsplit("/", 2)[0]: path for path in paths if path.endswith(SUFFIX) and path.split("/")[1:-1][-1:] == [SHARDS]}
+    found = []
+    for folder, path in shards.items():
+        try:
+            with (root / path).open() as file:
+                if OURS in (pq.read_schema(file).metadata or {}):
+                    found.append(folder)
+        except (pa.ArrowException, OSError) as error:
+            require_not_of_storage(error, root / path)
+    return found
 
 
 def is_labelled(root: Location, name: str, config: DataConfig, labelled: bool) -> bool:

@@ -17,6 +17,7 @@ from dmat_ray.errors import UserError
 VERSION = 2
 MANIFEST = "manifest.json"
 SHARDS = "shards"
+OURS = b"dmat_ray"  # key of a shard's metadata: its version, shapes and class names, as JSON
 REJECTED = b"dmat_ray_rejected"  # key of a shard's metadata: {id: reason} of the images that it lacks, as JSON
 LOST = "classes_without_usable"  # key of the manifest, if there are any: {split: names of classes without a usable image}
 ERRORS = ("lpips", "l1", "l2")
@@ -46,7 +47,7 @@ def schema(channels: int, resolution: int, num_ws: int, w_dim: int, class_names:
     theirs = {"info": {"features": {name: feature for name, _, feature in fields}}}
     return pa.schema(
         [(name, kind) for name, kind, _ in fields],
-        metadata={"dmat_ray": json.dumps(ours), "huggingface": json.dumps(theirs)},
+        metadata={OURS: json.dumps(ours), "huggingface": json.dumps(theirs)},
     )
 
 

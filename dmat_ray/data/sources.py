@@ -7,6 +7,7 @@ which gives the encoded bytes of a part of it. Decoding is a separate step (`dma
 spread it and set unreadable images aside.
 """
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from dmat_ray.data.items import Items
 from dmat_ray.data.splits import balanced, limited, split_by_class
 from dmat_ray.errors import UserError
 from dmat_ray.storage import Location, at
+from dmat_ray.wording import number_of
 
 READERS = 16  # files read at a time: what waits is the storage
 BYTES_A_PIXEL = 8  # of the largest file that is read: 16-bit RGBA, not compressed
@@ -130,8 +132,27 @@ def _items(config: DataConfig, labelled: bool) -> Items:
         raise UserError(f"data.source '{root}' cannot be listed: {error.strerror} ('{error.filename}')") from None
     # in the order of their parts: no character comes before the one that separates them
     files.sort(key=lambda path: path.replace("/", "\0"))
+    if not (sets := parquet_source.sets_below(root, files)):
+        return _items_of(root, files, folders, config, labelled)
+    ours = tuple(f"{folder}/" for folder in sets)
+    files, folders = ([path for path in paths if not f"{path}/".startswith(ours)] for paths in (files, folders))
+    if not any(is_image(path) or _is_parquet(path) or packed.is_packed(path) for path in files):
+        raise UserError(
+            f"data.source '{root}' holds no images but those of on-manifold sets; give '{root / sets[0]}' to take these"
+        )
+    items = _items_of(root, files, folders, config, labelled)
+    told = f"{number_of(len(sets), 'on-manifold set')} in it, the first: '{text(sets[0])}'"
+    return dataclasses.replace(items, ignored="; ".join(filter(None, (items.ignored, told))))
+
+
+def _items_of(root: Location, files: list[str], folders: list[str], config: DataConfig, labelled: bool) -> Items:
+    """What lies in a folder of these files and folders."""
     if parquet := [path for path in files if _is_parquet(path)]:
-        return _parquet(root, parquet, config, labelled)
+        items = _parquet(root, parquet, config, labelled)
+        if not (images := [path for path in files if is_image(path)]):
+            return items
+        told = f"{number_of(len(images), 'image file')} beside Parquet, unless that names them, the first: '{text(images[0])}'"
+        return dataclasses.replace(items, ignored="; ".join(filter(None, (items.ignored, told))))
     if not any("/" in path and is_image(path) for path in files) and (found := packed.find(files)) is not None:
         return packed.packed_items(root, files, found, config)
     return folder_items(root, files, folders, config, labelled)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dmat_ray.config import Config, DataConfig
+from dmat_ray.data.apart import require_apart
 from dmat_ray.data.sources import read_pixels
 from dmat_ray.errors import UserError
 from dmat_ray.files import is_full, read_json, write_json
@@ -55,6 +56,7 @@ class ImageCache:
 
 
 def _listed(config: Config) -> tuple[pa.Table, str]:
+    require_apart(config)
     return trained_on.listed(config.data, labelled=config.gan.architecture.num_classes > 0)
 
 

@@ -15,6 +15,7 @@ import torch
 from dmat_ray.checkpoint import versions
 from dmat_ray.config import Config, ProjectionConfig
 from dmat_ray.data import set_format, set_writer, sources
+from dmat_ray.data.apart import require_apart
 from dmat_ray.data.pixels import quantise
 from dmat_ray.data.set_format import MANIFEST, SHARDS
 from dmat_ray.data.set_reader import read_manifest, warnings_of_lost
@@ -64,8 +65,9 @@ def _digest(listing: Listing) -> str:
 def prepare(config: Config, say: Callable[[str], None]) -> Listing:
     """Check everything a projection needs; returns the images. Needs no Ray, and writes nothing.
 
-    Raises UserError for data, a generator, an encoder or LPIPS weights that do not fit.
+    Raises UserError for data, a generator, an encoder or LPIPS weights that do not fit, and for an output among the images.
     """
+    require_apart(config)
     if config.projection.lpips_weights == "random" and config.projection.lpips > 0:
         say("LPIPS runs on a random backbone (projection.lpips_weights=random): it guides the search, it is not perceptual")
     listing = sources.list_examples(config.data)
