@@ -16,7 +16,7 @@ from PIL import Image
 
 from dmat_ray import settings
 from dmat_ray.config import Config
-from dmat_ray.data import set_format, set_writer, sources
+from dmat_ray.data import set_format, set_settings, sources
 from dmat_ray.data.apart import require_apart
 from dmat_ray.data.sources import list_examples
 from dmat_ray.errors import UserError
@@ -113,18 +113,18 @@ def test_lpips_is_known_by_the_content_of_its_weights(make: Make, tmp_path: Path
     second.write_bytes(b"weights")
     set_folder = Location(None, str(tmp_path / "set"))
     before = settings_with(first)
-    set_writer.begin(set_folder, before)
-    set_writer.begin(set_folder, settings_with(second))
+    set_settings.begin(set_folder, before)
+    set_settings.begin(set_folder, settings_with(second))
     first.write_bytes(b"others")
     with pytest.raises(UserError, match=r"begun with lpips_sha256 = \w{64}, now it is \w{64}"):
-        set_writer.begin(set_folder, settings_with(first))
+        set_settings.begin(set_folder, settings_with(first))
     with pytest.raises(UserError, match=r"projection\.lpips_weights = .*b\.pth, now it is random"):
-        set_writer.begin(set_folder, settings_with("random"))
+        set_settings.begin(set_folder, settings_with("random"))
     del before["lpips_sha256"]  # one of before digests were recorded is known by the path
-    (set_folder / set_writer.SETTINGS).write_json(before)
+    (set_folder / set_settings.SETTINGS).write_json(before)
     with pytest.raises(UserError, match=r"projection\.lpips_weights = .*a\.pth, now it is .*b\.pth"):
-        set_writer.begin(set_folder, settings_with(second))
-    set_writer.begin(set_folder, settings_with(first))
+        set_settings.begin(set_folder, settings_with(second))
+    set_settings.begin(set_folder, settings_with(first))
     assert "lpips_sha256" not in settings_with("random")
 
 

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmat_ray.data import set_format, set_reader, set_writer
-from dmat_ray.data.set_writer import Shard, begin, finish, is_finished, plan, read_records, unfinished, write_shard
+from dmat_ray.data.set_settings import begin
+from dmat_ray.data.set_writer import Shard, finish, is_finished, plan, read_records, unfinished, write_shard
 from dmat_ray.data.sources import Listing
 from dmat_ray.errors import StorageError, UserError
 from dmat_ray.storage import Location, at

@@ -6,6 +6,7 @@ fixed-size list whose shape stands in the manifest and in the schema's metadata.
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,16 +14,23 @@ import numpy as np
 import pyarrow as pa
 
 from dmat_ray.errors import UserError
+from dmat_ray.storage import Location
 
 VERSION = 2
 MANIFEST = "manifest.json"
 SHARDS = "shards"
+NAME = re.compile(r"part-(\d{6,})(?:-(\d+))?\.parquet")  # of a shard, and of a supplement of one
 OURS = b"dmat_ray"  # key of a shard's metadata: its version, shapes and class names, as JSON
 REJECTED = b"dmat_ray_rejected"  # key of a shard's metadata: {id: reason} of the images that it lacks, as JSON
 LOST = "classes_without_usable"  # key of the manifest, if there are any: {split: names of classes without a usable image}
 ERRORS = ("lpips", "l1", "l2")
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # the layout that Hugging Face datasets call Image
 MOST_BYTES = 2**31 - 1  # of one Arrow array of binaries, and of what Parquet's readers take of a struct in one piece
+
+
+def shard_names(folder: Location) -> list[str]:
+    """The files of shards and supplements in a set's folder."""
+    return [found.name for found in (folder / SHARDS).files() if NAME.fullmatch(found.name)]
 
 
 def schema(channels: int, resolution: int, num_ws: int, w_dim: int, class_names: Sequence[str]) -> pa.Schema:

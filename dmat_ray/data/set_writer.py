@@ -9,7 +9,6 @@ by its files alone, whichever of them are there; one that was lost is made again
 
 import io
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,16 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dmat_ray.data import set_format, set_reader
+from dmat_ray.data import set_format, set_reader, set_settings
 from dmat_ray.data.set_format import MANIFEST, REJECTED, SHARDS
 from dmat_ray.data.sources import Listing
 from dmat_ray.errors import UserError
 from dmat_ray.storage import Location, require_not_of_storage
 
-SETTINGS = "settings.json"
-MAX_PIXELS = "data.max_pixels"
-LPIPS_PATH, LPIPS_DIGEST = "projection.lpips_weights", "lpips_sha256"  # the former tells nothing where both have the latter
-NAME = re.compile(r"part-(\d{6,})(?:-(\d+))?\.parquet")
 # a raw image gains by compression, a PNG and the digits of a float do not
 COMPRESSION = {"image.bytes": "none", "w.list.element": "none"}
 GROUP_BYTES = 1 << 29
@@ -62,75 +57,6 @@ def plan(listing: Listing, shard_size: int) -> list[Shard]:
     table = listing.table
     starts = range(0, table.num_rows, shard_size)
     return [Shard(f"part-{k:06d}.parquet", table.slice(start, shard_size)) for k, start in enumerate(starts)]
-
-
-def begin(folder: Location, settings: dict[str, Any]) -> None:
-    """Write the settings into the folder, or check that what is there was begun with the same.
-
-    More `data.max_pixels` than before is no other setting: it takes images that were left out. Raises UserError that names the
-    settings that differ, or says that nothing tells with which settings shards that are there were made.
-    """
-    path = folder / SETTINGS
-    old = _begun_with(folder, settings)
-    if old is None:
-        path.write_json(settings)
-        return
-    before, now = _known_alike(_flat(old), _flat(settings))
-    then, most = before.get(MAX_PIXELS), now.get(MAX_PIXELS)
-    if isinstance(then, int) and isinstance(most, int) and then < most:
-        before[MAX_PIXELS] = most
-    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    if changed:
-        told = ", and with ".join(f"{key} = {_shown(before, key)}, now it is {_shown(now, key)}" for key in changed)
-        raise UserError(
-            f"the on-manifold set '{folder}' was begun with {told}; give the old value{'s'[: len(changed) - 1]}, "
-            "another --output, or remove the folder"
-        )
-    if old != settings or not path.is_file():
-        path.write_json(settings)
-
-
-def _begun_with(folder: Location, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The settings of the set in a folder, of a finished one that lacks their file by its manifest; None if there is no set."""
-    for name in (SETTINGS, MANIFEST):
-        try:
-            found = (folder / name).read_json()
-        except FileNotFoundError:
-            continue
-        if not isinstance(found, dict):
-            raise UserError(f"'{folder / name}' is damaged: it holds a {type(found).__name__}, not an object")
-        return found if name == SETTINGS else _settings_in(found, settings)
-    if _names(folder):
-        raise UserError(
-            f"the on-manifold set '{folder}' has shards, but no {SETTINGS} that says how they were made; give another --output, "
-            "or remove the folder"
-        )
-    return None
-
-
-def _settings_in(manifest: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """The part of a manifest that `settings` say, too."""
-    return {key: manifest[key] for key in [*settings, LPIPS_DIGEST] if key in manifest}
-
-
-def _shown(flat: dict[str, Any], key: str) -> Any:
-    """The value of a setting, of which some are recorded only where they are not what they were before they could be set."""
-    return flat.get(key, "its default" if key.startswith("data.") else None)
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Sections and their settings by dotted names."""
-    flat: dict[str, Any] = {}
-    for section, value in settings.items():
-        flat |= {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
-    return flat
-
-
-def _known_alike(old: dict[str, Any], new: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both with LPIPS's weights by their content, or, where a set is from before that was recorded, by their path."""
-    left_out = LPIPS_PATH if LPIPS_DIGEST in old and LPIPS_DIGEST in new else LPIPS_DIGEST
-    rest = [{key: value for key, value in flat.items() if key != left_out} for flat in (old, new)]
-    return rest[0], rest[1]
 
 
 def write_shard(folder: Location, name: str, table: pa.Table, rejected: dict[str, str]) -> bool:
@@ -182,14 +108,10 @@ def read_record(folder: Location, name: str, *, ids: bool = True) -> Record | No
 
 def read_records(folder: Location, *, ids: bool = True) -> dict[str, Record]:
     """The records of all finished files, by name, with `ids` or without. Files of other names are left alone."""
-    names = _names(folder)
+    names = set_format.shard_names(folder)
     with ThreadPoolExecutor(set_reader.READERS) as pool:
         records = pool.map(lambda name: read_record(folder, name, ids=ids), names)
     return {name: record for name, record in zip(names, records, strict=True) if record is not None}
-
-
-def _names(folder: Location) -> list[str]:
-    return [found.name for found in (folder / SHARDS).files() if NAME.fullmatch(found.name)]
 
 
 def unfinished(shards: Sequence[Shard], records: dict[str, Record]) -> list[Shard]:
@@ -218,7 +140,7 @@ def _files(records: dict[str, Record]) -> dict[str, dict[int, Record]]:
 
 
 def _supplement(name: str) -> int:
-    match = NAME.fullmatch(name)
+    match = set_format.NAME.fullmatch(name)
     assert match is not None, name
     return int(match[2] or 0)
 
@@ -249,7 +171,7 @@ def finish(
     for shard in shards:
         if shard.name not in records:
             raise RuntimeError(f"'{folder / SHARDS / shard.name}' is missing or damaged although it was written; run again")
-    for name in set(_names(folder)) - records.keys():
+    for name in set(set_format.shard_names(folder)) - records.keys():
         (folder / SHARDS / name).unlink()
     rejected = rejected_of(shards, records)
     columns = ["id", "split", "label", "status", *set_format.ERRORS]
@@ -307,8 +229,7 @@ def is_finished(folder: Location, settings: dict[str, Any]) -> bool:
         manifest = set_reader.read_manifest(folder)
     except UserError:
         return False
-    before, now = _known_alike(_flat(_settings_in(manifest, settings)), _flat(settings))
-    if before != now:
+    if not set_settings.are_of(manifest, settings):
         return False
     records = read_records(folder, ids=False)
     return all(name in records and records[name].rows == rows for name, rows in manifest["shards"].items())

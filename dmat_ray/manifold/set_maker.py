@@ -14,7 +14,7 @@ import torch
 
 from dmat_ray.checkpoint import versions
 from dmat_ray.config import Config, ProjectionConfig
-from dmat_ray.data import set_format, set_writer, sources
+from dmat_ray.data import set_format, set_settings, set_writer, sources
 from dmat_ray.data.apart import require_apart
 from dmat_ray.data.pixels import quantise
 from dmat_ray.data.set_format import MANIFEST, SHARDS
@@ -184,7 +184,7 @@ def begun(config: Config, say: Callable[[str], None], listing: Listing | None = 
     with ExitStack() as stack:
         try:
             lease = stack.enter_context(exclusive(folder))
-            set_writer.begin(folder, settings)
+            set_settings.begin(folder, settings)
             (folder / MANIFEST).unlink()
             (folder / SHARDS).sweep()
         except OSError as error:
