@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dmat_ray import checkpoint, cli
-from dmat_ray.data import set_format, set_reader, set_writer
+from dmat_ray.data import set_format, set_reader, set_settings, set_writer
 from dmat_ray.data.pixels import quantise, to_unit
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import generators
@@ -45,8 +45,8 @@ def main() -> None:
 
     shutil.rmtree(given.out, ignore_errors=True)  # what was begun
     shutil.copytree(given.set / set_format.SHARDS, given.out / set_format.SHARDS)
-    settings = (source / set_writer.SETTINGS).read_json()
-    set_writer.begin(target, settings)
+    settings = (source / set_settings.SETTINGS).read_json()
+    set_settings.begin(target, settings)
     number = 1 + max(int(name[5:11]) for name in manifest["shards"])
     set_writer.write_shard(target, f"part-{number:06d}.parquet", rows, {})
     records = set_writer.read_records(target)
