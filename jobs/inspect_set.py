@@ -14,7 +14,7 @@ from typing import Any
 from dmat_ray import cli
 from dmat_ray.config import Config
 from dmat_ray.data.set_format import MANIFEST, SHARDS
-from dmat_ray.data.set_writer import SETTINGS
+from dmat_ray.data.set_settings import SETTINGS
 from dmat_ray.errors import UserError
 from dmat_ray.storage import at, set_folder
 
