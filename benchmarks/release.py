@@ -19,11 +19,14 @@ from study_methods import KEPT_VERSIONS, OF_MODEL, told_by, version_of
 
 from dmat_ray import checkpoint, cli, model_export
 from dmat_ray.config import CleanRow, Config
+from dmat_ray.data import set_reader
 from dmat_ray.errors import UserError
+from dmat_ray.evaluation import left_out
 from dmat_ray.files import sha256, write_json
 from dmat_ray.folders import replace_folder
 from dmat_ray.metrics import Results
 from dmat_ray.report_values import SET_NAMES
+from dmat_ray.storage import set_folder
 from dmat_ray.units import VERSION
 
 COLUMNS = ("clean", "PGD-50", "OM-PGD-50", "L2", "unseen mean", "worst")
@@ -53,8 +56,13 @@ Found = tuple[str, Results, Results]
 
 
 def released(study: Path, config: Config, folder: Path, names: list[str]) -> list[Found]:
-    """Export the models, and return what the study's rows say of each. Raises UserError for one that has none."""
+    """Export the models, and return what the study's rows say of each.
+
+    Raises UserError for a model that has none, and for a study without its set.
+    """
     found: list[Found] = []
+    place = set_folder(config.model_copy(update={"output": str(study)}))
+    missing = left_out(set_reader.read_manifest(place))
     for name in names:
         model, rows = study / "models" / f"{name}-0", study / "rows" / f"{name}-0.parquet"
         if not (model / checkpoint.RUN).is_file() or not rows.is_file():
@@ -64,7 +72,7 @@ def released(study: Path, config: Config, folder: Path, names: list[str]) -> lis
         with tempfile.TemporaryDirectory() as scratch:
             evaluation = Path(scratch)  # in the form that an evaluation has
             shutil.copyfile(rows, evaluation / model_export.ROWS)
-            about = {"version": VERSION, "models": {f"{name}-0": digest}}
+            about = {"version": VERSION, "models": {f"{name}-0": digest}, model_export.LEFT_OUT: missing}
             write_json(evaluation / model_export.DONE, {**about, "evaluation": config.evaluation.model_dump(mode="json")})
             write = functools.partial(model_export.export, model, f"{name}-0", evaluation, clean=clean)
             replace_folder(folder / name, write)

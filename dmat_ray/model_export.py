@@ -26,7 +26,7 @@ STANDARD = {"apgd-ce", "apgd-t", "fab-t", "square"}  # parts of AutoAttack
 CONFIG, CARD, README = "config.json", "model_card.json", "README.md"
 PREFIX = "network."  # of the architecture's own names in model.safetensors
 # what evaluation leaves (see cluster/evaluate.py)
-ROWS, DONE = "rows.parquet", "evaluation.json"
+ROWS, DONE, LEFT_OUT = "rows.parquet", "evaluation.json", "left_out"
 CARDS_SET = "natural"  # whose accuracies the card gives: RobustBench's are of no images g(w)
 
 GREY = """\
@@ -91,6 +91,11 @@ def read_evaluation(folder: Place, name: str, model: Place) -> Results | None:
     return Results(rows.filter(pc.equal(rows["model"], name)), EvaluationConfig.model_validate(about["evaluation"]))
 
 
+def _left_out(folder: Place) -> str:
+    """What the evaluation in `folder` says of test images that its numbers are not of; '' for none, and where it does not say."""
+    return str((at(folder) / DONE).read_json().get(LEFT_OUT, ""))
+
+
 def _autoattack(results: Results) -> tuple[str, float] | None:
     """The group of the suite that is the standard version of AutoAttack in an L-infinity ball, and its radius."""
     for group, names in results.groups.items():
@@ -140,11 +145,12 @@ def config_json(run: dict[str, Any], config: Config, network: classifiers.Classi
 
 
 def model_card(
-    name: str, run: dict[str, Any], config: Config, results: Results | None, clean: Results | None = None
+    name: str, run: dict[str, Any], config: Config, results: Results | None, clean: Results | None = None, missing: str = ""
 ) -> dict[str, Any]:
     """A card with RobustBench's keys, and of which and how many images its accuracies are; null is what nobody here knows.
 
     Accuracies are in percent, as text, as theirs are, and of natural images; that without an attack is `clean`'s, if given.
+    `missing` says which test images these are not.
     """
     unattacked, robust, eps = None, None, None
     image = config.objective.image
@@ -170,6 +176,7 @@ def model_card(
         "test_set": None if unattacked is None else CARDS_SET,
         "clean_images": None if unattacked is None else unattacked.count,
         "autoattack_images": None if robust is None else robust.count,
+        "left_out": missing or None,
     }
 
 
@@ -209,7 +216,7 @@ def _origin(run: dict[str, Any], config: Config) -> str:
     return f"Trained by dmat_ray {run['versions']['dmat_ray']} for {epochs}; weights of its objective: {terms}."
 
 
-def _table(results: Results | None, clean: Results | None) -> str:
+def _table(results: Results | None, clean: Results | None, missing: str) -> str:
     if results is None:
         return "It has not been evaluated."
     lines = ["| test set | attack | accuracy (%) | 95 % interval | images |", "|---|---|---|---|---|"]
@@ -219,7 +226,8 @@ def _table(results: Results | None, clean: Results | None) -> str:
         interval = f"{100 * found.low:.1f} to {100 * found.high:.1f}"
         lines.append(f"| {set_name} | {escaped(attack)} | {100 * found.value:.1f} | {interval} | {found.count} |")
     meant = [f"- {escaped(column)}: {escaped(text)}" for column, text in columns_described(results).items()]
-    return "\n".join([*lines, "", "Images are in [0, 1], and so are L-infinity radii.", "", *meant])
+    about = [f"{escaped(missing)}.", ""] if missing else []
+    return "\n".join([*lines, "", *about, "Images are in [0, 1], and so are L-infinity radii.", "", *meant])
 
 
 def require_ours(folder: Place) -> None:
@@ -238,6 +246,7 @@ def export(model: Place, name: str, evaluation: Place, folder: Path, clean: Resu
     network, run = checkpoint.load_classifier(model)
     config = validate(run["config"])
     results = read_evaluation(evaluation, name, model)
+    missing = "" if results is None else _left_out(evaluation)
     folder.mkdir(parents=True, exist_ok=True)
     files = [checkpoint.MODEL, *([checkpoint.PROGRAMS[run["program"]]] if "program" in run else [])]
     for file in files:
@@ -245,7 +254,7 @@ def export(model: Place, name: str, evaluation: Place, folder: Path, clean: Resu
     about = config_json(run, config, network)
     about["sha256"] = {path.name: sha256(path) for path in sorted(folder.iterdir())}
     write_json(folder / CONFIG, about)
-    write_json(folder / CARD, model_card(name, run, config, results, clean))
+    write_json(folder / CARD, model_card(name, run, config, results, clean, missing))
     page = PAGE.format(
         name=escaped(name),
         library=escaped(about["architecture"].get("package", about["architecture"]["library"])),
@@ -258,6 +267,6 @@ def export(model: Place, name: str, evaluation: Place, folder: Path, clean: Resu
         std=about["normalisation"]["std"],
         code=_code(run, about["architecture"]),
         origin=_origin(run, config),
-        table=_table(results, clean),
+        table=_table(results, clean, missing),
     )
     (folder / README).write_text(page)

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dmat_ray import charts, checkpoint, figures, gallery, report_text, report_values
+from dmat_ray import charts, checkpoint, evaluation, figures, gallery, report_text, report_values
 from dmat_ray.checks import Finding
 from dmat_ray.config import Config
 from dmat_ray.data import manifold_set
@@ -142,6 +142,7 @@ def write(
         gallery=gallery.blocks(evaluator, positions.tolist(), names),
         histories=report_values.histories(runs),
         manifest=data.manifest,
+        poor={split: count - data.manifest["usable"].get(split, 0) for split, count in data.manifest["splits"].items()},
         facts=facts,
         config=settings,
         siblings=[markdown.name, table.name],
@@ -165,8 +166,10 @@ def _facts(config: Config, manifest: dict[str, Any], runs: dict[str, dict[str, A
     def listed(versions: dict[str, str]) -> str:
         return ", ".join(f"{name} {version}" for name, version in versions.items())
 
+    left_out = evaluation.left_out(manifest)
     return [
         ("Images", _source(manifest)),
+        *([("Left out", left_out)] if left_out else []),
         ("MLflow experiment", config.tracking.experiment),
         ("Seed of the evaluation", str(config.evaluation.seed)),
         ("Precision of attacks", config.evaluation.precision),

@@ -31,7 +31,7 @@ KEYS = {
     *("link", "name", "authors", "additional_data", "dataset", "venue", "architecture", "eps", "clean_acc", "reported"),
     "autoattack_acc",
 }
-OURS = {"test_set", "clean_images", "autoattack_images"}
+OURS = {"test_set", "clean_images", "autoattack_images", "left_out"}
 
 
 @pytest.fixture
@@ -79,6 +79,7 @@ def evaluated(folder: Path, table: pa.Table, digest: str, sets: tuple[str, ...] 
         "version": units.VERSION,
         "models": {"mine": digest},
         "evaluation": {"attacks": ATTACKS, "sets": sets, "limit": 4},
+        "left_out": "3 of 7 test images are left out",
     }
     (folder / "evaluation.json").write_text(json.dumps(about))
     return folder
@@ -238,6 +239,8 @@ def test_cards_take_accuracies_from_rows(trained: Callable[..., Path], tmp_path:
     assert (card["clean_acc"], card["autoattack_acc"], card["eps"]) == ("75.00", "25.00", "8/255")
     assert (card["test_set"], card["clean_images"], card["autoattack_images"]) == ("natural", 4, 4)
     page = (folder / "README.md").read_text()
+    assert card["left_out"] == "3 of 7 test images are left out"
+    assert "3 of 7 test images are left out." in page.splitlines()
     assert "| natural | PGD | 50.0 | " in page
     assert page.count("| natural |") == 3
     (meant,) = [line for line in page.splitlines() if line.startswith("- PGD: ")]
@@ -250,6 +253,8 @@ def test_cards_take_accuracies_from_rows(trained: Callable[..., Path], tmp_path:
             json.dumps({**about, "evaluation": {**about["evaluation"], "attacks": other}})
         )
         assert json.loads((export(model, evaluation) / "model_card.json").read_text())["autoattack_acc"] is None
+    (evaluation / "evaluation.json").write_text(json.dumps({**about, "left_out": ""}))
+    assert json.loads((export(model, evaluation) / "model_card.json").read_text())["left_out"] is None
     # the rows of other weights under this name say nothing of these
     evaluated(evaluation, table, "0" * 64)
     assert json.loads((export(model, evaluation) / "model_card.json").read_text())["clean_acc"] is None
@@ -261,7 +266,7 @@ def test_cards_have_no_accuracies_of_images_that_the_generator_made(trained: Cal
     evaluation = evaluated(tmp_path / "evaluation", table, checkpoint.digest(model), ("on_manifold",))
     folder = export(model, evaluation)
     card = json.loads((folder / "model_card.json").read_text())
-    assert {card[key] for key in ("clean_acc", "autoattack_acc", *OURS)} == {None}
+    assert {card[key] for key in ("clean_acc", "autoattack_acc", *OURS - {"left_out"})} == {None}
     assert card["eps"] == "0.1", "that of its training"
     assert "| on_manifold | AA | 50.0 | " in (folder / "README.md").read_text()
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 import torch
@@ -419,6 +420,21 @@ def test_page_holds_the_whole_config_and_what_made_it(page: Page, config: Config
     facts = dict(page.tables[-1])
     assert facts["Seed of the evaluation"] == "0"
     assert f"torch {torch.__version__}" in facts["This page was made by"]
+
+
+def test_images_that_are_left_out_are_told_where_numbers_are_copied_from(
+    tmp_path: Path, config: Config, write_any_set: Callable[..., Path]
+) -> None:
+    poor = write_any_set(tmp_path / "set", train=100, test=60, noise=46)
+    rows = pa.concat_tables([pq.read_table(path) for path in (poor / "shards").glob("*.parquet")]).to_pylist()
+    train, test = ([row["status"] for row in rows if row["split"] == split].count("poor") for split in ("train", "test"))
+    assert 0 < test < 60
+    assert train > 0
+    found = write_page(tmp_path, config, poor, MODELS[:2], history=False, check=False)
+    (line,) = [line for line in found.path.with_suffix(".md").read_text().splitlines() if line.startswith("- Left out: ")]
+    assert line.startswith(f"- Left out: {test} of 60 test images were projected poorly")
+    text = " ".join(" ".join(Page(found.html).texts).split())
+    assert f"100 training and 60 test images, of which {train} and {test} are left out because" in text
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from dmat_ray.storage import Location, Place, at
 from dmat_ray.units import Unit
 
 ROWS, DONE, CHECKS, UNITS = "rows.parquet", "evaluation.json", "checks.json", "units"
+LEFT_OUT = "left_out"  # what DONE says for readers beside what the rows depend on
 SAY_EVERY_S = 5.0
 READERS = 16  # files read at a time: an object store answers slowly, and many at once
 
@@ -92,7 +93,7 @@ def fingerprint(config: Config, set_path: Location, models: Mapping[str, Place])
 def is_evaluated(made_for: dict[str, Any], folder: Location) -> bool:
     """True if `folder` holds the rows of exactly this, a `fingerprint`."""
     path = folder / DONE
-    return path.is_file() and path.read_json() == made_for
+    return path.is_file() and {key: value for key, value in path.read_json().items() if key != LEFT_OUT} == made_for
 
 
 def read_rows(folder: Place) -> pa.Table:
@@ -185,15 +186,15 @@ def evaluate(
     Ray must be connected. Raises UserError if another run has taken over the folder's `lease`.
     """
     settings = config.evaluation
-    if told := evaluation.left_out(set_reader.read_manifest(set_path)):
-        say(told)
+    if left_out := evaluation.left_out(set_reader.read_manifest(set_path)):
+        say(left_out)
     (folder / DONE).unlink()
     work = _Work(config, set_path, models, folder)
     rows, looks = evaluation.SCHEMA.empty_table(), probes.units(list(models), settings, work.positions)
     rounds = units.rounds(settings)
     for set_name in settings.sets:
-        if left_out := [row.name for row in settings.attacks if not units.applies(row, set_name)]:
-            say(f"on {set_name} images, which have no w, there is no {', '.join(left_out)}")
+        if without := [row.name for row in settings.attacks if not units.applies(row, set_name)]:
+            say(f"on {set_name} images, which have no w, there is no {', '.join(without)}")
     for number, names in enumerate(rounds):
         standing = units.still_standing(rows, settings, work.ids, work.positions)
         attacks = units.units(list(models), names, settings, standing)
@@ -222,7 +223,7 @@ def evaluate(
         lease.check()
     (folder / ROWS).write_bytes(_as_parquet(rows))
     (folder / CHECKS).write_json({"measurements": measurements, "findings": [f.to_json() for f in findings]})
-    (folder / DONE).write_json(work.made_for)
+    (folder / DONE).write_json({**work.made_for, LEFT_OUT: left_out})
     return rows, findings
 
 

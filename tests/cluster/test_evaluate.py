@@ -140,6 +140,16 @@ def test_an_evaluation_that_was_taken_over_publishes_nothing(finished, undisturb
     assert not (folder / stage.DONE).is_file()
 
 
+def test_a_finished_evaluation_is_known_whether_or_not_it_says_which_images_it_leaves_out(finished, undisturbed, suite, tmp_path):
+    folder, place = at(undisturbed[0] / "evaluation"), at(undisturbed[0] / "on_manifold_set")
+    made_for = stage.fingerprint(settings(tmp_path, *BATCHES, preset=("demo", str(suite))), place, finished.models)
+    done = (folder / stage.DONE).read_json()
+    assert stage.is_evaluated(made_for, folder)
+    assert done.pop("left_out") == ""
+    (at(tmp_path) / stage.DONE).write_json(done)
+    assert stage.is_evaluated(made_for, at(tmp_path))
+
+
 def test_only_what_is_new_or_damaged_runs(finished, undisturbed, tmp_path, say, lines):
     output, expected, _, _ = undisturbed
     before = units(output)
