@@ -92,6 +92,8 @@ def described(row: AttackRow) -> str:
     words += [f"{name} {_shown(value)}" for name, value in _of_threat(row).items()]
     words.append(f"{row.steps} step{'s' if row.steps > 1 else ''} of {row.method}")
     words += [f"each of {row.step_size:.4g}"] if row.step_size is not None and row.method in ("pgd", "momentum") else []
+    if row.method not in ("random", "square"):  # which draw every query
+        words.append("from a random start" if row.random_start else "without a random start")
     words += [f"{row.restarts} restarts"] if row.restarts > 1 else []
     words += [f"loss {row.loss}"] if row.loss != "ce" else []
     words += [f"towards {row.targets} classes"] if row.targets else []

@@ -443,22 +443,36 @@ def test_images_that_are_left_out_are_told_where_numbers_are_copied_from(
         ({"threat": "clean"}, "no attack"),
         ({"threat": "corruption", "kind": "gaussian_noise", "severity": 3}, "gaussian noise of severity 3, no attack"),
         ({"threat": "autoattack", "part": "fab-t", "eps": "8/255", "group": "AA"}, "AutoAttack's fab-t, L∞, eps 8/255"),
-        ({"threat": "image", "norm": "l2", "eps": 1.5, "steps": 1}, "image L2, eps 1.5, 1 step of pgd"),
-        ({"threat": "image", "norm": "l1", "eps": 12, "steps": 2}, "image L1, eps 12, 2 steps of pgd"),
-        ({"threat": "latent", "eps": 0.2, "steps": 9, "method": "apgd"}, "latent L∞, eps 0.2, 9 steps of apgd"),
-        ({"threat": "elastic", "eps": 1, "steps": 5, "restarts": 3}, "elastic, eps 1, 5 steps of pgd, 3 restarts"),
+        ({"threat": "image", "norm": "l2", "eps": 1.5, "steps": 1}, "image L2, eps 1.5, 1 step of pgd, from a random start"),
+        (
+            {"threat": "image", "eps": 0.1, "steps": 1, "step_size": 0.1, "random_start": False},
+            "image L∞, eps 0.1, 1 step of pgd, each of 0.1, without a random start",
+        ),
+        ({"threat": "image", "eps": 0.1, "steps": 9, "method": "square"}, "image L∞, eps 0.1, 9 steps of square"),
+        ({"threat": "image", "norm": "l1", "eps": 12, "steps": 2}, "image L1, eps 12, 2 steps of pgd, from a random start"),
+        (
+            {"threat": "latent", "eps": 0.2, "steps": 9, "method": "apgd"},
+            "latent L∞, eps 0.2, 9 steps of apgd, from a random start",
+        ),
+        (
+            {"threat": "elastic", "eps": 1, "steps": 5, "restarts": 3},
+            "elastic, eps 1, 5 steps of pgd, from a random start, 3 restarts",
+        ),
         (
             {"threat": "latent", "eps": 0.1, "scale": "std", "steps": 1, "step_size": 0.12},
-            "latent L∞, eps 0.1 standard deviations, 1 step of pgd, each of 0.12",
+            "latent L∞, eps 0.1 standard deviations, 1 step of pgd, each of 0.12, from a random start",
         ),
-        ({"threat": "gabor", "eps": "25/255", "density": 0.5, "steps": 5}, "gabor, eps 25/255, density 0.5, 5 steps of pgd"),
+        (
+            {"threat": "gabor", "eps": "25/255", "density": 0.5, "steps": 5},
+            "gabor, eps 25/255, density 0.5, 5 steps of pgd, from a random start",
+        ),
         (
             {"threat": "image", "eps": 0.1, "steps": 5, "step_size": 0.1, "method": "apgd"},
-            "image L∞, eps 0.1, 5 steps of apgd",
+            "image L∞, eps 0.1, 5 steps of apgd, from a random start",
         ),
         (
             {"threat": "joint", "eps": "4/255", "latent_eps": 0.02, "steps": 5, "loss": "dlr", "targets": 2},
-            "joint, eps 4/255, eps 0.02 in w, 5 steps of pgd, loss dlr, towards 2 classes",
+            "joint, eps 4/255, eps 0.02 in w, 5 steps of pgd, from a random start, loss dlr, towards 2 classes",
         ),
     ],
 )
