@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from dmat_ray.metrics import wilson
+
 NEAR = 2.0  # points of accuracy that count as comparable
 # those of the claims; of two names the one that a study's suite has
 UNSEEN = ("L2", "PGD-50 L2", "fog", "snow", "elastic", "gabor", "jpeg L1", "jpeg", "L1", "PGD-50 L1", "stadv")
@@ -97,7 +99,10 @@ class Estimate:
 
 
 def estimate(models: Sequence[np.ndarray]) -> Estimate:
-    """Of values in [-1, 1], a row a model of (N) examples, which are the same for all models."""
+    """Of values in [-1, 1], a row a model of (N) examples, which are the same for all models.
+
+    The half is that of Student's interval, or of Wilson's where one model is right (1) or wrong (0).
+    """
     values = 100 * np.stack(models)
     count, examples = values.shape
     of_images = values.mean(axis=0).std(ddof=1) ** 2 / examples
@@ -108,7 +113,11 @@ def estimate(models: Sequence[np.ndarray]) -> Estimate:
     # few seeds: Student's t with the degrees of freedom of a sum of two variances (Welch, Satterthwaite)
     freedom = variance**2 / (of_images**2 / (examples - 1) + of_seeds**2 / max(count - 1, 1))
     error = math.sqrt(variance)
-    return Estimate(float(values.mean()), float(stats.t.ppf(0.975, freedom)) * error, count, error, freedom)
+    half = float(stats.t.ppf(0.975, freedom)) * error
+    if count == 1 and np.isin(values, (0.0, 100.0)).all():  # a proportion, of which Student's t covers too little near the ends
+        share = wilson(int((values > 0).sum()), examples)
+        half = 50 * (share.high - share.low)
+    return Estimate(float(values.mean()), half, count, error, freedom)
 
 
 def holm(chances: Sequence[float]) -> list[float]:

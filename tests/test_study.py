@@ -51,12 +51,26 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def test_an_interval_of_one_model_is_that_of_its_mean() -> None:
-    right = np.random.default_rng(0).random(300) < 0.8
-    found = study_claims.estimate([right.astype(float)])
-    assert found.value == pytest.approx(100 * right.mean())
-    low, high = scipy.stats.t.interval(0.95, len(right) - 1, right.mean(), scipy.stats.sem(right))
+def test_an_interval_of_one_pair_of_models_is_that_of_its_mean() -> None:
+    better = np.random.default_rng(0).integers(-1, 2, 300)
+    found = study_claims.estimate([better.astype(float)])
+    assert found.value == pytest.approx(100 * better.mean())
+    low, high = scipy.stats.t.interval(0.95, len(better) - 1, better.mean(), scipy.stats.sem(better))
     assert found.half == pytest.approx(100 * (high - low) / 2)
+
+
+def test_an_interval_of_one_model_is_as_wide_as_wilsons() -> None:
+    found = study_claims.estimate([(np.arange(300) < 291).astype(float)])
+    low, high = scipy.stats.binomtest(291, 300).proportion_ci(method="wilson")
+    assert (found.value, found.half) == (pytest.approx(97), pytest.approx(50 * (high - low)))
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.8, 0.95, 0.97, 0.99])
+def test_an_interval_of_one_model_covers_the_truth_near_the_ends_too(share: float) -> None:
+    """Exactly: the probability of every number of right answers among 100 whose interval has the truth."""
+    every = [study_claims.estimate([(np.arange(100) < right).astype(float)]) for right in range(101)]
+    has = [abs(found.value - 100 * share) <= found.half for found in every]
+    assert scipy.stats.binom.pmf(np.arange(101), 100, share)[has].sum() >= 0.93
 
 
 def test_an_interval_covers_the_truth_when_images_and_seeds_are_drawn() -> None:
