@@ -166,9 +166,9 @@ class EvaluationConfig(Section):
     sets: tuple[Literal["on_manifold", "natural"], ...] = Field(
         ("on_manifold", "natural"), description="test images: g(w), natural, or both"
     )
-    limit: int | None = Field(None, ge=1, description="evaluate at most so many test images, drawn once for all; null = all")
+    limit: int | None = Field(None, ge=1, description="evaluate at most so many test images, drawn by `seed`; null = all")
     batch_size: int = Field(100, ge=1, description="images attacked together")
-    seed: int = Field(0, ge=0, le=MOST_SEED, description="seed of random starts")
+    seed: int = Field(0, ge=0, le=MOST_SEED, description="seed of random starts, and of which images `limit` takes")
     precision: Literal["float32", "bf16"] = Field(
         "float32",
         description="arithmetic of the network while it is attacked (by AutoAttack's own code: always float32); what it says of "
