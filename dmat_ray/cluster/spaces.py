@@ -102,7 +102,7 @@ class Space:
             domain = self.domains.get(name, ray.tune.uniform(0.0, 1.0) if name.startswith(_share("")) else None)
             if isinstance(domain, Float | Integer) and isinstance(value, int | float):
                 low, high = _ends(name, domain)
-                found[name] = type(low)(min(max(value, low), high))
+                found[name] = type(low)(min(max(_on_step(domain, value), low), high))
         return found
 
     def knobs(self, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -288,6 +288,12 @@ def _ends(key: str, domain: Domain) -> tuple[Any, ...]:
     if isinstance(domain, Integer):
         return int(domain.lower), int(domain.upper) - (0 if quantized else 1)
     return float(domain.lower), float(domain.upper)
+
+
+def _on_step(domain: Domain, value: float) -> float:
+    """The nearest multiple of the step that a quantized domain has; of any other the value."""
+    sampler = domain.get_sampler()
+    return round(value / sampler.q) * sampler.q if isinstance(sampler, Quantized) else value
 
 
 def _described(domain: Domain) -> str:

@@ -161,12 +161,18 @@ def test_a_change_stays_inside_the_space(tmp_path, config):
         tmp_path,
         config,
         'SPACE = {"objective.image.eps": tune.uniform(0.1, 0.4), "objective.image.steps": tune.randint(1, 4), '
-        '"objective.image.step_size": None, ("objective.image.weight", "objective.latent.weight"): simplex()}',
+        '"training.batch_size": tune.qrandint(32, 128, 32), "training.lr_warmup": tune.quniform(0, 2, 0.5), '
+        '"training.schedule": "cosine", "objective.image.step_size": None, '
+        '("objective.image.weight", "objective.latent.weight"): simplex()}',
     )
     share = "share of objective.image.weight"
     changed = space.within({"objective.image.eps": 0.48, "objective.image.steps": 4, share: 1.2})
     assert changed == {"objective.image.eps": 0.4, "objective.image.steps": 3, share: 1.0}
     assert space.within({"objective.image.eps": 0.01, "objective.image.steps": 0, share: 0.5})["objective.image.steps"] == 1
+    # of a domain of steps only these are drawn, and go on
+    sizes = [space.within({"training.batch_size": size})["training.batch_size"] for size in (25, 38, 76, 115, 153)]
+    assert sizes == [32, 32, 64, 128, 128]
+    assert space.within({"training.lr_warmup": 1.8}) == {"training.lr_warmup": 2.0}
 
 
 def test_a_populations_changes_are_those_of_its_seed(tmp_path, config):
