@@ -1,5 +1,6 @@
 """The stages from images to a model without Ray: in this process, or a training in each of several under torchrun."""
 
+import shutil
 import sys
 from contextlib import nullcontext
 
@@ -42,10 +43,11 @@ def train(config: Config, *, heed_sigterm: bool = False) -> Location:
 
     The same loop as of jobs/train.py, and with one worker the same model (of several each normalises its own part of a batch);
     on a GPU if there is one. A line for every epoch goes to standard error. A model that is there with these settings is not
-    trained again; a training that was interrupted goes on from its newest checkpoint, in OUTPUT/local/NAME. Under torchrun no
-    process returns before the model is there. With `heed_sigterm` SIGTERM makes it write a checkpoint and end with exit code 143.
-    Raises UserError for settings that do not fit the set or while another process trains this, and NotFiniteError, with step and
-    term, if training diverges.
+    trained again, one of other settings is replaced; a training that was interrupted goes on from its newest checkpoint, in
+    OUTPUT/local/NAME, a folder that is removed once the model is there. Under torchrun no process returns before that. With
+    `heed_sigterm` SIGTERM makes it write a checkpoint and end with exit code 143. Raises UserError for settings that do not fit
+    the set, or are not those of the training that was interrupted, or while another process trains this, and NotFiniteError,
+    with step and term, if training diverges.
 
     >>> from dmat_ray import load_classifier, make_set, settings, train
     >>> config = settings("demo", "dmat", "small", output="runs/small")
@@ -64,14 +66,16 @@ def train(config: Config, *, heed_sigterm: bool = False) -> Location:
     model = models.model_folder(config)
     with kept_apart(context.device):
         if models.untrained([config], context.say, context.world_size):
-            folder.mkdir(parents=True, exist_ok=True)
+            models.tell_of_older(config, context.say)
             data = manifold_set.open_set(set_folder(config), "train", images=config.training.images)
             generator = generators.load_configured(config.generator, context.device)
             # another training of this name would put its checkpoints in the place of ours
             with sole(folder) if context.rank == 0 else nullcontext():
+                folder.mkdir(parents=True, exist_ok=True)
                 training_loop(config, data, generator, generators.fingerprint(config.generator.path), context)
                 if context.rank == 0:
                     models.publish(context.checkpoints()[0], model)
+                    shutil.rmtree(folder)
                     context.say(f"model in {model}")
             if context.world_size > 1:
                 torch.distributed.barrier()

@@ -160,6 +160,12 @@ def _require_terms(config: Config, channels: int, resolution: int) -> None:
                 raise UserError(f"objective term {name} on {size} images: {str(error).splitlines()[0]}") from None
 
 
+def tell_of_older(config: Config, say: Callable[[str], None]) -> None:
+    """Say so if a model, which `untrained` has found to be another, is about to be replaced."""
+    if (model_folder(config) / checkpoint.RUN).is_file():
+        say(f"{config.name}: there is a model of this name, of other settings or another set; this one will take its place")
+
+
 def publish(source: Place, folder: Location) -> None:
     """The model without its optimiser state, in place of an older one, whole or not at all."""
 

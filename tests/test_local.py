@@ -136,6 +136,22 @@ def test_two_trainings_of_one_name_are_refused(make_config: Callable[..., Config
     assert not list((tmp_path / "local").glob(".*")), "its own lease is taken away again"
 
 
+def test_a_model_that_is_there_leaves_no_checkpoints(
+    make_config: Callable[..., Config], set_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And is not trained again; one of other settings takes its place."""
+    names = {"output": str(tmp_path), "manifold_set": str(set_folder), "name": "tiny"}
+    said = []
+    for seed in (0, 0, 1):
+        model = train(make_config(training={"seed": seed}, **names))
+        assert [path.name for path in tmp_path.iterdir()] == ["models"]
+        assert (model / "run.json").read_json()["config"]["training"]["seed"] == seed
+        said.append([line for line in capsys.readouterr().err.splitlines() if "tiny: epoch" not in line])
+    assert said[0][-1] == f"model in {model}"
+    assert said[1] == ["tiny: is trained already and unchanged, nothing to do"]
+    assert said[2][1] == "tiny: there is a model of this name, of other settings or another set; this one will take its place"
+
+
 def test_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
     reports: list[Mapping[str, float]] = []
     context = LocalContext(tmp_path, reports.append)

@@ -20,7 +20,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.files import text_digest
 from dmat_ray.lease import sole
 from dmat_ray.manifold import generators
-from dmat_ray.models import is_trained, model_folder, publish, set_digest
+from dmat_ray.models import is_trained, model_folder, publish, set_digest, tell_of_older
 from dmat_ray.storage import Location, at, set_folder
 from dmat_ray.trainer import describe, train
 from dmat_ray.wording import number_of
@@ -100,8 +100,7 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
     (SIGTERM, Ctrl-C) it has a checkpoint written, and raises SystemExit.
     """
     for config in todo:
-        if (model_folder(config) / checkpoint.RUN).is_file():
-            say(f"{config.name}: there is a model of this name, of other settings or another set; this one will take its place")
+        tell_of_older(config, say)
     set_path, folder = set_folder(todo[0]), training_folder(todo)
     first, epochs = todo[0], {c.name: c.training.epochs for c in todo}
     with contextlib.ExitStack() as stack:
