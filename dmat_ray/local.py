@@ -5,7 +5,9 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dmat_ray.checkpoint import is_whole
 from dmat_ray.folders import copy_files
+
+# what torch 2.13 deprecates and what it puts in its place, which differ in whether buffers, equal here, are sent once at first
+_ARGUMENTS = signature(DistributedDataParallel.__init__).parameters
+_NO_BROADCASTS: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in _ARGUMENTS else "broadcast_buffers": False}
 
 
 def average_over_workers_(tensors: Sequence[Tensor], world_size: int) -> None:
@@ -32,7 +38,7 @@ def average_over_workers_(tensors: Sequence[Tensor], world_size: int) -> None:
 
 def wrap_ddp(module: nn.Module, world_size: int) -> nn.Module:
     """DDP without buffer broadcasts: two forwards a step with batch norm would otherwise trip over each other."""
-    return module if world_size == 1 else DistributedDataParallel(module, broadcast_buffers=False)
+    return module if world_size == 1 else DistributedDataParallel(module, **_NO_BROADCASTS)
 
 
 class LocalContext:

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -60,6 +61,7 @@ def is_there_after_a_slow_publication(folder: Path, set_folder: Path, config: Co
 
 
 def main() -> None:
+    warnings.simplefilter("error", FutureWarning)
     torch.set_num_threads(1)
     folder, set_folder = Path(sys.argv[1]), Path(sys.argv[2])
     config = Config.model_validate(json.loads((folder / "config.json").read_text()))
