@@ -252,13 +252,16 @@ def test_what_the_readme_says_of_the_worst_case_on_digits_is_what_the_rows_say()
         for row in study_report.worst_cases(study)
     }
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    _, _, _, _, projected, _, _, natural = rows["dmat_eps_20"]
+    _, _, _, _, projected, of_its_radius, _, _, natural, natural_of_its_radius = rows["dmat_eps_20"]
     assert projected.startswith("**+"), "what differs among all is bold"
     assert natural.startswith("**+")
-    assert f"above AT's by {projected.strip('*+')} points on projections and {natural.strip('*+')} on natural images" in text
-    _, _, _, projected, _, _, natural, _ = rows["dmat_trades_wide"]
+    assert (
+        f"by {projected.strip('*+')} points on projections and {natural.strip('*+')} on natural images, after correction" in text
+    )
+    assert f"`at_eps_20` by {of_its_radius.strip('+')} and {natural_of_its_radius.strip('+')}, each by its own interval" in text
+    _, _, _, projected, _, _, _, natural, *_ = rows["dmat_trades_wide"]
     assert projected.startswith("**+")
-    assert f"above DMAT's by {projected.strip('*+')} on projections**, all after correction" in text
+    assert f"above DMAT's by {projected.strip('*+')} points on projections, after correction" in text
     assert not natural.startswith("**")
 
 
