@@ -30,7 +30,7 @@ import torch
 import yaml
 from study_methods import ABLATIONS, KEPT_VERSIONS, KINDS, METHODS, OF_MODEL, OF_SET, OF_VERSION, told_by, version_of, worst_case
 
-from dmat_ray import checkpoint, cli, evaluation, suites, yaml_file
+from dmat_ray import checkpoint, cli, evaluation, suites, trained_settings, yaml_file
 from dmat_ray.config import Config
 from dmat_ray.data import manifold_set, set_reader
 from dmat_ray.data.set_format import MANIFEST
@@ -184,7 +184,7 @@ class _Study:
             model = folder / "models" / name
             if (model / checkpoint.RUN).is_file():
                 config, _ = cli.parse(str(__doc__), self._training(name)[1:])
-                checkpoint.require_same_config(checkpoint.read_run(at(model))["config"], config, at(model))
+                trained_settings.require_same_config(checkpoint.read_run(at(model))["config"], config, at(model))
             else:
                 trained = self._run(self._training(name), f"{name}-training")
                 self.note(f"{name} training", {"seconds": trained, "processes": self.given.processes})

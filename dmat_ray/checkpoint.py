@@ -8,17 +8,15 @@ checkpoint.
 import json
 import pickle
 import platform
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,7 +24,7 @@ from torch import Tensor, nn
 import dmat_ray
 from dmat_ray import classifiers
 from dmat_ray.cli import validate
-from dmat_ray.config import Config, DataConfig
+from dmat_ray.config import Config
 from dmat_ray.errors import UserError
 from dmat_ray.files import is_full, read_json, sha256, text_digest, write_json
 from dmat_ray.folders import fetched
@@ -38,13 +36,6 @@ MODEL, RUN, STATE = "model.safetensors", "run.json", "state.pt"
 PROGRAMS = {"torchscript": "program.pt", "torch_export": "program.pt2"}  # files of imported programs, by kind
 DIGEST = "program_sha256"  # a tensor in MODEL of 32 bytes, which ties a program to it
 VERSION = 2
-# settings, and sections of them, that may differ between a checkpoint and the run that goes on from it
-HARMLESS = (
-    *("output", "manifold_set", "name", "methods", "evaluation", "tune", "cluster", "tracking", "gan", "encoder"),
-    *("data", "projection", "generator.path"),  # what they name is known by its content: the set's digest, the generator's
-    *("generator.recompute", "training.compile", "training.checkpoint_every", "training.checkpoint_minutes"),
-)
-MORE_WEIGHT = re.compile(r"objective\.more\..+\.weight")
 
 
 def versions() -> dict[str, str]:
@@ -78,14 +69,6 @@ def describe_run(
         "set_sha256": set_sha256,
         "versions": versions(),
     }
-
-
-def of_set(config: Config, manifest: Mapping[str, Any]) -> Config:
-    """The settings with `data` as the set of this manifest was made: a training takes the set as it is, whatever its own say."""
-    try:
-        return config.model_copy(update={"data": DataConfig.model_validate(manifest["data"])})
-    except ValidationError:  # of a later version, or another program's
-        return config
 
 
 def save(folder: Path, network: nn.Module | dict[str, Tensor], run: dict[str, Any], state: dict[str, Any] | None = None) -> None:
@@ -309,48 +292,3 @@ def require_network_of(run: dict[str, Any], folder: Place, *, unchanged: bool = 
             what = f"of package {before['package']} {before['version']}, '{before['entry']}'"
             differs = "whose source has changed" if key == "sha256" else f"which here is '{now['entry']}' of {now['package']}"
             raise UserError(f"'{folder}' has the network {name} {what}, {differs}; train under another --name")
-
-
-def require_same_config(old: dict[str, Any], new: Config, folder: Place) -> None:
-    """Raise UserError naming the first setting that differs and that would change what is trained.
-
-    What `old` does not say came later, with what was done before as its default.
-    """
-    before, now = _relevant(_flat(Config().to_json()) | _flat(old)), _relevant(_flat(new.to_json()))
-    for name in dict.fromkeys([*now, *before]):
-        if before.get(name, "absent") != now.get(name, "absent"):
-            raise UserError(
-                f"'{folder}' was trained with {name} = {before.get(name, 'absent')}, now it is {now.get(name, 'absent')}; go on "
-                "with the old value, or train under another --name"
-            )
-
-
-def ancestor(run: dict[str, Any], config: Config) -> dict[str, Any]:
-    """For a run's lineage: whose checkpoint it went on from, after which epoch, and what was set otherwise until then."""
-    before, now = _flat(run["config"]), relevant(config)
-    changed = {name: before.get(name) for name, value in now.items() if before.get(name) != value}
-    return {"name": run["config"]["name"], "epoch": run["epoch"], "settings": changed}
-
-
-def relevant(config: Config, drawn: Collection[str] = ()) -> dict[str, Any]:
-    """Dotted name -> value of the settings that change what is trained, where those in `drawn` may have any value."""
-    return _relevant(_flat(config.to_json()), drawn)
-
-
-def _relevant(flat: dict[str, Any], drawn: Collection[str] = ()) -> dict[str, Any]:
-    # a term of no weight may lie ready in a preset
-    weights = [name for name in flat if MORE_WEIGHT.fullmatch(name) and name not in drawn]
-    idle = tuple(name.removesuffix("weight") for name in weights if not flat[name])
-    return {k: v for k, v in flat.items() if k not in HARMLESS and k.split(".")[0] not in HARMLESS and not k.startswith(idle)}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def flatten_config(config: Config) -> dict[str, Any]:
-    """Dotted name -> value, for tracking."""
-    return _flat(config.to_json())

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dmat_ray import checkpoint, classifiers
+from dmat_ray import checkpoint, classifiers, trained_settings
 from dmat_ray.attack import require_possible
 from dmat_ray.config import Config
 from dmat_ray.data import set_reader
@@ -68,7 +68,7 @@ def is_trained(config: Config) -> bool:
 def is_of(run: dict[str, Any], config: Config, folder: Location) -> bool:
     """Whether the run.json of a folder says that it is of these settings, this generator and this set."""
     try:
-        checkpoint.require_same_config(run["config"], config, folder)
+        trained_settings.require_same_config(run["config"], config, folder)
         checkpoint.require_network_of(run, folder, unchanged=True)
         same_generator = run["generator_sha256"] == generators.fingerprint(config.generator.path)
         return bool(same_generator and run.get("set_sha256") == set_digest(config))

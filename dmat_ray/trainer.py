@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmat_ray import checkpoint, classifiers, objectives
+from dmat_ray import checkpoint, classifiers, objectives, trained_settings
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.data.epochs import NOTHING, Done, EpochSource, InMemory
 from dmat_ray.data.manifold_set import ManifoldSet, steps_per_epoch
@@ -129,7 +129,7 @@ class _Run:
         self.step = TrainingStep(config, network, generator, context)
         # of an epoch that was interrupted after its last step the network is validated before another step
         self.step.lay_out(torch.zeros(2, channels, resolution, resolution, device=context.device))
-        recorded = checkpoint.of_set(config, manifest)
+        recorded = trained_settings.of_set(config, manifest)
         self.about = checkpoint.describe_run(recorded, class_names, channels, resolution, generator_sha256, set_sha256)
         self.steps = steps_per_epoch(source.size, self.settings.batch_size)
         held_out = source.held_out(context.rank, context.world_size)
@@ -155,9 +155,9 @@ class _Run:
     def _resume(self, folder: Place, *, branch: bool = False) -> None:
         run = checkpoint.require_whole(folder, checkpoint.RUN) if branch else checkpoint.read_run(folder)
         if not branch:
-            checkpoint.require_same_config(run["config"], self.config, folder)
+            trained_settings.require_same_config(run["config"], self.config, folder)
             checkpoint.require_network_of(run, folder, unchanged=True)
-        if lineage := run.get("lineage", []) + ([checkpoint.ancestor(run, self.config)] if branch else []):
+        if lineage := run.get("lineage", []) + ([trained_settings.ancestor(run, self.config)] if branch else []):
             self.about["lineage"] = lineage
         if run["set_sha256"] != self.about["set_sha256"]:
             raise UserError(f"'{folder}' was trained on another on-manifold set; train under another --name")

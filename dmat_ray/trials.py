@@ -23,7 +23,7 @@ class Trial:
     seconds: float
     scores: dict[str, float] = field(default_factory=dict)
     history: tuple[dict[str, float], ...] = ()  # the columns after every epoch, with "epoch"
-    lineage: tuple[dict[str, Any], ...] = ()  # what it went on from, see checkpoint.ancestor
+    lineage: tuple[dict[str, Any], ...] = ()  # what it went on from, see trained_settings.ancestor
     error: str = ""
 
     def to_json(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dmat_ray import checkpoint, classifiers, presets
+from dmat_ray import checkpoint, classifiers, presets, trained_settings
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
 
@@ -160,7 +160,7 @@ def test_an_interrupted_save_is_no_checkpoint(saved: Path) -> None:
 
 
 def test_flat_settings_name_every_leaf(make_config: MakeConfig) -> None:
-    flat = checkpoint.flatten_config(make_config())
+    flat = trained_settings.flatten_config(make_config())
     assert flat["objective.image.eps"] == 0.1
     assert flat["gan.architecture.w_dim"] == 64
     assert not any(isinstance(value, dict) for value in flat.values())
@@ -170,12 +170,12 @@ def test_settings_that_came_later_are_those_of_their_defaults(make_config: MakeC
     config = make_config()
     older = config.to_json()
     del older["training"]["awp_gamma"]
-    checkpoint.require_same_config(older, config, tmp_path)
+    trained_settings.require_same_config(older, config, tmp_path)
     other = config.model_copy(update={"training": config.training.model_copy(update={"awp_gamma": 0.5})})
     with pytest.raises(UserError, match=r"was trained with training\.awp_gamma = 0\.0, now it is 0\.5"):
-        checkpoint.require_same_config(older, other, tmp_path)
+        trained_settings.require_same_config(older, other, tmp_path)
     with pytest.raises(UserError, match=r"was trained with training\.awp_gamma = 0\.5, now it is 0\.0"):
-        checkpoint.require_same_config(other.to_json(), config, tmp_path)
+        trained_settings.require_same_config(other.to_json(), config, tmp_path)
 
 
 def test_where_a_set_came_from_is_no_other_training(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -183,17 +183,17 @@ def test_where_a_set_came_from_is_no_other_training(make_config: MakeConfig, tmp
     config = make_config()
     elsewhere = {"data": {"source": "/photos"}, "projection": {"batch_size": 3}, "generator": {"path": "s3://b/generator"}}
     other = Config.model_validate(presets.merge(config.to_json(), elsewhere))
-    assert checkpoint.relevant(other) == checkpoint.relevant(config)
-    checkpoint.require_same_config(config.to_json(), other, tmp_path)
+    assert trained_settings.relevant(other) == trained_settings.relevant(config)
+    trained_settings.require_same_config(config.to_json(), other, tmp_path)
 
 
 def test_a_term_of_no_weight_is_no_other_training(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config()
     idle = Config.model_validate(presets.merge(config.to_json(), {"objective": {"more": {"joint": {"threat": "joint"}}}}))
-    assert checkpoint.relevant(idle) == checkpoint.relevant(config)
-    checkpoint.require_same_config(config.to_json(), idle, tmp_path)
-    checkpoint.require_same_config(idle.to_json(), config, tmp_path)
+    assert trained_settings.relevant(idle) == trained_settings.relevant(config)
+    trained_settings.require_same_config(config.to_json(), idle, tmp_path)
+    trained_settings.require_same_config(idle.to_json(), config, tmp_path)
     working = Config.model_validate(presets.merge(idle.to_json(), {"objective": {"more": {"joint": {"weight": 1}}}}))
     for old, new, told in ((working, config, "joint, now it is absent"), (config, working, "absent, now it is joint")):
         with pytest.raises(UserError, match=rf"objective\.more\.joint\.threat = {told}"):
-            checkpoint.require_same_config(old.to_json(), new, tmp_path)
+            trained_settings.require_same_config(old.to_json(), new, tmp_path)

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin
 
 import pytest
 
-from dmat_ray import build_threat, checkpoint, settings
+from dmat_ray import build_threat, settings, trained_settings
 from dmat_ray.config import AttackRow, Config, Section
 from dmat_ray.config.attacks import AdversarialTerm
 from dmat_ray.trials import Trial
@@ -113,7 +113,7 @@ def test_jobs_that_are_runs_in_mlflow_are_named() -> None:
 def test_settings_with_which_a_training_goes_on_are_named() -> None:
     """All but the name, under which its checkpoints are found."""
     may_differ = names_in("training.md", "do not change what is trained may differ: (.+?): a training takes")
-    assert may_differ == {*checkpoint.HARMLESS} - {"name"}
+    assert may_differ == {*trained_settings.HARMLESS} - {"name"}
 
 
 def test_packages_are_those_of_the_project() -> None:

@@ -150,7 +150,7 @@ def test_the_steps_are_those_of_a_plain_loop(make_generator: Callable[..., Style
     """
     generator, steps, with_lpips = make_generator(32).to(dtype), 40, dtype == torch.float32
     x = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(2)).to(dtype)
-    config = settings(**SQUEEZE, lpips=with_lpips, l1=100, l2=0, noise=0.05, steps=steps)
+    config = settings(**SQUEEZE, lpips=float(with_lpips), l1=100, l2=0, noise=0.05, steps=steps)
     projector = Recorder(fast.accelerate(generator, dtype) if with_lpips else generator, config, CPU)
     found = projector.project(x, names(3))
 

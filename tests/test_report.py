@@ -23,7 +23,7 @@ from PIL import Image
 from rendered import Rendered
 from tiny_page import EVALUATION, GROUP, MODELS, PGD, TITLE, WORST, Written, write_page
 
-from dmat_ray import checkpoint, report, report_text, report_values
+from dmat_ray import checkpoint, report, report_text, report_values, trained_settings
 from dmat_ray.checks import Finding
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.data.manifold_set import open_set
@@ -415,7 +415,7 @@ def test_training_curves_are_drawn_for_every_metric_that_was_reported(written: W
 
 def test_page_holds_the_whole_config_and_what_made_it(page: Page, config: Config) -> None:
     text = "".join(page.texts)
-    missing = [name for name in checkpoint.flatten_config(config) if f"{name.rsplit('.', 1)[-1]}:" not in text]
+    missing = [name for name in trained_settings.flatten_config(config) if f"{name.rsplit('.', 1)[-1]}:" not in text]
     assert missing == []
     facts = dict(page.tables[-1])
     assert facts["Seed of the evaluation"] == "0"

@@ -11,7 +11,6 @@ from typing import Any
 from ray.tune.search.sample import Categorical
 
 from dmat_ray import classifiers, cli, evaluation, suites, trials
-from dmat_ray.checkpoint import relevant
 from dmat_ray.cluster import spaces
 from dmat_ray.cluster.trial import Work
 from dmat_ray.config import Config, EvaluationConfig
@@ -21,6 +20,7 @@ from dmat_ray.files import read_json, write_json
 from dmat_ray.manifold import generators
 from dmat_ray.models import untrained
 from dmat_ray.storage import local_output, set_folder
+from dmat_ray.trained_settings import relevant
 from dmat_ray.wording import number_of
 from dmat_ray.yardstick import columns
 

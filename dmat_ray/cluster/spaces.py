@@ -15,21 +15,22 @@ times() is relative to what the setting is without the search, so that one space
 is a constant. Every bound is tried against the settings before anything starts.
 """
 
-import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import ray.tune
-from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform, Quantized, Uniform
+from ray.tune.search.sample import Domain, Float, Integer
 
 from dmat_ray import cli, presets
+from dmat_ray.cluster import search_domains
+from dmat_ray.cluster.search_domains import Simplex, Times, simplex, times
 from dmat_ray.config import Config, TuneConfig
 from dmat_ray.errors import UserError
+
+__all__ = ["Space", "load", "simplex", "stretched", "times", "trial_config"]
 
 SECTIONS = ("objective", "classifier", "training")
 # what all trials must share to be compared, or what a trial is given
@@ -43,32 +44,6 @@ FIXED = {
     "training.checkpoint_every": "a trial may end after any epoch",
     "training.checkpoint_minutes": "a trial may end after any epoch",
 }
-
-
-@dataclass(frozen=True)
-class Simplex:
-    """Weights that are at least `least` each and sum to `total`, uniformly."""
-
-    total: float = 1.0
-    least: float = 0.0
-
-
-def simplex(total: float = 1.0, least: float = 0.0) -> Simplex:
-    """The domain of a tuple of settings, such as the weights of an objective's terms."""
-    return Simplex(total, least)
-
-
-@dataclass(frozen=True)
-class Times:
-    """From `low` to `high` times what a setting is, evenly on a logarithmic scale."""
-
-    low: float
-    high: float
-
-
-def times(low: float, high: float) -> Times:
-    """The domain of a number, relative to its value in the settings that the search starts from."""
-    return Times(low, high)
 
 
 @dataclass(frozen=True)
@@ -89,28 +64,28 @@ class Space:
     def variables(self, config: TuneConfig) -> dict[str, Any]:
         """What Ray Tune draws from."""
         if config.searcher == "grid":
-            values = {key: _grid(domain, config.grid_points) for key, domain in self.domains.items()}
-            values |= {", ".join(keys): _lattice(keys, s, config.grid_points) for keys, s in self.simplexes.items()}
+            values = {key: search_domains.grid(domain, config.grid_points) for key, domain in self.domains.items()}
+            values |= {", ".join(keys): search_domains.lattice(keys, s, config.grid_points) for keys, s in self.simplexes.items()}
             return {name: ray.tune.grid_search(found) for name, found in values.items()}
-        shares = {_share(key): ray.tune.uniform(0.0, 1.0) for keys in self.simplexes for key in keys[:-1]}
+        shares = {search_domains.share(key): ray.tune.uniform(0.0, 1.0) for keys in self.simplexes for key in keys[:-1]}
         return {**self.domains, **shares}
 
     def within(self, sample: Mapping[str, Any]) -> dict[str, Any]:
         """A sample whose numbers have been changed (by population based training), back inside its domains."""
         found = dict(sample)
         for name, value in sample.items():
-            domain = self.domains.get(name, ray.tune.uniform(0.0, 1.0) if name.startswith(_share("")) else None)
+            domain = self.domains.get(name, ray.tune.uniform(0.0, 1.0) if name.startswith(search_domains.share("")) else None)
             if isinstance(domain, Float | Integer) and isinstance(value, int | float):
-                low, high = _ends(name, domain)
-                found[name] = type(low)(min(max(_on_step(domain, value), low), high))
+                low, high = search_domains.ends(name, domain)
+                found[name] = type(low)(min(max(search_domains.on_step(domain, value), low), high))
         return found
 
     def knobs(self, sample: Mapping[str, Any]) -> dict[str, Any]:
         """The settings that a sample stands for, by dotted name, without the constants."""
-        found = {name: _python(value) for name, value in sample.items() if name in self.domains}
+        found = {name: search_domains.python(value) for name, value in sample.items() if name in self.domains}
         for keys, domain in self.simplexes.items():
             whole = sample.get(", ".join(keys))
-            weights = whole if whole is not None else _broken(keys, domain, sample)
+            weights = whole if whole is not None else search_domains.broken(keys, domain, sample)
             found |= dict(zip(keys, map(float, weights), strict=True))
         return found
 
@@ -120,7 +95,7 @@ class Space:
 
     def description(self) -> dict[str, Any]:
         """Plain JSON values that differ for spaces that differ."""
-        drawn = {key: _described(domain) for key, domain in self.domains.items()}
+        drawn = {key: search_domains.described(domain) for key, domain in self.domains.items()}
         shared = {", ".join(keys): f"simplex {s.total:g} {s.least:g}" for keys, s in self.simplexes.items()}
         return {"presets": list(self.presets), **drawn, **shared, **{k: repr(v) for k, v in self.constants.items()}}
 
@@ -129,11 +104,11 @@ class Space:
 
         Raises UserError for a domain that reaches beyond what its setting allows.
         """
-        first = {name: _ends(name, domain)[0] for name, domain in self.domains.items()}
-        middle = {_share(key): 0.5 for keys in self.simplexes for key in keys[:-1]}
+        first = {name: search_domains.ends(name, domain)[0] for name, domain in self.domains.items()}
+        middle = {search_domains.share(key): 0.5 for keys in self.simplexes for key in keys[:-1]}
         start = self.settings({**first, **middle})
         tried: list[dict[str, Any]] = [{}]
-        tried += [{name: value} for name, domain in self.domains.items() for value in _ends(name, domain)]
+        tried += [{name: value} for name, domain in self.domains.items() for value in search_domains.ends(name, domain)]
         for keys, domain in self.simplexes.items():
             high = domain.total - (len(keys) - 1) * domain.least
             tried += [{key: high if key == chosen else domain.least for key in keys} for chosen in keys]
@@ -141,7 +116,10 @@ class Space:
             try:
                 yield trial_config(base, {**start, **changed}, "probe", epochs)
             except UserError as error:
-                where = ", ".join(f"{key} = {_python(value)}" for key, value in changed.items()) or "all settings at their first"
+                where = (
+                    ", ".join(f"{key} = {search_domains.python(value)}" for key, value in changed.items())
+                    or "all settings at their first"
+                )
                 raise UserError(f"tune.space '{self.path}' reaches where trials cannot go, with {where}: {error}") from None
 
 
@@ -212,7 +190,7 @@ def load(path: str, config: Config) -> tuple[Space, dict[str, Any]]:
             domains[key] = _relative(path, key, domain, base)
         elif isinstance(domain, Domain):
             domains[key] = domain
-            _ends(key, domain)
+            search_domains.ends(key, domain)
         elif isinstance(domain, dict) or callable(domain):
             raise UserError(f"tune.space '{path}': {key} is given {domain!r}, which is no domain of ray.tune and no constant")
         else:
@@ -274,72 +252,3 @@ def _relative(path: str, key: str, domain: Times, base: Mapping[str, Any]) -> Do
             f"tune.space '{path}': {key} is {value!r} before the search; times(low, high) needs a number above 0 there"
         )
     return ray.tune.loguniform(value * domain.low, value * domain.high)
-
-
-def _ends(key: str, domain: Domain) -> tuple[Any, ...]:
-    """The least and the largest value, or all of a choice. Raises UserError for a domain without ends."""
-    if isinstance(domain, Categorical):
-        return tuple(domain.categories)
-    sampler = domain.get_sampler()
-    quantized = isinstance(sampler, Quantized)
-    inner = sampler.sampler if quantized else sampler
-    if not isinstance(domain, Float | Integer) or not isinstance(inner, Uniform | LogUniform):
-        raise UserError(f"{key}: a domain needs two ends or a list of choices; use tune.uniform, loguniform, randint or choice")
-    if isinstance(domain, Integer):
-        return int(domain.lower), int(domain.upper) - (0 if quantized else 1)
-    return float(domain.lower), float(domain.upper)
-
-
-def _on_step(domain: Domain, value: float) -> float:
-    """The nearest multiple of the step that a quantized domain has; of any other the value."""
-    sampler = domain.get_sampler()
-    return round(value / sampler.q) * sampler.q if isinstance(sampler, Quantized) else value
-
-
-def _described(domain: Domain) -> str:
-    sampler = domain.get_sampler()
-    step = f" q {sampler.q:g}" if isinstance(sampler, Quantized) else ""
-    inner = sampler.sampler if isinstance(sampler, Quantized) else sampler
-    return f"{type(domain).__name__} {type(inner).__name__.strip('_')} {list(_ends('', domain))}{step}"
-
-
-def _grid(domain: Domain, points: int) -> list[Any]:
-    """Values from end to end, evenly apart as the domain measures it."""
-    ends = _ends("", domain)
-    if isinstance(domain, Categorical):
-        return list(ends)
-    sampler = domain.get_sampler()
-    inner = sampler.sampler if isinstance(sampler, Quantized) else sampler
-    spread: Callable[..., np.ndarray] = np.geomspace if isinstance(inner, LogUniform) else np.linspace
-    values = spread(*ends, points)
-    if isinstance(sampler, Quantized):
-        values = np.round(values / sampler.q) * sampler.q
-    if isinstance(domain, Integer):
-        return [int(v) for v in dict.fromkeys(np.round(values).astype(int).tolist())]
-    return [float(f"{v:.6g}") for v in dict.fromkeys(values.tolist())]
-
-
-def _lattice(keys: tuple[str, ...], domain: Simplex, points: int) -> list[list[float]]:
-    """All points of a simplex whose shares are multiples of 1 / (points - 1)."""
-    steps, room = points - 1, domain.total - len(keys) * domain.least
-    found = (c for c in itertools.product(range(steps + 1), repeat=len(keys)) if sum(c) == steps)
-    return [[domain.least + room * part / steps for part in c] for c in found]
-
-
-def _share(key: str) -> str:
-    return f"share of {key}"
-
-
-def _broken(keys: tuple[str, ...], domain: Simplex, sample: Mapping[str, Any]) -> list[float]:
-    """Breaks a stick: with uniform shares the weights are uniform on the simplex (each piece is Beta(1, pieces left))."""
-    left, weights = domain.total - len(keys) * domain.least, []
-    for number, key in enumerate(keys[:-1]):
-        piece = left * (1.0 - math.pow(1.0 - float(sample[_share(key)]), 1.0 / (len(keys) - 1 - number)))
-        weights.append(domain.least + piece)
-        left -= piece
-    return [*weights, domain.least + left]
-
-
-def _python(value: Any) -> Any:
-    """A plain value of what may be numpy's."""
-    return value.item() if isinstance(value, np.generic) else value

@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dmat_ray.checkpoint import flatten_config
 from dmat_ray.cluster.nodes import mark_of
 from dmat_ray.cluster.outbox import Outbox, new_handle, now_ms
 from dmat_ray.config import ClusterConfig, Config, TrackingConfig
 from dmat_ray.storage import Place, at, tracking_uri
+from dmat_ray.trained_settings import flatten_config
 
 _OUTBOXES: dict[tuple[str, str], Outbox] = {}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dmat_ray import checkpoint
+from dmat_ray import checkpoint, trained_settings
 from dmat_ray.cluster import gauges, session, tracking, workers
 from dmat_ray.cluster.context import RayContext, StoppedError
 from dmat_ray.cluster.events import heed_stop, listen, no_retry_of_user_errors
@@ -112,10 +112,10 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
         final = {c.name: _first(found.final(c) for found in leftovers) for c in todo}
         configs = [c for c in todo if final[c.name] is None]
         manifest = read_manifest(set_path)
-        runs = {
-            c.name: stack.enter_context(tracking.tracked(checkpoint.of_set(c, manifest), c.name, "train", parent, of=_key(c)))
-            for c in todo
-        }
+        runs = {}
+        for config in todo:
+            recorded = trained_settings.of_set(config, manifest)
+            runs[config.name] = stack.enter_context(tracking.tracked(recorded, config.name, "train", parent, of=_key(config)))
 
         told: dict[str, int] = {}  # the last epoch that was told before, by a model's name
 
@@ -179,7 +179,7 @@ def training_folder(todo: list[Config]) -> Location:
 
 def _key(config: Config) -> str:
     """Changes with whatever changes the trained weights."""
-    text = json.dumps([checkpoint.relevant(config), config.name, set_digest(config)], sort_keys=True)
+    text = json.dumps([trained_settings.relevant(config), config.name, set_digest(config)], sort_keys=True)
     return text_digest(text)[:8]
 
 
