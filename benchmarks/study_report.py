@@ -27,12 +27,11 @@ from study_rows import Study, pack
 
 from dmat_ray import cli, suites
 from dmat_ray.config import EvaluationConfig
-from dmat_ray.files import read_json
 from dmat_ray.metrics import Results
 from dmat_ray.report_values import SET_NAMES, columns_described, in_levels
 from dmat_ray.units import VERSION
 
-HEADLINE = ("clean", "PGD-50", "OM-PGD-50", "L2", "PGD-50 L2", "fog", "unseen mean", "worst")
+HEADLINE = ("clean", "PGD-50", "OM-PGD-50", "L2", "fog", "unseen mean", "worst")
 STUDIES = {
     "mnist": ("MNIST-5k", "make results"),
     "cifar5": ("five classes of CIFAR-10", "make results CIFAR10=FOLDER"),
@@ -40,7 +39,6 @@ STUDIES = {
 """Folder of a study -> its data set, and the command that makes all of it."""
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 BESIDE = ("PGD-50", "APGD-CE", "APGD-DLR")  # of the study's own attacks, set beside AutoAttack
-REMEASURED = "remeasured.json"  # what benchmarks/remeasure.py writes beside the rows
 
 
 def table(
@@ -183,30 +181,6 @@ def rows_versions(notes: dict[str, Any]) -> str:
     return f"Rows are {', some '.join(filter(None, (told, older)))} ([what that means](../evaluation.md#versions-of-rows))."
 
 
-def remeasured(study: Study) -> list[str]:
-    """What attacks that have been mended since the rows were made leave of the released models."""
-    path = study.folder / REMEASURED
-    if not path.is_file():
-        return []
-    values = read_json(path)
-    models, columns = (list(dict.fromkeys(one[key] for one in values["found"])) for key in ("model", "column"))
-    cells = {(one["model"], one["column"]): f"{100 * one['before']:.0f} → {100 * one['now']:.0f}" for one in values["found"]}
-    return [
-        "",
-        "## Attacks that have changed since",
-        "",
-        "The tables' rows were made before these attacks were mended ([Versions of rows](../evaluation.md#versions-of-rows)). "
-        f"What stands of {values['images']} natural images of the released models, then and by rows of version "
-        f"{values['version']}, in %:",
-        "",
-        f"| model | {' | '.join(columns)} |",
-        "|" + "---|" * (len(columns) + 1),
-        *(f"| {model} | {' | '.join(cells[model, column] for column in columns)} |" for model in models),
-        "",
-        f"`{values['command']}`",
-    ]
-
-
 def page(study: Study) -> list[str]:
     """The whole page."""
     ours = {name: note for name, note in study.notes.items() if " " in name}  # MODEL training, MODEL rows+clean, ...
@@ -266,7 +240,6 @@ def page(study: Study) -> list[str]:
             "",
             *found,
         ]
-    lines += remeasured(study)
     lines += ablations(study)
     lines += ["", "## Columns", ""]
     lines += [f"- {name}: {text}" for name, text in columns_described(study.results).items()]

@@ -222,12 +222,17 @@ def test_published_results_are_what_their_rows_say(name: str) -> None:
     assert page == "\n".join(study_report.page(study)) + "\n"
 
 
-def test_what_the_readme_says_of_the_worst_case_in_colour_is_what_the_rows_say() -> None:
+def test_what_the_readme_says_of_the_study_in_colour_is_what_the_rows_say() -> None:
     study = study_rows.Study(ROOT / "benchmarks" / "results" / "cifar5")
     (row,) = [line for line in study_report.worst_cases(study) if line.startswith("| dmat_fog_recolor_stadv |")]
-    _, _, _, _, over_dmat, _, _, natural_over_dmat, *_ = (cell.strip(" *+") for cell in row.split("|"))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"worst case over all attacks is {natural_over_dmat} points better on natural images and {over_dmat} on proj" in readme
+    _, _, _, _, projected, _, _, natural, *_ = (cell.strip() for cell in row.split("|"))
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert natural.startswith("**+"), "what differs among all is bold"
+    assert not projected.startswith("**")
+    assert f"worst case over all attacks is {natural.strip('*+')} points better on natural images, after correction" in text
+    clean = study.difference(study_claims.Claim("", "dmat", "at", "clean"), "natural")
+    latent = study.difference(study_claims.Claim("", "dmat", "at", "OM-PGD-50"), "on_manifold")
+    assert f"DMAT is {clean} points more accurate than AT on clean natural images, and {latent} points more robust" in text
 
 
 def test_what_the_readme_says_of_unseen_attacks_on_digits_is_what_the_rows_say() -> None:

@@ -205,6 +205,7 @@ def test_every_stage_waits_for_a_machine_no_longer_than_it_is_told(monkeypatch, 
     monkeypatch.setattr(train, "training_folder", lambda todo: at(tmp_path) / "train" / "dmat")
     monkeypatch.setattr(train, "is_trained", lambda config: False)
     monkeypatch.setattr(train, "_key", lambda config: "")
+    monkeypatch.setattr(train, "read_manifest", lambda place: {"data": {}})
     monkeypatch.setattr(gan, "check", lambda config, storage: gan.ImageCache(tmp_path / "images", "0" * 64, {}))
     config = settings(tmp_path)
     place = at(tmp_path) / "made"
