@@ -80,6 +80,12 @@ OF_SCHEDULES = {
 """Settings that only some learning rate schedules look at."""
 
 
+def _in_usage(action: argparse.Action) -> str:
+    """A needed option with its value, or what stands alone."""
+    value = str(action.metavar or action.dest)
+    return f"{action.option_strings[0]} {value}" if action.option_strings else value
+
+
 def _source(parser: argparse.ArgumentParser) -> tuple[type[BaseSettings], CliSettingsSource[Any]]:
     class Arguments(Config, BaseSettings):
         model_config = SettingsConfigDict(frozen=True, extra="forbid")
@@ -166,7 +172,7 @@ def parse(
     )  # fmt: skip
     if add is not None:
         add(parser)
-    needed = "".join(f"{action.option_strings[0]} {action.metavar} " for action in parser._actions if action.required)
+    needed = "".join(f"{_in_usage(action)} " for action in parser._actions if action.required)
     parser.usage = f"%(prog)s {needed}[--preset NAME ...] [--SECTION.FIELD VALUE ...]"
     arguments, source = _source(parser)
     namespace = parser.parse_args(argv)

@@ -276,11 +276,12 @@ def test_usage_shows_what_a_job_needs(capsys: pytest.CaptureFixture[str]) -> Non
         parser.add_argument("--models", nargs="+", required=True, metavar="NAME")
         parser.add_argument("--images", required=True, metavar="FOLDER")
         parser.add_argument("--to", metavar="FILE")
+        parser.add_argument("study")
 
     with pytest.raises(SystemExit):
         cli.parse("A job.", ["--help"], add=add)
     usage = capsys.readouterr().out.splitlines()[0]
-    assert usage.endswith(" --models NAME --images FOLDER [--preset NAME ...] [--SECTION.FIELD VALUE ...]")
+    assert usage.endswith(" --models NAME --images FOLDER study [--preset NAME ...] [--SECTION.FIELD VALUE ...]")
 
 
 @pytest.mark.parametrize("line", [line for line in cli.EPILOG.splitlines() if " --" in line])
