@@ -44,9 +44,9 @@ def main() -> None:
     rows = _rows(x_NCHW[kept], w_NLD[kept], label_N[kept], given.seed, manifest["class_names"])
 
     shutil.rmtree(given.out, ignore_errors=True)  # what was begun
-    shutil.copytree(given.set / set_format.SHARDS, given.out / set_format.SHARDS)
     settings = (source / set_settings.SETTINGS).read_json()
     set_settings.begin(target, settings)
+    shutil.copytree(given.set / set_format.SHARDS, given.out / set_format.SHARDS)
     number = 1 + max(int(name[5:11]) for name in manifest["shards"])
     set_writer.write_shard(target, f"part-{number:06d}.parquet", rows, {})
     records = set_writer.read_records(target)
