@@ -52,10 +52,12 @@ def main() -> None:
     records = set_writer.read_records(target)
     shards = []
     for name, record in sorted(records.items()):
-        found = set_reader.read_columns(target, [name], ["id"])["id"].to_pylist()
+        found = set_reader.read_columns(target, [name], ["id", "split", "label"])
         # those of SET that could not be read, once each: a file of what was tried again names its own as well
         lacking = [id for id in record.rejected if id in manifest["rejected"] and not record.ids]
-        shards.append(set_writer.Shard(name, pa.table({"id": pa.array([*found, *lacking], pa.string())})))
+        # where those belong is known no more, and nothing asks: a place that occurs
+        places = [{"id": id, "split": "train", "label": 0} for id in lacking]
+        shards.append(set_writer.Shard(name, pa.concat_tables([found, pa.Table.from_pylist(places, found.schema)])))
     described = {key: manifest[key] for key in ("shapes", "lpips_is_perceptual")}
     described |= {
         "examples": manifest["examples"] + len(kept),
