@@ -62,6 +62,15 @@ def test_images_that_the_disk_has_no_room_for_are_refused_before_one_is_decoded(
     assert not list((tmp_path / "train").iterdir())
 
 
+def test_decoded_images_have_their_space_before_they_are_written(tmp_path: Path) -> None:
+    """A file of numpy's begins as a hole, and a write into it kills the process where the disk is full."""
+    np.lib.format.open_memmap(tmp_path / "hole.npy", mode="w+", dtype=np.uint8, shape=(500, 64, 64))
+    assert not gan_images._blank(tmp_path / "taken.npy", (500, 64, 64)).any()
+    taken = {name: (tmp_path / f"{name}.npy").stat() for name in ("hole", "taken")}
+    assert taken["hole"].st_size == taken["taken"].st_size
+    assert taken["hole"].st_blocks * 512 < taken["hole"].st_size <= taken["taken"].st_blocks * 512
+
+
 @pytest.mark.parametrize("name", ["images.npy", "labels.npy"])
 def test_decoded_images_that_another_machine_does_not_see_are_told(tmp_path: Path, name: str) -> None:
     cache = gan_images.prepare_images(photo_settings(photo_folder(tmp_path / "photos"), tmp_path), tmp_path / "train")
