@@ -23,7 +23,7 @@ from dmat_ray.data.manifold_set import ManifoldSet
 from dmat_ray.errors import NotFiniteError, UserError
 from dmat_ray.rng import Draws
 from dmat_ray.types import Batch, Generator
-from dmat_ray.units import Unit, chosen, rounds, rows_to_run, still_standing, units
+from dmat_ray.units import Unit, chosen, group_of, rounds, rows_to_run, still_standing, units
 
 if TYPE_CHECKING:
     from dmat_ray.manifold.perceptual import Perceptual
@@ -204,7 +204,11 @@ def left_out(manifest: dict[str, Any]) -> str:
 
 
 def require_suite(config: EvaluationConfig, manifest: Mapping[str, Any]) -> None:
-    """Raise UserError for a row that the set's classes or images do not allow, or whose weights are not there."""
+    """Raise UserError for a row that the set's classes or images do not allow, or whose weights are not there.
+
+    And for a summary of what is no whole column, which the settings of older models may have.
+    """
+    _require_whole_columns(config)
     shape, count = manifest["shapes"]["on_manifold"], len(manifest["class_names"])
     one = Batch(["blank"], torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64))  # no row asks what is on the image
     size = " x ".join(map(str, shape))
@@ -219,6 +223,14 @@ def require_suite(config: EvaluationConfig, manifest: Mapping[str, Any]) -> None
         if (side := one.x_BCHW.shape[2]) < SMALLEST:
             raise UserError(f"LPIPS needs images of {SMALLEST} pixels or more, the set's have {side}; set evaluation.lpips none")
         _perceptual(config).features(one.x_BCHW)
+
+
+def _require_whole_columns(config: EvaluationConfig) -> None:
+    grouped = {row.name: group for row in config.attacks if (group := group_of(row))}
+    for summary in config.summaries:
+        for name in (name for name in summary.of if name in grouped):
+            told = f"'{name}', which meets only what its group leaves to it"
+            raise UserError(f"evaluation.summaries: {summary.name} names {told}; name the group '{grouped[name]}'")
 
 
 def _try(row: AttackRow, one: Batch, num_classes: int, seed: int) -> None:

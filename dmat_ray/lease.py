@@ -69,8 +69,10 @@ class Lease:
             raise UserError(f"another run has taken over '{self._file.parent}' while this one did not answer; this one ends")
 
     def when_lost(self, call: Callable[[], object]) -> None:
-        """Have `call` called, in another thread, when somebody else is seen to have taken the folder."""
+        """Have `call` called once somebody else is seen to have taken the folder, by another thread or at once."""
         self._told.append(call)
+        if self._lost:
+            call()
 
     def _take(self) -> None:
         if not self._file.create_bytes(self._bytes()):

@@ -28,16 +28,17 @@ def main() -> None:
     from dmat_ray.cluster import gan
     from dmat_ray.cluster.jobs import Speaker
     from dmat_ray.lease import sole
-    from dmat_ray.manifold.gan_images import is_trained, sweep
+    from dmat_ray.manifold.gan_images import is_trained, settle, sweep
 
     say = Speaker().stage("generator")
     folder = output / "generator"
     if not arguments.overwrite and is_trained(config, folder):
         with suppress(UserError), sole(folder):  # what a training that was killed in its last moment has left
+            settle(config, folder, output / "train")
             sweep(output / "train")
         say("is trained already and unchanged, nothing to do")
     else:
-        gan.train(config, folder, shlex.join(["python", "jobs/train_generator.py", *sys.argv[1:]]), say)
+        gan.train(config, folder, shlex.join(["python", "jobs/train_generator.py", *sys.argv[1:]]), say, anew=arguments.overwrite)
     say(f"generator in {folder}; use it with --generator.path {folder}")
 
 

@@ -16,6 +16,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators
 from dmat_ray.manifold.stylegan2 import StyleGAN2
+from dmat_ray.objectives import Objective
 from dmat_ray.types import Batch
 
 BOTH = TrainingConfig(flip=True, crop_padding=2)
@@ -62,10 +63,16 @@ def test_what_is_made_of_an_image_depends_on_itself_the_epoch_and_the_seed() -> 
 
 
 def test_training_sees_them_before_the_attack(
-    make_config: Callable[..., Config], set_folder: Path, generator: StyleGAN2, generator_folder: Path, tmp_path: Path
+    make_config: Callable[..., Config],
+    set_folder: Path,
+    generator: StyleGAN2,
+    generator_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Other images make other weights, of g(w) and of natural images; where w is attacked they are refused."""
+    """Attacks meet the images that are made, and other images make other weights; where w is attacked they are refused."""
     data, sha = open_set(set_folder, "train"), generators.fingerprint(str(generator_folder))
+    made = make_config(training={"flip": True, "crop_padding": 1}).training
 
     def trained(name: str, latent: float = 0.0, **training: object) -> dict[str, torch.Tensor]:
         (tmp_path / name).mkdir()
@@ -74,7 +81,22 @@ def test_training_sees_them_before_the_attack(
         trainer.train(config, data, generator, sha, LocalContext(tmp_path / name))
         return checkpoint.load_classifier(tmp_path / name / "checkpoint")[0].state_dict()
 
-    plain, moved = trained("plain"), trained("moved", flip=True, crop_padding=1)
+    attacked: list[Batch] = []
+    worst = Objective.worst
+
+    def noted(self: Objective, view: object, part: Batch, *given: object, **named: object) -> dict[str, torch.Tensor]:
+        attacked.append(part)
+        return worst(self, view, part, *given, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Objective, "worst", noted)
+    plain = trained("plain")
+    before = {id: x for part in attacked for id, x in zip(part.id, part.x_BCHW, strict=True)}
+    attacked.clear()
+    moved = trained("moved", flip=True, crop_padding=1)
+    met = attacked[0]
+    expected = augment(Batch(met.id, torch.stack([before[id] for id in met.id]), met.y_B), made, 0).x_BCHW
+    assert torch.equal(met.x_BCHW, expected)
+    assert not torch.equal(met.x_BCHW, torch.stack([before[id] for id in met.id]))
     natural = trained("natural", images="natural", flip=True)
     weights = [key for key in plain if key.startswith("network.") and plain[key].dim() == 4]
     assert weights

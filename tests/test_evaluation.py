@@ -321,6 +321,15 @@ def test_a_row_that_cannot_run_is_named_before_anything_runs(data: ManifoldSet, 
         evaluation.require_suite(config, data.manifest)
 
 
+def test_a_summary_of_what_is_no_whole_column_is_refused_when_it_is_run(data: ManifoldSet) -> None:
+    """Not before: the settings of a model that was trained earlier may have one, and it can still be loaded."""
+    rows = [{"threat": "clean"}, {"threat": "image", "name": "DLR", "loss": "dlr", "group": "both"}]
+    summary = {"name": "mean", "how": "mean", "of": ["DLR"]}
+    config = EvaluationConfig.model_validate({"attacks": rows, "summaries": [summary]})
+    with pytest.raises(UserError, match=r"evaluation\.summaries: mean names 'DLR', which .*; name the group 'both'"):
+        evaluation.require_suite(config, data.manifest)
+
+
 def test_lpips_of_images_that_it_cannot_take_is_refused_before_anything_runs(data: ManifoldSet) -> None:
     suite = {"attacks": [{"threat": "clean"}], "lpips": "alex", "lpips_weights": "random"}
     with pytest.raises(UserError, match=r"LPIPS needs images of 32 pixels or more, the set's have 8; set evaluation\.lpips none"):

@@ -102,6 +102,19 @@ def test_a_writer_elsewhere_that_died_is_followed_after_its_silence(hold: Hold) 
     assert says(hold(interval_s=0.2)) == "held"
 
 
+def test_who_asks_after_a_loss_is_told_of_it_at_once(tmp_path: Path) -> None:
+    told: list[str] = []
+    with exclusive(at(tmp_path), interval_s=0.05) as mine:
+        mine.when_lost(lambda: told.append("before"))
+        file = tmp_path / "writer.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "owner": "another"}))
+        end = time.monotonic() + 30
+        while not told and time.monotonic() < end:
+            time.sleep(0.01)
+        mine.when_lost(lambda: told.append("after"))
+    assert told == ["before", "after"]
+
+
 def test_a_suspended_writer_that_was_followed_ends(hold: Hold) -> None:
     first = hold(machine="elsewhere", interval_s=0.2)
     assert says(first) == "held"

@@ -145,7 +145,6 @@ def test_confusion_counts_labels_and_predictions() -> None:
     ("changes", "words"),
     [
         ({"summaries": [{"name": "worst", "of": ["PGD", "rain"]}]}, ["worst", "'rain'", "PGD", "both"]),
-        ({"summaries": [{"name": "mean", "how": "mean", "of": ["PGD", "DLR"]}]}, ["mean names 'DLR'", "name 'both'"]),
         ({"summaries": [{"name": "PGD", "of": ["fog"]}]}, ["unique", "PGD"]),
         ({"summaries": [{"name": "UAR", "how": "uar", "of": ["fog"]}]}, ["trained", "1 row"]),
         ({"transfer": ["both"]}, ["transfer", "'both'"]),

@@ -20,7 +20,7 @@ from dmat_ray.lease import Lease, sole
 from dmat_ray.manifold import trained_on
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.diversity import warning_of_collapse
-from dmat_ray.manifold.gan_images import ImageCache, card_of, check, extends, sweep, trunk_of
+from dmat_ray.manifold.gan_images import TRUNK, ImageCache, card_of, check, extends, settle, sweep, training_name, trunk_of
 from dmat_ray.manifold.gan_progress import PROGRESS, is_finished, result_of
 from dmat_ray.manifold.gan_trainer import DEAD_END, train_generator
 from dmat_ray.manifold.generators import save_generator
@@ -31,7 +31,6 @@ from dmat_ray.wording import number_of, to_go
 SAMPLES = "samples.png"
 RUN_NAME = "generator"
 COLLAPSED = "train it anew with gan.ada_target 0.6, a higher gan.r1_gamma or gan.mode_seeking, or more images of a class"
-TRUNK = "-trunk"  # ends the name of what a longer training can go on from, beside an unfinished one
 FEW = 1000  # images, by which a generator is hardly judged
 
 
@@ -69,12 +68,12 @@ def _warnings(metrics: dict[str, float], config: Config) -> list[str]:
     return said
 
 
-def train(config: Config, folder: Path, command: str, say: Callable[[str], None]) -> Path:
+def train(config: Config, folder: Path, command: str, say: Callable[[str], None], *, anew: bool = False) -> Path:
     """Train a generator on the training split of `config.data`, with its session, and write it to `folder`.
 
     A rerun after a crash goes on from the latest snapshot, and one of more `gan.kimg` than the generator that is there from the
-    last snapshot of that before its rates fell. Asked to stop (SIGTERM, Ctrl-C) it has a checkpoint written, and raises
-    SystemExit.
+    last snapshot of that before its rates fell, unless it is to begin `anew`. Asked to stop (SIGTERM, Ctrl-C) it has a checkpoint
+    written, and raises SystemExit.
     """
     storage = local_output(config, "jobs/train_generator.py") / "train"
     # one at a time, whatever its settings: the decoded images, which the first to end removes, are the same for many
@@ -82,17 +81,24 @@ def train(config: Config, folder: Path, command: str, say: Callable[[str], None]
         cache = check(config, storage)  # bad data ends here, before Ray starts
         sweep(storage, cache.folder)
         with session.connected(config.cluster, config.output, say, (session.TRAIN,)):
-            return _train(config, folder, storage, cache, lease, command, say)
+            return _train(config, folder, storage, cache, lease, command, say, anew)
 
 
 def _train(
-    config: Config, folder: Path, storage: Path, cache: ImageCache, lease: Lease, command: str, say: Callable[[str], None]
+    config: Config,
+    folder: Path,
+    storage: Path,
+    cache: ImageCache,
+    lease: Lease,
+    command: str,
+    say: Callable[[str], None],
+    anew: bool,
 ) -> Path:
     if cache.rejected:
         name, reason = next(iter(cache.rejected.items()))
         say(f"{number_of(len(cache.rejected), 'image')} cannot be read, left out; the first: '{name}' {reason}")
-    name = f"generator-{config.gan.fingerprint()}-{cache.digest[:12]}-{config.cluster.train_workers}"
-    others = [p.name for p in storage.glob("generator-*") if p.name != name and not p.name.endswith(TRUNK)]
+    name = training_name(config, cache.digest)
+    others = [p.name for p in storage.glob("generator-*") if p.name != name]
     if others:
         say(
             f"'{storage}' holds unfinished trainings of other settings, images or workers, which this one leaves: "
@@ -124,11 +130,12 @@ def _train(
                 f"{config.gan.report_kimg:g} thousand, a snapshot every "
                 f"{config.gan.snapshot_kimg:g} thousand (on CPUs that may be hours)"
             )
-            paths = {"images": str(cache.folder), "trunk": str(storage / f"{name}{TRUNK}"), "shorter": None}
-            if extends(config, folder):
+            paths = {"images": str(cache.folder), "trunk": str(storage / name / TRUNK), "shorter": None}
+            if not anew and extends(config, folder):
                 paths["shorter"] = str(trunk_of(folder))
-                many = read_json(trunk_of(folder) / PROGRESS)["history"][-1]["kimg"]
-                say(f"going on from the training of '{folder}', with its first {many:.3g} thousand images")
+                if not stored_checkpoints(storage / name):
+                    many = read_json(trunk_of(folder) / PROGRESS)["history"][-1]["kimg"]
+                    say(f"going on from the training of '{folder}', with its first {many:.3g} thousand images")
             settings = {"config": config.to_json(), "mailbox": mailbox, **paths}
             workers.fit(worker, settings, config.cluster, storage / name, say, keep=2)
         lease.check()
@@ -162,14 +169,11 @@ def _train(
             (fresh / SAMPLES).write_bytes(sample_grid(generator, config.gan.seed))
             lease.check()
 
-        trunk = trunk_of(folder)
-        shutil.rmtree(trunk, ignore_errors=True)  # first: it must never be that of another generator
+        shutil.rmtree(trunk_of(folder), ignore_errors=True)  # first: it must never be that of another generator
         replace_folder(folder, write)
-        if (left := storage / f"{name}{TRUNK}").exists():
-            left.rename(trunk)
         run.done = True
         run.artifact(folder, "generator")
         run.metrics({f"kept_{key}": float(value) for key, value in kept.items()}, step=round(kept["kimg"] * 1000))
-        for leftover in (storage / name, cache.folder):
-            shutil.rmtree(leftover, ignore_errors=True)
+        settle(config, folder, storage)
+        shutil.rmtree(cache.folder, ignore_errors=True)
     return folder

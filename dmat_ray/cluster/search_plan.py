@@ -21,10 +21,12 @@ from dmat_ray.manifold import generators
 from dmat_ray.models import untrained
 from dmat_ray.storage import local_output, set_folder
 from dmat_ray.trained_settings import relevant
+from dmat_ray.trainer import check_inputs
 from dmat_ray.wording import number_of
 from dmat_ray.yardstick import columns
 
 SEARCH, RESULT = "search.json", "result.json"
+FORCED = ("training.patience",)  # what trials are given, whatever was recorded of a search begun before
 
 
 def search_folder(config: Config) -> Path:
@@ -53,6 +55,7 @@ class Plan:
         trials.require_columns(config.tune.objective, self.columns, config.tune.suites)
         untrained([probe], say)
         self._require_networks()
+        self._require_inputs()
         manifest = set_reader.read_manifest(set_folder(self.config))
         for suite in (self.judged_by, *([config.evaluation] if config.tune.evaluate else [])):
             evaluation.require_suite(suite, manifest)
@@ -76,6 +79,15 @@ class Plan:
             for one in {corner.classifier.fingerprint(): corner.classifier for corner in corners}.values():
                 classes, workers = len(manifest["class_names"]), self.config.cluster.train_workers
                 classifiers.require_trainable(one, channels, resolution, classes, workers=workers)
+
+    def _require_inputs(self) -> None:
+        """Raise UserError for settings of the space with which no trial can be trained on the set."""
+        manifest = set_reader.read_manifest(set_folder(self.config))
+        for corner in self.space.corners(self.base, self.config.tune.epochs):
+            try:
+                check_inputs(corner, manifest, manifest["generator_sha256"], corner.cluster.train_workers)
+            except UserError as error:
+                raise UserError(f"tune.space '{self.space.path}' reaches where trials cannot go: {error}") from None
 
     def told(self) -> str:
         """What is drawn, from where to where, and what trials are judged by: a few lines."""
@@ -139,10 +151,12 @@ class Plan:
         """Whether the search is there and done. Raises UserError for another one that is there, or one that is not to go on."""
         if not (self.folder / SEARCH).is_file():
             return False
-        before, now = read_json(self.folder / SEARCH)["identity"], self.identity
+        told, now = read_json(self.folder / SEARCH)["identity"], self.identity
+        # what it does not say came later, with what was done before as its default
+        before = json.loads(json.dumps(relevant(Config()))) | told
         other = "give it another name by --tune.name"
-        for name in [*now, *before]:
-            if name in self._counted_later and name not in before:
+        for name in [*now, *told]:
+            if (name in self._counted_later and name not in told) or name in FORCED:
                 continue
             if before.get(name, "absent") != now.get(name, "absent"):
                 raise UserError(

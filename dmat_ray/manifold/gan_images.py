@@ -27,6 +27,7 @@ from dmat_ray.manifold.trained_on import CHUNK
 from dmat_ray.wording import number_of
 
 PARTIAL = ".images-*.partial"  # of the decoded images, until they are whole
+TRUNK = "trunk"  # within the folder of an unfinished training, see `gan_trainer.train_generator`
 PIXELS, LABELS, REJECTED = "images.npy", "labels.npy", "rejected.json"
 
 
@@ -166,6 +167,23 @@ def is_trained(config: Config, folder: Path) -> bool:
     if why := _different(config, folder, card):
         raise UserError(f"'{folder}' holds another generator ({why}); give another --output, or --overwrite")
     return True
+
+
+def training_name(config: Config, digest: str) -> str:
+    """What the folder of an unfinished training is called, of these settings and images of this digest."""
+    return f"generator-{config.gan.fingerprint()}-{digest[:12]}-{config.cluster.train_workers}"
+
+
+def settle(config: Config, folder: Path, storage: Path) -> None:
+    """Keep of the training of the generator in `folder` what a longer one goes on from, and remove the rest of it.
+
+    Under the lease of the generator's folder.
+    """
+    training = storage / training_name(config, str(_card(folder).get("images_sha256")))
+    if (training / TRUNK).is_dir():
+        shutil.rmtree(trunk_of(folder), ignore_errors=True)
+        (training / TRUNK).rename(trunk_of(folder))
+    shutil.rmtree(training, ignore_errors=True)
 
 
 def trunk_of(folder: Path) -> Path:

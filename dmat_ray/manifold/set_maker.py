@@ -158,9 +158,10 @@ def _require_few(rejected: dict[str, str], total: int, share: float, say: Callab
 
 @dataclass(frozen=True)
 class Begun:
-    """A set that this process alone writes: the images, all their shards, those that are there, and those still to be made."""
+    """A set that this process alone writes: its settings, images, all their shards, those that are there, and those to be made."""
 
     folder: Location
+    settings: dict[str, Any]
     listing: Listing
     lease: Lease
     shards: list[Shard]
@@ -192,7 +193,7 @@ def begun(config: Config, say: Callable[[str], None], listing: Listing | None = 
                 f"'{folder}' cannot be written: {error.strerror or error}; give another --output or --manifold_set"
             ) from None
         shards, records = set_writer.plan(listing, config.projection.shard_size), set_writer.read_records(folder)
-        yield Begun(folder, listing, lease, shards, records, set_writer.unfinished(shards, records))
+        yield Begun(folder, settings, listing, lease, shards, records, set_writer.unfinished(shards, records))
 
 
 def finish(config: Config, work: Begun, made_by: dict[str, str], say: Callable[[str], None]) -> dict[str, Any]:
@@ -210,7 +211,7 @@ def finish(config: Config, work: Begun, made_by: dict[str, str], say: Callable[[
     }
     if (seen := trained_on.seen_in_training(config, work.listing)[0]) != 0:
         described["test_images_seen_by_generator"] = "unknown" if seen is None else seen
-    return set_writer.finish(work.folder, settings_of(config, work.listing), work.shards, records, described)
+    return set_writer.finish(work.folder, work.settings, work.shards, records, described)
 
 
 def _of_generator(config: Config) -> dict[str, Any]:
