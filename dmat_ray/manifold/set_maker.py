@@ -158,7 +158,7 @@ def _require_few(rejected: dict[str, str], total: int, share: float, say: Callab
 
 @dataclass(frozen=True)
 class Begun:
-    """A set that this process alone writes: its settings, images, all their shards, those that are there, and those to be made."""
+    """A set that this process alone writes: its settings, the images, all shards, those that are there, and those to be made."""
 
     folder: Location
     settings: dict[str, Any]

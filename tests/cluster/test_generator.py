@@ -223,4 +223,11 @@ def test_a_generator_is_trained_for_longer_from_where_its_rates_had_not_fallen(c
     card = json.loads((tmp_path / "generator" / "card.json").read_text())
     assert card["training"]["kimg"] == 0.64
     assert json.loads((tmp_path / "generator_training" / "gan.json").read_text())["step"] == 40
+    assert not list((tmp_path / "train").iterdir())
+    killed_in_its_last_moment = tmp_path / "train" / gan_images.training_name(longer, card["images_sha256"])
+    killed_in_its_last_moment.mkdir()
+    (tmp_path / "generator_training").rename(killed_in_its_last_moment / "trunk")
+    gan_images.settle(longer, tmp_path / "generator", tmp_path / "train")
+    assert (tmp_path / "generator_training" / "gan.json").is_file()
+    assert not list((tmp_path / "train").iterdir())
     assert gan_images.is_trained(longer, tmp_path / "generator")

@@ -131,6 +131,14 @@ def test_terms_and_networks_that_only_trials_have_tell_searches_apart(finished, 
     assert not other.is_finished(resume=True)
 
 
+def test_a_space_of_what_no_trial_can_train_is_refused(finished, tmp_path, say):
+    finished.copy_set(tmp_path)
+    space = tmp_path / "flip.py"
+    space.write_text('from ray import tune\nSPACE = {"training.flip": tune.choice([False, True])}\n')
+    with pytest.raises(UserError, match=r"flip\.py' reaches where trials cannot go: training\.flip .* needs the w that makes it"):
+        Plan(tuned(tmp_path, "--tune.space", space), say)
+
+
 def test_another_evaluation_at_the_end_is_left_to_be_done(finished, tmp_path, say):
     finished.copy_set(tmp_path)
     plain = Plan(tuned(tmp_path), say)
