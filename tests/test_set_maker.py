@@ -242,6 +242,35 @@ def test_the_manifest_notes_it(make: Make) -> None:
     assert "test_images_seen_by_generator" not in set_maker.make(fair, torch.device("cpu"), print)
 
 
+@pytest.mark.parametrize("way", [{"official_split": False}, {"classes": {"test": ["test"], "train": ["train"]}}])
+def test_a_set_of_before_its_source_looked_like_parts_is_gone_on_with(
+    make: Make, photos: Path, tmp_path: Path, way: dict[str, Any]
+) -> None:
+    """It was made without a word on the parts, which its source now asks for: the same images, splits and labels make the set."""
+    if "official_split" in way:
+        (photos / "test").rename(photos / "2020")
+        (photos / "train").rename(photos / "2021")
+    config = make(None, **way)
+    with pytest.raises(UserError, match=r"(data\.classes|data\.official_split false) if they are classes"):
+        set_maker.make(make(None), torch.device("cpu"), print)
+    settings = set_maker.settings_of(config, list_examples(config.data))
+    before = {**settings, "data": make(None).data.settled()}
+    del before["data"]["max_rejected"]
+    folder = Location(None, f"{config.output}/on_manifold_set")
+    set_settings.begin(folder, before)
+    manifest = set_maker.make(config, torch.device("cpu"), print)
+    assert manifest["class_names"] == sorted(path.name for path in photos.iterdir())
+    (folder / "manifest.json").write_json({**manifest, "data": before["data"]})
+    lines: list[str] = []
+    set_maker.make(config, torch.device("cpu"), lines.append)
+    assert lines[-1] == "the on-manifold set is whole and unchanged, nothing to do"
+    next(photos.glob("*/class0/*.png")).unlink()
+    others = Location(None, str(tmp_path / "others"))
+    set_settings.begin(others, before)
+    with pytest.raises(UserError, match=rf"with data\.{next(iter(way))} = its default, now it is .*listing_sha256 = "):
+        set_settings.begin(others, set_maker.settings_of(config, list_examples(config.data)))
+
+
 def test_a_class_whose_images_are_all_lost_is_told(make: Make, photos: Path) -> None:
     config = make(None, official_split=True, max_rejected=0.5)
     lines: list[str] = []

@@ -9,14 +9,16 @@ from dmat_ray.storage import Location
 
 SETTINGS = "settings.json"
 MAX_PIXELS = "data.max_pixels"
+LISTING, BY_LISTING = "listing_sha256", {"data.official_split", "data.classes"}  # the former tells all that the latter do
 LPIPS_PATH, LPIPS_DIGEST = "projection.lpips_weights", "lpips_sha256"  # the former tells nothing where both have the latter
 
 
 def begin(folder: Location, settings: dict[str, Any]) -> None:
     """Write the settings into the folder, or check that what is there was begun with the same.
 
-    More `data.max_pixels` than before is no other setting: it takes images that were left out. Raises UserError that names the
-    settings that differ, or says that nothing tells with which settings shards that are there were made.
+    More `data.max_pixels` than before is no other setting: it takes images that were left out. Nor is what only says how a source
+    is to be understood, as long as it gives the same images, splits and labels. Raises UserError that names the settings that
+    differ, or says that nothing tells with which settings shards that are there were made.
     """
     path = folder / SETTINGS
     old = _begun_with(folder, settings)
@@ -57,7 +59,7 @@ def _begun_with(folder: Location, settings: dict[str, Any]) -> dict[str, Any] | 
 
 
 def are_of(manifest: dict[str, Any], settings: dict[str, Any]) -> bool:
-    """Whether a finished set was made with exactly these settings."""
+    """Whether a finished set was made with these settings: none that makes another set differs."""
     before, now = _known_alike(_flat(_settings_in(manifest, settings)), _flat(settings))
     return before == now
 
@@ -81,7 +83,11 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _known_alike(old: dict[str, Any], new: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both with LPIPS's weights by their content, or, where a set is from before that was recorded, by their path."""
-    left_out = LPIPS_PATH if LPIPS_DIGEST in old and LPIPS_DIGEST in new else LPIPS_DIGEST
-    rest = [{key: value for key, value in flat.items() if key != left_out} for flat in (old, new)]
+    """Both with LPIPS's weights by their content, or, where a set is from before that was recorded, by their path; and without
+    what says how the source is to be understood, where both have the same listing.
+    """
+    left_out = {LPIPS_PATH if LPIPS_DIGEST in old and LPIPS_DIGEST in new else LPIPS_DIGEST}
+    if old.get(LISTING) is not None and old[LISTING] == new.get(LISTING):
+        left_out |= BY_LISTING
+    rest = [{key: value for key, value in flat.items() if key not in left_out} for flat in (old, new)]
     return rest[0], rest[1]
