@@ -25,6 +25,7 @@ from dmat_ray.data.decoding import decode
 from dmat_ray.data.digits import DIGITS, digits
 from dmat_ray.data.folder_source import folder_items, is_image, text
 from dmat_ray.data.items import Items
+from dmat_ray.data.source_files import is_parquet, packed_among, tree
 from dmat_ray.data.splits import balanced, limited, split_by_class
 from dmat_ray.errors import UserError
 from dmat_ray.storage import Location, at
@@ -121,22 +122,18 @@ def _items(config: DataConfig, labelled: bool) -> Items:
     root = at(config.source)
     try:
         if root.is_file():
-            if not _is_parquet(root.name):
+            if not is_parquet(root.name):
                 raise UserError(f"data.source '{root}' is a file, but not a Parquet file ({parquet_source.SUFFIX})")
             return _parquet(root, [""], config, labelled)
-        files, folders = root.tree()
-        if not files and not folders and not root.is_dir():
+        files, folders, sets = tree(root)
+        if not files and not folders and not sets and not root.is_dir():
             names = ", ".join(f"'{name}'" for name in NAMED)
             raise UserError(f"data.source '{root}' is neither {names} nor a folder or Parquet file that exists")
     except OSError as error:
         raise UserError(f"data.source '{root}' cannot be listed: {error.strerror} ('{error.filename}')") from None
-    # in the order of their parts: no character comes before the one that separates them
-    files.sort(key=lambda path: path.replace("/", "\0"))
-    if not (sets := parquet_source.sets_below(root, files)):
+    if not sets:
         return _items_of(root, files, folders, config, labelled)
-    ours = tuple(f"{folder}/" for folder in sets)
-    files, folders = ([path for path in paths if not f"{path}/".startswith(ours)] for paths in (files, folders))
-    if not any(is_image(path) or _is_parquet(path) or packed.is_packed(path) for path in files):
+    if not any(is_image(path) or is_parquet(path) or packed.is_packed(path) for path in files):
         raise UserError(
             f"data.source '{root}' holds no images but those of on-manifold sets; give '{root / sets[0]}' to take these"
         )
@@ -147,20 +144,15 @@ def _items(config: DataConfig, labelled: bool) -> Items:
 
 def _items_of(root: Location, files: list[str], folders: list[str], config: DataConfig, labelled: bool) -> Items:
     """What lies in a folder of these files and folders."""
-    if parquet := [path for path in files if _is_parquet(path)]:
+    if parquet := [path for path in files if is_parquet(path)]:
         items = _parquet(root, parquet, config, labelled)
         if not (images := [path for path in files if is_image(path)]):
             return items
         told = f"{number_of(len(images), 'image file')} beside Parquet, unless that names them, the first: '{text(images[0])}'"
         return dataclasses.replace(items, ignored="; ".join(filter(None, (items.ignored, told))))
-    if not any("/" in path and is_image(path) for path in files) and (found := packed.find(files)) is not None:
+    if (found := packed_among(files)) is not None:
         return packed.packed_items(root, files, found, config)
     return folder_items(root, files, folders, config, labelled)
-
-
-def _is_parquet(path: str) -> bool:
-    """True for data in Parquet; what begins with an underscore is what a writer left on its way."""
-    return path.lower().endswith(parquet_source.SUFFIX) and not any(part.startswith("_") for part in path.split("/"))
 
 
 def _parquet(root: Location, names: list[str], config: DataConfig, labelled: bool) -> Items:

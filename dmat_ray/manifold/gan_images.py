@@ -57,7 +57,7 @@ class ImageCache:
 
 
 def _listed(config: Config) -> tuple[pa.Table, str]:
-    require_apart(config)
+    require_apart(config, makes_set=False)
     return trained_on.listed(config.data, labelled=config.gan.architecture.num_classes > 0)
 
 

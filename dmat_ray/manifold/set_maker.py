@@ -67,7 +67,7 @@ def prepare(config: Config, say: Callable[[str], None]) -> Listing:
 
     Raises UserError for data, a generator, an encoder or LPIPS weights that do not fit, and for an output among the images.
     """
-    require_apart(config)
+    require_apart(config, makes_set=True)
     if config.projection.lpips_weights == "random" and config.projection.lpips > 0:
         say("LPIPS runs on a random backbone (projection.lpips_weights=random): it guides the search, it is not perceptual")
     listing = sources.list_examples(config.data)
