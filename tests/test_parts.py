@@ -120,6 +120,7 @@ def test_what_is_called_like_a_part_may_be_a_class(tmp_path: Path) -> None:
 
 
 NOT_CLASSES = ", which look like parts of a data set, not like classes; give --data.official_split true to "
+NO_TRAINING = ", which look like parts of a data set, not like classes, and none is for training; give "
 LAYOUTS = {
     "Training/cat Training/dog Testing/cat Testing/dog": "'Testing', 'Training'" + NOT_CLASSES,
     "train/cat train/dog eval/cat eval/dog": "'eval', 'train'" + NOT_CLASSES,
@@ -130,11 +131,8 @@ LAYOUTS = {
         "'holdout', 'train', which look like parts of a data set, not like classes; give --data.official_split false to split "
         "'train' alone, or name them in data.classes if they are classes"
     ),
-    "test/cat test/dog val/cat val/dog": (
-        "'test', 'val', which look like parts of a data set, not like classes, and none is for training; give one of them as "
-        "data.source, or name them in data.classes if they are classes"
-    ),
-    "test val": "'test', 'val', which look like parts of a data set, not like classes, and none is for training; give ",
+    "test/cat test/dog val/cat val/dog": "'test', 'val'" + NO_TRAINING,
+    "test val": "'test', 'val'" + NO_TRAINING,
     "a/cat a/dog b/cat b/dog b/hen": (
         "'a', 'b', which hold no images but sub-folders of the same names, as parts of a data set do; give one of them as "
         "data.source, or --data.official_split false if they are classes"
@@ -151,7 +149,18 @@ def test_parts_of_any_name_are_no_classes(tmp_path: Path, layout: str, labelled:
     first, other = sorted({folder.split("/")[0] for folder in folders})
     named = listed(tmp_path, labelled=labelled, classes={"one": [first], "two": [other]})
     assert named.found == 4 * len(folders), "the way out of the message"
-    if "official_split true" in LAYOUTS[layout]:
+    if NO_TRAINING in LAYOUTS[layout]:
+        way = (
+            "one of them as data.source, or name them in data.classes" if labelled else "--data.official_split false to take all"
+        )
+        for official in (None, False) if labelled else (None,):
+            refused(tmp_path, NO_TRAINING + way, labelled=labelled, official_split=official)
+        if not labelled:
+            every = listed(tmp_path, labelled=False, official_split=False)
+            assert (every.found, every.ignored) == (4 * len(folders), "")
+            assert tops(every, "train") == tops(every, "test") == {first, other}
+        refused(tmp_path, NO_TRAINING, labelled=labelled, official_split=True)
+    elif "official_split true" in LAYOUTS[layout]:
         train = next(folder.split("/")[0] for folder in folders if folder.lower().startswith("train"))
         official = listed(tmp_path, labelled=labelled, official_split=True)
         assert (tops(official, "train"), tops(official, "test")) == ({train}, {first, other} - {train})

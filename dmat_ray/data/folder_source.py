@@ -69,11 +69,14 @@ def _parts(
     flat = not labelled and not any(_has_folders(part, folders) for part in called)  # they hold images, and need no classes
     tested = [part for part in (*found.test, *found.validation) if flat or _has_folders(part, folders)] if found else []
     if found and not found.train:
-        if not named and (flat or not found.rest or any(_has_folders(part, folders) for part in called)):
+        all_of_it = not labelled and config.official_split is False
+        if not named and not all_of_it and (flat or not found.rest or any(_has_folders(part, folders) for part in called)):
+            ways = "one of them as data.source, or name them in data.classes if they are classes"
+            if not labelled:
+                ways = "--data.official_split false to take all of them, or one of them as data.source"
             raise UserError(
                 f"'{root}' has the folders {', '.join(map(repr, called))}, which look like parts of a data set, not like "
-                "classes, and none is for training; give one of them as data.source, or name them in data.classes if they are "
-                "classes"
+                f"classes, and none is for training; give {ways}"
             )
         found = None
     if found and config.official_split is None and not named:
