@@ -164,6 +164,20 @@ def test_a_copy_of_another_time_is_the_same_file(tmp_path: Path) -> None:
     assert read(table.slice(CALL), config) == images[CALL:]
 
 
+def test_a_file_that_is_touched_while_it_is_read_is_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = contents(300)
+    file = write(tmp_path / "x.parquet", images)
+    table, config = rows_of(file)
+    reading, times = parquet_rows.Reader.read, iter(range(1, 9))
+
+    def touched(self: parquet_rows.Reader, wanted: np.ndarray) -> Iterator[tuple[int, Any]]:
+        os.utime(file, (1, next(times)))
+        return reading(self, wanted)
+
+    monkeypatch.setattr(parquet_rows.Reader, "read", touched)
+    assert in_calls(table, config) == images
+
+
 def test_a_file_that_is_written_to_while_it_is_read_ends_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / "x.parquet", contents(300))
     table, config = rows_of(file)

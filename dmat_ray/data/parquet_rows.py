@@ -141,13 +141,20 @@ def read_rows(
         if reader is None or (reader.version, reader.digest) != (version, digest):
             reader = Reader(version, digest, place, column)
         found.update(reader.read(wanted))
-        if _version(place, column) != version:
-            raise changed(place)
-        if wanted[-1] + 1 < reader.ends[-1]:
+        if _version(place, column) != version:  # then what is open may be another file, and is not kept
+            _require_same(place, digest)
+        elif wanted[-1] + 1 < reader.ends[-1]:
             kept[place] = reader
     except (pa.ArrowException, OSError, ColumnError) as error:
         found.update((int(row), reason(error, place)) for row in wanted)
     return [_content(found[row], place, below, max_bytes) for row in rows]
+
+
+def _require_same(place: Location, digest: int) -> None:
+    """Raise UserError for a file that is not as it was listed, unlike one that was only touched or copied."""
+    with place.open() as content:
+        if file_digest(place, content) != digest:
+            raise changed(place)
 
 
 def _value(scalar: pa.Scalar) -> Any:
