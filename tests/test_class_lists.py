@@ -17,6 +17,7 @@ from PIL import Image
 
 from dmat_ray import cli, presets
 from dmat_ray.config import DataConfig
+from dmat_ray.data import class_lists
 from dmat_ray.data.sources import Listing, list_examples, read, read_pixels
 from dmat_ray.errors import UserError
 
@@ -354,3 +355,21 @@ def test_hugging_face_cifar(tmp_path: Path) -> None:
     assert all(not isinstance(p, str) for p in read_pixels(listing.table, config))
     told = "has Parquet files of parts .*, such as 'train-00000-of-00001.parquet' and 'test-00000-of-00001.parquet'; give --data"
     refused(told, tmp_path, (), **{**columns, "official_split": None})
+
+
+def test_the_names_of_many_classes_are_looked_up_in_linear_time() -> None:
+    """Each is compared with those of its own name alone."""
+    compared = 0
+
+    class Name(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+    names = [Name(f"class {i}") for i in range(500)]
+    class_lists._require_one_class_each(names, [(Name(name), "") for name in names], "x")
+    assert compared < 10 * len(names)

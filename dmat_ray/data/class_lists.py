@@ -62,9 +62,14 @@ def select(items: Items, lists: Sequence[ClassList], source: str) -> Items:
 
 def _require_one_class_each(members: Iterable[str], called: Sequence[tuple[str, str]], source: str) -> None:
     """Raise UserError for a member that is what two classes of the source are called, each by a name and a number ('' = none)."""
+    by_name: dict[str, list[str]] = {}
+    by_number: dict[str, list[str]] = {}
+    for name, number in called:
+        by_name.setdefault(name, []).append(number or name)
+        if number != name:
+            by_number.setdefault(number, []).append(name)
     for member in members:
-        named = [number or name for name, number in called if name == member]
-        others = [name for name, number in called if number == member != name]
+        named, others = by_name.get(member, []), by_number.get(member, [])
         if len(named) + len(others) > 1:
             told = [f"the name of class{'es' * (len(named) > 1)} {' and '.join(named)}"] if named else []
             told += [f"the number of class '{name}'" for name in others]
