@@ -84,8 +84,8 @@ def _judge_probe(measured: dict[str, Any]) -> list[Finding]:
             wrong.append(f"{name} leaves {end:.1%}, mere noise in its budget {course['noise']:.1%} ({RESTARTS} draws)")
         before = course["accuracy"][int(0.75 * (len(course["accuracy"]) - 1))]
         if len(course["accuracy"]) > 4 and before - end > resolution:
-            of_these = "on the few images of this check its last quarter of steps took accuracy"
-            steps.append(f"{name} has not converged: {of_these} from {before:.1%} to {end:.1%}")
+            fell = f"accuracy from {before:.1%} to {end:.1%} on the few images of this check"
+            steps.append(f"{name} has not converged: its last quarter of steps took {fell}")
         again = course.get("restarts", [])
         if again and again[-2] - again[-1] > resolution:
             steps.append(f"{name}: restart {len(again)} still took accuracy from {again[-2]:.1%} to {again[-1]:.1%}")

@@ -13,7 +13,7 @@ from ray.tune.search.sample import Categorical
 from dmat_ray import classifiers, cli, evaluation, suites, trials
 from dmat_ray.cluster import spaces
 from dmat_ray.cluster.trial import Work
-from dmat_ray.config import Config, EvaluationConfig
+from dmat_ray.config import ClassifierConfig, Config, EvaluationConfig
 from dmat_ray.data import set_reader
 from dmat_ray.errors import UserError
 from dmat_ray.files import read_json, write_json
@@ -54,9 +54,8 @@ class Plan:
         self.columns = columns(self.judged_by)
         trials.require_columns(config.tune.objective, self.columns, config.tune.suites)
         untrained([probe], say)
-        self._require_networks()
-        self._require_inputs()
         manifest = set_reader.read_manifest(set_folder(self.config))
+        self._require_corners(manifest)
         for suite in (self.judged_by, *([config.evaluation] if config.tune.evaluate else [])):
             evaluation.require_suite(suite, manifest)
         self.axes = trials.axes(config.tune.objective, self.columns)
@@ -70,24 +69,20 @@ class Plan:
             None if config.tune.scheduler == "pbt" else 2,
         )
 
-    def _require_networks(self) -> None:
-        """Raise UserError for a network of the space that cannot be trained on the set."""
-        if "classifier.name" in self.space.domains:
-            manifest = set_reader.read_manifest(set_folder(self.config))
-            channels, resolution, _ = manifest["shapes"]["on_manifold"]
-            corners = self.space.corners(self.base, self.config.tune.epochs)
-            for one in {corner.classifier.fingerprint(): corner.classifier for corner in corners}.values():
-                classes, workers = len(manifest["class_names"]), self.config.cluster.train_workers
-                classifiers.require_trainable(one, channels, resolution, classes, workers=workers)
-
-    def _require_inputs(self) -> None:
-        """Raise UserError for settings of the space with which no trial can be trained on the set."""
-        manifest = set_reader.read_manifest(set_folder(self.config))
+    def _require_corners(self, manifest: dict[str, Any]) -> None:
+        """Raise UserError for settings, or a network, of the space that cannot be trained on the set."""
+        networks: dict[str, ClassifierConfig] = {}
         for corner in self.space.corners(self.base, self.config.tune.epochs):
             try:
                 check_inputs(corner, manifest, manifest["generator_sha256"], corner.cluster.train_workers)
             except UserError as error:
                 raise UserError(f"tune.space '{self.space.path}' reaches where trials cannot go: {error}") from None
+            networks[corner.classifier.fingerprint()] = corner.classifier
+        if "classifier.name" in self.space.domains:
+            channels, resolution, _ = manifest["shapes"]["on_manifold"]
+            classes, workers = len(manifest["class_names"]), self.config.cluster.train_workers
+            for one in networks.values():
+                classifiers.require_trainable(one, channels, resolution, classes, workers=workers)
 
     def told(self) -> str:
         """What is drawn, from where to where, and what trials are judged by: a few lines."""

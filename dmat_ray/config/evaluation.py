@@ -206,10 +206,10 @@ class EvaluationConfig(Section):
                 # rows of a group meet other examples for every model
                 alone = [name for name in names if name not in grouped]
                 choices = alone if where == "transfer" else [*alone, *groups]
-                for name in (name for name in wanted if name not in choices):
-                    if where != "transfer" and name in grouped:
-                        continue  # evaluations refuse it (`require_suite`), but models have recorded it
-                    raise ValueError(f"{where} names '{name}', which is none of {', '.join(choices)}")
+                # in a summary evaluations refuse them (`require_suite`), but models have recorded such settings
+                taken = choices if where == "transfer" else [*choices, *grouped]
+                if unknown := [name for name in wanted if name not in taken]:
+                    raise ValueError(f"{where} names '{unknown[0]}', which is none of {', '.join(choices)}")
         if not names or not self.sets:
             raise ValueError("evaluation needs at least one attack and one test set")
         if "natural" in self.sets and all(isinstance(row, ON_MANIFOLD) for row in self.attacks):

@@ -6,9 +6,8 @@ from typing import Any
 from dmat_ray.errors import UserError
 from dmat_ray.storage import Location
 
-SAMPLE = (
-    1 << 16
-)  # bytes of a local file's beginning and of its end; in Parquet the latter has the places and sizes of all columns
+# bytes of a local file's beginning and of its end; in Parquet the latter has the places and sizes of all columns
+SAMPLE = 1 << 16
 
 
 def file_digest(place: Location, file: Any) -> int:
