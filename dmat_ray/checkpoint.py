@@ -35,6 +35,7 @@ from dmat_ray.types import RunContext
 MODEL, RUN, STATE = "model.safetensors", "run.json", "state.pt"
 PROGRAMS = {"torchscript": "program.pt", "torch_export": "program.pt2"}  # files of imported programs, by kind
 DIGEST = "program_sha256"  # a tensor in MODEL of 32 bytes, which ties a program to it
+UNSEEN = "classes_without_images"  # key of run.json, if there are any: classes of whose images the training had none
 VERSION = 2
 
 

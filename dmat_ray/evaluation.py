@@ -20,6 +20,7 @@ from dmat_ray.attack import attack, in_eval_mode, losses_of, require_possible
 from dmat_ray.attack_view import view_of
 from dmat_ray.config import ON_CURVE, AttackRow, AutoAttackRow, CleanRow, CorruptionRow, EvaluationConfig, Row
 from dmat_ray.data.manifold_set import ManifoldSet
+from dmat_ray.data.set_reader import lost_classes, named_classes
 from dmat_ray.errors import NotFiniteError, UserError
 from dmat_ray.rng import Draws
 from dmat_ray.types import Batch, Generator
@@ -193,14 +194,16 @@ def require_fit(run: Mapping[str, Any], manifest: Mapping[str, Any], model: str)
 
 
 def left_out(manifest: dict[str, Any]) -> str:
-    """What a table of a set does not show: how many test images it is not of; '' for none."""
+    """What a table of a set does not show: how many test images it is not of, and which classes; '' for none."""
     every = manifest["splits"].get("test", 0)
     poor = every - manifest["usable"].get("test", 0)
-    told = (
+    lost = lost_classes(manifest, "test")
+    images = (
         f"{poor} of {every} test images were projected poorly (projection.poor_l1) and are left out, natural ones too: numbers "
         "are of images that the generator can make"
     )
-    return told if poor else ""
+    classes = f"no number says anything of {named_classes(lost)}, of which no test image is usable"
+    return "; ".join([*([images] if poor else []), *([classes] if lost else [])])
 
 
 def require_suite(config: EvaluationConfig, manifest: Mapping[str, Any]) -> None:

@@ -75,6 +75,8 @@ def predict(model: Place, images: Place, *, batch_size: int = 100, device: str =
     listing, ignored = prediction.list_images(str(at(images)))
     if ignored:
         warnings.warn(f"not taken: {ignored}", stacklevel=2)
+    if unseen := prediction.warning_of_unseen(run):
+        warnings.warn(unseen.removeprefix("warning: "), stacklevel=2)
     data = prediction.read_as(run, DataConfig(), str(at(images)))
     tables = []
     for start in range(0, listing.num_rows, batch_size):

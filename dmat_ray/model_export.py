@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from dmat_ray import checkpoint, classifiers, wide_resnet
 from dmat_ray.cli import validate
 from dmat_ray.config import AutoAttackRow, Config, EvaluationConfig
+from dmat_ray.data.set_reader import named_classes
 from dmat_ray.errors import UserError
 from dmat_ray.files import sha256, write_json
 from dmat_ray.folders import fetched, holds_anything
@@ -213,7 +214,9 @@ def _origin(run: dict[str, Any], config: Config) -> str:
     weights = {"clean": config.objective.clean.weight, **attacked}
     terms = ", ".join(f"{key} {weight:g}" for key, weight in weights.items() if weight > 0)
     epochs = number_of(run.get("epoch", 0), "epoch")
-    return f"Trained by dmat_ray {run['versions']['dmat_ray']} for {epochs}; weights of its objective: {terms}."
+    unseen = run.get(checkpoint.UNSEEN, [])
+    without = f" It was trained without an image of {escaped(named_classes(unseen))}, which it cannot know." if unseen else ""
+    return f"Trained by dmat_ray {run['versions']['dmat_ray']} for {epochs}; weights of its objective: {terms}.{without}"
 
 
 def _table(results: Results | None, clean: Results | None, missing: str) -> str:

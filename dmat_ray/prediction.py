@@ -9,9 +9,11 @@ import pyarrow as pa
 import torch
 from torch import nn
 
+from dmat_ray.checkpoint import UNSEEN
 from dmat_ray.config import DataConfig
 from dmat_ray.data.folder_source import EXTENSIONS
 from dmat_ray.data.pixels import to_unit
+from dmat_ray.data.set_reader import named_classes
 from dmat_ray.errors import UserError
 from dmat_ray.storage import at
 from dmat_ray.wording import number_of
@@ -71,6 +73,12 @@ def read_as(run: dict[str, Any], data: DataConfig, images: str) -> DataConfig:
     resize = run["config"]["data"].get("resize", "crop")
     shape = {"channels": run["channels"], "resolution": run["resolution"], "resize": resize}
     return data.model_copy(update={"source": images, "id_column": None, **shape})
+
+
+def warning_of_unseen(run: dict[str, Any]) -> str:
+    """What is to be said of a model, of which `run` is run.json, that has seen no image of some class; '' if it has of all."""
+    names = run.get(UNSEEN, [])
+    return f"warning: the model was trained without an image of {named_classes(names)}, which it cannot know" if names else ""
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from rich.table import Table
 from dmat_ray import charts, checkpoint, evaluation, figures, gallery, report_text, report_values
 from dmat_ray.checks import Finding
 from dmat_ray.config import Config
-from dmat_ray.data import manifold_set
+from dmat_ray.data import manifold_set, set_reader
 from dmat_ray.errors import UserError
 from dmat_ray.evaluation import Evaluator
 from dmat_ray.manifold import generators
@@ -170,6 +170,11 @@ def _facts(config: Config, manifest: dict[str, Any], runs: dict[str, dict[str, A
     return [
         ("Images", _source(manifest)),
         *([("Left out", left_out)] if left_out else []),
+        *(
+            (f"Model {name} cannot know", f"{set_reader.named_classes(lost)}, of which it was trained without an image")
+            for name, run in runs.items()
+            if (lost := run.get(checkpoint.UNSEEN))
+        ),
         ("MLflow experiment", config.tracking.experiment),
         ("Seed of the evaluation", str(config.evaluation.seed)),
         ("Precision of attacks", config.evaluation.precision),

@@ -14,7 +14,7 @@ from dmat_ray import checkpoint, classifiers, objectives, trained_settings
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.data.epochs import NOTHING, Done, EpochSource, InMemory
 from dmat_ray.data.manifold_set import ManifoldSet, steps_per_epoch
-from dmat_ray.data.set_reader import digest, require_generator
+from dmat_ray.data.set_reader import digest, lost_classes, require_generator
 from dmat_ray.errors import NotFiniteError, UserError
 from dmat_ray.pace import LEAST_STEPS, TELL_AFTER_S, Pace
 from dmat_ray.rng import derive
@@ -131,6 +131,8 @@ class _Run:
         self.step.lay_out(torch.zeros(2, channels, resolution, resolution, device=context.device))
         recorded = trained_settings.of_set(config, manifest)
         self.about = checkpoint.describe_run(recorded, class_names, channels, resolution, generator_sha256, set_sha256)
+        if lost := lost_classes(manifest, "train"):
+            self.about[checkpoint.UNSEEN] = lost
         self.steps = steps_per_epoch(source.size, self.settings.batch_size)
         held_out = source.held_out(context.rank, context.world_size)
         self.validators: list[Callable[[nn.Module, RunContext], dict[str, float]]] = []

@@ -91,8 +91,11 @@ def test_images_that_are_left_out_are_told(write_any_set: Any, tmp_path: Path) -
     rows = pa.concat_tables([pq.read_table(path) for path in (poor / "shards").glob("*.parquet")]).to_pylist()
     test = [row["status"] for row in rows if row["split"] == "test"]
     assert 0 < test.count("poor") < len(test)
-    told = evaluation.left_out(read_manifest(at(poor)))
+    manifest = read_manifest(at(poor))
+    told = evaluation.left_out(manifest)
     assert told.startswith(f"{test.count('poor')} of {len(test)} test images were projected poorly")
+    lost = evaluation.left_out({**manifest, "classes_without_usable": {"train": ["2"], "test": ["0", "3"]}})
+    assert lost == f"{told}; no number says anything of '0', '3', of which no test image is usable"
 
 
 def test_rows_do_not_depend_on_the_split_of_the_work(make: Make, rows: pa.Table) -> None:

@@ -141,8 +141,13 @@ def test_unreadable_images_are_left_out_and_told(tmp_path: Path) -> None:
     cache = gan_images.prepare_images(config, tmp_path / "train")
     images, labels = cache.open()
     assert list(cache.rejected) == [victim]
+    assert cache.ignored == ""
     assert torch.equal(images, whole[0][1:])
     assert torch.equal(labels, whole[1][1:])
+    (photos / "notes.txt").write_text("of the journey")
+    again = gan_images.prepare_images(config, tmp_path / "train")
+    ignored = "1 file of no extension of images, or beside the class folders, the first: 'notes.txt'"
+    assert (again.folder, again.ignored) == (cache.folder, ignored)
     strict = photo_settings(photos, tmp_path)
     with pytest.raises(UserError, match=rf"1 of 16 images were rejected; the first: '{victim}' cannot be read"):
         gan_images.prepare_images(strict, tmp_path / "strict")

@@ -1,5 +1,6 @@
 """Images of folders from Python: loaded with their labels, and labelled by a model."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dmat_ray import load_classifier, load_images, predict, train
+from dmat_ray import load_classifier, load_images, model_export, predict, train
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
 
@@ -59,6 +60,28 @@ def test_predictions_are_the_networks(make_config: Callable[..., Config], set_fo
         predict(model, tmp_path / "photos", batch_size=0)
     with pytest.raises(UserError, match=r"^'.*/absent' is no folder that exists"):
         predict(model, tmp_path / "absent")
+
+
+def test_a_class_that_a_model_has_not_seen_is_told(
+    make_config: Callable[..., Config], write_any_set: Callable[..., Path], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    digits_in(tmp_path / "photos", 1)
+    models = {}
+    for name, lost in (("whole", {}), ("lacking", {"classes_without_usable": {"train": ["odd", "even"], "test": ["few"]}})):
+        folder = write_any_set(tmp_path / name)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps({**manifest, **lost}))
+        config = make_config(output=str(folder), manifold_set=str(folder), name="tiny", training={"epochs": 1})
+        models[name] = train(config)
+    recwarn.clear()
+    predict(models["whole"], tmp_path / "photos")
+    assert not recwarn.list
+    told = "the model was trained without an image of 'odd', 'even', which it cannot know"
+    with pytest.warns(UserWarning, match=f"^{told}$"):
+        predict(models["lacking"], tmp_path / "photos")
+    model_export.export(models["lacking"], "tiny", tmp_path / "evaluation", tmp_path / "export")
+    page = (tmp_path / "export" / "README.md").read_text()
+    assert "It was trained without an image of 'odd', 'even', which it cannot know." in page
 
 
 def test_a_folder_of_nothing_readable_is_refused(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from dmat_ray.checks import Finding
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.data.manifold_set import open_set
 from dmat_ray.metrics import Results
+from dmat_ray.storage import at
 
 COLUMNS = {
     "on_manifold": ["clean", PGD, "PGD L2", GROUP, "OM-PGD", WORST, "mean"],
@@ -435,6 +436,18 @@ def test_images_that_are_left_out_are_told_where_numbers_are_copied_from(
     assert line.startswith(f"- Left out: {test} of 60 test images were projected poorly")
     text = " ".join(" ".join(Page(found.html).texts).split())
     assert f"100 training and 60 test images, of which {train} and {test} are left out because" in text
+
+
+def test_classes_that_a_model_cannot_know_are_told(tmp_path: Path, config: Config, set_folder: Path) -> None:
+    found = write_page(tmp_path, config, set_folder, MODELS[:2], history=False, check=False)
+    told = f"Model {MODELS[1]} cannot know"
+    assert told not in found.html
+    place = at(found.models[MODELS[1]])
+    (place / "run.json").write_json({**(place / "run.json").read_json(), "classes_without_images": ["odd"]})
+    report.write(config, set_folder, found.models, found.results, ([], []), found.path)
+    facts = dict(Page(found.path.read_text()).tables[-1])
+    assert facts[told] == "'odd', of which it was trained without an image"
+    assert f"Model {MODELS[0]} cannot know" not in facts
 
 
 @pytest.mark.parametrize(

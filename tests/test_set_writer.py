@@ -227,7 +227,8 @@ def test_classes_that_have_lost_all_their_images_are_named(folder: Location) -> 
     assert is_finished(folder, SETTINGS)
     few = {"train": ["b"], "test": [*"cdefghi"]}
     assert set_reader.warnings_of_lost({"classes_without_usable": few}, "train", "test") == [
-        f"warning: no usable {split} image of {names}: all were rejected, or are poor (projection.poor_l1, projection.poor_lpips)"
+        f"warning: no usable {split} image of {names}: all were rejected, or are poor (projection.poor_l1, "
+        "projection.poor_lpips); give more images, a generator that can make these, or higher limits"
         for split, names in (("training", "'b'"), ("test", "'c', 'd', 'e', 'f', 'g' and 2 more classes"))
     ]
     # a class that a limit leaves without images is not lost

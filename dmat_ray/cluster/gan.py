@@ -94,6 +94,8 @@ def _train(
     say: Callable[[str], None],
     anew: bool,
 ) -> Path:
+    if cache.ignored:
+        say(f"not taken: {cache.ignored}")
     if cache.rejected:
         name, reason = next(iter(cache.rejected.items()))
         say(f"{number_of(len(cache.rejected), 'image')} cannot be read, left out; the first: '{name}' {reason}")

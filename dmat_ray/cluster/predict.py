@@ -47,6 +47,8 @@ def predict(
     Ray must be connected. Raises UserError for a model or storage that cannot be read, or a target that cannot be written.
     """
     run = checkpoint.read_run(model)
+    if unseen := prediction.warning_of_unseen(run):
+        say(unseen)
     data = prediction.read_as(run, config.data, images)
     session.await_machines(config.cluster, say)
     parts = _parts(listing, config.evaluation.batch_size)

@@ -142,14 +142,25 @@ def named_generator(sha: str, path: str | None) -> str:
     return sha[:12] if path is None else f"'{path}' ({sha[:12]})"
 
 
+def lost_classes(manifest: Mapping[str, Any], split: str) -> list[str]:
+    """Names of the classes of which a split of a set has no usable image."""
+    return list(manifest.get(LOST, {}).get(split, []))
+
+
+def named_classes(names: Sequence[str], most: int = 5) -> str:
+    """Classes as messages name them, the first few of many."""
+    more = f" and {len(names) - most} more classes" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more
+
+
 def warnings_of_lost(manifest: Mapping[str, Any], *splits: str) -> list[str]:
     """What is to be said of the classes that have lost all their images in these splits of a set; nothing if none has."""
     return [
-        f"warning: no usable {'training' if split == 'train' else split} image of {', '.join(map(repr, lost[:5]))}"
-        f"{f' and {len(lost) - 5} more classes' if len(lost) > 5 else ''}: all were rejected, or are poor (projection.poor_l1, "
-        "projection.poor_lpips)"
+        f"warning: no usable {'training' if split == 'train' else split} image of {named_classes(lost)}: all were rejected, "
+        "or are poor (projection.poor_l1, projection.poor_lpips); give more images, a generator that can make these, or higher "
+        "limits"
         for split in splits
-        if (lost := manifest.get(LOST, {}).get(split, []))
+        if (lost := lost_classes(manifest, split))
     ]
 
 

@@ -33,11 +33,14 @@ PIXELS, LABELS, REJECTED = "images.npy", "labels.npy", "rejected.json"
 
 @dataclass(frozen=True)
 class ImageCache:
-    """The decoded training split in a folder that all workers map, and what was left out of it."""
+    """The decoded training split in a folder that all workers map, and what was left out of it: images that cannot be read, by
+    id with the reason, and what of the source is not taken ('' = nothing).
+    """
 
     folder: Path
     digest: str
     rejected: dict[str, str]
+    ignored: str = ""
 
     def open(self) -> tuple[Tensor, Tensor]:
         """uint8 images (N, C, H, W), of which only those asked for are ever read, and labels (N).
@@ -56,7 +59,7 @@ class ImageCache:
         return torch.from_numpy(pixels[: len(labels)]), torch.from_numpy(labels)
 
 
-def _listed(config: Config) -> tuple[pa.Table, str]:
+def _listed(config: Config) -> tuple[pa.Table, str, str]:
     require_apart(config, makes_set=False)
     return trained_on.listed(config.data, labelled=config.gan.architecture.num_classes > 0)
 
@@ -67,12 +70,12 @@ def prepare_images(config: Config, storage: Path) -> ImageCache:
     Raises UserError for settings that do not fit the images, before one is decoded, and if more than `data.max_rejected` of them
     cannot be read.
     """
-    rows, digest = _listed(config)
+    rows, digest, ignored = _listed(config)
     blank = torch.zeros(1, config.data.channels, config.data.resolution, config.data.resolution)
     _require_fit(config, blank, torch.tensor(rows["label"].to_pylist()))
     cache = storage / f"images-{digest[:16]}"
     if all((cache / name).is_file() for name in (PIXELS, LABELS, REJECTED, trained_on.IMAGES)):
-        return ImageCache(cache, digest, read_json(cache / REJECTED))
+        return ImageCache(cache, digest, read_json(cache / REJECTED), ignored)
     shutil.rmtree(cache, ignore_errors=True)
     partial = storage / PARTIAL.replace("*", f"{digest[:16]}.{os.getpid()}")
     partial.mkdir(parents=True, exist_ok=True)
@@ -82,7 +85,7 @@ def prepare_images(config: Config, storage: Path) -> ImageCache:
         partial.rename(cache)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return ImageCache(cache, digest, rejected)
+    return ImageCache(cache, digest, rejected, ignored)
 
 
 def sweep(storage: Path, own: Path | None = None) -> None:
@@ -219,7 +222,7 @@ def _different(config: Config, folder: Path, card: dict[str, Any]) -> str:
         return "it was not trained here, or is not whole"
     if other := _first_difference(card["training"], config.gan.model_dump(mode="json"), "gan"):
         return other
-    rows, digest = _listed(config)
+    rows, digest, _ = _listed(config)
     if card.get("images_sha256") == digest:
         return ""
     data = config.data.model_dump(mode="json")

@@ -31,9 +31,12 @@ DECODING = ("resolution", "channels", "resize", "image_column", "max_pixels")
 SPLIT = ("seed", "test_share", "official_split", "classes", "label_column")
 
 
-def listed(data: DataConfig, *, labelled: bool) -> tuple[pa.Table, str]:
-    """The training split as in a `Listing` with a column `version`, and a digest that changes with it and how it is decoded."""
-    rows = sources.list_examples(data, labelled=labelled).rows("train")
+def listed(data: DataConfig, *, labelled: bool) -> tuple[pa.Table, str, str]:
+    """The training split as in a `Listing` with a column `version`, a digest that changes with it and how it is decoded, and what
+    the listing says that it ignored.
+    """
+    listing = sources.list_examples(data, labelled=labelled)
+    rows = listing.rows("train")
     rows = rows.append_column("version", pa.array(versions_of_images(rows, data), pa.string()))
     columns = (rows[name].to_pylist() for name in ("id", "label", "version"))
     lines = [f"{id}\t{label}\t{version}" for id, label, version in zip(*columns, strict=True)]
@@ -41,7 +44,7 @@ def listed(data: DataConfig, *, labelled: bool) -> tuple[pa.Table, str]:
     resize = "" if data.resize == "crop" else f" {data.resize}"
     decoded = {name: getattr(data, name) for name in ("image_column", "max_pixels")}
     others = "".join(f" {name}={value}" for name, value in decoded.items() if value != DataConfig.model_fields[name].default)
-    return rows, text_digest("\n".join([f"{data.resolution} {data.channels}{resize}{others}", *lines]))
+    return rows, text_digest("\n".join([f"{data.resolution} {data.channels}{resize}{others}", *lines])), listing.ignored
 
 
 def pixels_digest(image: np.ndarray | str) -> bytes | None:
@@ -159,7 +162,7 @@ def _known_ids(config: Config, card: dict[str, Any], theirs: DataConfig) -> pa.C
     if "images_sha256" in card:
         architecture = card.get("architecture")
         labelled = isinstance(architecture, dict) and bool(architecture.get("num_classes"))
-        rows, digest = listed(theirs, labelled=labelled)
+        rows, digest, _ = listed(theirs, labelled=labelled)
         return rows["id"] if digest == card["images_sha256"] else None
     if all(getattr(theirs, name) == getattr(config.data, name) for name in SPLIT):
         return pa.chunked_array([], pa.string())
