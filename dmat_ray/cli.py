@@ -62,6 +62,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         unknown = re.search(r"unrecognized arguments: (--[\w.]+)", message)
         hint = did_you_mean(unknown[1], self._option_string_actions) if unknown else ""
+        bare = message.removeprefix("unrecognized arguments: ")
+        if bare != message and set(bare.split()) <= set(presets.names()):
+            hint = f"did you mean --preset {bare}? "
         more = f"; {hint}" if hint else " "
         self.exit(2, f"error: {message}{more}(see {self.prog} --help)\n")
 

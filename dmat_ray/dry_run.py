@@ -106,7 +106,7 @@ def text(config: Config, found: Sequence[estimate.Stage]) -> str:
     cluster = config.cluster
     needs = f"{cluster.threads_per_worker} CPU" + (f", {cluster.gpus_per_worker:g} GPU" if cluster.gpus_per_worker else "")
     table = Table(title="at most")
-    for name in ("stage", "images", "work", "workers", "each needs", "TFLOP", "worker-hours", "hours", "cost"):
+    for name in ("stage", "images", "work", "workers", "each needs", "TFLOP", *_known(config)):
         table.add_column(name, justify="left" if name in ("stage", "work", "each needs") else "right")
     total_hours, total_cost, total = 0.0, 0.0, 0.0
     for stage in found:
@@ -128,7 +128,12 @@ def text(config: Config, found: Sequence[estimate.Stage]) -> str:
     return "\n".join(lines)
 
 
+def _known(config: Config) -> list[str]:
+    """The columns that the settings say enough for, in order."""
+    times = ["worker-hours", "hours"] if config.cluster.tflops else []
+    return [*times, *(["cost"] if times and config.cluster.price is not None else [])]
+
+
 def _cells(config: Config, flops: float, hours: float, wall: float, cost: float) -> list[str]:
-    known, priced = config.cluster.tflops, config.cluster.tflops and config.cluster.price is not None
-    times = [f"{hours:.3g}", f"{wall:.3g}"] if known else ["", ""]
-    return [f"{flops / 1e12:.3g}", *times, f"{cost:.2f}" if priced else ""]
+    cells = {"worker-hours": f"{hours:.3g}", "hours": f"{wall:.3g}", "cost": f"{cost:.2f}"}
+    return [f"{flops / 1e12:.3g}", *(cells[name] for name in _known(config))]

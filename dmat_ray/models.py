@@ -98,14 +98,15 @@ def untrained(configs: list[Config], say: Callable[[str], None], workers: int | 
     if todo:
         manifest = set_reader.read_manifest(set_folder(todo[0]))
         require_fit(todo, manifest, workers)
-        say(_trained_on(todo, manifest))
+        for line in _trained_on(todo, manifest):
+            say(line)
         for warning in set_reader.warnings_of_lost(manifest, "train"):
             say(warning)
     return todo
 
 
-def _trained_on(configs: list[Config], manifest: Mapping[str, Any]) -> str:
-    """How many images there are to train on, and which are left out."""
+def _trained_on(configs: list[Config], manifest: Mapping[str, Any]) -> list[str]:
+    """How many images there are to train on, and which are left out; and learning rates that end elsewhere than the training."""
     usable = manifest["usable"].get("train", 0)
     poor = manifest["splits"].get("train", 0) - usable
     held_out = sorted({config.training.val_examples for config in configs})
@@ -113,11 +114,14 @@ def _trained_on(configs: list[Config], manifest: Mapping[str, Any]) -> str:
     if held_out[-1]:
         told += f", {' or '.join(map(str, held_out))} more held out (training.val_examples)"
     told += f"; {poor} that were projected poorly are left out (projection.poor_l1)" if poor else ""
+    lines = [told]
     for settings in dict.fromkeys(config.training for config in configs):
         if settings.schedule == "piecewise" and settings.lr_epochs[-1] != settings.epochs:
             end, what = settings.lr_epochs[-1], "is cut off" if settings.lr_epochs[-1] > settings.epochs else "stays at its last"
-            told += f"; note: the learning rate {what}: training.lr_epochs ends at {end:g}, training.epochs is {settings.epochs}"
-    return told
+            lines.append(
+                f"note: the learning rate {what}: training.lr_epochs ends at {end:g}, training.epochs is {settings.epochs}"
+            )
+    return lines
 
 
 def require_fit(configs: Sequence[Config], manifest: Mapping[str, Any], workers: int | None = None) -> None:

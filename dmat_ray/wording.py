@@ -20,10 +20,13 @@ WORDS = {
     "string_too_short": "must not be empty",
     "missing": "is missing",
     "literal_error": "must be {expected}",
-    "string_pattern_mismatch": "must be of the form {pattern}",
+    "string_pattern_mismatch": "must be {pattern}",
     "extra_forbidden": "there is no such setting",
 }
 """What pydantic says of a value, by the type of its error, as a user of a command line would."""
+NAME = r"^([A-Za-z0-9][A-Za-z0-9_.-]*)?$"
+"""The pattern of names that folders are called by."""
+PATTERNS = {NAME: "letters, digits, _ . and -, the first a letter or a digit"}
 
 
 def number_of(number: int, noun: str, least: int | None = None) -> str:
@@ -58,6 +61,8 @@ def wrong(error: Mapping[str, Any]) -> str:
     if (words := WORDS.get(error["type"])) is None:
         return str(error["msg"]).removeprefix("Value error, ")
     shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in error.get("ctx", {}).items()}
+    if (pattern := shown.get("pattern")) is not None:
+        shown["pattern"] = PATTERNS.get(pattern, f"of the form {pattern}")
     return words.format(**shown)
 
 

@@ -126,6 +126,13 @@ def test_unknown_option_exits_2_with_one_line(option: str, capsys: pytest.Captur
     assert f"did you mean {meant.get(option, '')}" in captured.err or option not in meant
 
 
+def test_presets_without_their_option_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, meant in ((["demo", "dmat"], True), (["demo", "x"], False)):
+        with pytest.raises(SystemExit):
+            parsed(*argv)
+        assert ("did you mean --preset demo dmat? (see" in capsys.readouterr().err) == meant
+
+
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
@@ -135,6 +142,7 @@ def test_unknown_option_exits_2_with_one_line(option: str, capsys: pytest.Captur
         (["--training.epochs", "many"], ["training.epochs", "many"]),
         (["--evaluation.sets", "natural,train"], ["evaluation.sets", "train", "'on_manifold'", "'natural'"]),
         (["--projection.lpips_net", "resnet"], ["projection.lpips_net", "resnet", "'alex'", "'vgg'", "'squeeze'"]),
+        (["--name", "a/b"], ["name: must be letters, digits, _ . and -, the first a letter or a digit (found 'a/b')"]),
         (["--preset", "nonsense"], ["nonsense", *presets.names()]),
         (["--preset", "absent/file.yaml"], ["absent/file.yaml", "does not exist"]),
     ],

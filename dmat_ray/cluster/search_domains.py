@@ -58,8 +58,20 @@ def on_step(domain: Domain, value: float) -> float:
     return round(value / sampler.q) * sampler.q if isinstance(sampler, Quantized) else value
 
 
+def told(domain: Domain) -> str:
+    """In words, for a user."""
+    found, sampler = ends("", domain), domain.get_sampler()
+    if isinstance(domain, Categorical):
+        return f"one of {', '.join(map(str, found))}"
+    step = f", multiples of {sampler.q:g}" if isinstance(sampler, Quantized) else ""
+    inner = sampler.sampler if isinstance(sampler, Quantized) else sampler
+    scale = ", evenly on a logarithmic scale" if isinstance(inner, LogUniform) else ""
+    whole = "whole numbers " if isinstance(domain, Integer) else ""
+    return f"{whole}from {found[0]:g} to {found[1]:g}{step}{scale}"
+
+
 def described(domain: Domain) -> str:
-    """In words, which differ for domains that differ."""
+    """A text that differs for domains that differ."""
     sampler = domain.get_sampler()
     step = f" q {sampler.q:g}" if isinstance(sampler, Quantized) else ""
     inner = sampler.sampler if isinstance(sampler, Quantized) else sampler

@@ -87,7 +87,7 @@ class Plan:
     def told(self) -> str:
         """What is drawn, from where to where, and what trials are judged by: a few lines."""
         lines = [f"search: {number_of(self.trials, 'trial')} of {number_of(self.config.tune.epochs, 'epoch')}, each drawn from"]
-        lines += [f"  {key}: {value}" for key, value in self.space.description().items() if key != "presets" or value]
+        lines += [f"  {line}" for line in self.space.told()]
         lines.append(f"judged by {', '.join(self.columns)} of {', '.join(self.config.tune.suites)}")
         return "\n".join([*lines, f"raising {' and '.join(self.config.tune.objective)}"])
 

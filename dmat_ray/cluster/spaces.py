@@ -99,6 +99,16 @@ class Space:
         shared = {", ".join(keys): f"simplex {s.total:g} {s.least:g}" for keys, s in self.simplexes.items()}
         return {"presets": list(self.presets), **drawn, **shared, **{k: repr(v) for k, v in self.constants.items()}}
 
+    def told(self) -> list[str]:
+        """What is drawn and what is set, in words: a line a setting."""
+        drawn = [f"{key}: {search_domains.told(domain)}" for key, domain in self.domains.items()]
+        shared = [
+            f"{', '.join(keys)}: shares that sum to {s.total:g}, each {f'{s.least:g} or more' if s.least else 'from 0'}"
+            for keys, s in self.simplexes.items()
+        ]
+        presets = [f"presets: {', '.join(self.presets)}"] if self.presets else []
+        return [*presets, *drawn, *shared, *(f"{key}: {value}, in all trials" for key, value in self.constants.items())]
+
     def corners(self, base: Mapping[str, Any], epochs: int) -> Iterator[Config]:
         """Trials at both ends of every domain, at every choice and at every corner of a simplex, the others at their first.
 

@@ -63,6 +63,7 @@ from dmat_ray.config.threats import (
 )
 from dmat_ray.config.training import ClassifierConfig, ClusterConfig, TrackingConfig, TrainingConfig
 from dmat_ray.config.tuning import TuneConfig
+from dmat_ray.wording import NAME
 
 # also those that are made in a loop: JointTerm, JpegRow, ...
 globals().update({kind.__name__: kind for kind in (*TERMS.values(), *ROWS.values())})
@@ -77,7 +78,7 @@ class Config(Section):
     )
     name: str = Field(
         "",
-        pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*)?$",
+        pattern=NAME,
         description="name of the trained model (letters, digits, _ . -); empty = the presets' names",
     )
     methods: tuple[str, ...] = Field(

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from dmat_ray.config.base import Section
+from dmat_ray.wording import NAME
 
 # a weight, and the column that it weighs; names may hold nearly anything
 _PART = re.compile(r"^\s*(?:(?P<weight>[-+]?[\d.]+(?:e-?\d+)?)\s*\*\s*)?(?P<name>[^*]*[^*\s])\s*$")
@@ -41,7 +42,7 @@ class TuneConfig(Section):
     )
     name: str = Field(
         "",
-        pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*)?$",
+        pattern=NAME,
         description="name of the search, whose folder is OUTPUT/tune/NAME; empty = the space's",
     )
     searcher: Literal["random", "grid", "tpe", "nsga2"] = Field(

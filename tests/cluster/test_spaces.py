@@ -151,6 +151,14 @@ def test_a_grid_goes_from_end_to_end(tmp_path, config):
     assert grid["training.schedule"] == ["cosine", "one_cycle"]
     (name,) = set(grid) - {"training.lr", "objective.image.eps", "objective.image.steps", "training.schedule"}
     assert sorted(map(tuple, grid[name])) == [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)]
+    assert space.told() == [
+        "training.lr: from 0.01 to 1, evenly on a logarithmic scale",
+        "objective.image.eps: from 0.1 to 0.4",
+        "objective.image.steps: whole numbers from 1 to 3",
+        "training.schedule: one of cosine, one_cycle",
+        "objective.image.weight, objective.latent.weight: shares that sum to 1, each from 0",
+        "objective.image.step_size: None, in all trials",
+    ]
     knobs = space.knobs({**{n: v[0] for n, v in grid.items()}, name: [0.5, 0.5]})
     assert (knobs["objective.image.weight"], knobs["objective.latent.weight"]) == (0.5, 0.5)
 
@@ -165,6 +173,9 @@ def test_a_change_stays_inside_the_space(tmp_path, config):
         '"training.schedule": "cosine", "objective.image.step_size": None, '
         '("objective.image.weight", "objective.latent.weight"): simplex()}',
     )
+    told = "\n".join(space.told())
+    assert "training.batch_size: whole numbers from 32 to 128, multiples of 32\n" in told
+    assert "training.lr_warmup: from 0 to 2, multiples of 0.5\n" in told
     share = "share of objective.image.weight"
     changed = space.within({"objective.image.eps": 0.48, "objective.image.steps": 4, share: 1.2})
     assert changed == {"objective.image.eps": 0.4, "objective.image.steps": 3, share: 1.0}
