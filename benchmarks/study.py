@@ -94,9 +94,9 @@ class _Study:
         self.own_methods: dict[str, Any] = {k: v for file in files for k, v in yaml_file.read(file, f"'{file}'").items()}
         self.settings = self.folder / "settings.yaml"  # for the processes of this study
         values = {key: value for key, value in self.config.to_json().items() if key not in ("cluster", "tracking", "tune")}
-        if self.settings.is_file() and (before := yaml.safe_load(self.settings.read_text())) != values:
-            told = f"the study in '{self.folder}' was begun with other settings; give another --output"
-            if {**before, "evaluation": None} == {**values, "evaluation": None}:
+        if self.settings.is_file() and (others := _differences(yaml.safe_load(self.settings.read_text()), values)):
+            told = f"the study in '{self.folder}' was begun with other settings ({', '.join(others)}); give another --output"
+            if all(name.startswith("evaluation.") for name in others):
                 told = (
                     f"the study in '{self.folder}' was evaluated by other attacks or settings; remove its settings.yaml, rows, "
                     "clean, worst and autoattack to have its models evaluated anew, or give another --output"
@@ -230,6 +230,14 @@ class _Study:
         if done.returncode:
             raise UserError(f"a process failed; '{place}' ends with: {' '.join(place.read_text().splitlines()[-1:])}")
         return round(time.monotonic() - began, 1)
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Settings by their dotted names that differ; what `before` does not say has its default. Where the study and its generator
+    lie is none: the set knows its generator by the content.
+    """
+    flat = [trained_settings.flatten_config(cli.validate(values)) for values in (before, now)]
+    return [name for name in flat[1] if flat[0].get(name) != flat[1][name] and name not in ("output", "generator.path")]
 
 
 def resolved(config: Config) -> Config:

@@ -98,7 +98,7 @@ def pack(folder: Path, target: Path) -> None:
         "objective": values["objective"],
     }
     before = target / "settings.yaml"
-    if before.is_file() and yaml.safe_load(before.read_text()) != slim:
+    if before.is_file() and cli.validate(yaml.safe_load(before.read_text())) != cli.validate(slim):
         raise UserError(f"'{target}' holds rows of other settings; pack into another folder")
     for kind in KINDS:
         if files := sorted((folder / kind).glob("*.parquet")):

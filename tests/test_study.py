@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 import torch
+import yaml
 
-from dmat_ray import checkpoint, classifiers, cli
+from dmat_ray import checkpoint, classifiers, cli, presets
 from dmat_ray.config import Config
 from dmat_ray.data import manifold_set
 from dmat_ray.data.pixels import quantise, to_unit
@@ -129,6 +131,26 @@ def test_how_often_a_family_of_true_nothings_has_one_that_seems_so(spread: float
     assert low <= np.mean([seems() for _ in range(300)]) <= high
 
 
+def without_a_later_setting(text: str) -> str:
+    """Settings as they were before images were flipped."""
+    assert "  flip: false\n" in text
+    return text.replace("  flip: false\n", "")
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({}, []),
+        ({"output": "elsewhere", "generator": {"path": "pretrained", "precision": "fast"}}, ["generator.precision"]),
+        ({"training": {"epochs": 3}, "evaluation": {"limit": 3}}, ["training.epochs", "evaluation.limit"]),
+    ],
+)
+def test_other_settings_of_a_study_are_named(changed: dict[str, Any], named: list[str]) -> None:
+    now = Config().to_json()
+    before = yaml.safe_load(without_a_later_setting(yaml.safe_dump(now)))
+    assert study_script._differences(before, presets.merge(now, changed)) == named
+
+
 @pytest.mark.exhaustive
 def test_the_study_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "study"
@@ -142,6 +164,7 @@ def test_the_study_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.
     run(*command, "standard")
     first = (output / "models" / "standard-0" / "model.safetensors").stat().st_mtime_ns
     (tmp_path / "more.yaml").write_text("at: {include: [at], objective: {image: {eps: 0.05}}}")
+    (output / "settings.yaml").write_text(without_a_later_setting((output / "settings.yaml").read_text()))
     said = run(*command, "standard", "om_at_fgsm", "at", "--more-methods", str(tmp_path / "more.yaml"), "--worst-case")
     assert "om_at_fgsm-0: trained" in said
     assert checkpoint.read_run(at(output / "models" / "at-0"))["config"]["objective"]["image"]["eps"] == 0.05
@@ -174,6 +197,9 @@ def test_the_study_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.
         (output / kind / "standard-0.parquet").unlink()
     study_rows.pack(output, packed_at)
     assert study_report.page(study_rows.Study(packed_at)) == study_report.page(packed)
+    # as one that was packed before there was a setting
+    (packed_at / "settings.yaml").write_text(without_a_later_setting((packed_at / "settings.yaml").read_text()))
+    study_rows.pack(output, packed_at)
     (output / "settings.yaml").write_text((output / "settings.yaml").read_text().replace("limit: 10", "limit: 9"))
     with pytest.raises(UserError, match="rows of other settings"):
         study_rows.pack(output, packed_at)
