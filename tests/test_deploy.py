@@ -19,7 +19,7 @@ import ray
 import yaml
 from moto.iam.aws_managed_policies import aws_managed_policies_data
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
-from ray.autoscaler._private.util import validate_config
+from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import drain_node
 
 ROOT = Path(__file__).parents[1]
@@ -139,6 +139,18 @@ def test_the_line_that_mounts_shared_storage_may_run_again(mounted: bool, tmp_pa
 
 PERMISSIONS = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8").split("### What it may do on Amazon")[1]
 STARTED_BY_THE_HEAD = {"ec2:RunInstances", "ec2:TerminateInstances", "ec2:CreateTags", "ec2:Describe*"}
+
+
+def test_the_autoscaler_finds_boto3_in_the_python_that_it_runs_in() -> None:
+    """Ray adds a `pip install boto3` of its own, for whatever Python `pip` is of, to a file that has no list for the head."""
+    cluster = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
+    commands = prepare_config(copy.deepcopy(cluster))["head_setup_commands"]
+    (added,) = [shlex.split(command) for command in commands if "boto3" in command]
+    assert added[:5] == ["python3", "-m", "uv", "pip", "install"]
+    assert added[added.index("--python") + 1] == "~/venv/bin/python"
+    assert re.search(r"^boto3==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    del cluster["head_setup_commands"]
+    assert prepare_config(cluster)["head_setup_commands"][-1] == "pip install 'boto3>=1.4.8'"
 
 
 def asked_of_amazon() -> set[str]:
