@@ -1,21 +1,23 @@
 """What attacks do to images: clean, attacked, and the difference, amplified; with what each model says of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from dmat_ray import figures
-from dmat_ray.config import AttackRow, CleanRow
+from dmat_ray.config import AttackRow, CleanRow, EvaluationConfig
 from dmat_ray.data.pixels import quantise
 from dmat_ray.evaluation import Evaluator
-from dmat_ray.units import applies, group_of
+from dmat_ray.units import Unit, applies, group_of
 
 EXAMPLES = 8
 ATTACKS = 12  # of a model
 PIXELS = 96  # larger images are scaled down
+TITLES = {"on_manifold": "on-manifold g(w)", "natural": "natural x"}
 
 
 def one_of_each_class(labels: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -23,48 +25,67 @@ def one_of_each_class(labels: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return np.array([positions[labels[positions] == c][0] for c in np.unique(labels[positions])[:EXAMPLES]])
 
 
-def rows_to_show(evaluator: Evaluator, set_name: str) -> tuple[list[AttackRow], list[str]]:
+def rows_to_show(config: EvaluationConfig) -> tuple[list[AttackRow], list[str]]:
     """The rows of a gallery, one of each group, and the names of those that there is no room for."""
     seen: set[str] = set()
     rows: list[AttackRow] = []
-    for row in evaluator.config.attacks:
+    for row in config.attacks:
         group = group_of(row)
-        if applies(row, set_name) and not isinstance(row, CleanRow) and not (group and group in seen):
+        if applies(row, _set_of(config)) and not isinstance(row, CleanRow) and not (group and group in seen):
             rows.append(row)
         seen.add(group)
     return rows[:ATTACKS], [row.name for row in rows[ATTACKS:]]
 
 
-def blocks(evaluator: Evaluator, positions: Sequence[int], models: Sequence[str]) -> dict[str, Any]:
-    """Lines of images for each model: the test sets, and every attack on the one that all attacks suit, with its difference."""
-    config, data = evaluator.config, evaluator.data
-    set_name = "on_manifold" if "on_manifold" in config.sets else "natural"
-    rows, left_out = rows_to_show(evaluator, set_name)
-    titles = {"on_manifold": "on-manifold g(w)", "natural": "natural x"}
-    found = []
-    for model in models:
-        lines = []
-        for name in sorted(config.sets):
-            batch = evaluator.batch(positions, name)
-            lines.append(_line(evaluator, titles[name], batch.x_BCHW, evaluator.logits(model, batch.x_BCHW), positions))
-        batch = evaluator.batch(positions, set_name)
-        for row in rows:
-            seen = evaluator.attacked(model, set_name, row, batch)
-            line = _line(evaluator, row.name, seen.x_BCHW, seen.logits_BK, positions)
-            moved = seen.x_BCHW - batch.x_BCHW
-            largest = moved.abs().amax().item()
-            times = 0.5 / largest if largest > 0 else 1.0
-            pictures = [figures.png(quantise(image), PIXELS) for image in (0.5 + times * moved).cpu()]
-            lines.append(line | {"differences": pictures, "times": f"{times:.3g}" if largest > 0 else ""})
-        found.append({"model": model, "lines": lines})
-    examples = [{"id": data.id[p], "label": data.class_names[data.label[p]]} for p in positions]
-    small = max(data.natural.shape[2:]) <= PIXELS // 2
-    return {"blocks": found, "examples": examples, "left_out": left_out, "set": titles[set_name], "small": small}
+def _set_of(config: EvaluationConfig) -> str:
+    """The test set that all attacks suit, if it is evaluated."""
+    return "on_manifold" if "on_manifold" in config.sets else "natural"
 
 
-def _line(evaluator: Evaluator, title: str, x_BCHW: Tensor, logits_BK: Tensor, positions: Sequence[int]) -> dict[str, Any]:
+def units(models: Sequence[str], config: EvaluationConfig, labels: np.ndarray, positions: np.ndarray) -> list[Unit]:
+    """What is to be drawn on some of the images at `positions`: of each model the test sets, and each attack that is shown."""
+    shown, rows = tuple(one_of_each_class(labels, positions).tolist()), rows_to_show(config)[0]
+    names = ["", *(row.name for row in rows)]
+    return [Unit(model, _set_of(config), name, shown, gallery=True) for model in models for name in names]
+
+
+def draw(evaluator: Evaluator, unit: Unit) -> list[dict[str, Any]]:
+    """The lines of images of a unit, as plain values: every test set, or one attack with its differences."""
+    if not unit.attack:
+        batches = {name: evaluator.batch(unit.positions, name).x_BCHW for name in sorted(evaluator.config.sets)}
+        return [_line(evaluator, TITLES[name], x, evaluator.logits(unit.model, x), unit) for name, x in batches.items()]
+    batch = evaluator.batch(unit.positions, unit.set)
+    seen = evaluator.attacked(unit.model, unit.set, evaluator.rows[unit.attack], batch)
+    moved = seen.x_BCHW - batch.x_BCHW
+    largest = moved.abs().amax().item()
+    times = 0.5 / largest if largest > 0 else 1.0
+    pictures = [figures.png(quantise(image), PIXELS) for image in (0.5 + times * moved).cpu()]
+    line = _line(evaluator, unit.attack, seen.x_BCHW, seen.logits_BK, unit)
+    return [line | {"differences": pictures, "times": f"{times:.3g}" if largest > 0 else ""}]
+
+
+def joined(
+    drawn: Iterable[tuple[Unit, list[dict[str, Any]]]], config: EvaluationConfig, listed: pa.Table, manifest: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The gallery of a page, of units and their lines; `listed` are the ids and labels of the test images, by position."""
+    blocks: dict[str, list[dict[str, Any]]] = {}
+    positions: tuple[int, ...] = ()
+    for unit, lines in drawn:
+        blocks.setdefault(unit.model, []).extend(lines)
+        positions = unit.positions
+    ids, labels, names = listed["id"].to_pylist(), listed["label"].to_pylist(), manifest["class_names"]
+    return {
+        "blocks": [{"model": model, "lines": lines} for model, lines in blocks.items()],
+        "examples": [{"id": ids[p], "label": names[labels[p]]} for p in positions],
+        "left_out": rows_to_show(config)[1],
+        "set": TITLES[_set_of(config)],
+        "small": max(manifest["shapes"]["on_manifold"][1:]) <= PIXELS // 2,
+    }
+
+
+def _line(evaluator: Evaluator, title: str, x_BCHW: Tensor, logits_BK: Tensor, unit: Unit) -> dict[str, Any]:
     data = evaluator.data
-    guess, label = logits_BK.argmax(dim=1).cpu(), torch.from_numpy(data.label[list(positions)])
+    guess, label = logits_BK.argmax(dim=1).cpu(), torch.from_numpy(data.label[list(unit.positions)])
     images = [
         {"src": figures.png(quantise(image), PIXELS), "label": data.class_names[int(g)], "right": bool(g == y)}
         for image, g, y in zip(x_BCHW.cpu(), guess, label, strict=True)

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -85,34 +86,23 @@ def write(
     results: Results,
     checked: tuple[list[dict[str, Any]], list[Finding]],
     page: Place,
+    shown: dict[str, Any] | None = None,
 ) -> None:
     """Write the page of these results, and its `siblings`; the page comes last.
 
-    `models` maps names to folders, in the order of the table; `checked` is what the checks measured, and what they found.
+    `models` maps names to folders, in the order of the table; `checked` is what the checks measured, and what they found;
+    `shown` is the gallery, as `gallery.joined` has it, which else is made here: attacks on a few images for every model.
     """
     import yaml
 
     measurements, findings = checked
     names = list(models)
     runs = {name: checkpoint.read_run(folder) for name, folder in models.items()}
-    listed = manifold_set.usable(set_folder, "test")
-    ids = listed["id"].to_pylist()
-    shown = gallery.one_of_each_class(listed["label"].to_numpy(), chosen(ids, config.evaluation))
-    data = manifold_set.open_set(set_folder, "test", only=[ids[i] for i in shown])
-    positions = np.argsort(np.argsort(shown))  # of the set, which is in the order of ids
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    evaluator = Evaluator(
-        config.evaluation.model_copy(update={"lpips": "none"}),
-        data,
-        generators.load_configured(config.generator, device),
-        lambda name: checkpoint.load_classifier(models[name], device)[0],
-        names,
-        device,
-    )
+    manifest = set_reader.read_manifest(at(set_folder))
     settings = str(yaml.safe_dump(config.to_json(), sort_keys=False, allow_unicode=True))
-    tables, facts = report_values.tables(results, names), _facts(config, data.manifest, runs)
+    tables, facts = report_values.tables(results, names), _facts(config, manifest, runs)
     good, every = report_text.passed(findings)
-    title = f"Robustness on {PurePosixPath(_source(data.manifest)).name}"
+    title = f"Robustness on {PurePosixPath(_source(manifest)).name}"
     markdown, table = siblings(at(page))
     table.write_bytes(report_text.comma_separated(results, names).encode())
     text = report_text.markdown(title, results, names, findings, facts, settings)
@@ -135,18 +125,39 @@ def write(
         trade_offs=[(table, report_values.trade_offs(results, table)) for table in tables],
         curves=report_values.curves(results, names),
         transfers=report_values.transfers(results, names),
-        confusions=[(table, report_values.confusions(results, table, data.class_names)) for table in tables],
-        class_names=data.class_names,
+        confusions=[(table, report_values.confusions(results, table, manifest["class_names"])) for table in tables],
+        class_names=manifest["class_names"],
         courses=report_values.courses(measurements, names),
         measurements=measurements,
-        gallery=gallery.blocks(evaluator, positions.tolist(), names),
+        gallery=_gallery(config, set_folder, models) if shown is None else shown,
         histories=report_values.histories(runs),
-        manifest=data.manifest,
-        poor={split: count - data.manifest["usable"].get(split, 0) for split, count in data.manifest["splits"].items()},
+        manifest=manifest,
+        poor={split: count - manifest["usable"].get(split, 0) for split, count in manifest["splits"].items()},
         facts=facts,
         config=settings,
         siblings=[markdown.name, table.name],
     )
+
+
+def _gallery(config: Config, set_folder: Place, models: Mapping[str, Place]) -> dict[str, Any]:
+    """The gallery, made in this process."""
+    listed = manifold_set.usable(set_folder, "test")
+    ids = listed["id"].to_pylist()
+    work = gallery.units(list(models), config.evaluation, listed["label"].to_numpy(), chosen(ids, config.evaluation))
+    shown = np.array(work[0].positions)
+    data = manifold_set.open_set(set_folder, "test", only=[ids[i] for i in shown])
+    positions = tuple(np.argsort(np.argsort(shown)).tolist())  # of the set, which is in the order of ids
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    evaluator = Evaluator(
+        config.evaluation.model_copy(update={"lpips": "none"}),
+        data,
+        generators.load_configured(config.generator, device),
+        lambda name: checkpoint.load_classifier(models[name], device)[0],
+        list(models),
+        device,
+    )
+    drawn = ((unit, gallery.draw(evaluator, replace(unit, positions=positions))) for unit in work)
+    return gallery.joined(drawn, config.evaluation, listed, data.manifest)
 
 
 def siblings(page: Location) -> tuple[Location, Location]:

@@ -23,7 +23,8 @@ CLEAN = "clean"
 class Unit:
     """A unit of work: one row of the suite against one model, for the examples at `positions` of one test set.
 
-    With `checks`, what `probes.probe` measures of the row, or without an attack of the model itself.
+    With `checks`, what `probes.probe` measures of the row, or without an attack of the model itself; with `gallery`, what
+    `gallery.draw` draws of it.
     """
 
     model: str
@@ -31,6 +32,12 @@ class Unit:
     attack: str
     positions: tuple[int, ...]
     checks: bool = False
+    gallery: bool = False
+
+    @property
+    def is_json(self) -> bool:
+        """Whether it gives plain values, and no rows."""
+        return self.checks or self.gallery
 
     def to_json(self) -> str:
         """For another process; `Unit.from_json` is the inverse."""
@@ -147,9 +154,10 @@ def weights_of(config: EvaluationConfig) -> dict[str, str]:
 def key_of(unit: Unit, config: EvaluationConfig, facts: dict[str, Any]) -> str:
     """Names what a unit gives: changes with all that it depends on. `facts` say what the set, models and `weights_of` are."""
     settings = rows_to_run(config)[unit.attack].model_dump(mode="json", exclude={"curve"}) if unit.attack else None
-    crossed = unit.attack in config.transfer and not unit.checks
+    crossed = unit.attack in config.transfer and not unit.is_json
     models = facts["models"] if crossed else {unit.model: facts["models"][unit.model]}
-    seen = {"version": VERSION, "unit": asdict(unit), "row": settings, "models": models, "seed": config.seed}
+    about = {name: value for name, value in asdict(unit).items() if name != "gallery" or value}  # as before there were any
+    seen = {"version": VERSION, "unit": about, "row": settings, "models": models, "seed": config.seed}
     seen |= {"precision": config.precision, "lpips": [config.lpips, config.lpips_weights]}
     used = {config.lpips_weights, (settings or {}).get("weights")}
     seen["weights"] = {path: digest for path, digest in facts.get("weights", {}).items() if path in used}

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import ray.data
 import torch
 
-from dmat_ray import checkpoint, checks, evaluation, probes, units
+from dmat_ray import checkpoint, checks, evaluation, gallery, probes, units
 from dmat_ray.checks import Finding
 from dmat_ray.cluster import gauges, pools, session
 from dmat_ray.cluster.silence import breaking_silence
@@ -63,6 +63,8 @@ class UnitEvaluator:
             unit = replace(unit, positions=tuple(np.searchsorted(self.positions, unit.positions).tolist()))
             if unit.checks:
                 (self.folder / name).write_json(probes.probe(self.evaluator, unit))
+            elif unit.gallery:
+                (self.folder / name).write_json({"lines": gallery.draw(self.evaluator, unit)})
             else:
                 (self.folder / name).write_bytes(_as_parquet(self.evaluator.table(unit)))
         return {"name": batch["name"]}
@@ -123,14 +125,24 @@ class _Work:
 
     def __init__(self, config: Config, set_path: Location, models: Mapping[str, Place], folder: Location) -> None:
         self.config, self.set_path, self.models, self.folder = config, set_path, models, folder / UNITS
-        self.ids = manifold_set.usable(set_path, "test")["id"].to_pylist()
+        self.listed = manifold_set.usable(set_path, "test")
+        self.ids = self.listed["id"].to_pylist()
         self.positions = units.chosen(self.ids, config.evaluation)
         self.made_for = fingerprint(config, set_path, models)
         self.facts = {k: v for k, v in self.made_for.items() if k != "evaluation"}
 
     def name(self, unit: Unit) -> str:
         """A unit's file."""
-        return f"{units.key_of(unit, self.config.evaluation, self.facts)}.{'json' if unit.checks else 'parquet'}"
+        return f"{units.key_of(unit, self.config.evaluation, self.facts)}.{'json' if unit.is_json else 'parquet'}"
+
+    def pictures(self) -> list[Unit]:
+        """The units of the report's gallery."""
+        return gallery.units(list(self.models), self.config.evaluation, self.listed["label"].to_numpy(), self.positions)
+
+    def left(self, all_units: Sequence[Unit]) -> list[Unit]:
+        """Those of some units that are still to be done."""
+        with ThreadPoolExecutor(READERS) as pool:
+            return [unit for unit, done in zip(all_units, pool.map(self.is_done, all_units), strict=True) if not done]
 
     def table(self, unit: Unit) -> pa.Table | None:
         """A unit's rows, if they are there and whole."""
@@ -141,7 +153,7 @@ class _Work:
 
     def is_done(self, unit: Unit) -> bool:
         """Whether a unit's file is there and can be read."""
-        if not unit.checks:
+        if not unit.is_json:
             return self.table(unit) is not None
         try:
             (self.folder / self.name(unit)).read_json()
@@ -198,9 +210,8 @@ def evaluate(
     for number, names in enumerate(rounds):
         standing = units.still_standing(rows, settings, work.ids, work.positions)
         attacks = units.units(list(models), names, settings, standing)
-        both = [*attacks, *(looks if number == 0 else [])]
-        with ThreadPoolExecutor(READERS) as pool:
-            todo = [unit for unit, done in zip(both, pool.map(work.is_done, both), strict=True) if not done]
+        both = [*attacks, *([*looks, *work.pictures()] if number == 0 else [])]
+        todo = work.left(both)
         what = f"round {number + 1} of {len(rounds)}: " if len(rounds) > 1 else ""
         if len(todo) < len(both):
             say(f"{what}{len(both) - len(todo)} of {len(both)} batches are there")
@@ -227,6 +238,23 @@ def evaluate(
     return rows, findings
 
 
+def lacks_pictures(config: Config, set_path: Location, models: Mapping[str, Place], folder: Location) -> bool:
+    """Whether some of the gallery of an evaluation in `folder` is still to be made."""
+    work = _Work(config, set_path, models, folder)
+    return bool(work.left(work.pictures()))
+
+
+def read_pictures(
+    config: Config, set_path: Location, models: Mapping[str, Place], folder: Location, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The report's gallery, of which what `lacks_pictures` is made first, for which Ray must be connected."""
+    work = _Work(config, set_path, models, folder)
+    if todo := work.left(work.pictures()):
+        _run_all(work, todo, "images of the report: ", say)
+    drawn = ((unit, (work.folder / work.name(unit)).read_json()["lines"]) for unit in work.pictures())
+    return gallery.joined(drawn, config.evaluation, work.listed, set_reader.read_manifest(set_path))
+
+
 def _run_all(work: _Work, todo: Sequence[Unit], what: str, say: Callable[[str], None]) -> None:
     """Do these units, and say how far it is."""
     session.await_machines(work.config.cluster, say)
@@ -239,4 +267,8 @@ def _run_all(work: _Work, todo: Sequence[Unit], what: str, say: Callable[[str], 
             now = time.monotonic()
             if now - said >= SAY_EVERY_S or number == len(todo):
                 said = now
-                say(f"{what}{number}/{len(todo)} batches, {now - began:.0f} s; last {unit.attack or 'checks'} on {unit.model}")
+                say(f"{what}{number}/{len(todo)} batches, {now - began:.0f} s; last {_told(unit)} on {unit.model}")
+
+
+def _told(unit: Unit) -> str:
+    return unit.attack or ("images" if unit.gallery else "checks")

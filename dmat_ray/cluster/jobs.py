@@ -102,6 +102,8 @@ def evaluate(
         key = f"evaluate/{tracking.identity(config)}/{text_digest(json.dumps(made_for, sort_keys=True))}"
         if stage.is_evaluated(made_for, folder):
             say("the rows are there and unchanged")
+            if stage.lacks_pictures(config, set_folder(config), models, folder):
+                stack.enter_context(connected(config.cluster, config.output, say, (EVALUATE,)))
             run = stack.enter_context(tracking.tracked(config, "", "evaluate", parent, key=key))
             rows, findings = stage.read_rows(folder), stage.read_checks(folder)[1]
         else:
@@ -116,7 +118,8 @@ def evaluate(
             gauges.tested(model, set_name, column, accuracy.value)
         lease.check()
         say("writing the report")
-        report.write(config, set_folder(config), models, results, stage.read_checks(folder), page)
+        shown = stage.read_pictures(config, set_folder(config), models, folder, say)
+        report.write(config, set_folder(config), models, results, stage.read_checks(folder), page, shown)
         for file in (folder / stage.ROWS, folder / stage.CHECKS, page, *report.siblings(page)):
             run.artifact(file)
     return results, findings

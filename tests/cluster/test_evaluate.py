@@ -1,6 +1,8 @@
 """Evaluation on a real Ray: killed and taken up again, extended, damaged, transferred, by groups."""
 
+import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -13,6 +15,7 @@ import pytest
 import ray
 from small import settings, start_job, wait_for
 
+from dmat_ray import evaluation, report
 from dmat_ray.cluster import evaluate as stage
 from dmat_ray.cluster import jobs
 from dmat_ray.errors import UserError
@@ -150,6 +153,32 @@ def test_a_finished_evaluation_is_known_whether_or_not_it_says_which_images_it_l
     assert stage.is_evaluated(made_for, at(tmp_path))
 
 
+def test_images_of_the_report_are_made_by_workers(finished, undisturbed, suite, tmp_path, say, lines, monkeypatch):
+    """And are those that one process makes; also where the rows are there and they are not."""
+    output = shutil.copytree(undisturbed[0], tmp_path / "out")
+    config, page = settings(output, *BATCHES, preset=("demo", str(suite))), output / "report.html"
+    checked, found = stage.read_checks(output / "evaluation"), undisturbed[1]
+    report.write(config, output / "on_manifold_set", finished.models, found, checked, tmp_path / "here.html")
+    images = {place: re.findall(r'src="(data:image/png[^"]+)"', place.read_text()) for place in (page, tmp_path / "here.html")}
+    assert images[page] == images[tmp_path / "here.html"]
+    classes = min(8, len(set(found.rows["label"].to_pylist())))
+    assert len(images[page]) == 2 * classes * (2 + 3 * 2)  # of models, test sets, and attacks with what they change
+
+    page.unlink()
+    drawn = [file for file in (output / "evaluation" / "units").glob("*.json") if "lines" in json.loads(file.read_text())]
+    assert len(drawn) == 2 * (1 + 3)
+    for file in drawn:
+        file.unlink()
+
+    def never(*_: Any) -> None:
+        raise AssertionError("attacked by the driver")
+
+    monkeypatch.setattr(evaluation.Evaluator, "attacked", never)
+    jobs.evaluate(config, finished.models, say)
+    assert any(line.startswith("images of the report: 8/8 batches") for line in lines)
+    assert re.findall(r'src="(data:image/png[^"]+)"', page.read_text()) == images[tmp_path / "here.html"]
+
+
 def test_only_what_is_new_or_damaged_runs(finished, undisturbed, tmp_path, say, lines):
     output, expected, _, _ = undisturbed
     before = units(output)
@@ -162,6 +191,6 @@ def test_only_what_is_new_or_damaged_runs(finished, undisturbed, tmp_path, say, 
     again = {name for name in before if after[name] != before[name]}
     assert again == {damaged}
     fog = 2 * 2 * 2  # models, sets, batches
-    assert len(after) == len(before) + fog + 2  # and what is measured of it on both models
+    assert len(after) == len(before) + fog + 2 + 2  # and what is measured and drawn of it on both models
     old = [row for row in without_time(results.rows) if row["attack"] != "fog"]
     assert old == without_time(expected.rows)
