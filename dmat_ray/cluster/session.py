@@ -50,6 +50,7 @@ LOCAL_ENVIRONMENT = {
 }
 
 LOGICAL = "DMAT_RAY_LOGICAL_GPUS"
+PACKAGE = "_ray_pkg_"  # what Ray calls the folder of a copied working directory, with a digest of its files
 TRAIN, PROJECT, EVALUATE = "train_workers", "projection_actors", "evaluation_actors"  # how many a stage starts, by setting
 
 
@@ -65,7 +66,8 @@ def prepare_environment(
 
     `elastic` is False for a job whose trainings have all of their workers or none, whatever `train_workers_min` says.
     Raises UserError for an output (or one of the job's own `places` to write to, by option) that would be lost, since a
-    submitted job runs in a copy of its working directory, or that cannot hold the database of a job that is `tracked`.
+    submitted job runs in a copy of its working directory, for images that lie in that copy, and for an output that cannot hold
+    the database of a job that is `tracked`.
     """
     if config is not None and tracked:
         tracking_uri(config)
@@ -76,6 +78,12 @@ def prepare_environment(
                     f"{name} '{place}' is relative, but a submitted job runs in a temporary copy of its working directory; "
                     f"give --{name} an absolute path that all nodes share"
                 )
+        if any(part.startswith(PACKAGE) for part in Path(config.data.source).parts):
+            raise UserError(
+                f"data.source '{config.data.source}' lies in the job's temporary copy of its working directory, which has another "
+                "name when any of its files has changed, so that no later job could go on with this set; give an absolute path that "
+                "all nodes share, or a URL"
+            )
     if elastic and config is not None and worker_count(config.cluster) != config.cluster.train_workers:
         # after a machine is lost Ray Train may count on it for so long, before it starts with those that are left
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")

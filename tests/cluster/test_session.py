@@ -15,6 +15,7 @@ import pytest
 import ray
 import torch
 from PIL import Image
+from ray._private.runtime_env import packaging
 from small import settings
 
 from dmat_ray import models
@@ -104,6 +105,21 @@ def test_relative_output_of_a_submitted_job_is_refused(monkeypatch, tmp_path):
         prepare_environment(settings(tmp_path, "--manifold_set", "sets/mine"))
     with pytest.raises(UserError, match=r"to 'labels\.parquet' is relative"):
         prepare_environment(settings(tmp_path), places={"to": "labels.parquet"})
+
+
+def test_images_in_the_copied_working_directory_of_a_submitted_job_are_refused(monkeypatch, tmp_path):
+    copy = packaging.get_local_dir_from_uri(
+        packaging.get_uri_for_directory(str(tmp_path), include_gitignore=True), str(tmp_path / "files")
+    )
+    for folder in (copy / "photos", tmp_path / "photos"):
+        folder.mkdir(parents=True)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    prepare_environment(settings(tmp_path, "--data.source", tmp_path / "photos"))
+    monkeypatch.chdir(copy)
+    with pytest.raises(UserError, match=r"data\.source '/.*/photos' lies in the job's temporary copy"):
+        prepare_environment(settings(tmp_path, "--data.source", "photos"))
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    prepare_environment(settings(tmp_path, "--data.source", "photos"))
 
 
 @pytest.mark.parametrize(("exported", "asked", "own"), [
