@@ -80,9 +80,9 @@ def prepare_environment(
                 )
         if any(part.startswith(PACKAGE) for part in Path(config.data.source).parts):
             raise UserError(
-                f"data.source '{config.data.source}' lies in the job's temporary copy of its working directory, which has another "
-                "name when any of its files has changed, so that no later job could go on with this set; give an absolute path that "
-                "all nodes share, or a URL"
+                f"data.source '{config.data.source}' lies in the job's temporary copy of its working directory, which has "
+                "another name when any of its files has changed, so that no later job could go on with this set; give an "
+                "absolute path that all nodes share, or a URL"
             )
     if elastic and config is not None and worker_count(config.cluster) != config.cluster.train_workers:
         # after a machine is lost Ray Train may count on it for so long, before it starts with those that are left
