@@ -165,7 +165,8 @@ def _retrain(search: Plan, best: Trial, say: Callable[[str], None]) -> dict[str,
     size = f"{number_of(config.tune.confirm_seeds, 'seed')}, {number_of(epochs, 'epoch')} each"
     say(f"training the best settings and those of the start anew: {size}")
     work = search.work.of_models({name: one.to_json() for name, one in every.items()})
-    at_once = searchers.trials_at_once(config.tune, config.cluster, alone=work.is_alone)
+    streamed = config.training.loader == "stream"
+    at_once = searchers.trials_at_once(config.tune, config.cluster, alone=work.is_alone, streamed=streamed)
     resources = searchers.resources(work.is_alone, config.cluster, at_once)
     results = ray.tune.Tuner(
         ray.tune.with_resources(ray.tune.with_parameters(run, work=work), resources),

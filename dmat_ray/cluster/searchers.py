@@ -20,6 +20,7 @@ from dmat_ray.cluster.trial import Work, state_of
 from dmat_ray.config import ClusterConfig, TuneConfig
 from dmat_ray.errors import UserError
 from dmat_ray.trials import metric, value
+from dmat_ray.wording import number_of
 from dmat_ray.yardstick import PREFIX
 
 TIME = "epoch"
@@ -131,8 +132,9 @@ def resources(alone: bool, cluster: ClusterConfig, at_once: int, *, turns: bool 
     return need
 
 
-def trials_at_once(config: TuneConfig, cluster: ClusterConfig, *, alone: bool) -> int:
-    """How many trials have room for all of their workers at the same time, so that none waits for what another holds.
+def trials_at_once(config: TuneConfig, cluster: ClusterConfig, *, alone: bool, streamed: bool = False) -> int:
+    """How many trials have room for all of their workers at the same time, so that none waits for what another holds; of those
+    that are `streamed` fewer, if else none of the CPUs that are there is left for the tasks that read and shuffle.
 
     Raises UserError if not even one has. Ray must be connected.
     """
@@ -148,6 +150,14 @@ def trials_at_once(config: TuneConfig, cluster: ClusterConfig, *, alone: bool) -
         raise UserError(
             f"a trial needs {wanted} ({workers} worker{'s' if workers > 1 else ''}), the cluster has {there}; lower "
             "cluster.train_workers, cluster.gpus_per_worker or cluster.threads_per_worker"
+        )
+    cpus = sum(node.get("CPU", 0) for node in nodes)
+    while streamed and not largest and room and cpus - room * workers * need["CPU"] < 1:
+        room -= 1
+    if room == 0:
+        raise UserError(
+            f"{number_of(workers, 'worker')} of a trial take{'s' if workers == 1 else ''} all {cpus:g} CPUs, and training.loader "
+            "stream needs another; lower cluster.threads_per_worker, or give training.loader memory"
         )
     if config.scheduler == "pbt" and config.max_concurrent is not None and not session.is_own(cluster):
         raise UserError(

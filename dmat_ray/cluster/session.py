@@ -129,9 +129,11 @@ def require_a_gpu_each(config: ClusterConfig) -> None:
         )
 
 
-def await_machines(config: ClusterConfig, say: Callable[[str], None], count: int = 1) -> None:
+def await_machines(config: ClusterConfig, say: Callable[[str], None], count: int = 1, *, streamed: int = 0) -> None:
     """Wait until the nodes are large enough for `count` workers, whoever uses them now, for which an autoscaler may first have to
     start some: Ray Train would wait for them for ever, and in silence. Ray must be connected.
+
+    Of a training that is `streamed`, to so many workers at most, until a CPU is left for the tasks that read and shuffle.
 
     It is asked by placement groups, which are this job's and go with it: what `request_resources` asks for stays when a job is
     killed, and is taken back by another job's asking, Ray Data's among them.
@@ -143,22 +145,37 @@ def await_machines(config: ClusterConfig, say: Callable[[str], None], count: int
 
     need = {name: amount for name, amount in worker_resources(config).items() if amount}
 
+    def resources() -> list[dict[str, float]]:
+        return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
     def room() -> int:
         """For how many workers."""
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         # rounded, because 0.3 is 2.9999999999999996 times 0.1
-        return sum(min(int(round(node.get(name, 0) / amount, 6)) for name, amount in need.items()) for node in nodes)
+        return sum(min(int(round(node.get(name, 0) / amount, 6)) for name, amount in need.items()) for node in resources())
 
-    if room() >= count:
+    def is_full() -> bool:
+        """Whether the workers take all CPUs, and what they wait for has none."""
+        held = min(streamed, room()) * need["CPU"]
+        return bool(streamed) and sum(node.get("CPU", 0) for node in resources()) - held < 1
+
+    if room() >= count and not is_full():
         return
     wanted = " and ".join(f"{amount:g} {name}" for name, amount in need.items())
     lacking = f"no node has {wanted}" if count == 1 else f"the nodes have room for {room()} of {count} workers with {wanted} each"
+    if room() >= count:
+        lacking = "the workers take all CPUs, and training.loader stream needs another"
     say(f"{lacking}: asking the autoscaler, and waiting {config.wait_minutes:g} minutes for {'one' if count == 1 else 'more'}")
-    asked = [placement_group([need]) for _ in range(count)]
+    asked = [placement_group([need]) for _ in range(count)] + [placement_group([{"CPU": 1}])] * bool(streamed)
     try:
         end = time.monotonic() + 60 * config.wait_minutes
-        while (found := room()) < count:
+        while (found := room()) < count or is_full():
             if time.monotonic() > end:
+                if found >= count:
+                    raise UserError(
+                        f"no CPU beside the workers' came within {config.wait_minutes:g} minutes, and training.loader stream "
+                        "reads and shuffles there; start another node, lower cluster.threads_per_worker or "
+                        "cluster.train_workers, or give training.loader memory"
+                    )
                 other = "lower cluster.gpus_per_worker (0 = CPU) or cluster.threads_per_worker, or raise cluster.wait_minutes"
                 if count == 1:
                     raise UserError(f"no node with {wanted} came within {config.wait_minutes:g} minutes; start one, {other}")
@@ -173,7 +190,7 @@ def await_machines(config: ClusterConfig, say: Callable[[str], None], count: int
 
 
 def _local_cpus(config: ClusterConfig, counts: Sequence[str]) -> int:
-    """Logical CPUs of a local Ray: the workers', and some for Ray Data, Train's controller and small helpers.
+    """Logical CPUs of a local Ray: the workers', as many as there are in a search, and some for Ray Data and small helpers.
 
     Raises UserError if the machine has not what the settings ask for; Ray would wait for it for ever.
     """
@@ -192,7 +209,7 @@ def _local_cpus(config: ClusterConfig, counts: Sequence[str]) -> int:
                 + (f"lower {' and '.join(f'cluster.{name}' for name in counts)}, or " if found else "")
                 + "set cluster.gpus_per_worker 0 to compute on CPUs"
             )
-    return config.num_cpus or max(6, need, os.cpu_count() or 1)
+    return config.num_cpus or max(6, need, (os.cpu_count() or 1) + 2)
 
 
 def device_of_actor() -> "torch.device":

@@ -145,7 +145,8 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
         if configs:
             count = session.worker_count(first.cluster)
             least, most = (count, count) if isinstance(count, int) else count
-            session.await_machines(first.cluster, say, least)
+            streamed = most if first.training.loader == "stream" else 0
+            session.await_machines(first.cluster, say, least, streamed=streamed)
             say(f"starting {number_of(most, 'worker', least)} to train {', '.join(c.name for c in configs)}")
             for c in configs:  # what a killed driver could not send any more; what the server has is not sent again
                 for metrics in next(filter(None, (found.history(c) for found in (Leftover(folder), *leftovers))), []):

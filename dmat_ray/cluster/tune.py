@@ -103,7 +103,8 @@ def _search(plan: Plan, say: Callable[[str], None], *, resume: bool) -> champion
         say(f"there is no search in '{plan.folder}' yet: beginning one")
     if not session.is_own(config.cluster):
         session.await_machines(config.cluster, say)
-    at_once = searchers.trials_at_once(tune, config.cluster, alone=plan.work.is_alone)
+    streamed = config.training.loader == "stream"
+    at_once = searchers.trials_at_once(tune, config.cluster, alone=plan.work.is_alone, streamed=streamed)
     name = plan.folder.name
     with (
         tracking.tracked(config, name, "tune", key=f"tune/{name}/{plan.id}") as parent,

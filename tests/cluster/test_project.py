@@ -247,6 +247,15 @@ def test_machines_that_do_not_come_are_not_waited_for_for_ever(ray_session, say,
     room = int(sum(node["Resources"]["CPU"] for node in ray.nodes() if node["Alive"]))
     await_machines(ClusterConfig(), say, room)
     assert lines == []
+    # what is streamed needs a CPU that no worker has; of elastic trainings as many are counted as there may be
+    await_machines(ClusterConfig(), say, 1, streamed=room - 1)
+    assert lines == []
+    soon = ClusterConfig(wait_minutes=0.02)
+    with pytest.raises(
+        UserError, match=r"no CPU beside the workers' came within 0\.02 minutes, and training\.loader stream reads"
+    ):
+        await_machines(soon, say, 1, streamed=room + 3)
+    assert lines.pop().startswith("the workers take all CPUs, and training.loader stream needs another: asking the autoscaler, ")
     with pytest.raises(
         UserError, match=rf"room for only {room} of {room + 1} workers with 1 CPU each came within .* lower cluster.train_w"
     ):

@@ -208,7 +208,7 @@ def test_workers_of_a_training_do_not_share_a_gpu(monkeypatch):
 def test_every_stage_waits_for_a_machine_no_longer_than_it_is_told(monkeypatch, tmp_path):
     """Projection, prediction and search have tests of their own. Nothing is started here."""
 
-    def await_machines(cluster, say, count=1):
+    def await_machines(cluster, say, count=1, *, streamed=0):
         raise UserError(f"no nodes for {count} workers came")
 
     monkeypatch.setattr(session, "await_machines", await_machines)

@@ -38,8 +38,12 @@ def test_as_many_trials_run_as_have_room_for_all_their_workers(ray_session):
         cluster = ClusterConfig(train_workers=workers, **there)
         assert searchers.trials_at_once(TuneConfig(), cluster, alone=True) == cpus // workers
         assert searchers.trials_at_once(TuneConfig(max_concurrent=1), cluster, alone=True) == 1
+        streamed = searchers.trials_at_once(TuneConfig(), cluster, alone=False, streamed=True)
+        assert 1 <= streamed == (cpus - 1) // workers, "a CPU is left for the tasks that stream"
     with pytest.raises(UserError, match="the cluster has"):
         searchers.trials_at_once(TuneConfig(), ClusterConfig(train_workers=cpus + 1, **there), alone=False)
+    with pytest.raises(UserError, match=rf"{cpus} workers of a trial take all {cpus} CPUs, and training.loader stream needs"):
+        searchers.trials_at_once(TuneConfig(), ClusterConfig(train_workers=cpus, **there), alone=False, streamed=True)
     own = searchers.trials_at_once(TuneConfig(), ClusterConfig(train_workers=1), alone=True)
     assert own == min(cpus, os.cpu_count() or 1)
 
