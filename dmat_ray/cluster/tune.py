@@ -12,7 +12,7 @@ from dmat_ray.cluster.search_plan import SEARCH, Plan
 from dmat_ray.cluster.trial import run
 from dmat_ray.cluster.trial_watch import Tell, Watcher, watched
 from dmat_ray.config import Config
-from dmat_ray.lease import sole
+from dmat_ray.lease import Lease, sole
 from dmat_ray.trials import Trial
 from dmat_ray.trials_table import LiveTable
 
@@ -65,6 +65,7 @@ def _fit(search: Plan, watcher: Watcher, at_once: int, *, resume: bool) -> list[
         try:
             tuner.fit()
         except Exception:
+            watcher.require_lease()  # which Tune wraps in an error of its own
             if not watcher.ended_by:
                 raise
         finally:
@@ -76,11 +77,12 @@ def _fit(search: Plan, watcher: Watcher, at_once: int, *, resume: bool) -> list[
 def search(config: Config | Plan, say: Callable[[str], None], *, resume: bool = False) -> champion.Found:
     """Run a search, or go on with it; returns its trials, and what the best of them are worth. Ray must be connected.
 
-    Raises UserError for a space, an objective or machines that do not fit, and if no trial gives a result.
+    Raises UserError for a space, an objective or machines that do not fit, if no trial gives a result, and if another run has
+    taken over the search's folder.
     """
     plan = config if isinstance(config, Plan) else Plan(config, say)
-    with sole(plan.folder):
-        return already(plan, say, resume=resume) or _search(plan, say, resume=resume)
+    with sole(plan.folder) as lease:
+        return already(plan, say, resume=resume) or _search(plan, lease, say, resume=resume)
 
 
 def already(plan: Plan, say: Callable[[str], None], *, resume: bool) -> champion.Found | None:
@@ -97,7 +99,7 @@ def already(plan: Plan, say: Callable[[str], None], *, resume: bool) -> champion
     return found
 
 
-def _search(plan: Plan, say: Callable[[str], None], *, resume: bool) -> champion.Found:
+def _search(plan: Plan, lease: Lease, say: Callable[[str], None], *, resume: bool) -> champion.Found:
     config, tune = plan.config, plan.config.tune
     if resume and not (plan.folder / SEARCH).is_file():
         say(f"there is no search in '{plan.folder}' yet: beginning one")
@@ -113,7 +115,7 @@ def _search(plan: Plan, say: Callable[[str], None], *, resume: bool) -> champion
         plan.begin()
         how = f"{tune.searcher}, {tune.scheduler}" if tune.scheduler != "none" else tune.searcher
         say(f"{name}: {how}; raising {' and '.join(tune.objective)} of suite {', '.join(tune.suites)}")
-        watcher = Watcher(plan, parent, say, live)
+        watcher = Watcher(plan, parent, say, live, lease)
         try:
             found = _fit(plan, watcher, at_once, resume=resume)
         except BaseException:
@@ -121,4 +123,5 @@ def _search(plan: Plan, say: Callable[[str], None], *, resume: bool) -> champion
                 if trial not in watcher.closed:
                     one.finish("FAILED")
             raise
+        lease.check()
         return champion.crown(plan, found, watcher.runs, parent, say, watcher.ended_by)

@@ -8,10 +8,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from searches import tuned
 from small import settings
 
 from dmat_ray import lease, models, trainer
-from dmat_ray.cluster import train
+from dmat_ray.cluster import train, tune
 from dmat_ray.cluster.context import next_name
 from dmat_ray.cluster.leftovers import Leftover, left_by_others
 from dmat_ray.config import Config
@@ -70,6 +71,24 @@ def test_a_training_that_another_run_has_taken_over_ends(tmp_path, finished, ray
     assert not models.model_folder(config).is_dir()
     (found,) = (tmp_path / "train").glob(f"{config.name}-*")
     assert Leftover(at(found)).of(config), "the other one goes on from there"
+
+
+def test_a_search_that_another_run_has_taken_over_ends(tmp_path, finished, ray_session, monkeypatch):
+    finished.copy_set(tmp_path)
+    monkeypatch.setattr(lease, "INTERVAL_S", 0.2)
+    more = ["--tune.searcher", "random", "--tune.num_samples", 1, "--tune.epochs", 60, "--cluster.train_workers", 1]
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if "epoch 1/60" in line:
+            (file,) = (tmp_path / "tune").glob(".*.lease/writer.json")
+            file.write_text(json.dumps({**json.loads(file.read_text()), "owner": "another"}))
+
+    with pytest.raises(UserError, match=r"another run has taken over '.*' while this one did not answer; this one ends"):
+        tune.search(tuned(tmp_path, *more, "--tune.evaluate", False), say)
+    assert not any("epoch 60/60" in line or "best is" in line for line in lines)
+    assert not (tmp_path / "models").exists()
 
 
 def test_a_model_finds_its_checkpoints_in_the_folder_of_any_group(tmp_path, finished):
