@@ -4,12 +4,17 @@ import errno
 import hashlib
 import json
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
 from dmat_ray.errors import UserError
+
+Found = TypeVar("Found")
+VISIBLE_S = 90.0  # a shared disk may be that late in showing a new file to another machine
 
 
 def sha256(path: Path) -> str:
@@ -32,6 +37,34 @@ def is_full(error: BaseException) -> bool:
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     torchs = isinstance(error, RuntimeError) and ("inline_container" in str(error) or "PytorchStreamWriter" in str(error))
     return torchs or isinstance(error, SafetensorError)
+
+
+def awaited(look: Callable[[], Found | None], seconds: float | None = None) -> Found | None:
+    """What `look` finds, asked for every second for as long as a shared disk may take to show a file of another machine's."""
+    end = time.monotonic() + (VISIBLE_S if seconds is None else seconds)
+    while (found := look()) is None and time.monotonic() < end:
+        time.sleep(1.0)
+    return found
+
+
+def make_lasting(folder: Path) -> None:
+    """Have the disk hold all files of a folder before it takes another's place: a name must not outlive its content when the
+    machine goes down.
+    """
+    for path in (*(path for path in sorted(folder.rglob("*")) if path.is_file()), folder):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file's content, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some file systems do not sync folders
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from dmat_ray.errors import UserError
-from dmat_ray.files import is_full, text_digest
+from dmat_ray.files import is_full, make_lasting, sync, text_digest
 from dmat_ray.location import Location
 from dmat_ray.storage import Place, at
 
@@ -133,7 +133,9 @@ def put(folder: Path, place: Place) -> None:
     partial = place.local.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     copy_files(folder, partial)
+    make_lasting(partial)
     partial.rename(place.local)
+    sync(place.local.parent)
 
 
 def replace_folder(place: Place, write: Callable[[Path], None]) -> None:
@@ -174,9 +176,11 @@ def _replace_here(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(left, ignore_errors=True)
     try:
         write(partial)
+        make_lasting(partial)
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
+        sync(folder.parent)
     finally:
         if old.exists() and not folder.exists():
             old.rename(folder)

@@ -298,6 +298,34 @@ def test_a_generator_for_which_there_is_no_space_leaves_the_older_one_and_nothin
 
 
 @pytest.mark.slow
+def test_a_folder_has_its_name_once_the_disk_holds_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a machine that goes down leaves a model of empty files, whose checkpoints have been removed."""
+    events: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def synced(descriptor: int) -> None:
+        events.append(("synced", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        events.append(("renamed", target.name))
+        return rename(path, target)
+
+    def write(fresh: Path) -> None:
+        fresh.mkdir()
+        for name in ("model.safetensors", "run.json"):
+            (fresh / name).write_text(name)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    replace_folder(tmp_path / "model", write)
+    put(tmp_path / "model", tmp_path / "copy")
+    for name in ("model", "copy"):
+        files = [("synced", file) for file in ("model.safetensors", "run.json", f".{name}.partial")]
+        assert events[:5] == [*files, ("renamed", name), ("synced", tmp_path.name)]
+        del events[:5]
+
+
 def test_a_folder_is_replaced_after_a_kill_in_the_middle(tmp_path: Path) -> None:
     """What it left is no hindrance, and the older one is not lost."""
     above = tmp_path / "above"

@@ -24,6 +24,7 @@ from dmat_ray.config import Config
 from dmat_ray.data import manifold_set, set_reader
 from dmat_ray.errors import UserError
 from dmat_ray.evaluation import Evaluator
+from dmat_ray.files import Found, awaited
 from dmat_ray.lease import Lease
 from dmat_ray.manifold import generators
 from dmat_ray.metrics import Results
@@ -151,15 +152,35 @@ class _Work:
         except (FileNotFoundError, pa.ArrowException, OSError):
             return None
 
+    def values(self, unit: Unit) -> dict[str, Any] | None:
+        """What a unit gave that is no rows, if it is there and whole."""
+        try:
+            found: dict[str, Any] = (self.folder / self.name(unit)).read_json()
+        except (FileNotFoundError, UserError):
+            return None
+        return found
+
     def is_done(self, unit: Unit) -> bool:
         """Whether a unit's file is there and can be read."""
-        if not unit.is_json:
-            return self.table(unit) is not None
-        try:
-            (self.folder / self.name(unit)).read_json()
-        except (FileNotFoundError, UserError):
-            return False
-        return True
+        return (self.values(unit) if unit.is_json else self.table(unit)) is not None
+
+    def all_of(self, done: Sequence[Unit], read: Callable[[Unit], Found | None]) -> list[Found]:
+        """What units that are done gave. Raises UserError for files that do not show here in `files.VISIBLE_S`."""
+        found: dict[Unit, Found] = {}
+
+        def look() -> bool | None:
+            missing = [unit for unit in done if unit not in found]
+            with ThreadPoolExecutor(READERS) as pool:
+                read_now = zip(missing, pool.map(read, missing), strict=True)
+                found.update({unit: one for unit, one in read_now if one is not None})
+            return len(found) == len(set(done)) or None
+
+        if awaited(look) is None:
+            raise UserError(
+                f"{len(set(done)) - len(found)} files that were written cannot be seen in '{self.folder}': output must be a "
+                "folder that all nodes share"
+            )
+        return [found[unit] for unit in done]
 
     def run(self, todo: Sequence[Unit]) -> Iterator[Unit]:
         """Units as they are done, in no order."""
@@ -217,16 +238,9 @@ def evaluate(
             say(f"{what}{len(both) - len(todo)} of {len(both)} batches are there")
         if todo:
             _run_all(work, todo, what, say)
-        with ThreadPoolExecutor(READERS) as pool:
-            found = [table for table in pool.map(work.table, attacks) if table is not None]
-        if len(found) < len(attacks):
-            raise UserError(
-                f"{len(attacks) - len(found)} files that were written cannot be seen in '{work.folder}': output must be a folder "
-                "that all nodes share"
-            )
-        rows = pa.concat_tables([rows, *found])
+        rows = pa.concat_tables([rows, *work.all_of(attacks, work.table)])
     rows = rows.sort_by(evaluation.SORT)
-    measurements = probes.joined((unit, (work.folder / work.name(unit)).read_json()) for unit in looks)
+    measurements = probes.joined(zip(looks, work.all_of(looks, work.values), strict=True))
     findings = checks.judge(Results(rows, settings), measurements)
     if fingerprint(config, set_path, models) != work.made_for:
         raise UserError("the set or a model was replaced while it was evaluated, so its rows are of both; run the same again")
@@ -251,7 +265,8 @@ def read_pictures(
     work = _Work(config, set_path, models, folder)
     if todo := work.left(work.pictures()):
         _run_all(work, todo, "images of the report: ", say)
-    drawn = ((unit, (work.folder / work.name(unit)).read_json()["lines"]) for unit in work.pictures())
+    shown = work.pictures()
+    drawn = ((unit, found["lines"]) for unit, found in zip(shown, work.all_of(shown, work.values), strict=True))
     return gallery.joined(drawn, config.evaluation, work.listed, set_reader.read_manifest(set_path))
 
 

@@ -20,13 +20,13 @@ from dmat_ray.config import Config
 from dmat_ray.data import set_writer
 from dmat_ray.data.set_writer import Shard
 from dmat_ray.errors import UserError
+from dmat_ray.files import awaited
 from dmat_ray.manifold import set_maker
 from dmat_ray.manifold.set_maker import Begun, encoder_folder
 from dmat_ray.storage import Location
 from dmat_ray.wording import duration, number_of
 
 SAY_EVERY_S = 5.0
-VISIBLE_S = 90.0  # a shared disk may be that late in showing a new file to another machine
 
 
 def project(config: Config, work: Begun, say: Callable[[str], None]) -> dict[str, Any]:
@@ -60,14 +60,11 @@ def project(config: Config, work: Begun, say: Callable[[str], None]) -> dict[str
 
 def _require_visible(folder: Location, name: str) -> None:
     """Raise UserError unless this machine sees what another has written."""
-    end = time.monotonic() + VISIBLE_S
-    while set_writer.read_record(folder, name) is None:
-        if time.monotonic() > end:
-            raise UserError(
-                f"shard {name} was written on another machine, but is not to be seen in '{folder}' here: that folder is not "
-                "shared by all nodes; give a shared one or an s3:// or gs:// URL as --manifold_set or --output"
-            )
-        time.sleep(1.0)
+    if awaited(lambda: set_writer.read_record(folder, name)) is None:
+        raise UserError(
+            f"shard {name} was written on another machine, but is not to be seen in '{folder}' here: that folder is not "
+            "shared by all nodes; give a shared one or an s3:// or gs:// URL as --manifold_set or --output"
+        )
 
 
 def _progress(summaries: Iterator[dict[str, Any]], todo: list[Shard], say: Callable[[str], None]) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ import pytest
 import ray
 from small import settings, start_job, wait_for
 
-from dmat_ray import evaluation, report
+from dmat_ray import evaluation, files, report
 from dmat_ray.cluster import evaluate as stage
 from dmat_ray.cluster import jobs
 from dmat_ray.errors import UserError
 from dmat_ray.lease import FILE, exclusive
 from dmat_ray.storage import at
+from dmat_ray.units import Unit
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session", "impatient")]
 
@@ -177,6 +179,24 @@ def test_images_of_the_report_are_made_by_workers(finished, undisturbed, suite, 
     jobs.evaluate(config, finished.models, say)
     assert any(line.startswith("images of the report: 8/8 batches") for line in lines)
     assert re.findall(r'src="(data:image/png[^"]+)"', page.read_text()) == images[tmp_path / "here.html"]
+
+
+def test_files_that_a_shared_disk_shows_late_are_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "VISIBLE_S", 4.0)
+    work = object.__new__(stage._Work)
+    work.folder, work.name = at(tmp_path), lambda unit: f"{unit.attack}.json"
+    done = [Unit("model", "natural", name, (0,), checks=True) for name in ("early", "late")]
+
+    def write(unit: Unit) -> None:
+        (tmp_path / work.name(unit)).write_text(json.dumps({"of": unit.attack}))
+
+    write(done[0])
+    late = threading.Timer(1.5, write, [done[1]])
+    late.start()
+    assert work.all_of(done, work.values) == [{"of": "early"}, {"of": "late"}]
+    late.join()
+    with pytest.raises(UserError, match=r"1 files that were written cannot be seen in '.*': output must be a folder that all"):
+        work.all_of([*done, Unit("model", "natural", "never", (0,), checks=True)], work.values)
 
 
 def test_only_what_is_new_or_damaged_runs(finished, undisturbed, tmp_path, say, lines):
