@@ -35,6 +35,44 @@ def wilson(correct: int, count: int, z: float = 1.959964) -> Accuracy:
     return Accuracy(p, max(0.0, centre - half), min(1.0, centre + half), count)
 
 
+@dataclass(frozen=True)
+class Difference:
+    """How much more often one model is right than another on the same `count` examples, in [-1, 1], with its 95 % interval.
+
+    `chance` is McNemar's exact two-sided p: how likely so uneven a split of the examples on which they differ would be if neither
+    were better; None of means. All of it is about these models on such images, and not about trainings with other seeds.
+    """
+
+    value: float
+    low: float
+    high: float
+    chance: float | None
+    count: int
+
+
+def paired(first_N: np.ndarray, second_N: np.ndarray, z: float = 1.959964) -> Difference:
+    """The difference of the means of values in [0, 1], paired by example.
+
+    The interval is Wald's with an example more on either side that only one is right on (Bonett and Price 2012, of shares), which
+    keeps it honest for few examples and for none on which they differ. Raises ValueError if there are no examples.
+    """
+    moved = np.asarray(first_N, np.float64) - np.asarray(second_N, np.float64)
+    if not len(moved):
+        raise ValueError("no examples to compare models on")
+    with_two = np.append(moved, [1.0, -1.0])
+    middle, half = float(with_two.mean()), z * float(with_two.std()) / math.sqrt(len(with_two))
+    better, worse = int((moved == 1).sum()), int((moved == -1).sum())
+    shares = bool(np.isin(moved, (-1, 0, 1)).all())
+    chance = _of_halves(min(better, worse), better + worse) if shares else None
+    return Difference(float(moved.mean()), max(-1.0, middle - half), min(1.0, middle + half), chance, len(moved))
+
+
+def _of_halves(fewer: int, count: int) -> float:
+    """Twice the chance of at most so many heads in `count` throws of a coin, or 1."""
+    logs = [math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) for k in range(fewer + 1)]
+    return min(1.0, 2 * math.fsum(math.exp(log - count * math.log(2)) for log in logs))
+
+
 class Results:
     """Rows of an evaluation, example by example, and the columns that its settings make of them."""
 
@@ -144,6 +182,18 @@ class Results:
             raise ValueError(f"'{column}' is a ratio of means, not a mean over examples")
         found: np.ndarray = np.mean([self.per_example(model, set_name, part) for part in parts], axis=0)
         return found
+
+    def difference(self, first: str, second: str, set_name: str, column: str) -> Difference:
+        """By how much the first model's number in a column is above the second's, on the same examples.
+
+        Raises UserError for a model, a test set or a column that there is not, and like `per_example`.
+        """
+        for model in (first, second):
+            self._require(model, set_name, column)
+        if not np.array_equal(self.ids(first, set_name), self.ids(second, set_name)):
+            raise UserError(f"'{first}' and '{second}' were evaluated on different images of '{set_name}'")
+        one, other = (self.per_example(model, set_name, column) for model in (first, second))
+        return paired(one, other)
 
     def standing(self, model: str, set_name: str, names: Iterable[str]) -> np.ndarray:
         """Which examples are right on the clean image and under every one of some rows and groups, (N) bool."""

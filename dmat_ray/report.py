@@ -19,7 +19,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.evaluation import Evaluator
 from dmat_ray.manifold import generators
 from dmat_ray.metrics import Results
-from dmat_ray.report_values import interval, per_cent
+from dmat_ray.report_values import interval, per_cent, points
 from dmat_ray.storage import Location, Place, at
 from dmat_ray.units import chosen
 from dmat_ray.wording import number_of
@@ -116,6 +116,8 @@ def write(
         tables=tables,
         per_cent=per_cent,
         interval=interval,
+        points=points,
+        compared={table.set_name: report_values.differences(results, table) for table in tables},
         columns=report_values.columns_described(results),
         warnings=[f for f in findings if f.level == "warning"],
         most_warnings=MOST_WARNINGS,

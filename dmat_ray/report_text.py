@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dmat_ray.checks import Finding
 from dmat_ray.metrics import Accuracy, Results
-from dmat_ray.report_values import SET_NAMES, columns_described, interval, per_cent, tables, transfers
+from dmat_ray.report_values import SET_NAMES, columns_described, differences, interval, per_cent, points, tables, transfers
 from dmat_ray.wording import number_of
 
 CSV_COLUMNS = ("table", "set", "method", "source", "attack", "eps", "accuracy", "low", "high", "count")
@@ -34,6 +34,10 @@ def markdown(
         text += _table(["method", *table.columns], models, [[f"**{t}**" if b else t for t, b in row] for row in cells])
         text += ["95 % intervals:", ""]
         text += _table(["method", *table.columns], models, [[interval(table.cells[m, c]) for c in table.columns] for m in models])
+        if pairs := differences(results, table):
+            text += ["Differences between models in percentage points, image by image, with 95 % intervals:", ""]
+            body = [[points(found) for found in pair["cells"].values()] for pair in pairs]
+            text += _table(["difference", *pairs[0]["cells"]], [pair["title"] for pair in pairs], body)
     text += ["## Columns", "", *(f"- **{escaped(c)}**: {escaped(what)}" for c, what in columns_described(results).items()), ""]
     for set_name in results.config.sets:
         for name, every in results.curves(set_name).items():

@@ -1,5 +1,6 @@
 """What the evaluation's page shows of its rows: tables, plots, confusions and the course of attacks, ready to be laid out."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from dmat_ray import charts
 from dmat_ray.charts import Axis, Series
 from dmat_ray.config import ON_MANIFOLD, THREATS, AttackRow, AutoAttackRow, CleanRow, CorruptionRow, ImageRow, LatentRow
 from dmat_ray.config.threats import named
-from dmat_ray.metrics import Accuracy, Results
+from dmat_ray.metrics import Accuracy, Difference, Results
 from dmat_ray.units import applies
 
 SET_NAMES = {"on_manifold": "on-manifold test images g(w)", "natural": "natural test images x"}
@@ -18,6 +19,7 @@ NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
 UNSEEN = "unseen mean"  # the summary of that name in the suites
 MOST_CLASSES = 20  # of a confusion table; of more the most frequent confusions are listed
 MOST_PAIRS = 20
+MOST_COMPARED = 6  # models of which all pairs are compared
 PER_CENT = (0.0, 100.0)
 
 
@@ -61,6 +63,28 @@ def tables(results: Results, models: list[str]) -> list[Table]:
         best = {c: per_cent(max((cells[m, c] for m in models), key=lambda a: a.value)) for c in columns}
         found.append(Table(set_name, len(results.ids(models[0], set_name)), columns, models, cells, best))
     return found
+
+
+def differences(results: Results, table: Table) -> list[dict[str, Any]]:
+    """For pairs of models, of many each with the first, the difference in every column that is a mean over images."""
+    uar = {s.name for s in results.config.summaries if s.how == "uar"}
+    columns = [column for column in table.columns if column not in uar]
+    pairs = [(b, a) for a, b in itertools.combinations(table.models, 2)]
+    if len(table.models) > MOST_COMPARED:
+        pairs = [(model, table.models[0]) for model in table.models[1:]]
+    return [
+        {
+            "title": f"{first} − {second}",
+            "cells": {column: results.difference(first, second, table.set_name, column) for column in columns},
+        }
+        for first, second in pairs
+    ]
+
+
+def points(found: Difference) -> str:
+    """A difference in percentage points, as it is printed, with its interval."""
+    value, low, high = (f"{100 * number:+.1f}".replace("-", "−") for number in (found.value, found.low, found.high))
+    return f"{value} ({low} to {high})"
 
 
 def in_levels(eps: float) -> str:

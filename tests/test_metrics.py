@@ -4,7 +4,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
+import scipy.integrate
 import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +14,7 @@ from pydantic import ValidationError
 
 from dmat_ray.config import EvaluationConfig
 from dmat_ray.errors import UserError
-from dmat_ray.metrics import Results, wilson
+from dmat_ray.metrics import Results, paired, wilson
 from dmat_ray.units import rows_to_run
 
 IDS = [f"image-{i}" for i in range(6)]
@@ -157,3 +159,66 @@ def test_what_does_not_fit_is_named(changes: dict[str, Any], words: list[str]) -
     with pytest.raises(ValidationError) as error:
         EvaluationConfig.model_validate({**SUITE, **changes})
     assert all(word in str(error.value) for word in words)
+
+
+def of_counts(both: int, first: int, second: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+    """Answers of two models: so many that both, only the first, only the second and neither have right."""
+    one = np.repeat([True, True, False, False], [both, first, second, neither])
+    other = np.repeat([True, False, True, False], [both, first, second, neither])
+    return one, other
+
+
+def test_paired_shares_are_as_published() -> None:
+    """The example of ci.prop.ps in statpsych, by an author of the interval: f00, f01, f10, f11 = 12, 4, 26, 6."""
+    found = paired(*of_counts(6, 4, 26, 12), z=1.959964)
+    assert (found.low, found.high) == pytest.approx((-0.6251933, -0.2548067), abs=1e-6)
+    assert (found.value, found.count) == (pytest.approx(-22 / 48), 48)
+
+
+@given(counts=st.tuples(*(st.integers(0, 400) for _ in range(4))).filter(any))
+def test_a_difference_is_mcnemars(counts: tuple[int, int, int, int]) -> None:
+    one, other = of_counts(*counts)
+    found, back = paired(one, other), paired(other, one)
+    different = counts[1] + counts[2]
+    exact = scipy.stats.binomtest(counts[1], different).pvalue if different else 1.0
+    assert found.chance == pytest.approx(exact, rel=1e-6)
+    assert found.value == pytest.approx(one.mean() - other.mean())
+    assert (back.value, back.low, back.high) == pytest.approx((-found.value, -found.high, -found.low))
+    assert -1 <= found.low <= found.high <= 1
+    assert found.low < 0 < found.high or different
+
+
+def test_intervals_of_differences_hold_what_they_promise() -> None:
+    """Of shares and of means over attacks, by simulation: 95 % of them, or a little more."""
+    rng = np.random.default_rng(0)
+
+    def share(limit: float) -> float:
+        return float(scipy.integrate.quad(lambda u: scipy.stats.norm.cdf((limit - u) / 0.3), 0, 1)[0])
+
+    truth = share(0.6) - share(0.5)
+    for columns in (1, 4):
+        held = 0
+        for _ in range(2000):
+            easy = rng.random((60, 1))
+            one, other = (easy + rng.normal(0, 0.3, (60, columns)) < limit for limit in (0.6, 0.5))
+            found = paired(one.mean(axis=1), other.mean(axis=1))
+            held += found.low <= truth <= found.high
+        assert 0.93 <= held / 2000 <= 0.99, columns
+
+
+@given(first=ANSWERS, second=ANSWERS)
+def test_models_are_compared_image_by_image(first: Any, second: Any) -> None:
+    rows = pa.concat_tables([table(first, "at"), table(dict(reversed(list(second.items()))), "dmat")])
+    results = Results(rows, EvaluationConfig.model_validate(SUITE))
+    for column in ("clean", "PGD", "both", "worst", "mean"):
+        found = results.difference("dmat", "at", "natural", column)
+        cells = [results.accuracy(model, "natural", column).value for model in ("dmat", "at")]
+        assert found.value == pytest.approx(cells[0] - cells[1])
+    with pytest.raises(UserError, match="there is no model 'dmt' in these results; did you mean dmat"):
+        results.difference("dmt", "at", "natural", "clean")
+    with pytest.raises(ValueError, match="'UAR' is a ratio of means"):
+        results.difference("dmat", "at", "natural", "UAR")
+    one = pc.and_(pc.equal(rows["model"], "at"), pc.equal(rows["id"], IDS[0]))
+    few = results.rows.filter(pc.invert(one))
+    with pytest.raises(UserError, match="different images"):
+        Results(few, results.config).difference("dmat", "at", "natural", "clean")

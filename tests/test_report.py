@@ -175,16 +175,16 @@ def test_terminal_checks_are_a_line_a_warning_and_a_count() -> None:
 
 
 def test_page_has_the_right_numbers(page: Page, written: Written) -> None:
-    numbers = {cell for table in page.tables[0:4:2] for row in table[1:] for cell in row[1:]}
+    numbers = {cell for table in page.tables[0:6:3] for row in table[1:] for cell in row[1:]}
     assert len(numbers) >= 6, "the models are neither broken at once nor alike"
-    for table, (set_name, columns) in zip(page.tables[0:4:2], COLUMNS.items(), strict=True):
+    for table, (set_name, columns) in zip(page.tables[0:6:3], COLUMNS.items(), strict=True):
         assert table[0] == ["method", *columns]
         assert table[1:] == [[model, *shares(written.results.rows, model, set_name)] for model in MODELS]
 
 
 def test_intervals_are_wilsons_and_need_no_pointer(page: Page, written: Written) -> None:
     hovers = [unescape(t) for t in re.findall(r'<td title="95 % interval ([^"]*)"', written.html)]
-    for table, set_name in zip(page.tables[1:5:2], COLUMNS, strict=True):
+    for table, set_name in zip(page.tables[1:6:3], COLUMNS, strict=True):
         for row in table[1:]:
             for column, cell in zip(COLUMNS[set_name], row[1:], strict=True):
                 assert cell == hovers.pop(0)
@@ -261,7 +261,7 @@ def test_markdown_is_read_as_it_is_meant(page: Page, written: Written) -> None:
     found = Rendered(text)
     assert found.tags == []
     assert found.code == [("yaml", settings)]
-    for table in page.tables[:4]:
+    for table in page.tables[:6]:
         assert table in found.tables
     assert {"Images: <b>x</b>", "Generator sha256: a|b", TITLE} <= set(found.texts)
     (settings,) = [code for _, code in Rendered(written.path.with_suffix(".md").read_text()).code]
@@ -272,13 +272,13 @@ def test_siblings_hold_the_numbers_of_the_table(page: Page, written: Written) ->
     text = written.path.with_suffix(".md").read_text()
     lines = [re.split(r"(?<!\\) ?\| ?", line)[1:-1] for line in text.splitlines() if line.startswith("|")]
     cells = [[re.sub(r"\\(.)", r"\1", cell).removeprefix("**").removesuffix("**") for cell in line] for line in lines]
-    for table in page.tables[:4]:
+    for table in page.tables[:6]:
         at = cells.index(table[0])
-        assert [cells[at], *cells[at + 2 : at + 2 + len(MODELS)]] == table
-        del cells[at : at + 2 + len(MODELS)]
+        assert [cells[at], *cells[at + 2 : at + 1 + len(table)]] == table
+        del cells[at : at + 1 + len(table)]
     with written.path.with_suffix(".csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    for table, set_name in zip(page.tables[0:4:2], COLUMNS, strict=True):
+    for table, set_name in zip(page.tables[0:6:3], COLUMNS, strict=True):
         mine = [r for r in rows if (r["table"], r["set"]) == ("accuracy", set_name)]
         assert [(r["method"], r["attack"]) for r in mine] == [(m, c) for m in MODELS for c in COLUMNS[set_name]]
         assert [f"{100 * float(r['accuracy']):.1f}" for r in mine] == [cell for row in table[1:] for cell in row[1:]]
@@ -436,6 +436,21 @@ def test_images_that_are_left_out_are_told_where_numbers_are_copied_from(
     assert line.startswith(f"- Left out: {test} of 60 test images were projected poorly")
     text = " ".join(" ".join(Page(found.html).texts).split())
     assert f"100 training and 60 test images, of which {train} and {test} are left out because" in text
+
+
+def test_models_are_compared_below_each_table(written: Written, page: Page) -> None:
+    results, head = written.results, f"{MODELS[1]} − {MODELS[0]}"
+    for set_name in results.config.sets:
+        columns = [column for column in results.columns(set_name) if column != "UAR"]
+        (table,) = [table for table in page.tables if any(row[0] == head for row in table) and len(table[0]) == len(columns) + 1]
+        assert table[0] == ["difference", *columns]
+        assert len(table) == 1 + len(MODELS) * (len(MODELS) - 1) // 2
+        (row,) = [row for row in table if row[0] == head]
+        for column, cell in zip(columns, row[1:], strict=True):
+            first, second = (results.per_example(model, set_name, column) for model in MODELS[1::-1])
+            value, low, high = (float(number) for number in re.findall(r"[+-][\d.]+", cell.replace("−", "-")))
+            assert value == pytest.approx(100 * (first - second).mean(), abs=0.051)
+            assert low <= value <= high
 
 
 def test_classes_that_a_model_cannot_know_are_told(tmp_path: Path, config: Config, set_folder: Path) -> None:
