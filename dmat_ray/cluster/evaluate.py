@@ -213,9 +213,12 @@ def evaluate(
     folder: Location,
     say: Callable[[str], None],
     lease: Lease | None = None,
+    *,
+    pictures: bool = False,
 ) -> tuple[pa.Table, list[Finding]]:
     """Rows of every model, test set and attack, and what the checks found, after `check`; also written to `folder`.
 
+    With `pictures` also what `read_pictures` needs, along with the rest.
     Ray must be connected. Raises UserError if another run has taken over the folder's `lease`.
     """
     settings = config.evaluation
@@ -224,14 +227,14 @@ def evaluate(
     (folder / DONE).unlink()
     work = _Work(config, set_path, models, folder)
     rows, looks = evaluation.SCHEMA.empty_table(), probes.units(list(models), settings, work.positions)
-    rounds = units.rounds(settings)
+    rounds, first = units.rounds(settings), [*looks, *(work.pictures() if pictures else [])]
     for set_name in settings.sets:
         if without := [row.name for row in settings.attacks if not units.applies(row, set_name)]:
             say(f"on {set_name} images, which have no w, there is no {', '.join(without)}")
     for number, names in enumerate(rounds):
         standing = units.still_standing(rows, settings, work.ids, work.positions)
         attacks = units.units(list(models), names, settings, standing)
-        both = [*attacks, *([*looks, *work.pictures()] if number == 0 else [])]
+        both = [*attacks, *(first if number == 0 else [])]
         todo = work.left(both)
         what = f"round {number + 1} of {len(rounds)}: " if len(rounds) > 1 else ""
         if len(todo) < len(both):

@@ -111,7 +111,7 @@ def evaluate(
                 file.unlink()  # those of other rows must not pass for theirs, whenever this run may end
             stack.enter_context(connected(config.cluster, config.output, say, (EVALUATE,)))
             run = stack.enter_context(tracking.tracked(config, "", "evaluate", parent, key=key))
-            rows, findings = stage.evaluate(config, set_folder(config), models, folder, say, lease)
+            rows, findings = stage.evaluate(config, set_folder(config), models, folder, say, lease, pictures=True)
         results = Results(rows, config.evaluation)
         for (model, set_name, column), accuracy in results.accuracies().items():
             run.metrics({f"{model}/{set_name}/{column}": accuracy.value}, step=0)
