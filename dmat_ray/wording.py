@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from dmat_ray.config.base import NAME
+
 WORDS = {
     "greater_than": "must be more than {gt}",
     "greater_than_equal": "must be {ge} or more",
@@ -24,8 +26,6 @@ WORDS = {
     "extra_forbidden": "there is no such setting",
 }
 """What pydantic says of a value, by the type of its error, as a user of a command line would."""
-NAME = r"^([A-Za-z0-9][A-Za-z0-9_.-]*)?$"
-"""The pattern of names that folders are called by."""
 PATTERNS = {NAME: "letters, digits, _ . and -, the first a letter or a digit"}
 
 

@@ -22,7 +22,7 @@ from dmat_ray.config.attacks import (
     Term,
     require_reach,
 )
-from dmat_ray.config.base import Fraction, Section
+from dmat_ray.config.base import NAME, Fraction, Section
 from dmat_ray.config.data import DataConfig
 from dmat_ray.config.evaluation import (
     ON_CURVE,
@@ -63,7 +63,6 @@ from dmat_ray.config.threats import (
 )
 from dmat_ray.config.training import ClassifierConfig, ClusterConfig, TrackingConfig, TrainingConfig
 from dmat_ray.config.tuning import TuneConfig
-from dmat_ray.wording import NAME
 
 # also those that are made in a loop: JointTerm, JpegRow, ...
 globals().update({kind.__name__: kind for kind in (*TERMS.values(), *ROWS.values())})

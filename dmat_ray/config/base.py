@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator, model_validator
 
 MOST_SEED = 2**63 - 1  # that a torch.Generator takes
+NAME = r"^([A-Za-z0-9][A-Za-z0-9_.-]*)?$"  # what folders may be called
 
 
 def parse_fraction(value: Any) -> Any:

@@ -5,8 +5,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dmat_ray.config.base import Section
-from dmat_ray.wording import NAME
+from dmat_ray.config.base import NAME, Section
 
 # a weight, and the column that it weighs; names may hold nearly anything
 _PART = re.compile(r"^\s*(?:(?P<weight>[-+]?[\d.]+(?:e-?\d+)?)\s*\*\s*)?(?P<name>[^*]*[^*\s])\s*$")
