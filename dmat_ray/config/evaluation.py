@@ -9,7 +9,7 @@ from pydantic_settings import CliSuppress
 
 from dmat_ray.config.attacks import AttackConfig, require_reach
 from dmat_ray.config.base import MOST_SEED, Fraction, Section
-from dmat_ray.config.threats import ON_MANIFOLD, FogThreat, ImageThreat, LatentThreat, ThreatSettings, joined
+from dmat_ray.config.threats import ON_MANIFOLD, FogThreat, ImageThreat, LatentThreat, ThreatSettings, joined, require_pixel_units
 
 ON_CURVE = " @ "  # between the name of a row and the eps of its curve
 
@@ -97,6 +97,11 @@ class AutoAttackRow(Section):
     group: str = Field(
         min_length=1, description="as of any other row; the library, too, attacks what is right on clean images and still stands"
     )
+
+    @model_validator(mode="after")
+    def _in_pixel_units(self) -> "AutoAttackRow":
+        require_pixel_units(self.norm, self.eps)
+        return self
 
 
 class CleanRow(Section):

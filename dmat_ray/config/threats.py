@@ -11,6 +11,12 @@ from dmat_ray.config.base import Fraction, Section
 S = TypeVar("S", bound=Section)
 
 
+def require_pixel_units(norm: str, eps: float) -> None:
+    """Raise ValueError for a radius in L-infinity that is more than pixels can move: one in levels up to 255."""
+    if norm == "linf" and eps > 1:
+        raise ValueError(f"eps is {eps:g}, but pixels are in [0, 1]; did you mean {eps:g}/255?")
+
+
 class ThreatSettings(Section):
     """What an attack may change, and how far. Each says as `threat` what it is called, and as `eps` how far."""
 
@@ -37,8 +43,7 @@ class ImageThreat(ThreatSettings):
 
     @model_validator(mode="after")
     def _in_pixel_units(self) -> "ImageThreat":
-        if self.norm == "linf" and self.eps > 1:
-            raise ValueError(f"eps is {self.eps:g}, but pixels are in [0, 1]; did you mean {self.eps:g}/255?")
+        require_pixel_units(self.norm, self.eps)
         return self
 
 
