@@ -4,20 +4,25 @@ import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from dmat_ray import cli, presets
 from dmat_ray.cluster.session import prepare_environment
-from dmat_ray.config import Config
+from dmat_ray.config import Config, ObjectiveConfig
 from dmat_ray.errors import UserError
 
 WEIGHT = re.compile(r"objective\..*weight")
+APART = "is what tells methods apart; give it in a preset of your own, and that one's path in --methods"
 
 
 def main() -> None:
     config, given = cli.parse(str(__doc__), preset=["demo"], add=cli.dry_run)
     if weights := sorted(name for name, value in vars(given).items() if value is not None and WEIGHT.fullmatch(name)):
+        raise UserError(f"{weights[0]} {APART}")
+    if getattr(given, "name", None) is not None:
         raise UserError(
-            f"{weights[0]} is what tells methods apart; give it in a preset of your own, and that one's path in --methods"
+            "--name is of one model, and a pipeline trains several, called after their presets; give `name` in a preset of your "
+            "own, and that one's path in --methods, or keep models apart by another --output"
         )
     configs = [_method(name) for name in config.methods]
     names = [method.name for method in configs]
@@ -70,9 +75,22 @@ def main() -> None:
 
 
 def _method(name: str, argv: Sequence[str] | None = None) -> Config:
-    """The pipeline's settings with those of a method's preset between its presets and its options."""
+    """The pipeline's settings with those of a method's preset between its presets and its options.
+
+    Raises UserError for a weight that does not come of the method's preset.
+    """
     config, _ = cli.parse(str(__doc__), argv, preset=["demo"], over=[name], add=cli.dry_run)
-    return cli.validate({**config.to_json(), "name": presets.load([name]).get("name", Path(name).stem)})
+    own = presets.load([name])
+    _require_own_weights(name, config.objective, own.get("objective", {}))
+    return cli.validate({**config.to_json(), "name": own.get("name", Path(name).stem)})
+
+
+def _require_own_weights(method: str, objective: ObjectiveConfig, own: dict[str, Any]) -> None:
+    """Raise UserError for a term that is trained on and whose weight `own`, of the method's preset, does not set."""
+    for name, term in objective.adversarial.items():
+        where, said = (f"more.{name}", own.get("more", {})) if name in objective.more else (name, own)
+        if term.weight > 0 and "weight" not in said.get(name, {}):
+            raise UserError(f"objective.{where}.weight {APART} ('{method}' sets none, and would have another's {term.weight:g})")
 
 
 if __name__ == "__main__":

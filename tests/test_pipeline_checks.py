@@ -39,6 +39,9 @@ def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., N
 
 
 SUITE = "attacks: [{threat: snow, name: mine, method: square}]"
+WEIGHTS = "objective: {fog: {weight: 0.2}, image: {weight: 0.3}}"
+MORE = "objective: {fog: {weight: 0}, more: {l2: {threat: image, norm: l2, eps: 1, weight: 0.3}}}"
+BUDGETS = "include: [dmat]\nobjective: {fog: {weight: 0, eps: 64/255}, more: {l2: {threat: image, norm: l2, eps: 1}}}"
 
 
 @pytest.mark.parametrize(
@@ -56,22 +59,29 @@ SUITE = "attacks: [{threat: snow, name: mine, method: square}]"
         (["--evaluation.suites", "perceptual"], r"attack 'PPGD' on 1 x 32 x 32 images of 10 classes: .*alexnet.* is needed"),
         (["--evaluation.suites", "SUITE"], "attack 'mine' on 1 x 32 x 32 images of 10 classes: method square searches"),
         (["--evaluation.lpips", "vgg"], "vgg16 is needed"),
+        (["--preset", "demo", "WEIGHTS"], r"^objective\.fog\.weight is what tells .*'standard' .* another's 0\.2\)$"),
+        (["--preset", "demo", "MORE"], r"^objective\.more\.l2\.weight is what tells .*'standard' .* another's 0\.3\)$"),
+        (["--methods", "dmat", "--name", "mine"], r"^--name is of one model, .*another --output"),
     ],
 )
 def test_what_later_stages_would_refuse(
     pipeline: Callable[..., None], tmp_path: Path, generator_folder: Path, options: list[str], words: str
 ) -> None:
-    (tmp_path / "suite.yaml").write_text(SUITE)
-    (tmp_path / "other.yaml").write_text(f"include: [dmat]\ngenerator: {{path: {generator_folder}}}\n")
-    named = {"SUITE": str(tmp_path / "suite.yaml"), "standard,OTHER": f"standard,{tmp_path / 'other.yaml'}"}
+    other = f"include: [dmat]\ngenerator: {{path: {generator_folder}}}\n"
+    for name, text in {"suite": SUITE, "other": other, "weights": WEIGHTS, "more": MORE}.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    named = {name.upper(): str(tmp_path / f"{name}.yaml") for name in ("suite", "weights", "more")}
+    named["standard,OTHER"] = f"standard,{tmp_path / 'other.yaml'}"
     with pytest.raises(UserError, match=words):
         pipeline(*(named.get(option, option) for option in options))
     assert not (tmp_path / "out" / "on_manifold_set").exists()
 
 
-def test_what_fits_goes_on(pipeline: Callable[..., None]) -> None:
+@pytest.mark.parametrize("options", [(), ("--methods", "best,joint"), ("--preset", "demo", "BUDGETS", "--methods", "at,best")])
+def test_what_fits_goes_on(pipeline: Callable[..., None], tmp_path: Path, options: tuple[str, ...]) -> None:
+    (tmp_path / "budgets.yaml").write_text(BUDGETS)
     with pytest.raises(StartedError):
-        pipeline()
+        pipeline(*(str(tmp_path / "budgets.yaml") if option == "BUDGETS" else option for option in options))
 
 
 def test_every_suite_can_be_tried_on_a_blank_image() -> None:
