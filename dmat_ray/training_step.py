@@ -13,6 +13,7 @@ from dmat_ray import batch_norm, objectives
 from dmat_ray.attack import frozen
 from dmat_ray.attack_view import AttackView, takes
 from dmat_ray.augmentation import augment
+from dmat_ray.compilers import require_compiler
 from dmat_ray.config import Config
 from dmat_ray.objectives import CLEAN
 from dmat_ray.rng import derive
@@ -20,7 +21,10 @@ from dmat_ray.types import Batch, Generator, RunContext
 
 
 class TrainingStep:
-    """The network, its optimiser, its average and its copy for attacks. Call it with a batch, and it has made a step."""
+    """The network, its optimiser, its average and its copy for attacks. Call it with a batch, and it has made a step.
+
+    Raises UserError where `training.compile` finds no compiler.
+    """
 
     def __init__(self, config: Config, network: nn.Module, generator: Generator | None, context: RunContext) -> None:
         settings = self.settings = config.training
@@ -34,6 +38,7 @@ class TrainingStep:
         attacked = torch.bfloat16 if lowered else next(network.parameters()).dtype
         self.view = AttackView(network, attacked, settings.channels_last)
         if settings.compile:
+            require_compiler(context.device, "training.compile")
             self.view.view.compile()
         called: Any = torch.compile(network) if settings.compile else network
         self.trained = context.wrap(called)

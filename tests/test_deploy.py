@@ -37,6 +37,11 @@ def check(document: dict[str, Any]) -> None:
     jsonschema.Draft202012Validator(SCHEMAS[document["kind"]]).validate(document["spec"])
 
 
+def test_the_image_can_compile_on_gpus() -> None:
+    (line,) = re.findall(r"apt-get install (.+?) &&", (ROOT / "deploy" / "Dockerfile").read_text())
+    assert {"gcc", "libc6-dev"} <= set(line.split())
+
+
 @pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
 def test_fields_are_known(name: str) -> None:
     check(read(name))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dmat_ray.arithmetic import tf32
+from dmat_ray.compilers import require_compiler
 from dmat_ray.config import ProjectionConfig
 from dmat_ray.data.pixels import unit
 from dmat_ray.errors import UserError
@@ -62,12 +63,15 @@ class Projector:
     at a time.
 
     `encoder` (x_BCHW in [0, 1] -> w_BLD, on the same device) is where the search starts with `start` encoder. At most
-    `batch_size` images are on the device at a time.
+    `batch_size` images are on the device at a time. Raises UserError for settings that do not fit the generator, or if
+    `compile` finds no compiler.
     """
 
     def __init__(
         self, generator: Generator, config: ProjectionConfig, device: torch.device, encoder: nn.Module | None = None
     ) -> None:
+        if config.compile:
+            require_compiler(device, "projection.compile")
         self.generator, self.config, self.device, self.dtype = generator, config, device, generator.w_mean.dtype
         # what is reported is measured in float32, whatever guides the search
         self.perceptual = _perceptual(config, generator.resolution, device)

@@ -71,8 +71,8 @@ def prepare(config: Config, say: Callable[[str], None]) -> Listing:
     if config.projection.lpips_weights == "random" and config.projection.lpips > 0:
         say("LPIPS runs on a random backbone (projection.lpips_weights=random): it guides the search, it is not perceptual")
     listing = sources.list_examples(config.data)
-    # without what an actor computes at its start
-    cheap = config.projection.model_copy(update={"candidates": 1, "axes": "w"})
+    # without what an actor computes at its start, or looks for on its machine
+    cheap = config.projection.model_copy(update={"candidates": 1, "axes": "w", "compile": False})
     build_projector(config.model_copy(update={"projection": cheap}), torch.device("cpu"))
     _require_room(config, listing)
     taken = listing.table.num_rows
