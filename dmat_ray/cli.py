@@ -81,6 +81,7 @@ OF_SCHEDULES = {
     "training.lr_values": ("piecewise",),
 }
 """Settings that only some learning rate schedules look at."""
+AWP_WARMUP = "training.awp_warmup"
 
 
 def _in_usage(action: argparse.Action) -> str:
@@ -120,6 +121,8 @@ def _complete(values: dict[str, Any], given: Iterable[str]) -> Config:
     config = with_absolute_paths(Config.model_validate(values))
     schedule = config.training.schedule
     for name in given:
+        if name == AWP_WARMUP and (never := config.training.without_awp()):
+            raise UserError(f"{never}; lower {name}")
         if schedule not in (schedules := OF_SCHEDULES.get(name, (schedule,))):
             raise UserError(f"{name} means nothing for training.schedule {schedule}; it is of {' and '.join(schedules)}")
     return config.model_copy(update={"evaluation": with_absolute_weights(suites.resolved(config.evaluation))})
@@ -190,7 +193,7 @@ def parse(
             return source(parsed_args=namespace), init_settings
 
     try:
-        by_hand = [name for name in OF_SCHEDULES if getattr(namespace, name, None) is not None]
+        by_hand = [name for name in (*OF_SCHEDULES, AWP_WARMUP) if getattr(namespace, name, None) is not None]
         return _complete(Layered(**layers).model_dump(), by_hand), namespace
     except ValidationError as error:
         raise UserError(describe(error)) from None

@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from dmat_ray import checkpoint, classifiers, trained_settings
 from dmat_ray.attack import require_possible
-from dmat_ray.config import Config
+from dmat_ray.config import Config, TrainingConfig
 from dmat_ray.data import set_reader
 from dmat_ray.data.epochs import held_out_positions
 from dmat_ray.data.manifold_set import steps_per_epoch
@@ -106,7 +106,7 @@ def untrained(configs: list[Config], say: Callable[[str], None], workers: int | 
 
 
 def _trained_on(configs: list[Config], manifest: Mapping[str, Any]) -> list[str]:
-    """How many images there are to train on, and which are left out; and learning rates that end elsewhere than the training."""
+    """How many images there are to train on, and which are left out; rates that end elsewhere than the training, and the like."""
     usable = manifest["usable"].get("train", 0)
     poor = manifest["splits"].get("train", 0) - usable
     held_out = sorted({config.training.val_examples for config in configs})
@@ -121,7 +121,18 @@ def _trained_on(configs: list[Config], manifest: Mapping[str, Any]) -> list[str]
             lines.append(
                 f"note: the learning rate {what}: training.lr_epochs ends at {end:g}, training.epochs is {settings.epochs}"
             )
+        lines += [f"note: {line}" for line in _without_effect(settings)]
     return lines
+
+
+def _without_effect(settings: TrainingConfig) -> Iterator[str]:
+    """What is set and changes nothing of a training, a line each."""
+    if never := settings.without_awp():
+        yield never
+    if settings.awp_warmup and not settings.awp_gamma:
+        yield f"training.awp_warmup is {settings.awp_warmup} and delays nothing: training.awp_gamma is 0"
+    if settings.best_metric != TrainingConfig().best_metric and settings.keep == "last" and settings.patience is None:
+        yield f"training.best_metric is {settings.best_metric} and decides nothing: training.keep is last, training.patience null"
 
 
 def require_fit(configs: Sequence[Config], manifest: Mapping[str, Any], workers: int | None = None) -> None:

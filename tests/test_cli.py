@@ -92,6 +92,18 @@ def test_a_rate_of_another_schedule_is_refused(tmp_path: Path) -> None:
     assert cli.parse("test", ["--training.schedule", "cosine", "--training.lr", "0.01"])[0].training.lr == 0.01
 
 
+def test_a_warm_up_that_lasts_as_long_as_the_training_is_refused_if_given_by_hand() -> None:
+    few = ("--preset", "demo", "best", "--training.epochs", "2")
+    assert parsed(*few).training.awp_warmup == 2, "of the preset: `models.untrained` tells of it"
+    refused = r"^AWP never begins: training\.awp_warmup is 3, training\.epochs is 2; lower training\.awp_warmup$"
+    with pytest.raises(UserError, match=refused):
+        parsed(*few, "--training.awp_warmup", "3")
+    with pytest.raises(UserError, match=refused):
+        cli.settings("demo", "best", training={"epochs": 2, "awp_warmup": 3})
+    assert parsed(*few, "--training.awp_warmup", "1").training.awp_warmup == 1
+    assert parsed(*few, "--training.awp_warmup", "3", "--training.awp_gamma", "0").training.awp_gamma == 0
+
+
 def test_null_clears_a_limit(tmp_path: Path) -> None:
     path = tmp_path / "small.yaml"
     path.write_text("data: {train_limit: 100}\nobjective: {image: {step_size: 0.1}}\n")

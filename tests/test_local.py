@@ -234,7 +234,7 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def test_rates_that_end_elsewhere_than_the_training_are_told(make_config: Callable[..., Config], set_folder: Path) -> None:
+def test_settings_that_change_nothing_of_the_training_are_told(make_config: Callable[..., Config], set_folder: Path) -> None:
     manifest = read_manifest(set_folder)
 
     def told(**training: Any) -> str:
@@ -248,6 +248,15 @@ def test_rates_that_end_elsewhere_than_the_training_are_told(make_config: Callab
         epochs=2, lr_epochs=[0, 1], lr_values=[0.1, 0.1]
     )
     assert told(epochs=2, schedule="cosine") == ""
+    quiet: dict[str, Any] = {"epochs": 2, "schedule": "cosine"}
+    never = told(**quiet, awp_gamma=0.005, awp_warmup=2)
+    assert never == "note: AWP never begins: training.awp_warmup is 2, training.epochs is 2"
+    assert told(**quiet, awp_gamma=0.005, awp_warmup=1) == ""
+    assert told(**quiet, awp_warmup=1) == "note: training.awp_warmup is 1 and delays nothing: training.awp_gamma is 0"
+    nothing = "note: training.best_metric is val_clean and decides nothing: training.keep is last, training.patience null"
+    assert told(**quiet, best_metric="val_clean") == nothing
+    for used in ({"keep": "best"}, {"patience": 1}):
+        assert told(**quiet, val_examples=4, best_metric="val_clean", **used) == ""
 
 
 def test_one_image_a_worker_is_refused_before_anything_is_trained(

@@ -127,6 +127,15 @@ class TrainingConfig(Section):
             raise ValueError(f"{what} needs val_examples: training examples held out to measure {self.best_metric}")
         return self
 
+    def without_awp(self) -> str:
+        """Says so if AWP is on, and its warm-up lasts as long as the training; else empty.
+
+        No error of its own: models have recorded such settings, and a preset's warm-up meets fewer epochs.
+        """
+        if self.awp_gamma == 0 or self.awp_warmup < self.epochs:
+            return ""
+        return f"AWP never begins: training.awp_warmup is {self.awp_warmup}, training.epochs is {self.epochs}"
+
 
 class ClusterConfig(Section):
     """What Ray may use: the cluster, workers and actors, and what each of them gets."""
