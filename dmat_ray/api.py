@@ -43,10 +43,10 @@ def project(
 
     `generator` is loaded, or a name or folder; x_BCHW has its size, float in [0, 1] or uint8. `config` is a section such as
     `settings("demo").projection`, by default the published 1,000 steps with LPIPS; `projection` are single settings over it.
-    Returns w_BLD, its images x_BCHW in [0, 1], and for each image lpips_B, l1_B (mean absolute), l2_B (mean squared) and steps_B,
-    all on the CPU. `ids` (by default numbers) seed each image's noise. The search runs where the generator is. start="encoder"
-    needs a name or folder of the generator, and takes the encoder in the folder `encoder`, else in runs/default/encoder, else
-    beside the generator.
+    Returns w_BLD, its images x_BCHW in [0, 1], and for each image lpips_B, l1_B (mean absolute), l2_B (mean squared), steps_B
+    and given_up_B (its loss or gradient was not finite), all on the CPU. `ids` (by default numbers) seed each image's noise. The
+    search runs where the generator is. start="encoder" needs a name or folder of the generator, and takes the encoder in the
+    folder `encoder`, else in runs/default/encoder, else beside the generator.
     Raises UserError for images of another size, range or type, and for LPIPS weights or an encoder that there is not.
 
     >>> from dmat_ray import load_images, project, settings

@@ -111,6 +111,16 @@ def unknown_rejected(folder: Path) -> None:
     edit_rows(folder, lambda rows: None, dmat_ray_rejected='{"lost": "is no image"}')
 
 
+def given_up(folder: Path) -> None:
+    edit_rows(
+        folder, lambda rows: None, dmat_ray_given_up=json.dumps([pq.read_table(folder / "shards" / SHARD)["id"][2].as_py()])
+    )
+
+
+def damaged_given_up(folder: Path) -> None:
+    edit_rows(folder, lambda rows: None, dmat_ray_given_up="{")
+
+
 def other_type(folder: Path) -> None:
     path = folder / "shards" / SHARD
     table = pq.read_table(path)
@@ -171,6 +181,9 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
     "means": (with_manifest(means={"lpips": 0.0, "l1": 0.02, "l2": 0.0002}), "means", "l1: the rows give 0.0106.., the"),
     "poor called ok": (with_manifest(projection={"poor_l1": 0.001}), "status", "should be poor"),
     "poor by lpips": (with_manifest(projection={"poor_l1": 1, "poor_lpips": -1.0}), "status", "should be poor .*lpips 0.0000"),
+    "given up called ok": (given_up, "status", r"'example-.*' should be poor \(.*, given up\)"),
+    "given up damaged": (damaged_given_up, "status", "metadata 'dmat_ray_given_up'"),
+    "given up by nobody": (with_manifest(given_up=2), "counts", "given_up: the rows give 0, the manifest says 2"),
     "ok called poor": (with_value("status", "poor"), "status", "should be ok"),
     "w not finite": (with_value("w", [float("inf")] + [0.0] * 31), "w", "w of 'example-.*' is not finite"),
     "w with a hole": (with_value("w", [None] + [0.0] * 31), "w", "w of 'example-.*' is not finite"),

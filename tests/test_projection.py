@@ -407,6 +407,8 @@ def test_what_is_not_finite_stays_with_its_image(exact: StyleGAN2, brittle: Brit
     left = found.steps_B < 50
     assert left.any()
     assert not left.all()
+    assert torch.equal(found.given_up_B, left)
+    assert not free.given_up_B.any()
     torch.testing.assert_close(found.w_BLD[~left], free.w_BLD[~left], atol=1e-6, rtol=1e-6)
     # those that left are given up, where they would be alone, with the best w before
     assert left[(free.w_BLD - exact.w_mean).abs().amax(dim=(1, 2)) > brittle.reach].all()
@@ -425,12 +427,19 @@ def test_an_image_without_any_finite_loss_keeps_its_first_w(brittle: Brittle, mi
     assert torch.equal(found.w_BLD, mean)
     assert found.x_BCHW.isfinite().all()
     assert found.steps_B.tolist() == [1] * 12
+    assert found.given_up_B.all()
     # nor one without even that: an encoder may say what the generator cannot make
     light = mixed.double()[9:]
     far = Projector(brittle, settings(start="encoder", steps=5), CPU, Says(mean[0] + 1)).project(light, names(3))
     assert torch.equal(far.w_BLD, mean[9:])
     torch.testing.assert_close(far.l1_B, found.l1_B[9:])
     assert far.steps_B.tolist() == [0] * 3
+    assert far.given_up_B.all()
+    # nor one that only the last step leads astray, where no look before it counts
+    last = project(brittle, mixed.double(), lr=10, lr_rampup=0, steps=1, noise=1e-9, noise_ramp=1)
+    assert torch.equal(last.w_BLD, mean)
+    assert last.steps_B.tolist() == [1] * 12
+    assert last.given_up_B.all()
     brittle.reach = -1
     with pytest.raises(UserError, match="image of the mean of w, or LPIPS of it, is not finite"):
         project(brittle, mixed.double(), steps=5)
@@ -441,7 +450,7 @@ def test_no_images_and_images_as_bytes(generator: StyleGAN2, mixed: Tensor) -> N
     none = projector.project(mixed[:0], [])
     assert none.w_BLD.shape == (0, generator.num_ws, 8)
     assert none.x_BCHW.shape == (0, 1, 8, 8)
-    assert [len(t) for t in (none.lpips_B, none.l1_B, none.l2_B, none.steps_B)] == [0] * 4
+    assert [len(t) for t in (none.lpips_B, none.l1_B, none.l2_B, none.steps_B, none.given_up_B)] == [0] * 5
     levels = (mixed * 255).round().to(torch.uint8)
     a, b = projector.project(levels, names(12)), projector.project(levels / 255, names(12))
     torch.testing.assert_close(a.w_BLD, b.w_BLD, atol=1e-5, rtol=1e-5)

@@ -14,14 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from dmat_ray import settings
 from dmat_ray.config import Config
 from dmat_ray.data import set_format, set_settings, sources
 from dmat_ray.data.apart import require_apart
+from dmat_ray.data.inspection import inspect_set
 from dmat_ray.data.sources import list_examples
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import gan_images, set_maker
+from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.storage import Location
 
 PLAIN = {"lpips": 0, "start": "mean", "steps": 1, "poor_l1": 1}
@@ -284,6 +287,47 @@ def test_a_class_whose_images_are_all_lost_is_told(make: Make, photos: Path) -> 
     assert lines[-1].startswith(
         "warning: no usable training image of 'class1': all were rejected, or are poor (projection.poor_l1"
     )
+
+
+def without_gradient(w: Tensor, x: Tensor) -> Tensor:
+    """The images, with a gradient to w that is nowhere a number."""
+    return x + 0 * (w - w.detach()).sum(dim=(1, 2)).sqrt()[:, None, None, None]
+
+
+def with_holes(w: Tensor, x: Tensor) -> Tensor:
+    """The images, but for those of w on one side of a plane, which are none."""
+    return torch.where(w[:, 0, 0, None, None, None] > 1e-3, torch.nan, x)
+
+
+@pytest.mark.parametrize(("broken", "start"), [(without_gradient, "mean"), (without_gradient, "nearest"), (with_holes, "mean")])
+def test_images_whose_search_broke_off_are_poor_however_near_they_began(
+    make: Make, monkeypatch: pytest.MonkeyPatch, broken: Callable[[Tensor, Tensor], Tensor], start: str
+) -> None:
+    """What stands in the set for them was chosen among samples at best, and never optimised."""
+    plain = make(None, official_split=True)
+    config = plain.model_copy(
+        update={"projection": plain.projection.model_copy(update={"start": start, "steps": 4, "shard_size": 5})}
+    )
+    lines: list[str] = []
+    assert "given_up" not in set_maker.make(config, torch.device("cpu"), lines.append)
+    assert not [line for line in lines if line.startswith("warning")]
+    shutil.rmtree(config.output)
+    whole = StyleGAN2.synthesis
+    # not the mean, whose image is asked for where there is no other
+    monkeypatch.setattr(StyleGAN2, "synthesis", lambda self, w, clamp=True: broken(w - self.w_mean, whole(self, w, clamp)))
+    manifest = set_maker.make(config, torch.device("cpu"), lines.append)
+    rows = pq.read_table(Path(config.output) / "on_manifold_set" / "shards").to_pylist()
+    poor = [row for row in rows if row["status"] == "poor"]
+    assert manifest["given_up"] == manifest["status"]["poor"] == len(poor)
+    assert {row["id"] for row in rows if row["steps"] < 4} <= {row["id"] for row in poor}
+    assert len(poor) == 20 if broken is without_gradient else 0 < len(poor) < 20
+    (line,) = [line for line in lines if "broke off" in line]
+    assert line.startswith(f"warning: the search of {len(poor)} of 20 images broke off, because its loss or gradient was not fin")
+    found = inspect_set(Path(config.output) / "on_manifold_set")
+    assert found.sound
+    assert found.warnings[0] == line
+    set_maker.make(config, torch.device("cpu"), lines.append)
+    assert lines[-1] == "the on-manifold set is whole and unchanged, nothing to do"
 
 
 def test_an_output_among_the_images_is_refused(make: Make, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

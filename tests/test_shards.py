@@ -21,6 +21,7 @@ from dmat_ray.data.sources import list_examples
 from dmat_ray.errors import StorageError
 from dmat_ray.manifold.projection import Projection, Projector
 from dmat_ray.manifold.stylegan2 import StyleGAN2
+from dmat_ray.storage import at
 
 RowsOf = Callable[..., dict[str, dict[str, Any]]]
 IDS = [f"{label}/{name}.png" for label in "ab" for name in ("flat", "made", "noise")]
@@ -32,6 +33,15 @@ class Unlucky(Projector):
     def project(self, x_BCHW: Tensor, ids: list[str]) -> Projection:
         found = super().project(x_BCHW, ids)
         found.l1_B[0] = found.lpips_B[0] = float("nan")
+        return found
+
+
+class GivesUp(Projector):
+    """A projector whose search of the first image broke off."""
+
+    def project(self, x_BCHW: Tensor, ids: list[str]) -> Projection:
+        found = super().project(x_BCHW, ids)
+        found.given_up_B[0] = True
         return found
 
 
@@ -119,6 +129,20 @@ def test_errors_that_are_no_numbers_are_poor(rows_of: RowsOf) -> None:
     for thresholds in ({"poor_l1": 10}, {"poor_l1": 10, "poor_lpips": 10}):
         found = rows_of(Unlucky, **thresholds)
         assert [row["status"] for row in found.values()] == ["poor"] + ["ok"] * 5
+
+
+def test_an_image_whose_search_broke_off_is_poor_and_told_by_its_shard(
+    generator: StyleGAN2, shard: pa.Table, tmp_path: Path
+) -> None:
+    settings = ProjectionConfig(lpips=0, steps=2, poor_l1=10)
+    for kind, most in ((GivesUp, 1), (Projector, 0)):
+        row = project_shard(kind(generator, settings, torch.device("cpu")), shard, settings, ["a", "b"])
+        shard_tasks.write_shard(row, folder=str(tmp_path / kind.__name__))
+        name, table, _ = shard_tasks.unpack(row)
+        assert table["status"].to_pylist() == ["poor"] * most + ["ok"] * (6 - most)
+        record = set_writer.read_record(at(tmp_path / kind.__name__), name)
+        assert record is not None
+        assert record.given_up == most
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ SHARDS = "shards"
 NAME = re.compile(r"part-(\d{6,})(?:-(\d+))?\.parquet")  # of a shard, and of a supplement of one
 OURS = b"dmat_ray"  # key of a shard's metadata: its version, shapes and class names, as JSON
 REJECTED = b"dmat_ray_rejected"  # key of a shard's metadata: {id: reason} of the images that it lacks, as JSON
+GIVEN_UP = "given_up"  # key of the manifest, if there are any: the number of images whose search broke off
+GIVEN_UP_IDS = b"dmat_ray_given_up"  # key of a shard's metadata, if there are any: their ids, as a JSON list
 LOST = "classes_without_usable"  # key of the manifest, if there are any: {split: names of classes without a usable image}
 ERRORS = ("lpips", "l1", "l2")
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # the layout that Hugging Face datasets call Image
@@ -57,6 +59,11 @@ def schema(channels: int, resolution: int, num_ws: int, w_dim: int, class_names:
         [(name, kind) for name, kind, _ in fields],
         metadata={OURS: json.dumps(ours), "huggingface": json.dumps(theirs)},
     )
+
+
+def with_given_up(schema: pa.Schema, ids: Sequence[str]) -> pa.Schema:
+    """The schema of a shard in which the searches of these images broke off."""
+    return schema.with_metadata({**schema.metadata, GIVEN_UP_IDS: json.dumps(list(ids))})
 
 
 def different_columns(found: pa.Schema, wanted: pa.Schema) -> str:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from dmat_ray.cli import describe
 from dmat_ray.data.decoding import MAX_PIXELS, SIZED, decode
 from dmat_ray.data.manifest import Described
-from dmat_ray.data.set_format import LOST, MANIFEST, SHARDS, VERSION, different_columns, schema
+from dmat_ray.data.set_format import GIVEN_UP, LOST, MANIFEST, SHARDS, VERSION, different_columns, schema
 from dmat_ray.errors import UserError
 from dmat_ray.files import text_digest
 from dmat_ray.storage import Location, Place, at, require_not_of_storage
@@ -162,6 +162,17 @@ def warnings_of_lost(manifest: Mapping[str, Any], *splits: str) -> list[str]:
         for split in splits
         if (lost := lost_classes(manifest, split))
     ]
+
+
+def warning_of_given_up(manifest: Mapping[str, Any]) -> str:
+    """What is to be said of the images of a set whose search broke off; empty if there are none."""
+    if not (given_up := manifest.get(GIVEN_UP, 0)):
+        return ""
+    return (
+        f"warning: the search of {given_up} of {manifest['count']} images broke off, because its loss or gradient was not "
+        "finite; they are marked poor and left out of training; give a lower projection.lr, another projection.start, or a "
+        "generator that is sound"
+    )
 
 
 def require_usable(manifest: Mapping[str, Any], folder: Place, split: str) -> None:

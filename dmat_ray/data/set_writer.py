@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dmat_ray.data import set_format, set_reader, set_settings
-from dmat_ray.data.set_format import MANIFEST, REJECTED, SHARDS
+from dmat_ray.data.set_format import GIVEN_UP_IDS, MANIFEST, REJECTED, SHARDS
 from dmat_ray.data.sources import Listing
 from dmat_ray.errors import UserError
 from dmat_ray.storage import Location, require_not_of_storage
@@ -45,11 +45,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class Record:
-    """What a file says of itself: how many rows it has, {id: reason} of what could not be read, and the ids of the rows."""
+    """What a file says of itself: how many rows it has, {id: reason} of what could not be read, the ids of the rows, and of how
+    many the search broke off.
+    """
 
     rows: int
     rejected: dict[str, str]
     ids: tuple[str, ...] = ()
+    given_up: int = 0
 
 
 def plan(listing: Listing, shard_size: int) -> list[Shard]:
@@ -98,9 +101,10 @@ def read_record(folder: Location, name: str, *, ids: bool = True) -> Record | No
     place = folder / SHARDS / name
     try:
         with place.open() as file, pq.ParquetFile(file) as parquet:
-            rejected = json.loads((parquet.metadata.metadata or {})[REJECTED])
+            said = parquet.metadata.metadata or {}
+            rejected, given_up = json.loads(said[REJECTED]), json.loads(said.get(GIVEN_UP_IDS, b"[]"))
             held = parquet.read(columns=["id"])["id"].to_pylist() if ids else ()
-            return Record(parquet.metadata.num_rows, rejected, tuple(held))
+            return Record(parquet.metadata.num_rows, rejected, tuple(held), len(given_up))
     except (pa.ArrowException, OSError, KeyError, json.JSONDecodeError) as error:
         require_not_of_storage(error, place)
         return None
@@ -190,6 +194,8 @@ def finish(
         "rejected": dict(sorted(rejected.items())),
         **described,
     }
+    if given_up := sum(record.given_up for record in records.values()):
+        manifest[set_format.GIVEN_UP] = given_up
     if lost := _places([shard.rows for shard in shards]) - _places([usable]):
         names, splits = settings["class_names"], sorted({split for split, _ in lost})
         manifest[set_format.LOST] = {split: [names[k] for s, k in sorted(lost) if s == split] for split in splits}

@@ -33,7 +33,8 @@ __all__ = ["Projection", "Projector", "learning_rate", "noise_scale"]
 
 @dataclass(frozen=True)
 class Projection:
-    """Result for N images, on the CPU: `w_BLD` (float32), its clamped image, that image's errors, updates made of w.
+    """Result for N images, on the CPU: `w_BLD` (float32), its clamped image, that image's errors, updates made of w, and whether
+    the search broke off because its loss or gradient was not finite, or led to no image (`given_up_B`, bool).
 
     The errors are LPIPS (0 where it has no weight in the loss), mean absolute and mean squared pixel difference.
     """
@@ -44,6 +45,7 @@ class Projection:
     l1_B: Tensor
     l2_B: Tensor
     steps_B: Tensor
+    given_up_B: Tensor
 
 
 def _perceptual(config: ProjectionConfig, resolution: int, device: torch.device) -> "Perceptual | None":
@@ -127,7 +129,10 @@ class Projector:
         slots.best_w[rows] = torch.where(better[:, None, None], w, slots.best_w[rows])
         slots.best[rows] = torch.where(better, loss, best)
         slots.lowest[rows] = torch.where(done, lowest, torch.fmin(lowest, loss))
-        moving = ~done & loss.isfinite() & gradient.isfinite().all(dim=2).all(dim=1) & (position < schedule.steps)
+        ended = position >= schedule.steps
+        sound = loss.isfinite() & (ended | gradient.isfinite().all(dim=2).all(dim=1))
+        moving = ~done & sound & ~ended
+        slots.given_up[rows] |= ~done & ~sound
         slots.done[rows] = ~moving
         # one that stays has no rate and no gradient: 0 times what is not finite would not be 0
         gradient = torch.where(moving[:, None, None], gradient, 0.0)
@@ -179,8 +184,8 @@ class Projector:
         self.slots.drop(list(range(len(self.slots.index))))
         return self.slots
 
-    def _search(self, x: Tensor, ids: list[str]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Numbers of images, their best w and updates, as they are done."""
+    def _search(self, x: Tensor, ids: list[str]) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+        """Numbers of images, their best w, updates, and whether they were given up, as they are done."""
         config, schedule, slots = self.config, self.schedule, self.reserved()
         waiting, look = list(range(len(ids)))[::-1], 0
         noisy_steps = schedule.quiet  # an image has noise at none but its first so many steps
@@ -204,7 +209,8 @@ class Projector:
             used = slice(len(slots.index))
             done, position = slots.done[used].tolist(), slots.position[used].tolist()
             if rows := [row for row, over in enumerate(done) if over]:
-                yield [slots.index[row] for row in rows], slots.best_w[rows].cpu(), slots.updates[rows].cpu()
+                index = [slots.index[row] for row in rows]
+                yield index, slots.best_w[rows].cpu(), slots.updates[rows].cpu(), slots.given_up[rows].cpu()
                 slots.drop(rows)
             # from before the ramp down a plateau may lead there in one step
             furthest = schedule.rampdown - 1 if config.stop_window else 0
@@ -218,7 +224,8 @@ class Projector:
 
         Ids seed each image's noise. The w of an image is that of the lowest loss seen at a w without noise, its start among
         them. An image whose
-        loss or gradient is not finite is given up there; its errors say what its best w so far, or its first, is worth.
+        loss or gradient is not finite is given up there (`given_up_B`); its errors say what its best w so far, or its first, is
+        worth.
         Raises ValueError for images of another shape or range than the generator's.
         """
         shape = (len(ids), self.generator.channels, self.generator.resolution, self.generator.resolution)
@@ -229,28 +236,31 @@ class Projector:
             if not 0 <= low <= high <= 1:
                 raise ValueError(f"images must lie in [0, 1], not in [{low:g}, {high:g}]")
         w = torch.empty(len(ids), self.generator.num_ws, self.generator.w_dim, dtype=self.dtype)
-        steps = torch.empty(len(ids), dtype=torch.int32)
-        for index, best, updates in self._search(x_BCHW, ids):
-            w[index], steps[index] = best, updates.int()
-        return self.measured(x_BCHW, w, steps)
+        steps, given_up = torch.empty(len(ids), dtype=torch.int32), torch.empty(len(ids), dtype=torch.bool)
+        for index, best, updates, broken in self._search(x_BCHW, ids):
+            w[index], steps[index], given_up[index] = best, updates.int(), broken
+        return self.measured(x_BCHW, w, steps, given_up)
 
-    def measured(self, x_BCHW: Tensor, w: Tensor, steps: Tensor) -> Projection:
+    def measured(self, x_BCHW: Tensor, w: Tensor, steps: Tensor, given_up: Tensor | None = None) -> Projection:
         """The clamped images of w and their errors, a batch at a time, without TF32: the set holds them for good.
 
-        The mean of w takes the place of a w whose image or errors are no numbers. Raises UserError if its are not either.
+        The mean of w takes the place of a w whose image or errors are no numbers, and the image counts as given up. Raises
+        UserError if its are not either.
         """
         w, rendered = w.clone(), torch.empty(x_BCHW.shape, dtype=self.dtype)
+        lost = torch.zeros(len(w), dtype=torch.bool) if given_up is None else given_up.clone()
         lpips, l1, l2 = errors = torch.empty(3, len(w), dtype=self.dtype)
         for start in range(0, len(w), self.config.batch_size):
             part = slice(start, start + self.config.batch_size)
             image, found = self._measure(x_BCHW[part], w[part])
             if not bool(found.isfinite().all()):
-                w[part] = torch.where(found.isfinite().all(dim=0)[:, None, None], w[part], self.generator.w_mean.cpu())
+                lost[part] |= (bad := ~found.isfinite().all(dim=0))
+                w[part] = torch.where(bad[:, None, None], self.generator.w_mean.cpu(), w[part])
                 image, found = self._measure(x_BCHW[part], w[part])
                 if not bool(found.isfinite().all()):
                     raise UserError("the generator's image of the mean of w, or LPIPS of it, is not finite: is it damaged?")
             rendered[part], errors[:, part] = image, found
-        return Projection(w, rendered, lpips, l1, l2, steps)
+        return Projection(w, rendered, lpips, l1, l2, steps, lost)
 
     def _measure(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """Images of w, clamped, and their errors (3, B), on the CPU."""

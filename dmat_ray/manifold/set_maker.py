@@ -18,7 +18,7 @@ from dmat_ray.data import set_format, set_settings, set_writer, sources
 from dmat_ray.data.apart import require_apart
 from dmat_ray.data.pixels import quantise
 from dmat_ray.data.set_format import MANIFEST, SHARDS
-from dmat_ray.data.set_reader import read_manifest, warnings_of_lost
+from dmat_ray.data.set_reader import read_manifest, warning_of_given_up, warnings_of_lost
 from dmat_ray.data.set_writer import Record, Shard
 from dmat_ray.data.sources import Listing
 from dmat_ray.errors import UserError
@@ -114,7 +114,9 @@ def build_projector(config: Config, device: torch.device) -> Projector:
 
 
 def rows_of(projector: Projector, images: pa.Table, settings: ProjectionConfig, class_names: list[str]) -> pa.Table:
-    """The rows of the set for images as `sources.read_images` gives them."""
+    """The rows of the set for images as `sources.read_images` gives them; the ids of those that the search gave up, if there are
+    any, stand in the schema's metadata.
+    """
     generator = projector.generator
     shape = (generator.channels, generator.resolution, generator.resolution)
     schema = set_format.schema(generator.channels, generator.resolution, generator.num_ws, generator.w_dim, class_names)
@@ -124,7 +126,9 @@ def rows_of(projector: Projector, images: pa.Table, settings: ProjectionConfig, 
     pixels = set_format.from_lists(images["pixels"], shape).copy()  # Arrow's memory is read-only, of which torch would warn
     found = projector.project(torch.from_numpy(pixels), ids)
     l1, lpips = found.l1_B.numpy(), found.lpips_B.numpy()
-    poor = set_format.is_poor(l1, lpips, settings.poor_l1, settings.poor_lpips)
+    given_up = found.given_up_B.numpy()
+    # whatever its errors: a start may be near by luck, and is no result
+    poor = given_up | set_format.is_poor(l1, lpips, settings.poor_l1, settings.poor_lpips)
     columns = {
         "id": ids,
         "split": images["split"].cast(pa.string()),
@@ -138,6 +142,8 @@ def rows_of(projector: Projector, images: pa.Table, settings: ProjectionConfig, 
         "steps": found.steps_B.numpy(),
         "status": np.where(poor, "poor", "ok"),
     }
+    if given_up.any():
+        schema = set_format.with_given_up(schema, [ids[i] for i in np.flatnonzero(given_up)])
     return pa.table(columns, schema=schema)
 
 
@@ -230,14 +236,17 @@ def promised(config: Config, listing: Listing) -> dict[str, Any]:
 
 
 def tell(manifest: dict[str, Any], folder: Location, say: Callable[[str], None]) -> None:
-    """Say what a set holds, and warn of one that is mostly poor, or in which a class has no usable image."""
+    """Say what a set holds, and warn of searches that broke off, of one that is mostly poor, or in which a class has no usable
+    image.
+    """
     counts = ", ".join(f"{n} {split}" for split, n in sorted(manifest["splits"].items()))
     poor = manifest["status"].get("poor", 0)
     rejected = len(manifest["rejected"])
     l1 = manifest["means"]["l1"]
     say(f"on-manifold set: {counts} images, mean |g(w) - x| {l1:.4f}, {poor} poor, {rejected} rejected, in '{folder}'")
-    if warning := warning_of_poor(poor, manifest["count"]):
-        say(warning)
+    for warning in (warning_of_given_up(manifest), warning_of_poor(poor, manifest["count"])):
+        if warning:
+            say(warning)
     for warning in warnings_of_lost(manifest, "train", "test"):
         say(warning)
 

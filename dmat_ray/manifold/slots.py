@@ -25,6 +25,7 @@ class Slots:
     lowest: Tensor  # loss so far, noise or not
     history: Tensor  # `lowest` of the last stop_window steps, by updates modulo their number
     done: Tensor
+    given_up: Tensor  # done because the loss or its gradient was not finite
     features: list[Tensor] = field(default_factory=list)
     index: list[int] = field(default_factory=list)
 
@@ -55,6 +56,7 @@ class Slots:
             lowest=zeros(),
             history=zeros(max(1, config.stop_window)),
             done=torch.ones(size, dtype=torch.bool, device=device),
+            given_up=torch.zeros(size, dtype=torch.bool, device=device),
             features=[zeros(*f.shape[1:], like=f) for f in features],
         )
 
@@ -66,7 +68,7 @@ class Slots:
     def tensors(self) -> list[Tensor]:
         """All that moves when an image changes its slot."""
         parts = [self.target, self.w, self.best_w, self.m, self.v, self.key, self.position, self.updates]
-        return [*parts, self.best, self.lowest, self.history, self.done, *self.features]
+        return [*parts, self.best, self.lowest, self.history, self.done, self.given_up, *self.features]
 
     def fill(self, index: list[int], x: Tensor, features: list[Tensor], w: Tensor, key: Tensor) -> None:
         """Put new images, with their targets and first w, behind those in use."""
@@ -78,7 +80,7 @@ class Slots:
             state[new] = 0
         for state in (self.best, self.lowest, self.history):
             state[new] = torch.inf
-        self.done[new] = False
+        self.done[new] = self.given_up[new] = False
         self.index += index
 
     def drop(self, rows: list[int]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from dmat_ray.data.inspection.checks import CHECKS, Check, Manifest, read_checked_manifest
 from dmat_ray.data.inspection.pixels import Pair, PixelReader, render_again
 from dmat_ray.data.inspection.rows import Reader, Rows, compare_with_manifest
-from dmat_ray.data.set_reader import named_generator
+from dmat_ray.data.set_reader import named_generator, warning_of_given_up
 from dmat_ray.storage import Place, at
 from dmat_ray.types import Generator
 
@@ -47,7 +47,7 @@ class Inspection:
     chosen: Chosen | None = None
     pairs: dict[int, Pair] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    """Of images that are there more than once, which fails no check."""
+    """Of searches that broke off, and of images that are there more than once, which fails no check."""
 
     @property
     def sound(self) -> bool:
@@ -102,9 +102,9 @@ def inspect_set(
             with checks["rendering"].guard("rendering"):
                 again = [pixels.pairs[i] for i in sampled.tolist() if i in pixels.pairs]
                 render_again(load(manifest.generator_precision), again, manifest.generator_precision, checks["rendering"])
-    warnings: list[str] = []
+    warnings = [line] if (line := warning_of_given_up(manifest.model_dump())) else []
     with checks["shards"].guard("images that are there twice"):
-        warnings = pixels.copies.warnings(manifest.class_names)
+        warnings += pixels.copies.warnings(manifest.class_names)
     return Inspection(str(folder), found, manifest, rows, chosen, pixels.pairs, warnings)
 
 

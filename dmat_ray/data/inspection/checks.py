@@ -22,7 +22,7 @@ CHECKS = {
     "rejected": "rejected images are not in the set, and every shard's are in the manifest",
     "counts": "rows by split and status",
     "means": "mean errors",
-    "status": "poor is what lies above the thresholds",
+    "status": "poor is what lies above the thresholds, or was given up",
     "w": "w is finite",
     "g(w)": "stored g(w) are netpbm images of the right size",
     "natural": "natural images can be decoded",
@@ -52,6 +52,7 @@ class Manifest(Described):
     shards: dict[Name, Count]
     lpips_is_perceptual: bool
     examples: Count | None = None
+    given_up: Count = 0
 
 
 @dataclass

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dmat_ray.data.inspection.checks import Check, Manifest
-from dmat_ray.data.set_format import ERRORS, REJECTED, SHARDS, different_columns, is_poor
+from dmat_ray.data.set_format import ERRORS, GIVEN_UP_IDS, REJECTED, SHARDS, different_columns, is_poor
 from dmat_ray.data.set_reader import schema_of
 from dmat_ray.storage import Location
 
@@ -57,7 +57,7 @@ class Reader:
         self.parts: list[dict[str, np.ndarray]] = []
         self.counted: Counter[tuple[str, str]] = Counter()
         self.recorded: dict[str, str] = {}
-        self.with_record = self.read = 0
+        self.with_record = self.read = self.given_up = 0
 
     def run(self) -> Rows:
         """Read all shards."""
@@ -82,8 +82,9 @@ class Reader:
             if different_columns(parquet.schema_arrow, self.schema):
                 return
             parts, start = [], 0
+            given_up = self._given_up(name, parquet)
             for batch in parquet.iter_batches(batch_size=1 << 16, columns=list(SMALL)):
-                parts.append(self._batch(k, name, start, batch))
+                parts.append(self._batch(k, name, start, batch, given_up))
                 start += batch.num_rows
         self.parts += parts  # of a whole shard or of none of it
         self.read += 1
@@ -102,7 +103,15 @@ class Reader:
                 self.recorded |= {str(id): str(reason) for id, reason in json.loads(record).items()}
                 self.with_record += 1
 
-    def _batch(self, k: int, name: str, start: int, batch: pa.RecordBatch) -> dict[str, np.ndarray]:
+    def _given_up(self, name: str, parquet: pq.ParquetFile) -> frozenset[str]:
+        """Ids of the images whose search broke off, as the shard has them."""
+        found: frozenset[str] = frozenset()
+        with self.checks["status"].guard(f"{name}: metadata '{GIVEN_UP_IDS.decode()}'"):
+            found = frozenset(map(str, json.loads((parquet.metadata.metadata or {}).get(GIVEN_UP_IDS, b"[]"))))
+        self.given_up += len(found)
+        return found
+
+    def _batch(self, k: int, name: str, start: int, batch: pa.RecordBatch, given_up: frozenset[str]) -> dict[str, np.ndarray]:
         if nulls := [column for column in SMALL if batch[column].null_count]:
             raise ValueError(f"no value in {', '.join(nulls)}")
         ids = batch["id"].to_pylist()
@@ -113,7 +122,7 @@ class Reader:
             if id in self.manifest.rejected:
                 self.checks["rejected"].defect(f"{name}: '{id}' is in the set, and rejected")
         self._values(name, ids, found, batch["status"].to_pylist())
-        self._status(name, ids, found, ok)
+        self._status(name, ids, found, ok, np.array([id in given_up for id in ids], bool))
         count = len(ids)
         place = {"shard": np.full(count, k, np.int32), "row": np.arange(start, start + count, dtype=np.int32)}
         return {**place, **found, "ok": ok, "key": np.array([id_key(id) for id in ids], np.uint64)}
@@ -131,10 +140,11 @@ class Reader:
             if value not in ("ok", "poor"):
                 self.checks["values"].defect(f"{name}: status of '{id}' is '{value}'")
 
-    def _status(self, name: str, ids: list[str], found: Mapping[str, np.ndarray], ok: np.ndarray) -> None:
+    def _status(self, name: str, ids: list[str], found: Mapping[str, np.ndarray], ok: np.ndarray, given_up: np.ndarray) -> None:
         fine = ~is_poor(found["l1"], found["lpips"], self.manifest.projection.poor_l1, self.manifest.projection.poor_lpips)
+        fine &= ~given_up
         for i in np.flatnonzero(fine != ok):
-            errors = f"l1 {found['l1'][i]:.4f}, lpips {found['lpips'][i]:.4f}"
+            errors = f"l1 {found['l1'][i]:.4f}, lpips {found['lpips'][i]:.4f}{', given up' if given_up[i] else ''}"
             self.checks["status"].defect(f"{name}: '{ids[i]}' should be {'ok' if fine[i] else 'poor'} ({errors})")
 
 
@@ -163,7 +173,7 @@ def compare_with_manifest(reader: Reader, rows: Rows) -> None:
         _rejected(reader, rows)
     if reader.read < len(reader.names):
         return  # of a part, totals say nothing
-    found = {"count": len(rows), **_counts(reader.counted)}
+    found = {"count": len(rows), **_counts(reader.counted), "given_up": reader.given_up}
     for key, value in found.items():
         if value != (said := getattr(manifest, key)):
             checks["counts"].defect(f"{key}: the rows give {_shown(value)}, the manifest says {_shown(said)}")
