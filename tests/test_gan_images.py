@@ -295,6 +295,29 @@ def test_a_generator_is_another_only_where_images_are(
         gan_images.is_trained(config, folder)
 
 
+@pytest.mark.parametrize("change", [touch, save_otherwise, add, remove, draw])
+def test_an_interrupted_training_goes_on_where_images_are_the_same(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    """Its folder is named after them and the times of their files."""
+    photos, storage = photo_folder(tmp_path / "photos", count=20), tmp_path / "train"
+    config = photo_settings(photos, tmp_path)
+    begun, pixels = gan_images.prepare_images(config, storage), contents(config)
+    change(photos)
+    now = gan_images.prepare_images(config, storage)
+    assert now.digest != begun.digest, "nothing has begun with those that there were"
+    training = storage / gan_images.training_name(config, begun.digest)
+    (training / "checkpoint_000000").mkdir(parents=True)
+    found = gan_images.prepare_images(config, storage)
+    assert (contents(config) == pixels) == (change in (touch, save_otherwise))
+    assert found == (begun if change in (touch, save_otherwise) else now)
+    assert gan_images.training_name(config, found.digest) == training.name or change in (add, remove, draw)
+    for options in (["--gan.seed", "5"], ["--cluster.train_workers", "7"]):
+        assert gan_images.prepare_images(photo_settings(photos, tmp_path, *options), storage) == now
+    padded = photo_settings(photos, tmp_path, "--data.resize", "pad")
+    assert gan_images.prepare_images(padded, storage).digest not in (begun.digest, now.digest)
+    (storage / gan_images.training_name(config, now.digest)).mkdir()  # which comes first, with the files as they are
+    assert gan_images.prepare_images(config, storage) == now
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

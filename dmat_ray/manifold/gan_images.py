@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from dmat_ray.wording import number_of
 PARTIAL = ".images-*.partial"  # of the decoded images, until they are whole
 TRUNK = "trunk"  # within the folder of an unfinished training, see `gan_trainer.train_generator`
 PIXELS, LABELS, REJECTED = "images.npy", "labels.npy", "rejected.json"
+WHOLE = (PIXELS, LABELS, REJECTED, trained_on.IMAGES)
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ def _listed(config: Config) -> tuple[pa.Table, str, str]:
 
 
 def prepare_images(config: Config, storage: Path) -> ImageCache:
-    """Decode the training split into a folder below `storage`, unless it is there.
+    """Decode the training split into a folder below `storage`, unless it is there: also of files that were other ones then, where
+    an unfinished training of these settings goes on with it.
 
     Raises UserError for settings that do not fit the images, before one is decoded, and if more than `data.max_rejected` of them
     cannot be read.
@@ -73,8 +76,10 @@ def prepare_images(config: Config, storage: Path) -> ImageCache:
     rows, digest, ignored = _listed(config)
     blank = torch.zeros(1, config.data.channels, config.data.resolution, config.data.resolution)
     _require_fit(config, blank, torch.tensor(rows["label"].to_pylist()))
-    cache = storage / f"images-{digest[:16]}"
-    if all((cache / name).is_file() for name in (PIXELS, LABELS, REJECTED, trained_on.IMAGES)):
+    if not (storage / training_name(config, digest)).is_dir():
+        digest = _gone_on_with(config, storage, rows) or digest
+    cache = _cache_of(storage, digest)
+    if _is_whole(cache):
         return ImageCache(cache, digest, read_json(cache / REJECTED), ignored)
     shutil.rmtree(cache, ignore_errors=True)
     partial = storage / PARTIAL.replace("*", f"{digest[:16]}.{os.getpid()}")
@@ -86,6 +91,29 @@ def prepare_images(config: Config, storage: Path) -> ImageCache:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return ImageCache(cache, digest, rejected, ignored)
+
+
+def _cache_of(storage: Path, digest: str) -> Path:
+    return storage / f"images-{digest[:16]}"
+
+
+def _is_whole(cache: Path) -> bool:
+    return all((cache / name).is_file() for name in WHOLE)
+
+
+def _gone_on_with(config: Config, storage: Path, rows: pa.Table) -> str:
+    """The digest of the images of an unfinished training of these settings, if its decoded images are those of the `rows` of
+    `trained_on.listed`, only from files of other times; empty if there is none.
+    """
+    for training in sorted(storage.glob(training_name(config, "*"))):
+        for cache in filter(_is_whole, sorted(storage.glob(f"images-{training.name.split('-')[2]}*"))):
+            known = pq.read_table(cache / trained_on.IMAGES)
+            digest = trained_on.digest_of(known, config.data)  # another one if they were decoded otherwise
+            if cache != _cache_of(storage, digest) or known.num_rows != rows.num_rows:
+                continue
+            if not trained_on.changes(known, rows, config.data):
+                return digest
+    return ""
 
 
 def sweep(storage: Path, own: Path | None = None) -> None:

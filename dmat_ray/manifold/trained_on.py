@@ -38,13 +38,18 @@ def listed(data: DataConfig, *, labelled: bool) -> tuple[pa.Table, str, str]:
     listing = sources.list_examples(data, labelled=labelled)
     rows = listing.rows("train")
     rows = rows.append_column("version", pa.array(versions_of_images(rows, data), pa.string()))
+    return rows, digest_of(rows, data), listing.ignored
+
+
+def digest_of(rows: pa.Table, data: DataConfig) -> str:
+    """Of the id, label and version of images, and of how `data` decodes them."""
     columns = (rows[name].to_pylist() for name in ("id", "label", "version"))
     lines = [f"{id}\t{label}\t{version}" for id, label, version in zip(*columns, strict=True)]
     # without a word for what is as it was before it could be set
     resize = "" if data.resize == "crop" else f" {data.resize}"
     decoded = {name: getattr(data, name) for name in ("image_column", "max_pixels")}
     others = "".join(f" {name}={value}" for name, value in decoded.items() if value != DataConfig.model_fields[name].default)
-    return rows, text_digest("\n".join([f"{data.resolution} {data.channels}{resize}{others}", *lines])), listing.ignored
+    return text_digest("\n".join([f"{data.resolution} {data.channels}{resize}{others}", *lines]))
 
 
 def pixels_digest(image: np.ndarray | str) -> bytes | None:
