@@ -17,13 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from dmat_ray import settings
-from dmat_ray.config import Config
+from dmat_ray.config import Config, DataConfig
 from dmat_ray.data import set_format, set_settings, sources
 from dmat_ray.data.apart import require_apart
 from dmat_ray.data.inspection import inspect_set
 from dmat_ray.data.sources import list_examples
 from dmat_ray.errors import UserError
-from dmat_ray.manifold import gan_images, set_maker
+from dmat_ray.manifold import gan_images, set_maker, trained_on
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.storage import Location
 
@@ -209,6 +209,58 @@ def test_images_are_known_by_the_names_of_the_table(
     as_theirs = config.model_copy(update={"data": config.data.model_copy(update={"seed": 1})})
     (line,) = said(other)
     assert f"{len(ids(as_theirs, 'test') & ids(config, 'train'))} of 4 test images are" in line
+
+
+def redraw(photos: Path) -> None:
+    for path in sorted(photos.rglob("*.png"))[::2]:
+        draw(path)
+
+
+@pytest.mark.parametrize("change", [None, redraw])
+@pytest.mark.parametrize("options", [{}, {"resize": "stretch"}, {"test_limit": 3}])
+def test_images_that_lie_elsewhere_are_known_by_their_names_and_pixels(
+    after_training: Callable[..., Config],
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path], None] | None,
+    options: dict[str, Any],
+) -> None:
+    """A copy, a bucket or another mount; other images may have the same names."""
+    config = after_training(True, official_split=False, test_share=0.25)
+    before = {id: (photos / id).read_bytes() for id in ids(config, "train")}
+    moved = photos.with_name("moved")
+    shutil.copytree(photos, moved)
+    if change is not None:
+        change(moved)
+    data = config.data.model_copy(update={"source": str(moved), **options})
+    assert said(config.model_copy(update={"data": data})) == [], "the split is the same"
+    other = config.model_copy(update={"data": data.model_copy(update={"seed": 1, "test_share": 0.5})})
+    of_both = ids(other, "test") & before.keys()
+    seen = [id for id in of_both if (moved / id).read_bytes() == before[id]]
+    assert 0 < len(seen) <= len(of_both)
+    assert (len(seen) < len(of_both)) == (change is not None)
+    decoded: list[str] = []
+
+    def noting(rows: pa.Table, data: DataConfig) -> list[np.ndarray | str]:
+        decoded.extend(rows["id"].to_pylist())
+        return sources.read_pixels(rows, data)
+
+    monkeypatch.setattr(trained_on, "read_pixels", noting)
+    (line,) = said(other)
+    assert line.startswith(f"warning: {len(seen)} of {len(ids(other, 'test'))} test images are among those that generator")
+    assert line.endswith("give data.seed and data.test_share as under data in its card.json")
+    assert set_maker.make(other, torch.device("cpu"), print)["test_images_seen_by_generator"] == len(seen)
+    assert sorted(decoded) == sorted(of_both), "none but those that may be, and once"
+    monkeypatch.setattr(trained_on, "read_pixels", unreadable)
+    monkeypatch.setattr(trained_on, "_compared", {})
+    (line,) = said(other)
+    assert "warning: test images may be among" in line
+    (Path(config.generator.path) / "images.parquet").unlink()
+    assert said(other) == [], "nothing tells of them"
+
+
+def unreadable(rows: pa.Table, data: DataConfig) -> list[np.ndarray | str]:
+    raise UserError("no such column")
 
 
 def test_the_shipped_generator_and_another_seed() -> None:

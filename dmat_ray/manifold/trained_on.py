@@ -24,6 +24,8 @@ from dmat_ray.manifold import generators
 from dmat_ray.storage import at
 
 IMAGES = "images.parquet"
+# by what was asked: a projection asks before it begins and at its end, and of many images decoding takes minutes
+_compared: dict[str, int] = {}
 CHUNK = 64  # images that a thread reads and decodes at a time
 # settings of the data that say how an image is decoded
 DECODING = ("resolution", "channels", "resize", "image_column", "max_pixels")
@@ -131,30 +133,59 @@ def warning_of_seen(config: Config, listing: Listing) -> str:
 def seen_in_training(config: Config, listing: Listing) -> tuple[int | None, list[str]]:
     """How many test images the generator was trained on, as far as its folder tells, and the settings that split them otherwise.
 
-    None for images of the same source that cannot be listed any more as they were then. The card of an imported generator says
-    nothing of its images.
+    None for images of the same source that cannot be listed any more as they were then, and for those of the same ids elsewhere
+    that cannot be compared. The card of an imported generator says nothing of its images.
     """
     card = generators.read_card(config.generator.path)
     try:
         theirs = DataConfig.model_validate(card.get("data"))
     except ValidationError:
         return 0, []
+    names = [f"data.{name}" for name in SPLIT if getattr(theirs, name) != getattr(config.data, name)]
     named = {theirs.source, config.data.source} & sources.NAMED.keys()
     if theirs.source != config.data.source and (named or str(at(theirs.source)) != str(at(config.data.source))):
-        return 0, []
-    names = [f"data.{name}" for name in SPLIT if getattr(theirs, name) != getattr(config.data, name)]
+        seen = _seen_elsewhere(config, listing, card, theirs)
+        return seen, names if seen != 0 else []
     try:
         known = _known_ids(config, card, theirs)
         if known is None or not len(known):
             return (None if known is None else 0), names
-        test = listing.rows("test")["id"]
-        if theirs.id_column != config.data.id_column:
-            # by the names that the generator's table has for them
-            as_theirs = config.data.model_copy(update={"id_column": theirs.id_column})
-            test = sources.list_examples(as_theirs).rows("test")["id"]
+        test = _test_rows(config, listing, theirs)["id"]
     except DmatRayError:
         return None, names
     return pc.sum(pc.is_in(test, value_set=known)).as_py() or 0, names
+
+
+def _test_rows(config: Config, listing: Listing, theirs: DataConfig) -> pa.Table:
+    """The test split by the names that the generator's table has for its images."""
+    if theirs.id_column == config.data.id_column:
+        return listing.rows("test")
+    return sources.list_examples(config.data.model_copy(update={"id_column": theirs.id_column})).rows("test")
+
+
+def _seen_elsewhere(config: Config, listing: Listing, card: dict[str, Any], theirs: DataConfig) -> int | None:
+    """How many test images have the id and the pixels of one that the generator was trained on, which lay elsewhere or under
+    another name then; 0 if no table tells of those, None if the pixels cannot be compared.
+
+    Test images of a known id are decoded for it, as they were for the generator.
+    """
+    if (table := read(generators.folder_of(config.generator.path), card)) is None:
+        return 0
+    try:
+        test = _test_rows(config, listing, theirs)
+    except DmatRayError:  # without the column of the ids, it is another source
+        return 0
+    known = _usable(table)
+    place = pc.index_in(test["id"], value_set=known["id"].combine_chunks())
+    here, then = test.filter(pc.is_valid(place)), known.take(place.drop_null())["pixels_sha256"].to_pylist()
+    asked = text_digest("\n".join([config.data.source, str(card["images_file_sha256"]), *here["id"].to_pylist()]))
+    if asked not in _compared:
+        as_theirs = config.data.model_copy(update={name: getattr(theirs, name) for name in DECODING})
+        try:
+            _compared[asked] = sum(now == was for now, was in zip(_digests(here, as_theirs), then, strict=True))
+        except DmatRayError:
+            return None
+    return _compared[asked]
 
 
 def _known_ids(config: Config, card: dict[str, Any], theirs: DataConfig) -> pa.ChunkedArray | None:
