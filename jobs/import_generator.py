@@ -8,7 +8,9 @@ recognised by content. Nothing in a checkpoint is executed; of a program, only a
 """
 
 import argparse
+import shutil
 from pathlib import Path
+from typing import Any
 
 from dmat_ray import cli
 from dmat_ray.errors import UserError
@@ -51,6 +53,27 @@ def import_weights(path: Path, folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "samples.png").write_bytes(sample_grid(generator))
     generators.save_generator(folder, generator, card)
+    if path.is_dir():
+        copy_companions(path, card, folder)
+
+
+def copy_companions(path: Path, card: dict[str, Any], folder: Path) -> None:
+    """Copy what lies beside the weights in `path`, a folder of ours with this card, and is still true of those in `folder`: the
+    table of the images that they were trained on, and their encoder.
+    """
+    from dmat_ray.manifold import encoder, generators, trained_on
+
+    if trained_on.read(path, card) is not None:
+        shutil.copyfile(path / trained_on.IMAGES, folder / trained_on.IMAGES)
+    if not (path / encoder.CARD).is_file():
+        return
+    try:
+        encoder.load_encoder(path, generators.fingerprint(str(folder)))
+    except UserError as error:
+        print(f"  note: its encoder is left out: {error}")
+        return
+    for name in (encoder.WEIGHTS, encoder.CARD):
+        shutil.copyfile(path / name, folder / name)
 
 
 def import_program(path: Path, card: Path | None, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,10 +10,14 @@ import pytest
 import torch
 from foreign_files import write
 from test_foreign import ros
+from test_gan_images import photo_folder, photo_settings
 from torch import Tensor, nn
 
-from dmat_ray.manifold import generators
+from dmat_ray.config import EncoderConfig, GeneratorConfig
+from dmat_ray.data.sources import list_examples
+from dmat_ray.manifold import encoder, gan_images, generators, trained_on
 from dmat_ray.manifold.formats import foreign
+from dmat_ray.manifold.stylegan2 import StyleGAN2
 
 JOB = Path(__file__).parent.parent / "jobs" / "import_generator.py"
 
@@ -46,6 +51,46 @@ def test_the_job_writes_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert run_job(monkeypatch, "--checkpoint", path, "--output", tmp_path / "x", "--overwrite") == 0
     assert run_job(monkeypatch, "--checkpoint", folder, "--output", tmp_path / "y") == 0
     assert generators.fingerprint(str(folder)) == generators.fingerprint(str(tmp_path / "y" / "generator"))
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_folder_of_ours_keeps_the_list_of_its_images_and_its_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], generator: StyleGAN2
+) -> None:
+    shipped, imported = generators.folder_of("mnist32"), tmp_path / "shipped" / "generator"
+    assert run_job(monkeypatch, "--checkpoint", shipped, "--output", imported.parent) == 0
+    assert names_in(imported) == names_in(shipped)
+    for name in (encoder.WEIGHTS, encoder.CARD):
+        assert (imported / name).read_bytes() == (shipped / name).read_bytes()
+
+    photos, trained, again = tmp_path / "photos", tmp_path / "trained", tmp_path / "again" / "generator"
+    config = photo_settings(photo_folder(photos, count=20), tmp_path)
+    cache = gan_images.prepare_images(config, tmp_path / "train")
+    generators.save_generator(trained, generator, gan_images.card_of(config, cache))
+    shutil.copyfile(cache.folder / trained_on.IMAGES, trained / trained_on.IMAGES)
+    untrained = encoder.untrained(EncoderConfig(width=4, width_max=4), generator)
+    encoder.save_encoder(trained, untrained, {"generator_sha256": generators.fingerprint(str(trained))})
+    assert run_job(monkeypatch, "--checkpoint", trained, "--output", again.parent) == 0
+    assert names_in(again) == names_in(trained) | {"samples.png"}
+    shutil.copyfile(photos / "class0" / "00.png", photos / "class0" / "new.png")  # so that nothing but the list tells
+    data = config.data.model_copy(update={"seed": 1, "test_share": 0.5})
+    listing, seen = list_examples(data), []
+    for place in (trained, again):
+        asked = config.model_copy(update={"data": data, "generator": GeneratorConfig(path=str(place))})
+        seen.append(trained_on.seen_in_training(asked, listing))
+    assert seen[0] == seen[1] == (seen[0][0], ["data.seed", "data.test_share"])
+    assert seen[0][0]
+
+    # of other images, and of other weights
+    (trained / trained_on.IMAGES).write_bytes(b"another list")
+    encoder.save_encoder(trained, untrained, {"generator_sha256": "0" * 64})
+    capsys.readouterr()
+    assert run_job(monkeypatch, "--checkpoint", trained, "--output", again.parent, "--overwrite") == 0
+    assert names_in(again) == {"generator.safetensors", "card.json", "samples.png"}
+    assert "note: its encoder is left out: the encoder '" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("data", "more"), [(b"hello", []), (ros(input__input=None), []), (ros(), ["--card", "x.json"])])
