@@ -1,9 +1,11 @@
 """What is looked at before a set is begun: room in its files, and whether the generator was trained on its test images."""
 
+import contextlib
 import io
+import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -380,6 +382,43 @@ def test_images_whose_search_broke_off_are_poor_however_near_they_began(
     assert found.warnings[0] == line
     set_maker.make(config, torch.device("cpu"), lines.append)
     assert lines[-1] == "the on-manifold set is whole and unchanged, nothing to do"
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["", "a shard of before"])
+def test_test_images_that_are_training_images_are_told(make: Make, photos: Path, older: bool) -> None:
+    """By their pixels: another name, and another file format, are no other image."""
+    config = make(None, official_split=True)
+    config = config.model_copy(update={"projection": config.projection.model_copy(update={"shard_size": 5})})
+    shutil.copyfile(photos / "train" / "class0" / "04.png", photos / "test" / "class0" / "copy.png")
+    Image.open(photos / "train" / "class1" / "07.png").save(photos / "test" / "class1" / "other.bmp")
+    shutil.copyfile(photos / "train" / "class1" / "07.png", photos / "train" / "class1" / "again.png")  # no test image
+    lines: list[str] = []
+    with monkeypatched_keys(older):
+        manifest = set_maker.make(config, torch.device("cpu"), lines.append)
+    told = [line for line in lines if "are training images" in line]
+    if older:
+        assert "test_images_in_training" not in manifest
+        assert told == []
+        return
+    assert manifest["test_images_in_training"] == 2
+    (line,) = told
+    assert line.startswith("warning: 2 of 6 test images are training images, too (the same pixels): ")
+    found = inspect_set(Path(config.output) / "on_manifold_set")
+    assert found.sound
+    assert any(line.startswith("warning: among the test images are training images, 2 of 6, ") for line in found.warnings)
+
+
+@contextlib.contextmanager
+def monkeypatched_keys(older: bool) -> Iterator[None]:
+    """With `older` every other shard is written as before keys of pixels were."""
+    count, whole = itertools.count(), set_format.with_pixel_keys
+
+    def with_keys(schema: pa.Schema, pixels: Any) -> pa.Schema:
+        return schema if older and next(count) % 2 else whole(schema, pixels)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(set_format, "with_pixel_keys", with_keys)
+        yield
 
 
 def test_an_output_among_the_images_is_refused(make: Make, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,12 @@
 fixed-size list whose shape stands in the manifest and in the schema's metadata.
 """
 
+import base64
+import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,8 @@ OURS = b"dmat_ray"  # key of a shard's metadata: its version, shapes and class n
 REJECTED = b"dmat_ray_rejected"  # key of a shard's metadata: {id: reason} of the images that it lacks, as JSON
 GIVEN_UP = "given_up"  # key of the manifest, if there are any: the number of images whose search broke off
 GIVEN_UP_IDS = b"dmat_ray_given_up"  # key of a shard's metadata, if there are any: their ids, as a JSON list
+PIXEL_KEYS = b"dmat_ray_pixel_keys"  # key of a shard's metadata: each row's `pixel_key`, as Base64 of little-endian uint64
+COPIES = "test_images_in_training"  # key of the manifest, if there are any: how many test images are training images, too
 LOST = "classes_without_usable"  # key of the manifest, if there are any: {split: names of classes without a usable image}
 ERRORS = ("lpips", "l1", "l2")
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # the layout that Hugging Face datasets call Image
@@ -64,6 +68,26 @@ def schema(channels: int, resolution: int, num_ws: int, w_dim: int, class_names:
 def with_given_up(schema: pa.Schema, ids: Sequence[str]) -> pa.Schema:
     """The schema of a shard in which the searches of these images broke off."""
     return schema.with_metadata({**schema.metadata, GIVEN_UP_IDS: json.dumps(list(ids))})
+
+
+def pixel_key(pixels: np.ndarray) -> int:
+    """A number that two images share only if all their pixels are equal, or by a chance of one in 2 ** 64."""
+    return int.from_bytes(hashlib.blake2b(pixels.tobytes(), digest_size=8).digest(), "little")
+
+
+def with_pixel_keys(schema: pa.Schema, pixels: Iterable[np.ndarray]) -> pa.Schema:
+    """The schema of a shard whose rows are of these images, uint8 (C, H, W) each."""
+    keys = np.array([pixel_key(image) for image in pixels], "<u8")
+    return schema.with_metadata({**schema.metadata, PIXEL_KEYS: base64.b64encode(keys.tobytes())})
+
+
+def pixel_keys(metadata: Mapping[bytes, bytes], rows: int) -> np.ndarray | None:
+    """The keys that a shard's metadata hold of its rows, (rows) uint64; None of a shard that has none, or none that fit."""
+    try:
+        keys = np.frombuffer(base64.b64decode(metadata.get(PIXEL_KEYS, b""), validate=True), "<u8")
+    except ValueError:
+        return None
+    return keys if len(keys) == rows else None
 
 
 def different_columns(found: pa.Schema, wanted: pa.Schema) -> str:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from dmat_ray.cli import describe
 from dmat_ray.data.decoding import MAX_PIXELS, SIZED, decode
 from dmat_ray.data.manifest import Described
-from dmat_ray.data.set_format import GIVEN_UP, LOST, MANIFEST, SHARDS, VERSION, different_columns, schema
+from dmat_ray.data.set_format import COPIES, GIVEN_UP, LOST, MANIFEST, SHARDS, VERSION, different_columns, schema
 from dmat_ray.errors import UserError
 from dmat_ray.files import text_digest
 from dmat_ray.storage import Location, Place, at, require_not_of_storage
@@ -172,6 +172,16 @@ def warning_of_given_up(manifest: Mapping[str, Any]) -> str:
         f"warning: the search of {given_up} of {manifest['count']} images broke off, because its loss or gradient was not "
         "finite; they are marked poor and left out of training; give a lower projection.lr, another projection.start, or a "
         "generator that is sound"
+    )
+
+
+def warning_of_copies(manifest: Mapping[str, Any]) -> str:
+    """What is to be said of test images of a set that are training images too; empty if there are none."""
+    if not (copies := manifest.get(COPIES, 0)):
+        return ""
+    return (
+        f"warning: {copies} of {manifest['splits']['test']} test images are training images, too (the same pixels): what is "
+        "measured on them tells nothing of new images; leave one of each out of the source (jobs/inspect_set.py names the first)"
     )
 
 

@@ -7,6 +7,7 @@ supplements (`part-000012-1.parquet`): what is finished is not projected again f
 by its files alone, whichever of them are there; one that was lost is made again with the images that no other of them has.
 """
 
+import dataclasses
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -45,14 +46,15 @@ class Shard:
 
 @dataclass(frozen=True)
 class Record:
-    """What a file says of itself: how many rows it has, {id: reason} of what could not be read, the ids of the rows, and of how
-    many the search broke off.
+    """What a file says of itself: how many rows it has, {id: reason} of what could not be read, the ids of the rows, of how
+    many the search broke off, and the rows' `set_format.pixel_keys`, if it tells them.
     """
 
     rows: int
     rejected: dict[str, str]
     ids: tuple[str, ...] = ()
     given_up: int = 0
+    pixel_keys: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
 
 def plan(listing: Listing, shard_size: int) -> list[Shard]:
@@ -104,7 +106,8 @@ def read_record(folder: Location, name: str, *, ids: bool = True) -> Record | No
             said = parquet.metadata.metadata or {}
             rejected, given_up = json.loads(said[REJECTED]), json.loads(said.get(GIVEN_UP_IDS, b"[]"))
             held = parquet.read(columns=["id"])["id"].to_pylist() if ids else ()
-            return Record(parquet.metadata.num_rows, rejected, tuple(held), len(given_up))
+            rows = parquet.metadata.num_rows
+            return Record(rows, rejected, tuple(held), len(given_up), set_format.pixel_keys(said, rows) if ids else None)
     except (pa.ArrowException, OSError, KeyError, json.JSONDecodeError) as error:
         require_not_of_storage(error, place)
         return None
@@ -196,11 +199,22 @@ def finish(
     }
     if given_up := sum(record.given_up for record in records.values()):
         manifest[set_format.GIVEN_UP] = given_up
+    if copies := _trained_on(table["split"], [records[name].pixel_keys for name in sorted(records)]):
+        manifest[set_format.COPIES] = copies
     if lost := _places([shard.rows for shard in shards]) - _places([usable]):
         names, splits = settings["class_names"], sorted({split for split, _ in lost})
         manifest[set_format.LOST] = {split: [names[k] for s, k in sorted(lost) if s == split] for split in splits}
     (folder / MANIFEST).write_json(manifest)
     return manifest
+
+
+def _trained_on(splits: pa.ChunkedArray, keys: Sequence[np.ndarray | None]) -> int:
+    """How many test images are training images, too, by the pixels' keys of all rows; 0 where some files do not tell them."""
+    known = [part for part in keys if part is not None]
+    if len(known) < len(keys):
+        return 0
+    every, split = np.concatenate([np.empty(0, "<u8"), *known]), splits.to_numpy()
+    return int(np.isin(every[split == "test"], every[split == "train"]).sum())
 
 
 def _places(tables: Iterable[pa.Table]) -> set[tuple[str, int]]:

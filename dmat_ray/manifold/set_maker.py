@@ -18,7 +18,7 @@ from dmat_ray.data import set_format, set_settings, set_writer, sources
 from dmat_ray.data.apart import require_apart
 from dmat_ray.data.pixels import quantise
 from dmat_ray.data.set_format import MANIFEST, SHARDS
-from dmat_ray.data.set_reader import read_manifest, warning_of_given_up, warnings_of_lost
+from dmat_ray.data.set_reader import read_manifest, warning_of_copies, warning_of_given_up, warnings_of_lost
 from dmat_ray.data.set_writer import Record, Shard
 from dmat_ray.data.sources import Listing
 from dmat_ray.errors import UserError
@@ -142,6 +142,7 @@ def rows_of(projector: Projector, images: pa.Table, settings: ProjectionConfig, 
         "steps": found.steps_B.numpy(),
         "status": np.where(poor, "poor", "ok"),
     }
+    schema = set_format.with_pixel_keys(schema, pixels)
     if given_up.any():
         schema = set_format.with_given_up(schema, [ids[i] for i in np.flatnonzero(given_up)])
     return pa.table(columns, schema=schema)
@@ -236,15 +237,15 @@ def promised(config: Config, listing: Listing) -> dict[str, Any]:
 
 
 def tell(manifest: dict[str, Any], folder: Location, say: Callable[[str], None]) -> None:
-    """Say what a set holds, and warn of searches that broke off, of one that is mostly poor, or in which a class has no usable
-    image.
+    """Say what a set holds, and warn of searches that broke off, of test images that are training images, of a set that is mostly
+    poor, or in which a class has no usable image.
     """
     counts = ", ".join(f"{n} {split}" for split, n in sorted(manifest["splits"].items()))
     poor = manifest["status"].get("poor", 0)
     rejected = len(manifest["rejected"])
     l1 = manifest["means"]["l1"]
     say(f"on-manifold set: {counts} images, mean |g(w) - x| {l1:.4f}, {poor} poor, {rejected} rejected, in '{folder}'")
-    for warning in (warning_of_given_up(manifest), warning_of_poor(poor, manifest["count"])):
+    for warning in (warning_of_given_up(manifest), warning_of_copies(manifest), warning_of_poor(poor, manifest["count"])):
         if warning:
             say(warning)
     for warning in warnings_of_lost(manifest, "train", "test"):

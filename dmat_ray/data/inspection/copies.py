@@ -1,12 +1,12 @@
 """Images that a set holds more than once: no defect of the set, but a test image that was trained on tells nothing."""
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 
-from dmat_ray.data.inspection.rows import KEY_BYTES, open_shard
+from dmat_ray.data.inspection.rows import open_shard
+from dmat_ray.data.set_format import pixel_key
 from dmat_ray.storage import Location
 from dmat_ray.wording import number_of
 
@@ -25,7 +25,7 @@ class Copies:
         """Note the images of a part of a shard, which begins at row `start`; those that cannot be read are None."""
         described = zip(batch["split"].to_pylist(), batch["label"].to_pylist(), pixels, strict=True)
         noted = [
-            (_key(image), shard, start + i, label, SPLITS.index(split))
+            (pixel_key(image), shard, start + i, label, SPLITS.index(split))
             for i, (split, label, image) in enumerate(described)
             if image is not None and label is not None and split in SPLITS
         ]
@@ -58,7 +58,3 @@ class Copies:
     def _id(self, note: np.void) -> str:
         with open_shard(self.folder, self.names[note["shard"]]) as parquet:
             return f"'{parquet.read(columns=['id'])['id'][int(note['row'])]}'"
-
-
-def _key(pixels: np.ndarray) -> int:
-    return int.from_bytes(hashlib.blake2b(pixels.tobytes(), digest_size=KEY_BYTES).digest(), "little")
