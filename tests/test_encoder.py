@@ -227,10 +227,12 @@ def test_a_killed_training_goes_on_with_the_very_numbers(tmp_path: Path, generat
     assert all(torch.equal(whole[key], killed[key]) for key in whole)
 
 
-def test_sigterm_leaves_a_checkpoint_within_an_interval(
-    generator: StyleGAN2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# between two reports, at a report, and where every step is a report
+@pytest.mark.parametrize(("report_kimg", "stop"), [(0.16, 14), (0.16, 20), (0.016, 14)])
+def test_sigterm_leaves_a_checkpoint_after_the_very_step(
+    generator: StyleGAN2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report_kimg: float, stop: int
 ) -> None:
-    config = settings(kimg=0.48)
+    config = settings(kimg=0.48, report_kimg=report_kimg)
     reports: list[dict[str, float]] = []
     expected = train_encoder(
         config, generator, SHA, LocalContext(tmp_path / "whole", lambda m: reports.append(dict(m)))
@@ -239,7 +241,7 @@ def test_sigterm_leaves_a_checkpoint_within_an_interval(
 
     def signalled(self: Any, i: int) -> None:
         step(self, i)
-        if i == 14:
+        if i == stop:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(encoder_trainer._Training, "step", signalled)
@@ -252,7 +254,7 @@ def test_sigterm_leaves_a_checkpoint_within_an_interval(
     finally:
         signal.signal(signal.SIGTERM, before)
     assert ended.value.code == 143
-    assert json.loads((tmp_path / "stopped" / "checkpoint" / "encoder_progress.json").read_text())["step"] == 14
+    assert json.loads((tmp_path / "stopped" / "checkpoint" / "encoder_progress.json").read_text())["step"] == stop
     monkeypatch.setattr(encoder_trainer._Training, "step", step)
     context = LocalContext(tmp_path / "stopped", lambda m: told.append(dict(m)))
     state = train_encoder(config, generator, SHA, context).state_dict()

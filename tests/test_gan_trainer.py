@@ -99,14 +99,18 @@ def test_a_longer_training_goes_on_with_the_very_numbers_from_before_the_rates_f
             train_generator(other, *some_images(), LocalContext(tmp_path / "other", lambda _: None), shorter=trunk)
 
 
-def test_sigterm_leaves_a_checkpoint_within_an_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = settings(ada_target=0.6, ada_kimg=0.5, path_length=2.0, kimg=0.24)
+# between two reports, at a report, at a snapshot, and where every step is a report
+@pytest.mark.parametrize(("report_kimg", "stop"), [(0.04, 13), (0.04, 15), (0.04, 20), (0.008, 13)])
+def test_sigterm_leaves_a_checkpoint_after_the_very_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report_kimg: float, stop: int
+) -> None:
+    config = settings(ada_target=0.6, ada_kimg=0.5, path_length=2.0, kimg=0.24, report_kimg=report_kimg)
     expected, reports = train(config, tmp_path / "whole")
     before, step = signal.getsignal(signal.SIGTERM), _Training.step
 
     def signalled(self: _Training, i: int, *given: Any) -> None:
         step(self, i, *given)
-        if i == 13:
+        if i == stop:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(_Training, "step", signalled)
@@ -119,7 +123,7 @@ def test_sigterm_leaves_a_checkpoint_within_an_interval(tmp_path: Path, monkeypa
     finally:
         signal.signal(signal.SIGTERM, before)
     assert ended.value.code == 143
-    assert read_progress(tmp_path / "stopped" / "checkpoint", config)[0]["step"] == 13
+    assert read_progress(tmp_path / "stopped" / "checkpoint", config)[0]["step"] == stop
     assert not is_finished(tmp_path / "stopped" / "checkpoint")
     monkeypatch.setattr(_Training, "step", step)
     state, rest = train(config, tmp_path / "stopped")

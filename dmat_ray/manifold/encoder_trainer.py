@@ -135,16 +135,17 @@ def train_encoder(config: EncoderConfig, generator: LatentGenerator, generator_s
     began, pace = time.monotonic(), Pace(context, None)
     for i in range(first + 1, training.steps + 1):
         training.step(i)
+        leaving = i < training.steps and pace.looks() and pace.wants_checkpoint()[1]
+        progress = {**about, "step": i, "of": training.steps}
         if i % report_every and i < training.steps:
-            if pace.looks() and pace.wants_checkpoint()[1]:
+            if leaving:
                 context.average_([training.sums])  # a checkpoint holds one worker's
-                progress = {**about, "step": i, "of": training.steps}
                 checkpoint.hand_over_state(context, {}, PROGRESS, progress, training.state(), wait=True)
             continue
         speed = (i - first) * config.batch_size / (time.monotonic() - began)
         metrics = {"kimg": i / per_kimg, **training.report(), "images_per_second": speed}
-        progress = {**about, "step": i, "of": training.steps}
-        checkpoint.hand_over_state(context, metrics, PROGRESS, progress, training.state(), wait=i == training.steps)
+        wait = leaving or i == training.steps
+        checkpoint.hand_over_state(context, metrics, PROGRESS, progress, training.state(), wait=wait)
     training.encoder.load_state_dict(as_stored(training.encoder))
     return training.encoder.eval().requires_grad_(False)
 

@@ -231,6 +231,14 @@ def train_generator(
     def whole() -> dict[str, Any]:
         return {**training.state(), "best": best, "judge": judge.state}
 
+    def progress_at(step: int, *, diverged: bool = False) -> dict[str, Any]:
+        about = {"config": config.model_dump(mode="json"), "step": step, "of": training.steps}
+        return {**about, "diverged": diverged, "best": best_quality, "history": history}
+
+    def leave(step: int, metrics: dict[str, float]) -> None:
+        training.agree()
+        checkpoint.hand_over_state(context, metrics, PROGRESS, progress_at(step), whole(), wait=True)
+
     per_kimg = 1000 / config.batch_size
     report_every = max(1, round(config.report_kimg * per_kimg))
     # a multiple, so that a snapshot's losses are means over a whole interval
@@ -240,16 +248,14 @@ def train_generator(
     for i in range(first + 1, training.steps + 1):
         with tf32(config.precision != "float32"):
             training.step(i, images, labels)
+        leaving = i < training.steps and pace.looks() and pace.wants_checkpoint()[1]
         if i % report_every and i < training.steps:
             if not told and i - first > LEAST_STEPS and (seconds := time.monotonic() - began) > TELL_AFTER_S:
                 pace_so_far = {"kimg": i / per_kimg, "images_per_second": (i - first) * config.batch_size / seconds}
                 context.say(f"generator: {i / per_kimg:.3g} of {config.kimg:g} thousand images{to_go(pace_so_far, config.kimg)}")
                 told = True
-            if pace.looks() and pace.wants_checkpoint()[1]:
-                training.agree()
-                progress = {"step": i, "of": training.steps, "diverged": False, "best": best_quality, "history": history}
-                about = {"config": config.model_dump(mode="json"), **progress}
-                checkpoint.hand_over_state(context, {}, PROGRESS, about, whole(), wait=True)
+            if leaving:
+                leave(i, {})
             continue
         told, speed = True, (i - first) * config.batch_size / (time.monotonic() - began)
         metrics = {"kimg": i / per_kimg, **training.losses(), "images_per_second": speed}
@@ -257,7 +263,10 @@ def train_generator(
         if diverged and best is None:
             raise UserError(f"generator training diverged: losses are {metrics['loss_g']} and {metrics['loss_d']}; {DEAD_END}")
         if i % snapshot_every and i < training.steps and not diverged:
-            context.report(metrics)
+            if leaving:
+                leave(i, metrics)
+            else:
+                context.report(metrics)
             continue
         if not diverged:
             training.average.measure_w(seed=config.seed)
@@ -270,17 +279,11 @@ def train_generator(
                 best_quality = {**quality, "kimg": metrics["kimg"]}
                 best = copy.deepcopy(training.average.state_dict())
         history.append(metrics)
-        progress = {
-            "config": config.model_dump(mode="json"),
-            "step": training.steps if diverged else i,
-            "of": training.steps,
-            "diverged": diverged,
-            "best": best_quality,
-            "history": history,
-        }
+        progress = progress_at(training.steps if diverged else i, diverged=diverged)
         if i == straight and trunk is not None and context.rank == 0 and not diverged:
             replace_folder(trunk, partial(checkpoint.write_state, name=PROGRESS, progress=progress, state=whole()))
-        checkpoint.hand_over_state(context, metrics, PROGRESS, progress, whole(), wait=progress["step"] == training.steps)
+        wait = leaving or progress["step"] == training.steps
+        checkpoint.hand_over_state(context, metrics, PROGRESS, progress, whole(), wait=wait)
         if diverged:
             break
     return restored(config, best, context.device)
