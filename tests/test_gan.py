@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare
 from torch import Tensor
 
 from dmat_ray.config import GanConfig, StyleGAN2Config
@@ -88,6 +89,21 @@ def test_style_mixing_joins_two_codes() -> None:
     assert changes.tolist() == [1] * 32, "one crossover each"
     assert labels is not None
     assert torch.equal(labels[0::2], labels[1::2])
+
+
+def test_classes_of_samples_are_drawn_from_the_labels() -> None:
+    """Of 10 labels, by Pearson's test; of as many workers as there may be; and equally often without labels."""
+    torch.manual_seed(0)
+    generator, labels = StyleGAN2(SHAPE), torch.tensor([0, 2, 0, 1, 0, 0, 1, 0, 1, 0])
+    for given, share in ((labels, [0.6, 0.3, 0.1]), (None, [1 / 3] * 3)):
+        for pairs in (False, True):
+            drawn = gan.mixed_w(generator, 0.5, gan.StepDraws(0, 1, 4000), labels=given, pairs=pairs)[1]
+            assert drawn is not None
+            free = drawn[0::2] if pairs else drawn
+            assert chisquare(np.bincount(free), np.array(share) * len(free)).pvalue > 0.01
+            assert not pairs or torch.equal(free, drawn[1::2])
+            parts = [gan.mixed_w(generator, 0.5, gan.StepDraws(0, 1, 4000, r, 2), labels=given, pairs=pairs)[1] for r in (0, 1)]
+            assert torch.equal(torch.cat(parts), drawn)
 
 
 def test_draws_of_a_step_do_not_depend_on_the_number_of_workers() -> None:

@@ -19,6 +19,7 @@ from dmat_ray.config import GanConfig, StyleGAN2Config
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import diversity, gan, gan_trainer, quality
+from dmat_ray.manifold.discriminator import Discriminator
 from dmat_ray.manifold.gan_progress import is_finished, read_progress, result_of
 from dmat_ray.manifold.gan_trainer import _Training, train_generator
 
@@ -199,6 +200,25 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(tmp_path: Path) -> None:
         (folder / "gan.json").unlink()
     with pytest.raises(UserError, match=r"has no gan\.json, and there is none before it"):
         train(settings(), tmp_path)
+
+
+@pytest.mark.parametrize("rare", [4, 12])
+def test_a_rare_class_is_as_rare_among_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rare: int) -> None:
+    """Among those that the discriminator sees; and with as many images of each class z is as it was drawn."""
+    images, labels = torch.rand(24 + rare, 1, 8, 8), torch.arange(3).repeat_interleave(torch.tensor([12, rare, 12]))
+    seen, turned = torch.zeros(3), []
+    forward, of_classes = Discriminator.forward, gan.of_classes
+
+    def looked(self: Discriminator, x: Tensor, y: Tensor) -> Tensor:
+        seen.add_(torch.bincount(y, minlength=3))
+        return forward(self, x, y)
+
+    monkeypatch.setattr(Discriminator, "forward", looked)
+    monkeypatch.setattr(gan, "of_classes", lambda *given: (turned.append(len(given[0])), of_classes(*given))[1])
+    train_generator(settings(mode_seeking=0.0, path_length=2.0), images, labels, LocalContext(tmp_path))
+    # of the step's 24 images a third are real; 50 steps, path lengths every fourth (r1 every sixteenth)
+    assert turned == ([] if rare == 12 else [8] * (50 * 2 + 12))
+    assert float(seen[1] / seen.sum()) == pytest.approx(rare / len(labels), abs=0.04)
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, qualities: list[dict[str, float]]) -> None:

@@ -136,6 +136,27 @@ def test_one_dead_class_is_a_collapse(judge: quality.Judge) -> None:
     assert judge.collapsed(dead)
 
 
+class WrongClass(ClassCopier):
+    """Makes images of class 0 of every z, whatever its class."""
+
+    def synthesis(self, w_BLD: Tensor, clamp: bool = True) -> Tensor:
+        w = w_BLD.clone()
+        w[:, :, 0] = 10
+        return super().synthesis(w)
+
+
+def test_a_generator_is_not_better_for_making_the_wrong_class() -> None:
+    """Real images of each class, as they were not seen, against those of the frequent class alone."""
+    images, labels = digits(600)
+    real, made = digits(600, seed=5)[0], labels
+    kept = torch.cat([torch.nonzero(labels == c).flatten()[:n] for c, n in enumerate((200, 20, 10))])
+    rare = quality.Judge(QualityConfig(samples=300, epochs=4), images[kept], labels[kept], HERE)
+    right, wrong = rare(ClassCopier(real, made)), rare(WrongClass(real, made))
+    assert not rare.collapsed(wrong)
+    assert rare.is_better(right, wrong)
+    assert not rare.is_better(wrong, right)
+
+
 def test_a_dead_class_of_a_hundred_is_a_collapse(capsys: pytest.CaptureFixture[str]) -> None:
     """Far more classes than the samples would give pairs. One that has no two real images cannot be judged, which is said."""
     labels = torch.arange(500) % 100
@@ -217,6 +238,26 @@ def test_pairs_share_their_class() -> None:
     classes = torch.cat([c for _, _, c in sampling.samples(generator, 300, pairs=True)])
     assert torch.equal(classes[0::2], classes[1::2])
     assert torch.equal(classes[0::2], torch.arange(150) % 3)
+
+
+def test_samples_are_of_the_classes_of_the_real_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there are fewer of these; one class as large as the other leaves z as it is drawn."""
+    asked: list[Tensor | None] = []
+    drawn = quality.samples
+    monkeypatch.setattr(quality, "samples", lambda *a, **k: (asked.append(k.get("classes")), drawn(*a, **k))[1])
+    images, labels = digits(300, seed=5)
+    kept = torch.cat([torch.nonzero(labels == c).flatten()[:n] for c, n in enumerate((60, 30, 10))])
+    for take, samples, frequencies in ((kept, 100, [60, 30, 10]), (kept, 1000, [600, 300, 100]), (torch.arange(300), 100, None)):
+        asked.clear()
+        judge = quality.Judge(QualityConfig(samples=samples, epochs=1), images[take], labels[take], HERE)
+        judge(ClassCopier(images, labels))
+        assert [None if a is None else torch.bincount(a).tolist() for a in asked] == [None, frequencies]
+    z = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    plain = torch.cat([c for _, _, c in sampling.samples(ClassCopier(images, labels), 100, pairs=False)])
+    assert torch.equal(plain, z[:, :3].argmax(dim=1))
+    classes = torch.arange(100) % 2
+    made = torch.cat([c for _, _, c in sampling.samples(ClassCopier(images, labels), 100, pairs=False, classes=classes)])
+    assert torch.equal(made, classes)
 
 
 def test_z_of_a_class_is_what_was_drawn_with_two_coordinates_changed() -> None:

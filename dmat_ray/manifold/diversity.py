@@ -1,4 +1,4 @@
-"""How far pairs of images of one class lie apart: what tells a generator that has collapsed."""
+"""Classes of samples: of which they are made, and how far pairs of one lie apart, which tells a generator that has collapsed."""
 
 import torch
 from torch import Tensor
@@ -17,6 +17,12 @@ def of_classes(z_BZ: Tensor, class_B: Tensor, num_classes: int) -> Tensor:
     turned = z_BZ.clone()
     turned[rows, largest], turned[rows, class_B] = z_BZ[rows, class_B], z_BZ[rows, largest]
     return turned
+
+
+def uneven(labels: Tensor) -> bool:
+    """Whether of images of these labels (N) some classes have more than others."""
+    counts = torch.unique(labels, return_counts=True)[1]
+    return bool((counts != counts[0]).any())
 
 
 def distances(x_BCHW: Tensor) -> Tensor:

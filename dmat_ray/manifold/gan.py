@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmat_ray.manifold.diversity import of_classes
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.rng import derive
 
@@ -75,15 +76,20 @@ def mode_seeking(x_BCHW: Tensor) -> Tensor:
     return 1.0 / ((x[0::2] - x[1::2]).abs().mean() + 1e-3)
 
 
-def mixed_w(generator: StyleGAN2, probability: float, draws: StepDraws, *, pairs: bool = False) -> tuple[Tensor, Tensor | None]:
+def mixed_w(
+    generator: StyleGAN2, probability: float, draws: StepDraws, *, labels: Tensor | None = None, pairs: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Random w_BLD and their classes (None for an unconditional generator).
 
     With `probability` the layers after a random crossover take the w of a second z (style mixing) of the same class.
-    With `pairs`, examples 2i and 2i + 1 share their class.
+    With `labels` (N) the classes are those of a random one each, else all are equally likely. With `pairs`, examples 2i and
+    2i + 1 share their class.
     """
     device, classes = generator.w_mean.device, generator.num_classes
     one, other = draws.normal(generator.z_dim), draws.normal(generator.z_dim)
     if classes:
+        if labels is not None:
+            one = of_classes(one, labels[draws.integers(0, len(labels))], classes)
         if pairs:
             one[1::2, :classes] = one[0 : len(one) // 2 * 2 : 2, :classes]
         other[:, :classes] = one[:, :classes]

@@ -24,6 +24,7 @@ from dmat_ray.folders import replace_folder
 from dmat_ray.manifold import gan
 from dmat_ray.manifold.augment import adapted, augment
 from dmat_ray.manifold.discriminator import Discriminator
+from dmat_ray.manifold.diversity import uneven
 from dmat_ray.manifold.gan_progress import PROGRESS, read_progress, restored
 from dmat_ray.manifold.quality import Judge
 from dmat_ray.manifold.stylegan2 import StyleGAN2
@@ -68,9 +69,12 @@ def check_workers(config: GanConfig, world_size: int) -> None:
 
 
 class _Training:
-    """Everything that a step changes: two networks, their optimisers, the average, and a few numbers."""
+    """Everything that a step changes: two networks, their optimisers, the average, and a few numbers.
 
-    def __init__(self, config: GanConfig, context: RunContext) -> None:
+    With `labels` (N) samples' classes are drawn from them, else all are equally likely.
+    """
+
+    def __init__(self, config: GanConfig, context: RunContext, labels: Tensor | None = None) -> None:
         torch.manual_seed(derive(config.seed, "gan weights") % 2**31)
         self.config, self.context, self.device = config, context, context.device
         self.generator = StyleGAN2(config.architecture).to(self.device)
@@ -79,6 +83,7 @@ class _Training:
         self.opt_g = torch.optim.Adam(self.generator.parameters(), lr=config.lr_generator, betas=(0.0, 0.99), eps=1e-8)
         self.opt_d = torch.optim.Adam(self.discriminator.parameters(), lr=config.lr_discriminator, betas=(0.0, 0.99), eps=1e-8)
         self.probability = config.augment
+        self.random_w = partial(gan.mixed_w, self.generator, config.style_mixing, labels=labels)
         self.path_mean = torch.zeros((), device=self.device)
         # loss_g, loss_d, mean sign of D on real images, steps; since the last report, and since the last adaptation
         self.sums, self.signs = torch.zeros(4, device=self.device), torch.zeros(2, device=self.device)
@@ -126,7 +131,7 @@ class _Training:
 
         lowered = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
         self.discriminator.requires_grad_(False)
-        w, y = gan.mixed_w(self.generator, config.style_mixing, draws, pairs=True)
+        w, y = self.random_w(draws, pairs=True)
         with lowered:
             fake = self.generator.synth(w).float()
             loss_g = gan.generator_loss(critic(fake, y))
@@ -137,7 +142,7 @@ class _Training:
         self.discriminator.requires_grad_(True)
 
         with torch.no_grad():
-            w, y = gan.mixed_w(self.generator, config.style_mixing, draws)
+            w, y = self.random_w(draws)
             with lowered:
                 fake = self.generator.synth(w).float()
         with lowered:
@@ -167,7 +172,7 @@ class _Training:
     def _path_penalty(self, draws: gan.StepDraws) -> Tensor:
         """Squared distance of path lengths to their running mean, on half of the batch, as its authors do."""
         config = self.config
-        w, _ = gan.mixed_w(self.generator, config.style_mixing, draws)
+        w, _ = self.random_w(draws)
         w = w[: max(1, len(w) // 2)]
         shape = config.architecture
         y = draws.normal(shape.channels, shape.resolution, shape.resolution)[: len(w)].to(w)
@@ -201,11 +206,11 @@ def train_generator(
 ) -> StyleGAN2:
     """Train on `images` (N, C, H, W), float in [0, 1] or uint8, and return the averaged generator that `config.keep` names.
 
-    `labels` (N) are used if the architecture has classes, and by the judge of samples. Each worker works on its part of
-    every batch; gradients are averaged over workers before each optimiser step. Losses go to `context.report` every
-    `report_kimg`; every `snapshot_kimg` a checkpoint does, with the samples' quality, and `on_snapshot` is called on
-    rank 0. One more is written when a machine is to be taken away, or the job is asked to stop. Goes on from the newest
-    checkpoint, on one CPU worker with the very numbers of an uninterrupted run.
+    `labels` (N) are used if the architecture has classes, which samples then have as often as images do, and by the judge of
+    samples. Each worker works on its part of every batch; gradients are averaged over workers before each optimiser step.
+    Losses go to `context.report` every `report_kimg`; every `snapshot_kimg` a checkpoint does, with the samples' quality, and
+    `on_snapshot` is called on rank 0. One more is written when a machine is to be taken away, or the job is asked to stop. Goes
+    on from the newest checkpoint, on one CPU worker with the very numbers of an uninterrupted run.
     A training that diverges ends with the best snapshot so far, or with a UserError if there is none.
 
     The last snapshot before the rates fall is also kept in the folder `trunk`: one of more `kimg`, and else the same settings
@@ -213,7 +218,8 @@ def train_generator(
     """
     check_images(config, images, labels)
     check_workers(config, context.world_size)
-    training = _Training(config, context)
+    # else the discriminator could tell samples of a rare class by their label
+    training = _Training(config, context, labels if config.architecture.num_classes and uneven(labels) else None)
     first, best, best_quality, history, judged = 0, None, None, [], None
     found = checkpoint.newest(context, PROGRESS)
     if (begun := found or shorter) is not None:

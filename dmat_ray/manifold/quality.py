@@ -23,7 +23,7 @@ from dmat_ray.config import ClassifierConfig, QualityConfig
 from dmat_ray.data.pixels import unit
 from dmat_ray.errors import UserError
 from dmat_ray.manifold.base import LatentGenerator
-from dmat_ray.manifold.diversity import class_means, distances, pair_count, real_pairs
+from dmat_ray.manifold.diversity import class_means, distances, pair_count, real_pairs, uneven
 from dmat_ray.manifold.samples import chunk_size, samples
 from dmat_ray.rng import kept_apart
 from dmat_ray.types import RunContext
@@ -174,10 +174,10 @@ def feature_network(
 class Judge:
     """Compares a generator's samples with `images` (N, C, H, W), uint8 or in [0, 1], of `labels` (N).
 
-    Classes matter if the generator has them (`conditional`). Trains its network when it is made, if the settings say so and
-    there is no `state` of an earlier one: FIDs of two networks do not compare.
-    All workers of `context` make one and call it together; each does its part. Raises UserError if the network cannot be
-    had.
+    Classes matter if the generator has them (`conditional`): samples whose features are compared have them as often as images.
+    Trains its network when it is made, if the settings say so and there is no `state` of an earlier one: FIDs of two networks
+    do not compare. All workers of `context` make one and call it together; each does its part. Raises UserError if the network
+    cannot be had.
     """
 
     def __init__(
@@ -207,10 +207,13 @@ class Judge:
                 f"samples of them lie apart is not judged; the first is of label {unjudged[0]}"
             )
         self._real: Tensor | None = None
+        self._classes: Tensor | None = None
         if self._features is not None:
             chosen = torch.randperm(len(images), generator=rng)[: self._count]
             rows = [(p, self._of(unit(images[chosen[p]]).to(context.device))) for p in self._places(len(chosen))]
             self._real = self._assembled(rows, len(chosen))
+            if conditional and uneven(labels):
+                self._classes = labels[chosen[torch.arange(self._count) % len(chosen)]]
 
     @property
     def _count(self) -> int:
@@ -255,7 +258,7 @@ class Judge:
         ratios = {c: made[c] / max(self._real_distance[c], 1e-6) for c in made if c is None or self._real_distance.get(c)}
         found = {"diversity": ratios[None], "lowest_diversity": min(ratios.values())}
         if self._real is not None:
-            parts = samples(generator, self._count, pairs=False, rank=rank, world_size=world_size)
+            parts = samples(generator, self._count, pairs=False, classes=self._classes, rank=rank, world_size=world_size)
             found |= compare(self._assembled([(place, self._of(x)) for place, x, _ in parts], self._count), self._real)
         return found
 
