@@ -16,13 +16,17 @@ from PIL import Image
 from torch import Tensor
 
 from dmat_ray import checkpoint, classifiers, weights
-from dmat_ray.config import Config, QualityConfig, StyleGAN2Config
+from dmat_ray.config import Config, EncoderConfig, QualityConfig, StyleGAN2Config
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
-from dmat_ray.manifold import diversity, quality
+from dmat_ray.manifold import axes, diversity, quality
 from dmat_ray.manifold import samples as sampling
+from dmat_ray.manifold.axes import principal_axes
 from dmat_ray.manifold.base import LatentGenerator
+from dmat_ray.manifold.encoder import untrained
+from dmat_ray.manifold.encoder_trainer import fresh_errors
 from dmat_ray.manifold.samples import sample_grid
+from dmat_ray.manifold.starts import Nearest
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 
 CPU = torch.device("cpu")
@@ -224,6 +228,58 @@ def test_large_images_are_made_a_few_at_a_time() -> None:
     assert sampling.chunk_size(32) == 1024
     assert sampling.chunk_size(256) == 16
     assert sampling.chunk_size(2048) == 1
+
+
+class Counted(LatentGenerator):
+    """Makes grey images, and remembers the most that it made at once."""
+
+    def __init__(self, resolution: int) -> None:
+        super().__init__(4, 4, 2, resolution, 1)
+        self.map, self.most = torch.nn.Identity(), 0
+
+    def synthesis(self, w_BLD: Tensor, clamp: bool = True) -> Tensor:
+        self.most = max(self.most, len(w_BLD))
+        return w_BLD.mean(dim=(1, 2))[:, None, None, None].expand(-1, 1, self.resolution, self.resolution)
+
+
+def errors_of(generator: LatentGenerator) -> dict[str, float]:
+    config = EncoderConfig(width=4, width_max=4)
+    encoder = untrained(config, generator)
+    with torch.no_grad():
+        encoder.head.bias.fill_(0.1)
+    return fresh_errors(encoder, generator, config, samples=64)
+
+
+@pytest.mark.parametrize(
+    ("use", "most"),
+    [
+        (lambda generator: Nearest(generator, 100, 0), {128: 64, 256: 16}),
+        (lambda generator: principal_axes(generator, 0), {256: 16, 512: 4}),
+        (errors_of, {128: 64, 256: 16}),
+    ],
+    ids=["starts", "axes", "an encoder's errors"],
+)
+def test_whatever_renders_samples_makes_fewer_large_ones_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, use: Callable[[LatentGenerator], object], most: dict[int, int]
+) -> None:
+    monkeypatch.setattr(axes, "SAMPLES", 16)
+    for resolution, expected in most.items():
+        generator = Counted(resolution)
+        use(generator)
+        assert generator.most == expected
+
+
+def test_samples_in_parts_are_worth_the_same(monkeypatch: pytest.MonkeyPatch, make_generator: Callable[..., StyleGAN2]) -> None:
+    generator = make_generator()
+
+    def found() -> list[Tensor]:
+        directions, lengths = principal_axes(generator, 0)
+        values = torch.tensor(list(errors_of(generator).values()))
+        return [Nearest(generator, 100, 0).pixels, values, directions @ torch.diag_embed(lengths) @ directions.transpose(1, 2)]
+
+    whole = found()
+    monkeypatch.setattr(sampling, "CHUNK_PIXELS", 8 * 8 * 5)
+    torch.testing.assert_close(found(), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_pairs_share_their_class() -> None:

@@ -10,6 +10,7 @@ ones would lead w far from where the generator was trained, for nothing that can
 import torch
 from torch import Tensor
 
+from dmat_ray.manifold.samples import chunk_size
 from dmat_ray.types import Generator
 
 SAMPLES, CHUNK = 1024, 16
@@ -28,12 +29,15 @@ def principal_axes(generator: Generator, seed: int) -> tuple[Tensor, Tensor]:
     total = torch.zeros(layers, width, width, dtype=torch.float64, device=device)
     for _ in range(SAMPLES // CHUNK):
         z, offset = torch.randn(CHUNK, generator.z_dim, generator=rng), torch.randn(CHUNK, layers, width, generator=rng)
-        w = (generator.mapping(z.to(device, dtype)) + SPREAD * generator.w_std * offset.to(device)).detach().requires_grad_(True)
-        with torch.enable_grad():
-            x = generator.synthesis(w, clamp=False)
-            weights = torch.randn(x.shape, generator=rng).to(device)
-            (gradient,) = torch.autograd.grad((x * weights).sum(), w)
-        by_layer = gradient.transpose(0, 1).double()
+        chunk = (generator.mapping(z.to(device, dtype)) + SPREAD * generator.w_std * offset.to(device)).detach()
+        parts = []
+        for w in chunk.split(chunk_size(generator.resolution)):
+            with torch.enable_grad():
+                w.requires_grad_(True)
+                x = generator.synthesis(w, clamp=False)
+                weights = torch.randn(x.shape, generator=rng).to(device)
+                parts += torch.autograd.grad((x * weights).sum(), w)
+        by_layer = torch.cat(parts).transpose(0, 1).double()
         total += by_layer.transpose(1, 2) @ by_layer
     values, axes = torch.linalg.eigh(total)
     effect = values.clamp(min=0).sqrt()

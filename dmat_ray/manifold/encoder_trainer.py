@@ -17,6 +17,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.encoder import Encoder, as_stored, untrained
 from dmat_ray.manifold.gan import StepDraws
+from dmat_ray.manifold.samples import chunk_size
 from dmat_ray.pace import Pace
 from dmat_ray.rng import derive
 from dmat_ray.storage import Place, at
@@ -179,16 +180,18 @@ def fresh_errors(encoder: Encoder, generator: LatentGenerator, config: EncoderCo
     `l1` and `l2` are over samples as in training, `l1_of_w` over plain ones (no spread, no mixing), `l1_of_mean` is what
     w_mean has on the first. Images are clamped to [0, 1].
     """
-    size = min(64, samples)
+    size, together = min(64, samples), chunk_size(generator.resolution)
     sums = torch.zeros(4)
     of_mean = generator.synthesis(generator.w_mean.expand(1, generator.num_ws, -1))
     for k in range(samples // size):
         draws = StepDraws(derive(config.seed, "fresh samples"), k, size)
-        x = generator.synthesis(sample_w(generator, config, draws))
-        difference = generator.synthesis(encoder(x)) - x
-        plain = generator.synthesis(generator.mapping(draws.normal(generator.z_dim).to(x.device)))
-        of_w = generator.synthesis(encoder(plain)) - plain
-        values = [difference.abs(), difference.square(), of_w.abs(), (of_mean - x).abs()]
-        sums += torch.stack([v.mean() for v in values]).cpu()
+        mixed, z = sample_w(generator, config, draws), draws.normal(generator.z_dim)
+        for w, z_part in zip(mixed.split(together), z.split(together), strict=True):
+            x = generator.synthesis(w)
+            difference = generator.synthesis(encoder(x)) - x
+            plain = generator.synthesis(generator.mapping(z_part.to(x.device)))
+            of_w = generator.synthesis(encoder(plain)) - plain
+            values = [difference.abs(), difference.square(), of_w.abs(), (of_mean - x).abs()]
+            sums += torch.stack([v.mean() for v in values]).cpu() * (len(x) / size)
     names = ("l1", "l2", "l1_of_w", "l1_of_mean")
     return {**dict(zip(names, (sums / (samples // size)).tolist(), strict=True)), "samples": samples // size * size}

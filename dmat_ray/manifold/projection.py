@@ -65,8 +65,9 @@ class Projector:
     at a time.
 
     `encoder` (x_BCHW in [0, 1] -> w_BLD, on the same device) is where the search starts with `start` encoder. At most
-    `batch_size` images are on the device at a time. Raises UserError for settings that do not fit the generator, or if
-    `compile` finds no compiler.
+    `batch_size` images are searched for or measured at a time; samples that are rendered once before, for `start` nearest and
+    `axes` principal, come in chunks by their size. Raises UserError for settings that do not fit the generator, or if `compile`
+    finds no compiler.
     """
 
     def __init__(

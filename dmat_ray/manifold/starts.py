@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from dmat_ray.config import ProjectionConfig
 from dmat_ray.errors import UserError
+from dmat_ray.manifold.samples import chunk_size
 from dmat_ray.types import Generator
 
-CHUNK = 64  # images or samples at once
+CHUNK = 64  # samples at once, or fewer of large images
 THUMBNAIL = 32  # pixels a side that samples are compared by
 
 Start = Callable[[Tensor], Tensor]
@@ -31,7 +32,8 @@ class Nearest:
         # mapped z are one w for all layers, kept once
         self.w = torch.cat([w[:, :1] if w.stride(1) == 0 else w for w in parts])
         self.layers = generator.num_ws
-        images = (generator.synthesis(w.expand(-1, self.layers, -1)) for w in self.w.split(CHUNK))
+        together = min(CHUNK, chunk_size(generator.resolution))
+        images = (generator.synthesis(w.expand(-1, self.layers, -1)) for w in self.w.split(together))
         self.pixels = torch.cat([thumbnails(x) for x in images])
 
     def __call__(self, x_BCHW: Tensor) -> Tensor:
@@ -41,7 +43,7 @@ class Nearest:
         for pixels in self.pixels.split(4096):
             part = pixels.double()
             parts.append(part.square().sum(dim=1) - 2 * wanted @ part.T)
-        return self.w[torch.cat(parts, dim=1).argmin(dim=1)].expand(-1, self.layers, -1)
+        return self.w[torch.cat(parts, dim=1).nan_to_num(torch.inf).argmin(dim=1)].expand(-1, self.layers, -1)
 
 
 def build(generator: Generator, config: ProjectionConfig, encoder: nn.Module | None) -> Start:
