@@ -530,6 +530,18 @@ def test_smoothing_rounds_the_gradient_and_not_the_loss(generator: StyleGAN2, im
     torch.testing.assert_close(gradients[2], expected, atol=1e-5, rtol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_stored_is_in_the_generators_precision(generator: StyleGAN2, images: Tensor, dtype: torch.dtype) -> None:
+    """Its image of w, as a set that is rendered again finds it, and the errors of that image."""
+    own = fast.accelerate(generator, dtype)
+    found = project(own, images, steps=3)
+    assert torch.equal(found.x_BCHW, own.synthesis(found.w_BLD))
+    torch.testing.assert_close(found.l1_B, (found.x_BCHW - images).abs().mean(dim=(1, 2, 3)))
+    assert found.x_BCHW.dtype == torch.float32
+    apart = (found.x_BCHW - generator.synthesis(found.w_BLD)).abs().max()
+    assert (apart > 1e-4) == (dtype == torch.bfloat16)
+
+
 def test_bf16_guides_nearly_as_well(make_generator: Callable[..., StyleGAN2]) -> None:
     generator = make_generator(32)
     x = generator.synthesis(generator.mapping(torch.randn(3, 8, generator=torch.Generator().manual_seed(3))))

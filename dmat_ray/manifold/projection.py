@@ -76,7 +76,7 @@ class Projector:
         if config.compile:
             require_compiler(device, "projection.compile")
         self.generator, self.config, self.device, self.dtype = generator, config, device, generator.w_mean.dtype
-        # what is reported is measured in float32, whatever guides the search
+        # what is reported is measured in float32, whatever guides the search, on images in the generator's own precision
         self.perceptual = _perceptual(config, generator.resolution, device)
         lowered = self.perceptual is not None and config.lpips_precision == "bf16"
         self.guide = self.perceptual.lowered(torch.bfloat16) if lowered and self.perceptual else self.perceptual
@@ -243,7 +243,8 @@ class Projector:
         return self.measured(x_BCHW, w, steps, given_up)
 
     def measured(self, x_BCHW: Tensor, w: Tensor, steps: Tensor, given_up: Tensor | None = None) -> Projection:
-        """The clamped images of w and their errors, a batch at a time, without TF32: the set holds them for good.
+        """The clamped images of w in the generator's precision, and their errors, a batch at a time, without TF32: the set holds
+        them for good.
 
         The mean of w takes the place of a w whose image or errors are no numbers, and the image counts as given up. Raises
         UserError if its are not either.
