@@ -154,6 +154,15 @@ def view_of(network: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module
     return AttackView(network, dtype)
 
 
+def _follow(mine: nn.Module, theirs: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Take over a tensor of another module, in `dtype` if it holds fractions: its values, or one of another shape, or None."""
+    old, new = getattr(mine, name), getattr(theirs, name)
+    if old is not None and new is not None and old.shape == new.shape:
+        old.copy_(new)
+    else:
+        setattr(mine, name, None if new is None else new.detach().to(dtype if new.is_floating_point() else new.dtype, copy=True))
+
+
 class AttackView(nn.Module):
     """A copy of `network` for attacks; x_BCHW in [0, 1] -> logits_BK, computed in `dtype`, of bfloat16 as float32.
 
@@ -179,11 +188,11 @@ class AttackView(nn.Module):
         self.folded, self._is_checked = [(_named(conv), _named(bn)) for conv, bn in folded], not folded
         self.view = view.to(self._dtype, memory_format=self._layout).requires_grad_(False)  # type: ignore[call-overload]
         inside = {f"{conv}.{part}" for conv, _ in folded for part in ("weight", "bias", "kernel")}
-        theirs = dict(self.view.named_parameters()) | dict(self.view.named_buffers())
         source = _Called(network)
-        # of tensors that two layers share the copy may have lost the first
-        live = dict(source.named_parameters(remove_duplicate=False)) | dict(source.named_buffers(remove_duplicate=False))
-        self._copied = [(theirs[name], live[name]) for name in theirs if name not in inside]
+        names = [*dict(self.view.named_parameters()), *dict(self.view.named_buffers())]
+        places = [name.rpartition(".") for name in names if name not in inside]
+        # where they are, not the tensors themselves: a forward pass may put a new one in a buffer's place
+        self._copied = [(self.view.get_submodule(at), source.get_submodule(at), tensor) for at, _, tensor in places]
         modules, seen = dict(source.named_modules()), dict(self.view.named_modules())
         self._pairs: list[tuple[Any, Any, Any]] = [(seen[conv], modules[conv], modules[bn]) for conv, bn in folded]
         self._stems = [module for module in self.view.modules() if isinstance(module, Stem)]
@@ -197,8 +206,8 @@ class AttackView(nn.Module):
     @torch.no_grad()
     def refresh(self) -> None:
         """Take over the network's weights and running statistics as they are now."""
-        for mine, theirs in self._copied:
-            mine.copy_(theirs)
+        for mine, theirs, name in self._copied:
+            _follow(mine, theirs, name, self._dtype)
         for view, conv, bn in self._pairs:
             scale = torch.rsqrt(bn.running_var + bn.eps)
             scale = scale if bn.weight is None else scale * bn.weight

@@ -175,6 +175,33 @@ def test_a_layer_that_forward_does_not_use_may_own_another_ones_weights() -> Non
     require_same(view, network, x)
 
 
+class Centring(Small):
+    """Keeps a mean of its images: at first one number, then a new tensor of their shape in each step."""
+
+    def __init__(self, folds: bool) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1))
+        if not folds:
+            self.conv.register_forward_hook(lambda *_: None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(dim=0)
+        return super().forward(x - self.mean)
+
+
+@pytest.mark.parametrize("folds", [True, False])
+def test_a_buffer_that_is_bound_anew_in_each_step_is_followed(folds: bool) -> None:
+    torch.manual_seed(0)
+    network, x = Centring(folds).double(), torch.rand(3, 1, 8, 8, dtype=torch.float64)
+    view = AttackView(network, torch.float64)
+    for step in range(3):
+        network.train()(x + step)
+        view.refresh()
+        require_same(view, network.eval(), x)
+    assert bool(view.folded) == folds
+
+
 class Rounded(torch.autograd.Function):
     """To 16 levels, with the gradient of the identity: as networks with few bits are trained, and attacked."""
 
