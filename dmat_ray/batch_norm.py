@@ -92,15 +92,17 @@ def terms_in_batch(network: nn.Module, terms: Sequence[int]) -> Iterator[None]:
 @contextmanager
 def unmoved(network: nn.Module) -> Iterator[None]:
     """Afterwards all buffers are as they were before: running statistics do not remember what happened inside."""
-    before = [(b, b.clone()) for b in network.buffers()] + [
-        (t, t.clone()) for layer in layers(network) for t in (layer.mean_TC, layer.var_TC) if t is not None
-    ]
+    # with their places: a forward pass may put a new tensor into one
+    buffers = [(m, name, b) for m in network.modules() for name, b in m._buffers.items() if b is not None]
+    before = [(tensor, tensor.clone()) for tensor in (*(b for _, _, b in buffers), *apart(network))]
     try:
         yield
     finally:
         with torch.no_grad():
             for tensor, old in before:
                 tensor.copy_(old)
+        for module, name, tensor in buffers:
+            module._buffers[name] = tensor
 
 
 @contextmanager

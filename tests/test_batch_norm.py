@@ -125,6 +125,23 @@ def test_unmoved_puts_statistics_back(network: nn.Module) -> None:
     torch.testing.assert_close(batch_norm.apart(network), apart, rtol=0, atol=0)
 
 
+def test_unmoved_puts_a_buffer_back_that_was_bound_anew() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("passes", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.passes = self.passes + 1
+            return x * self.passes
+
+    network = Counting()
+    with batch_norm.unmoved(network):
+        network(torch.ones(1))
+        assert network.passes == 1
+    assert network.passes == 0
+
+
 def test_other_kinds_of_batch_norm_are_left_alone() -> None:
     class Own(nn.BatchNorm2d):
         pass
