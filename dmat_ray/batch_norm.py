@@ -36,11 +36,19 @@ class TermBatchNorm2d(nn.BatchNorm2d):
     def _normalised(self, x: Tensor, term: int) -> Tensor:
         if self.mean_TC is None or self.var_TC is None:
             return super().forward(x)
-        momentum = 0.1 if self.momentum is None else self.momentum
-        return F.batch_norm(x, self.mean_TC[term], self.var_TC[term], self.weight, self.bias, True, momentum, self.eps)
+        assert self.momentum is not None  # `keep_apart` refuses it
+        return F.batch_norm(x, self.mean_TC[term], self.var_TC[term], self.weight, self.bias, True, self.momentum, self.eps)
 
     def keep_apart(self, count: int) -> None:
-        """From now on `count` terms have running statistics of their own, which start as the layer's are."""
+        """From now on `count` terms have running statistics of their own, which start as the layer's are.
+
+        Raises UserError for a layer without them, and for one whose are the mean of all batches, which no term counts.
+        """
+        if self.momentum is None:
+            raise UserError(
+                "objective.batch_norm per_term needs batch norm with a momentum, and this network's is None, the mean of all "
+                "batches; give it one, such as 0.1, or use separate"
+            )
         mean, var = self._running()
         self.mean_TC, self.var_TC = mean.repeat(count, 1), var.repeat(count, 1)
 

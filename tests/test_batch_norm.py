@@ -142,6 +142,20 @@ def test_unmoved_puts_a_buffer_back_that_was_bound_anew() -> None:
     assert network.passes == 0
 
 
+def test_a_layer_that_averages_over_all_batches_is_not_kept_apart(plain: nn.Module) -> None:
+    """Its terms would have other statistics than torch's, which weigh a batch by one over the number of batches."""
+    plain.norm.momentum = None
+    network = batch_norm.prepare(copy.deepcopy(plain))
+    with pytest.raises(UserError, match="per_term needs batch norm with a momentum, and this network's is None"):
+        batch_norm.keep_apart(network, 2)
+    for seed in range(3):
+        (x,) = images(seed)
+        plain(x)
+        with batch_norm.terms_in_batch(network, (0,)):
+            network(x)
+    torch.testing.assert_close(state(network), state(plain))
+
+
 def test_other_kinds_of_batch_norm_are_left_alone() -> None:
     class Own(nn.BatchNorm2d):
         pass
