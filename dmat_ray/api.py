@@ -23,6 +23,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.manifold import encoder, generators
 from dmat_ray.manifold.projection import Projection, Projector
 from dmat_ray.metrics import Results
+from dmat_ray.search import require_reach
 from dmat_ray.storage import Place
 from dmat_ray.types import Batch, Generator, Threat
 from dmat_ray.wording import did_you_mean
@@ -145,7 +146,7 @@ def attack_images(
     if wrong := [key for key in _OF_TABLES if key in search]:
         raise UserError(f"{wrong[0]} belongs to a suite's table, not to a search")
     row = inputs.section(Row, {**search, "name": "attack"}, "attack", hidden=_OF_TABLES)
-    inputs.require_reach(row, threat)
+    require_reach(row, threat)
     names = inputs.names_of(x_BCHW, ids)
     inputs.require_batch_size(batch_size)
     batch = Batch(names, x_BCHW.detach(), y_B.to(x_BCHW.device), None if w_BLD is None else w_BLD.detach())

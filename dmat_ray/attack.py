@@ -17,18 +17,22 @@ from dmat_ray import threats
 from dmat_ray.config import ON_MANIFOLD, AttackConfig, Row, Term
 from dmat_ray.errors import NotFiniteError, UserError
 from dmat_ray.rng import Draws
-from dmat_ray.search import SEARCHES
+from dmat_ray.search import SEARCHES, require_reach
 from dmat_ray.threats.balls import per_example
 from dmat_ray.types import Batch, Query, Threat
 
 
 def require_possible(config: Term | Row, one: Batch, draws: Draws) -> None:
-    """Raise UserError for a search that its threat, or an image as `one`, does not allow, as far as shows without a generator."""
+    """Raise UserError for a search that its threat, or an image as `one`, does not allow, as far as shows without a generator.
+
+    And for one whose steps are too short.
+    """
     if isinstance(config, ON_MANIFOLD):
         if config.method == "square":
             raise UserError("method square needs threat image")
         return
     threat = threats.build(config, None)
+    require_reach(config, threat)
     threat.render(one, SEARCHES[config.method](threat, one, config, draws if config.random_start else None).start())
 
 

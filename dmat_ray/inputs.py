@@ -11,12 +11,10 @@ from torch import Tensor, nn
 
 from dmat_ray.attack import frozen
 from dmat_ray.cli import describe
-from dmat_ray.config import AttackConfig, Section
-from dmat_ray.config.attacks import require_steps
+from dmat_ray.config import Section
 from dmat_ray.data.manifold_set import ManifoldSet
 from dmat_ray.errors import UserError
-from dmat_ray.threats.balls import UnitBox
-from dmat_ray.types import Batch, Generator, Threat
+from dmat_ray.types import Batch, Generator
 from dmat_ray.wording import did_you_mean
 
 Kind = TypeVar("Kind", bound=Section)
@@ -144,15 +142,6 @@ def require_threat(threat: Any) -> None:
     if not callable(getattr(threat, "render", None)):
         found = f"'{threat}'" if isinstance(threat, str) else f"a {type(threat).__name__}"
         raise UserError(f"threat is {found}; give what build_threat makes, as build_threat('image', eps='8/255')")
-
-
-def require_reach(search: AttackConfig, threat: Threat) -> None:
-    """Raise UserError for steps that cannot get from the middle of a threat's ball to its border."""
-    if not isinstance(threat, UnitBox):  # whose steps are no shares of anything
-        try:
-            require_steps(search, threat.limit, "the threat's limit")
-        except ValueError as error:
-            raise UserError(str(error)) from None
 
 
 def require_batch_size(batch_size: int) -> None:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from dmat_ray import black_box
 from dmat_ray.config import LPA_ROUNDS, AttackConfig
+from dmat_ray.config.attacks import require_steps
 from dmat_ray.errors import UserError
 from dmat_ray.rng import Draws
-from dmat_ray.threats.balls import Ball, per_example
+from dmat_ray.threats.balls import Ball, UnitBox, per_example
 from dmat_ray.types import Batch, Measured, Query, Threat
 
 DECAY = 1.0  # of momentum (arXiv 1710.06081)
@@ -35,6 +36,17 @@ def step_size_of(config: AttackConfig, threat: Threat) -> float:
         # the published sqrt(0.001 / steps) cannot cross the box; never less than crosses it 2.5 times over
         return max(threat.default_step / math.sqrt(config.steps), 2.5 * threat.limit / config.steps)
     return 2.5 * threat.limit / config.steps
+
+
+def require_reach(config: AttackConfig, threat: Threat) -> None:
+    """Raise UserError for steps too short to get from the middle of a threat's ball, or unit box, to its border."""
+    try:
+        if isinstance(threat, UnitBox):
+            require_steps(config, 0.5, "half of the unit box", "boxes")
+        else:
+            require_steps(config, threat.limit, "the threat's limit")
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 class Search(Protocol):

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import dmat_ray.config
 from dmat_ray import cli, presets
+from dmat_ray.attack import require_possible
 from dmat_ray.config import (
     ON_MANIFOLD,
     THREATS,
@@ -29,7 +31,9 @@ from dmat_ray.config import (
 from dmat_ray.config.attacks import TERMS
 from dmat_ray.config.evaluation import ROWS
 from dmat_ray.errors import UserError
+from dmat_ray.rng import Draws
 from dmat_ray.threats import PIXELS
+from dmat_ray.types import Batch
 
 NAMES = presets.names()
 COMBINATIONS = [[], *[[name] for name in NAMES], *[list(pair) for pair in itertools.permutations(NAMES, 2)]]
@@ -262,9 +266,25 @@ def test_steps_that_do_not_reach_the_border_are_refused() -> None:
         EvaluationConfig.model_validate({"attacks": [{**joint, "name": "mine", "step_size": "1/255"}]})
     for step in (None, 0.1):
         ObjectiveConfig.model_validate({"more": {"joint": {**joint, "weight": 1, "step_size": step}}})
-    # fog's steps are measured in its box, and those of a curve grow with eps
-    ObjectiveConfig.model_validate({"fog": {**short, "weight": 1}})
+    # those of a curve grow with eps
     EvaluationConfig.model_validate({"attacks": [{"threat": "image", "name": "mine", **short, "eps": 0.15, "curve": [0.3]}]})
+    # in a unit box they are refused where they would be made, since models have recorded such settings
+    blank = Batch(["blank"], torch.zeros(1, 1, 32, 32), torch.zeros(1, dtype=torch.int64))
+    told = (
+        r"20 steps of step_size 0\.00392 end 0\.0784 .* half of the unit box is 0\.5: .*\(2\.5 boxes / steps\), or 0\.025 or more"
+    )
+    for threat in ("fog", "snow", "gabor"):
+        box = {"threat": threat, "steps": 20, "step_size": 1 / 255}
+        term = ObjectiveConfig.model_validate({"more": {"box": {**box, "weight": 1}}}).more["box"]
+        row, *others = [
+            ROWS[threat].model_validate({**box, "name": "mine", **other})
+            for other in ({}, {"step_size": None}, {"step_size": 0.025}, {"steps": 128}, {"method": "apgd"})
+        ]
+        for search in (term, row):
+            with pytest.raises(UserError, match=told):
+                require_possible(search, blank, Draws(0, blank.id, "test"))
+        for search in others:
+            require_possible(search, blank, Draws(0, blank.id, "test"))
 
 
 @pytest.mark.parametrize("name", ["image", "latent"])

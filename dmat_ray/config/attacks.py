@@ -50,22 +50,28 @@ class AttackConfig(Section):
 
 
 def require_reach(attack: AttackConfig, threat: ThreatSettings) -> None:
-    """Raise ValueError for steps too short to get from the ball's middle to its border, as when a preset's meet another eps."""
+    """Raise ValueError for steps too short to get from the ball's middle to its border, as when a preset's meet another eps.
+
+    Those in unit boxes are held to it before they begin, by `dmat_ray.search`: models have recorded such settings.
+    """
     if threat.step_in_eps:
         require_steps(attack, getattr(threat, "eps", 0.0), "eps")
     elif threat.step_in_radii:
         require_steps(attack, 1.0, "the radius, of which a step is a share,")
 
 
-def require_steps(attack: AttackConfig, radius: float, name: str) -> None:
-    """Raise ValueError if the steps do not get as far as a radius of that name, in their units."""
+def require_steps(attack: AttackConfig, radius: float, name: str, default: str = "radii") -> None:
+    """Raise ValueError if the steps do not get as far as a radius of that name, in their units.
+
+    By default they go 2.5 of what `default` says.
+    """
     step = attack.step_size
     if step is None or attack.method not in ("pgd", "momentum"):
         return
     if attack.steps * step < radius * (1 - 1e-6):
         raise ValueError(
             f"{attack.steps} steps of step_size {step:.3g} end {attack.steps * step:.3g} from where they begin, and {name} is "
-            f"{radius:.3g}: a weak attack; give step_size null (2.5 radii / steps), or {radius / attack.steps:.3g} or more"
+            f"{radius:.3g}: a weak attack; give step_size null (2.5 {default} / steps), or {radius / attack.steps:.3g} or more"
         )
 
 
