@@ -143,7 +143,9 @@ def settings(*given: str | Path, **sections: Any) -> Config:
     Traceback (most recent call last):
     dmat_ray.errors.UserError: training.epoch: there is no such setting (found 2); did you mean epochs?
     """
-    values = presets.merge(_layers([*map(str, given)]), sections)
+    layers = _layers([*map(str, given)])
+    presets.require_own_eps(layers, sections)
+    values = presets.merge(layers, sections)
     try:
         training = sections.get("training")
         return _complete(values, [f"training.{name}" for name in training] if isinstance(training, Mapping) else [])
@@ -193,6 +195,7 @@ def parse(
             return source(parsed_args=namespace), init_settings
 
     try:
+        presets.require_own_eps(layers, source(parsed_args=namespace)())
         by_hand = [name for name in (*OF_SCHEDULES, AWP_WARMUP) if getattr(namespace, name, None) is not None]
         return _complete(Layered(**layers).model_dump(), by_hand), namespace
     except ValidationError as error:

@@ -65,6 +65,47 @@ def test_overrides_win_over_presets() -> None:
     assert config.objective.image.steps == parsed("--preset", "demo").objective.image.steps
 
 
+def test_a_layer_that_changes_a_norm_has_its_eps(tmp_path: Path) -> None:
+    """That of the layer below is a radius in another norm."""
+    terms = "{{more: {{warp: {{threat: jpeg, {}}}, dots: {{threat: pixel, {}}}}}}}"
+    texts = {
+        "l2": "objective: {image: {norm: l2}}",
+        "whole": "include: [l2.yaml]\nobjective: {image: {eps: 128/255, step_size: null}}",
+        "back": "include: [whole.yaml]\nobjective: {image: {norm: linf}}",
+        "more": f"objective: {terms.format('eps: 1', 'eps: 3')}",
+        "same": f"objective: {terms.format('norm: linf', 'norm: l2')}",
+        "other": f"objective: {terms.format('norm: l1', 'norm: l2')}",
+    }
+    files = {name: str(tmp_path / f"{name}.yaml") for name in texts}
+    for name, text in texts.items():
+        Path(files[name]).write_text(text)
+    refused = r"objective\.image: eps 0\.1 is a radius in linf; give one in l2 beside the norm$"
+    with pytest.raises(UserError, match=f"^{refused}"):
+        parsed("--preset", "demo", "--objective.image.norm", "l2")
+    with pytest.raises(UserError, match=f"^{refused}"):
+        cli.settings("demo", objective={"image": {"norm": "l2"}})
+    with pytest.raises(UserError, match=rf"^preset '.*l2\.yaml': {refused}"):
+        parsed("--preset", "demo", files["l2"], "--objective.image.eps", "1.5")
+    with pytest.raises(UserError, match=r"back\.yaml': objective\.image: eps 128/255 is a radius in l2; give one in linf"):
+        parsed("--preset", files["back"])
+    with pytest.raises(UserError, match=r"other\.yaml': objective\.more\.warp: eps 1 is a radius in linf; give one in l1"):
+        parsed("--preset", files["more"], files["other"])
+    with pytest.raises(UserError, match=r"^objective\.image: eps 0\.0157 is a radius in linf; give one in l2, e\.g\. 128/255$"):
+        parsed("--objective.image.norm", "l2")
+    with pytest.raises(UserError, match=r"objective\.image\.norm: must be 'linf', 'l2' or 'l1' \(found 'l7'\)"):
+        parsed("--preset", "demo", "--objective.image.norm", "l7")
+    for argv in (
+        ["demo", files["whole"]],
+        ["demo", files["whole"], files["l2"]],
+        [files["l2"], "--objective.image.eps", "128/255"],
+    ):
+        image = parsed("--preset", *argv).objective.image
+        assert (image.norm, image.eps) == ("l2", 128 / 255)
+    assert parsed("--preset", "demo", "--objective.image.norm", "linf").objective.image.eps == 0.1
+    more = parsed("--preset", files["more"], files["same"]).objective.more
+    assert (more["warp"].eps, more["dots"].eps) == (1, 3)  # type: ignore[attr-defined]
+
+
 def test_a_list_that_is_none_is_an_error_of_the_user() -> None:
     with pytest.raises(
         UserError, match=r"^training\.lr_values: \.1 is 0\.1 here; lists take numbers with digits on both sides of the point$"

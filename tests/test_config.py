@@ -20,6 +20,7 @@ from dmat_ray.attack import require_possible
 from dmat_ray.config import (
     ON_MANIFOLD,
     THREATS,
+    AutoAttackRow,
     Config,
     EvaluationConfig,
     ImageThreat,
@@ -285,6 +286,27 @@ def test_steps_that_do_not_reach_the_border_are_refused() -> None:
                 require_possible(search, blank, Draws(0, blank.id, "test"))
         for search in others:
             require_possible(search, blank, Draws(0, blank.id, "test"))
+
+
+WITH_NORMS = [kind for kind in (*THREATS, *TERMS.values(), *ROWS.values(), AutoAttackRow) if "norm" in kind.model_fields]
+
+
+@pytest.mark.parametrize("kind", WITH_NORMS, ids=lambda kind: kind.__name__)
+def test_a_norm_comes_with_an_eps_of_its_own(kind: type[Section]) -> None:
+    """The default is a radius in the default norm: in another one it is hardly an attack, or one without bounds."""
+    needed = {name: "mine" for name, field in kind.model_fields.items() if field.is_required()}
+    field = kind.model_fields["norm"]
+    usual, others = field.default, set(get_args(field.annotation)) - {field.default}
+    assert others
+    assert kind.model_validate({**needed, "norm": usual}) == kind.model_validate(needed)
+    for norm in others:
+        with pytest.raises(ValidationError, match=rf"eps [\d.]+ is a radius in {usual}; give one in {norm}"):
+            kind.model_validate({**needed, "norm": norm})
+        found = kind.model_validate({**needed, "norm": norm, "eps": 0.5})
+        assert kind.model_validate(found.model_dump()) == kind.model_validate_json(found.model_dump_json()) == found
+        # as dumped, the default itself is an eps, too: models have recorded such settings
+        recorded = {**kind.model_validate(needed).model_dump(), "norm": norm}
+        assert kind.model_validate(recorded).model_dump() == recorded
 
 
 @pytest.mark.parametrize("name", ["image", "latent"])

@@ -54,7 +54,10 @@ BUDGETS = "include: [dmat]\nobjective: {fog: {weight: 0, eps: 64/255}, more: {l2
         (["--training.val_examples", "2000"], "val_examples is 2000, but the training split has 2000"),
         (["--training.images", "natural"], "latent needs training.images on_manifold"),
         (["--objective.latent.method", "square"], "term latent on 1 x 32 x 32 images: method square needs threat image"),
-        (["--objective.image.norm", "l1", "--objective.image.method", "square"], "term image on 1 x 32 x 32 images: .*square"),
+        (
+            ["--objective.image.norm", "l1", "--objective.image.eps", "8", "--objective.image.method", "square"],
+            "term image on 1 x 32 x 32 images: .*square",
+        ),
         (["--methods", "standard,OTHER"], "was made with generator 'mnist32' "),
         (["--evaluation.suites", "perceptual"], r"attack 'PPGD' on 1 x 32 x 32 images of 10 classes: .*alexnet.* is needed"),
         (["--evaluation.suites", "SUITE"], "attack 'mine' on 1 x 32 x 32 images of 10 classes: method square searches"),

@@ -124,6 +124,7 @@ class Space:
             tried += [{key: high if key == chosen else domain.least for key in keys} for chosen in keys]
         for changed in tried:
             try:
+                presets.require_own_eps(base, _nested({**start, **changed}))
                 yield trial_config(base, {**start, **changed}, "probe", epochs)
             except UserError as error:
                 where = (
@@ -158,12 +159,18 @@ def trial_config(base: Mapping[str, Any], settings: Mapping[str, Any], name: str
         **{"keep": "last", "patience": None, "checkpoint_every": 1, "checkpoint_minutes": None},
     }
     layered = presets.merge(dict(base), {"name": name, "training": shorter})
-    for key, value in {**settings, "training.epochs": epochs}.items():
+    return cli.validate(presets.merge(layered, _nested({**settings, "training.epochs": epochs})))
+
+
+def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted name as a layer of them."""
+    layer: dict[str, Any] = {}
+    for key, value in settings.items():
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        layered = presets.merge(layered, nested)
-    return cli.validate(layered)
+        layer = presets.merge(layer, nested)
+    return layer
 
 
 def load(path: str, config: Config) -> tuple[Space, dict[str, Any]]:
@@ -182,6 +189,10 @@ def load(path: str, config: Config) -> tuple[Space, dict[str, Any]]:
         raise UserError(
             f"tune.space '{path}': preset {', '.join(layers)} sets {odd[0]}, which a space cannot; give it with --preset"
         )
+    try:
+        presets.require_own_eps(config.to_json(), below)
+    except UserError as error:
+        raise UserError(f"tune.space '{path}', preset {', '.join(layers)}: {error}") from None
     base = cli.validate(presets.merge(config.to_json(), below)).to_json()
     domains, simplexes, constants = {}, {}, {}
     for key, domain in given.items():

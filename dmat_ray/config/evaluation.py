@@ -9,7 +9,16 @@ from pydantic_settings import CliSuppress
 
 from dmat_ray.config.attacks import AttackConfig, require_reach
 from dmat_ray.config.base import MOST_SEED, Fraction, Section
-from dmat_ray.config.threats import ON_MANIFOLD, FogThreat, ImageThreat, LatentThreat, ThreatSettings, joined, require_pixel_units
+from dmat_ray.config.threats import (
+    ON_MANIFOLD,
+    FogThreat,
+    ImageThreat,
+    LatentThreat,
+    ThreatSettings,
+    joined,
+    require_own_eps,
+    require_pixel_units,
+)
 
 ON_CURVE = " @ "  # between the name of a row and the eps of its curve
 
@@ -101,6 +110,11 @@ class AutoAttackRow(Section):
     @model_validator(mode="after")
     def _in_pixel_units(self) -> "AutoAttackRow":
         require_pixel_units(self.norm, self.eps)
+        return self
+
+    @model_validator(mode="after")
+    def _eps_is_in_its_norm(self) -> "AutoAttackRow":
+        require_own_eps(self)
         return self
 
 

@@ -11,6 +11,24 @@ from dmat_ray.config.base import Fraction, Section
 S = TypeVar("S", bound=Section)
 
 
+EXAMPLES = {"l2": ", e.g. 128/255", "l1": ", e.g. 12"}
+"""Radii of pixels as they are usual for images of 32."""
+
+
+def require_own_eps(settings: Section) -> None:
+    """Raise ValueError for another norm than the default without an eps: the default is a radius in the default norm."""
+    given, usual = getattr(settings, "norm", None), default_norm(type(settings))
+    if given != usual and "eps" not in settings.model_fields_set:
+        example = EXAMPLES.get(str(given), "") if getattr(settings, "eps_in_pixels", False) else ""
+        raise ValueError(f"eps {settings.eps:.3g} is a radius in {usual}; give one in {given}{example}")  # type: ignore[attr-defined]
+
+
+def default_norm(kind: type[Section]) -> str | None:
+    """The norm that settings of this kind have unless told otherwise; None for those without norms."""
+    field = kind.model_fields.get("norm")
+    return None if field is None else str(field.default)
+
+
 def require_pixel_units(norm: str, eps: float) -> None:
     """Raise ValueError for a radius in L-infinity that is more than pixels can move: one in levels up to 255."""
     if norm == "linf" and eps > 1:
@@ -31,6 +49,11 @@ class ThreatSettings(Section):
 
         @property
         def threat(self) -> str: ...
+
+    @model_validator(mode="after")
+    def _eps_is_in_its_norm(self) -> "ThreatSettings":
+        require_own_eps(self)
+        return self
 
 
 class ImageThreat(ThreatSettings):

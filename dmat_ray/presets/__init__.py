@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from dmat_ray import yaml_file
+from dmat_ray.config.threats import THREATS, default_norm, named
 from dmat_ray.errors import UserError
 from dmat_ray.wording import choices
 
 FOLDER = Path(__file__).parent
+NORMS = ("linf", "l2", "l1")
+DEFAULT_NORMS = {named(threat): default_norm(threat) for threat in THREATS}
 
 
 def names() -> list[str]:
@@ -32,11 +35,23 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def require_own_eps(below: Mapping[str, Any], above: Mapping[str, Any], where: str = "") -> None:
+    """Raise UserError for a threat whose norm `above` changes and whose eps it leaves: that is a radius in the norm `below`."""
+    for key, value in above.items():
+        if isinstance(value, Mapping) and isinstance(old := below.get(key), Mapping):
+            require_own_eps(old, value, f"{where}.{key}" if where else key)
+    if "norm" in above and "eps" in below and "eps" not in above:
+        threat = above.get("threat", below.get("threat", where.rpartition(".")[2]))
+        usual, given = below.get("norm", DEFAULT_NORMS.get(str(threat))), above["norm"]
+        if usual is not None and given in NORMS and given != usual:
+            raise UserError(f"{where}: eps {below['eps']} is a radius in {usual}; give one in {given} beside the norm")
+
+
 def load(layers: list[str], above: Mapping[Path, str] | None = None) -> dict[str, Any]:
     """Presets by name, or YAML files by path (anything with a dot or a slash), the later over the earlier.
 
     Those that one names under `include` are layered first, and it over them; files are looked for beside it. Raises UserError
-    for one that does not exist, is no YAML of settings, or includes itself.
+    for one that does not exist, is no YAML of settings, includes itself, or changes a norm and not its eps.
     """
     merged: dict[str, Any] = {}
     for layer in layers:
@@ -56,5 +71,11 @@ def load(layers: list[str], above: Mapping[Path, str] | None = None) -> dict[str
         if not isinstance(others, list) or not all(isinstance(other, str) for other in others):
             raise UserError(f"preset '{layer}': include is {others!r}; give a list of presets")
         beside = [str(path.parent / other) if "/" in other or "." in other else other for other in others]
-        merged = merge(merge(merged, load(beside, {**above, here: layer})), values)
+        included = load(beside, {**above, here: layer})
+        try:
+            require_own_eps(included, values)
+            require_own_eps(merged, merge(included, values))
+        except UserError as error:
+            raise UserError(f"preset '{layer}': {error}") from None
+        merged = merge(merge(merged, included), values)
     return merged

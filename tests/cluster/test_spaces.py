@@ -214,6 +214,7 @@ def test_a_populations_changes_are_those_of_its_seed(tmp_path, config):
         ('SPACE = {"objective.label_smoothing": tune.uniform(0, 1)}', r"objective.label_smoothing: .*found 1"),
         ('SPACE = {"objective.image.steps": tune.randint(0, 4)}', r"objective.image.steps: .*found 0"),
         ('SPACE = {"training.schedule": tune.choice(["cosine", "cosinus"])}', r"training.schedule: .*found 'cosinus'"),
+        ('SPACE = {"objective.image.norm": tune.choice(["linf", "l2"])}', r"norm = l2: objective.image: eps .* radius in linf"),
         ('SPACE = {"objective.image.eps": tune.randn(0, 1)}', "a domain needs two ends"),
         ('SPACE = {"objective.image.eps": tune.sample_from(lambda spec: 1)}', "a domain needs two ends"),
         ('SPACE = {"objective.image.eps": lambda: 1}', "no domain of ray.tune"),
