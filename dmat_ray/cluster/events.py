@@ -79,7 +79,7 @@ def is_stopping(mailbox: str) -> bool:
 
 
 class Asked(threading.Event):
-    """Set once this process was asked to stop, by the signal `number`."""
+    """Set once this process was asked to stop, by the signal `number`, of two the second."""
 
     number = signal.SIGTERM
 
@@ -89,7 +89,8 @@ def heed_stop() -> Iterator[Asked]:
     """Inside, the first SIGTERM or Ctrl-C only sets the event, which `listen` passes on; the second does what it otherwise would.
 
     One that follows within `TWICE_S` is the first once more: `timeout` sends it to the process and to its group. Raises
-    SystemExit at the end if there was one. In other threads than the main one nothing changes.
+    SystemExit at the end if there was one, with 128 and its number; Ray's own handler, in whose place this one is, would end with
+    the number alone. In other threads than the main one nothing changes.
     """
     asked = Asked()
     if threading.current_thread() is not threading.main_thread():
@@ -108,6 +109,7 @@ def heed_stop() -> Iterator[Asked]:
             asked.set()
             first = time.monotonic()
         elif time.monotonic() - first > TWICE_S:
+            asked.number = signal.Signals(number)
             restore()
             os.kill(os.getpid(), number)
 
@@ -115,6 +117,9 @@ def heed_stop() -> Iterator[Asked]:
         signal.signal(number, note)
     try:
         yield asked
+    except SystemExit as error:
+        if not asked.is_set() or error.code != asked.number:
+            raise
     finally:
         restore()
     if asked.is_set():

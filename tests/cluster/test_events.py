@@ -74,12 +74,19 @@ def test_that_no_worker_comes_is_told_again_and_again(monkeypatch):
     assert set(said) == {"no worker is at work: waiting for machines, or for what runs on them (see `ray status`)"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_job_without_workers_stops_at_once(monkeypatch, number):
-    """It sends itself the second signal, which counts although the first was only just now."""
+@pytest.mark.parametrize(("number", "ended_by_ray"), [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, False)])
+def test_a_job_without_workers_stops_at_once(monkeypatch, number, ended_by_ray):
+    """It sends itself the second signal, which counts although the first was only just now; also where Ray handles it."""
     got, said = [], []
     monkeypatch.setattr(events, "TWICE_S", 1.0)
-    before = signal.signal(number, lambda number, frame: got.append(number))
+    before = signal.getsignal(number)
+
+    def note(number, frame):
+        got.append(number)
+        if ended_by_ray:
+            before(number, frame)
+
+    signal.signal(number, note)
 
     def told_while_nobody_works() -> None:
         with events.heed_stop() as asked, events.listen(lambda event: said.append(event["text"]), asked):
