@@ -79,15 +79,18 @@ def train(config: Config, folder: Location, command: str, say: Callable[[str], N
     others = [p.name for p in storage.folders() if p.name.startswith("encoder-") and p.name != name]
     if others:
         say(f"'{storage}' holds unfinished trainings of other settings, which this one leaves: " + ", ".join(others))
-    began = time.monotonic()
+    began, told = time.monotonic(), 0.0
     with sole(storage / name) as lease, tracking.tracked(config, "", "train_encoder") as run, heed_stop() as asked:
 
         def handle(event: dict[str, Any]) -> None:
+            nonlocal told
             if "text" in event:
                 say(event["text"])
                 return
             metrics = event["metrics"]
-            run.metrics(metrics, step=round(metrics["kimg"] * 1000))
+            if metrics["kimg"] > told:  # else workers that were started anew have come there again
+                told = metrics["kimg"]
+                run.metrics(metrics, step=round(told * 1000))
             say(describe(metrics, config.encoder.kimg))
 
         lease.when_lost(asked.set)  # the other goes on with this

@@ -106,10 +106,11 @@ def _train(
             f"'{storage}' holds unfinished trainings of other settings, images or workers, which this one leaves: "
             + ", ".join(others)
         )
-    grids = folder.with_name(f"{folder.name}_samples") / name
+    grids, told = folder.with_name(f"{folder.name}_samples") / name, 0.0
     with tracking.tracked(config, "", "train_generator") as run, heed_stop() as asked:
 
         def handle(event: dict[str, Any]) -> None:
+            nonlocal told
             if "text" in event:
                 say(event["text"])
                 return
@@ -120,7 +121,9 @@ def _train(
                 run.artifact(file, "samples")
                 return
             metrics = event["metrics"]
-            run.metrics(metrics, step=round(metrics["kimg"] * 1000))
+            if metrics["kimg"] > told:  # else workers that were started anew have come there again
+                told = metrics["kimg"]
+                run.metrics(metrics, step=round(told * 1000))
             for line in [describe(metrics, config.gan.kimg), *_warnings(metrics, config)]:
                 say(line)
 

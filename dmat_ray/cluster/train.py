@@ -117,15 +117,16 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
             recorded = trained_settings.of_set(config, manifest)
             runs[config.name] = stack.enter_context(tracking.tracked(recorded, config.name, "train", parent, of=_key(config)))
 
-        told: dict[str, int] = {}  # the last epoch that was told before, by a model's name
+        told: dict[str, int] = {}  # the last epoch that MLflow was told, by a model's name
 
         def handle(event: dict[str, Any]) -> None:
             if "text" in event:
                 say(event["text"])
                 return
             metrics, name = event["metrics"], event["run"]
-            if metrics["epoch"] > told.get(name, 0):
-                runs[name].metrics({**metrics, **event["machine"]}, step=int(metrics["epoch"]))
+            if metrics["epoch"] > told.get(name, 0):  # else workers that were started anew have trained it again
+                told[name] = int(metrics["epoch"])
+                runs[name].metrics({**metrics, **event["machine"]}, step=told[name])
             gauges.training(name, metrics, event["machine"])
             say(describe(name, metrics, epochs[name]))
 

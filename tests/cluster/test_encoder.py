@@ -103,12 +103,13 @@ def test_the_job_makes_an_encoder_that_projection_finds(output: Path, generator_
 
 
 def logged(output: Path) -> dict[str, dict[int, float]]:
-    """Metric -> step -> value of the one training that MLflow knows of; the last value where a step was logged twice."""
+    """Metric -> step -> value of the one training that MLflow knows of, where no step is logged twice."""
     client = MlflowClient(f"sqlite:///{output}/mlflow.db")
     (run,) = [r for e in client.search_experiments() for r in client.search_runs([e.experiment_id])]
     assert run.info.status == "FINISHED"
-    names = [name for name in run.data.metrics if name != "images_per_second"]
-    return {name: {m.step: m.value for m in client.get_metric_history(run.info.run_id, name)} for name in names}
+    found = {name: client.get_metric_history(run.info.run_id, name) for name in run.data.metrics if name != "images_per_second"}
+    assert all(len({m.step for m in metrics}) == len(metrics) for metrics in found.values())
+    return {name: {m.step: m.value for m in metrics} for name, metrics in found.items()}
 
 
 def test_errors_are_in_mlflow(output: Path) -> None:

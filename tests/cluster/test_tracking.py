@@ -14,9 +14,11 @@ from mlflow import MlflowClient
 from mlflow.entities import Run as Found
 from small import MlflowServer, free_ports, settings
 
-from dmat_ray.cluster import tracking
+from dmat_ray.cluster import encoder, gan, session, tracking, train, workers
 from dmat_ray.cluster.outbox import Outbox
 from dmat_ray.errors import UserError
+from dmat_ray.manifold.gan_images import ImageCache
+from dmat_ray.storage import at
 
 pytestmark = pytest.mark.cluster
 UNSENT = "mlflow_unsent_*.jsonl"
@@ -196,6 +198,45 @@ def test_work_that_goes_on_with_other_machines_goes_on_in_its_run(server, tmp_pa
     found = MlflowClient(server.url).get_run(first)
     assert found.data.params["cluster.train_workers"] == "2", "as it began"
     assert values(server, found, "loss") == [(2, 0.5), (4, 0.25)]
+
+
+def test_what_workers_that_are_started_anew_tell_again_is_logged_once(server, tmp_path, monkeypatch):
+    """Nothing is started here: the stages hear what workers say that are killed after they told of 2, before it is kept."""
+    heard = []
+
+    def listen(handle, asked=None):
+        heard.append(handle)
+        return contextlib.nullcontext("mailbox")
+
+    def fit(*_, **__):
+        for reached, loss in ((1.0, 0.5), (2.0, 0.4), (2.0, 0.41), (3.0, 0.3)):
+            value = dict.fromkeys(("loss", "train_loss", "loss_g", "loss_d", "l1", "images_per_second"), loss)
+            heard[-1]({"run": "dmat", "metrics": {"epoch": reached, "kimg": reached, **value}, "machine": {}})
+        raise InterruptedError
+
+    monkeypatch.setattr(session, "await_machines", lambda *_: None)
+    monkeypatch.setattr(session, "connected", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(workers, "fit", fit)
+    for stage in (encoder, gan, train):
+        monkeypatch.setattr(stage, "listen", listen)
+    monkeypatch.setattr(train, "training_folder", lambda todo: at(tmp_path) / "train" / "dmat")
+    monkeypatch.setattr(train, "is_trained", lambda config: False)
+    monkeypatch.setattr(train, "_key", lambda config: "")
+    monkeypatch.setattr(train, "read_manifest", lambda place: {"data": {}})
+    images = ImageCache(tmp_path / "images", "0" * 64, {})
+    monkeypatch.setattr(gan, "check", lambda config, storage: images)
+    monkeypatch.setattr(ImageCache, "open", lambda self: ((), ()))
+    config = settings(tmp_path, "--name", "dmat", "--tracking.uri", server.url, "--tracking.experiment", "anew")
+    for begin in (
+        lambda: train.train_models([config], print),
+        lambda: gan.train(config, tmp_path / "generator", "", print),
+        lambda: encoder.train(config, at(tmp_path) / "encoder", "", print),
+    ):
+        with pytest.raises(InterruptedError):
+            begin()
+    assert {name: [step for step, _ in values(server, run, "loss")] for name, run in runs(server, "anew").items()} == {
+        "train: dmat": [1, 2, 3], "train_generator": [1000, 2000, 3000], "train_encoder": [1000, 2000, 3000]
+    }  # fmt: skip
 
 
 def test_two_who_call_their_output_the_same_have_a_run_each(server, tmp_path, monkeypatch):
