@@ -24,11 +24,13 @@ class Leftover:
     def __init__(self, folder: Location) -> None:
         self.folder = folder
         self._found: dict[str, list[tuple[Location, dict[str, Any]]]] = {}
+        self._unread = False
         for place in stored_checkpoints(folder):
             try:
                 run = checkpoint.read_run(place)
             except UserError:
-                continue  # damaged, and so of nobody
+                self._unread = True  # damaged, or of a version that is no longer or not yet read
+                continue
             self._found.setdefault(run["config"]["name"], []).append((place, run))
 
     def of(self, config: Config) -> list[Location]:
@@ -53,10 +55,10 @@ class Leftover:
         return None
 
     def is_used_up(self, output: str) -> bool:
-        """Whether all models that it is of are trained."""
+        """Whether all models that it is of are trained; never if one of its checkpoints does not tell whose it is."""
         runs = [found[0][1]["config"] for found in self._found.values()]
-        with contextlib.suppress(pydantic.ValidationError):  # of a version with other settings
-            return all(is_trained(Config.model_validate({**values, "output": output})) for values in runs)
+        with contextlib.suppress(pydantic.ValidationError, UserError):  # of a version with other settings, or of another format
+            return not self._unread and all(is_trained(Config.model_validate({**values, "output": output})) for values in runs)
         return False
 
 

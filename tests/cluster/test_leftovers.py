@@ -133,3 +133,19 @@ def test_a_model_finds_its_checkpoints_in_the_folder_of_any_group(tmp_path, fini
     assert found.final(mine) is None, "it is damaged"
     (group / newest.name / "run.json").write_text(json.dumps({"epoch": 2})[:5])
     assert Leftover(at(group)).of(mine) == [older]
+
+
+@pytest.mark.parametrize("content", ['{"version": 1, "epoch": 7}', '{"version": 2, "epo', None])
+def test_checkpoints_that_do_not_tell_whose_they_are_are_left_to_their_training(tmp_path, content):
+    """Those of another version of this program, which a rerun with that one goes on from, and damaged ones."""
+    config, train = settings(tmp_path, "--name", "mine"), tmp_path / "train"
+    place = train / "2_models-0123456789ab" / "checkpoint_2026-01-01_00-00-01"
+    place.mkdir(parents=True)
+    if content is not None:
+        (place / "run.json").write_text(content)
+    with contextlib.ExitStack() as stack:
+        assert list(left_by_others([config], at(train / "mine-ba9876543210"), stack)) == []
+    place.rename(tmp_path / "elsewhere")
+    with contextlib.ExitStack() as stack:
+        (empty,) = left_by_others([config], at(train / "mine-ba9876543210"), stack)
+        assert empty.is_used_up(str(tmp_path)), "there is nothing in it"
