@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -27,14 +28,22 @@ from dmat_ray.wording import number_of
 
 
 class _NamedContext(RayContext):
-    """Goes on from the group's checkpoints only if they belong to this run, and without any from those `left` by other groups."""
+    """Goes on from what has come furthest: the group's checkpoints that belong to this run, or those `left` by other groups."""
 
     def __init__(self, name: str, mailbox: str, left: Sequence[str], *, wait: bool) -> None:
         super().__init__(name, mailbox, wait=wait)
         self._left = left
 
     def checkpoints(self) -> Sequence[str]:
-        return self._of_group() or self._left
+        """See RunContext. Those of the group in their order, each of the others before the first that has not come so far."""
+        found = list(self._of_group())
+        reached = [_reached(folder) for folder in found] if self._left else []
+        for folder in self._left:
+            here = _reached(folder)
+            place = next((i for i, other in enumerate(reached) if other < here), len(found))
+            found.insert(place, folder)
+            reached.insert(place, here)
+        return found
 
     def _of_group(self) -> Sequence[str]:
         found = super().checkpoints()
@@ -46,12 +55,24 @@ class _NamedContext(RayContext):
         return [folder for folder, name in zip(found[:last], names[:last], strict=True) if name in (self._name, None)]
 
 
-def _run_name(folder: str) -> str | None:
-    """Whose a checkpoint is; None for one that is damaged."""
+def _run(folder: str) -> dict[str, Any] | None:
+    """run.json of a checkpoint; None of one that is damaged."""
     try:
-        return str(checkpoint.read_run(folder)["config"]["name"])
+        return checkpoint.read_run(folder)
     except UserError:
         return None
+
+
+def _run_name(folder: str) -> str | None:
+    """Whose a checkpoint is; None for one that is damaged."""
+    run = _run(folder)
+    return None if run is None else str(run["config"]["name"])
+
+
+def _reached(folder: str) -> tuple[float, float]:
+    """The epochs that a checkpoint has behind it, and the steps of the next; a damaged one, which is told, is before all."""
+    run = _run(folder)
+    return (math.inf, 0) if run is None else (run["epoch"], run["step"])
 
 
 def worker(settings: dict[str, Any]) -> None:
@@ -65,7 +86,7 @@ def _train(settings: dict[str, Any]) -> None:
     configs = [Config.model_validate(c) for c in settings["configs"]]
     names = [c.name for c in configs]
     current = next(filter(None, map(_run_name, RayContext("", settings["mailbox"]).checkpoints())), None)
-    if current is not None:
+    if current in names:  # else it is finished in another group
         # the runs before it are finished: they come in order
         configs = configs[names.index(current) :]
     torch.set_num_threads(configs[0].cluster.threads_per_worker)
@@ -96,8 +117,8 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
     """Train models that `untrained` returned. Ray must be connected.
 
     All runs share one worker group, one after the other: its start-up is paid once. A rerun after a crash goes on from the
-    latest checkpoint, whichever models are trained beside it; what a training that fails has finished is published. Asked to stop
-    (SIGTERM, Ctrl-C) it has a checkpoint written, and raises SystemExit.
+    furthest checkpoint, whichever models are or were trained beside it; what a training that fails has finished is published.
+    Asked to stop (SIGTERM, Ctrl-C) it has a checkpoint written, and raises SystemExit.
     """
     for config in todo:
         tell_of_older(config, say)
@@ -150,7 +171,7 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
             session.await_machines(first.cluster, say, least, streamed=streamed)
             say(f"starting {number_of(most, 'worker', least)} to train {', '.join(c.name for c in configs)}")
             for c in configs:  # what a killed driver could not send any more; what the server has is not sent again
-                for metrics in next(filter(None, (found.history(c) for found in (Leftover(folder), *leftovers))), []):
+                for metrics in max((found.history(c) for found in (Leftover(folder), *leftovers)), key=len):
                     told[c.name] = int(metrics["epoch"])
                     runs[c.name].metrics(metrics, step=told[c.name])
             left = {c.name: [str(place) for found in leftovers for place in found.of(c)] for c in configs}

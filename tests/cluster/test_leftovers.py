@@ -6,14 +6,15 @@ import shutil
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from searches import tuned
 from small import settings
 
 from dmat_ray import lease, models, trainer
-from dmat_ray.cluster import train, tune
-from dmat_ray.cluster.context import next_name
+from dmat_ray.cluster import leftovers, train, tune
+from dmat_ray.cluster.context import RayContext, next_name, stored_checkpoints
 from dmat_ray.cluster.leftovers import Leftover, left_by_others
 from dmat_ray.config import Config
 from dmat_ray.data.manifold_set import open_set
@@ -149,3 +150,64 @@ def test_checkpoints_that_do_not_tell_whose_they_are_are_left_to_their_training(
     with contextlib.ExitStack() as stack:
         (empty,) = left_by_others([config], at(train / "mine-ba9876543210"), stack)
         assert empty.is_used_up(str(tmp_path)), "there is nothing in it"
+
+
+def left(group: Path, second: int, name: str, epoch: int, step: int = 0) -> str:
+    """What a training that was killed after so many epochs, and steps of the next, has left in the folder of its group."""
+    place = group / f"checkpoint_2026-01-01_00-00-0{second}"
+    place.mkdir(parents=True)
+    history = [{"epoch": float(k)} for k in range(1, epoch + 1)]
+    run = {"version": 2, "config": {"name": name}, "epoch": epoch, "step": step, "finished": False, "history": history}
+    (place / "run.json").write_text(json.dumps(run))
+    return str(place)
+
+
+def test_a_model_goes_on_from_its_furthest_checkpoint_whichever_groups_have_them(tmp_path, monkeypatch):
+    """Nothing is started here: what the workers would be given, and what MLflow is told of the epochs before."""
+    a, b = (settings(tmp_path, "--name", name) for name in "ab")
+    own = tmp_path / "train" / "2_models-aaaaaaaaaaaa"
+    damaged = own / "checkpoint_2026-01-01_00-00-09"
+    mine = [left(own, 2, "a", 3, step=5), left(own, 1, "a", 3)]
+    damaged.mkdir()
+    others = [left(tmp_path / "train" / "2_models-bbbbbbbbbbbb", 4, "a", 3, step=2), left(tmp_path / "train" / "a-c", 3, "a", 7)]
+    left(tmp_path / "train" / "b-c", 3, "b", 9)
+    given, told = [], []
+
+    def fit(worker, given_settings, *_, **__):
+        given.append(given_settings)
+        raise InterruptedError
+
+    run = SimpleNamespace(metrics=lambda values, step: told.append(step))
+    monkeypatch.setattr(train, "training_folder", lambda todo: at(own))
+    monkeypatch.setattr(train, "_key", lambda config: "")
+    monkeypatch.setattr(train, "read_manifest", lambda place: {"data": {}})
+    monkeypatch.setattr(train, "listen", lambda *_: contextlib.nullcontext("mailbox"))
+    monkeypatch.setattr(train.tracking, "tracked", lambda *_, **__: contextlib.nullcontext(run))
+    monkeypatch.setattr(train.session, "await_machines", lambda *_: None)
+    monkeypatch.setattr(train.workers, "fit", fit)
+    monkeypatch.setattr(leftovers, "is_of", lambda *_: True)
+    with pytest.raises(InterruptedError):
+        train.train_models([a, b], print)
+    assert told == [*range(1, 8), *range(1, 10)]
+
+    monkeypatch.setattr(RayContext, "checkpoints", lambda self: [str(place) for place in stored_checkpoints(own)])
+    context = object.__new__(train._NamedContext)
+    context._name, context._left = "a", given[0]["left"]["a"]
+    assert context.checkpoints() == [str(damaged), others[1], mine[0], others[0], mine[1]]
+
+
+def test_what_another_group_has_finished_is_no_more_trained(tmp_path, monkeypatch):
+    """The newest checkpoint of the group is of a, which has meanwhile ended in another group."""
+    trained = []
+    latest = left(tmp_path / "2_models-aaaaaaaaaaaa", 1, "a", 3)
+    context = SimpleNamespace(checkpoints=lambda: [latest], device="cpu")
+    monkeypatch.setattr(train, "RayContext", lambda *_: context)
+    monkeypatch.setattr(train, "_NamedContext", lambda *_, **__: context)
+    monkeypatch.setattr(train.manifold_set, "open_set", lambda *_, **__: SimpleNamespace())
+    monkeypatch.setattr(train.generators, "load_configured", lambda *_: None)
+    monkeypatch.setattr(train, "train", lambda config, *_, **__: trained.append(config.name))
+    configs = {name: settings(tmp_path, "--name", name).to_json() for name in "abc"}
+    for todo, expected in (("bc", ["b", "c"]), ("abc", ["a", "b", "c"]), ("bac", ["a", "c"])):
+        trained.clear()
+        train._train({"configs": [configs[name] for name in todo], "mailbox": "mailbox", "set": "set"})
+        assert trained == expected
