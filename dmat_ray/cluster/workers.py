@@ -3,13 +3,19 @@
 from collections.abc import Callable
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 
+from dmat_ray.checkpoint import is_whole
 from dmat_ray.cluster import session
 from dmat_ray.cluster.context import stored_checkpoints
 from dmat_ray.config import ClusterConfig
+from dmat_ray.errors import UserError
+from dmat_ray.folders import fetched
 from dmat_ray.storage import Location, Place, at
+
+SNAPSHOT = "checkpoint_manager_snapshot.json"  # in which Ray Train notes the checkpoints that it knows
 
 
 def fit(
@@ -31,6 +37,7 @@ def fit(
     place = at(folder)
     while True:
         before = stored_checkpoints(place)[:1]
+        _mend(place, keep)
         try:
             return _fit(worker, settings, cluster, place, keep, elastic)
         except ray.train.TrainingFailedError:
@@ -38,6 +45,28 @@ def fit(
             if cluster.max_failures == 0 or told is not None or stored_checkpoints(place)[:1] == before:
                 raise
             say(f"workers failed {cluster.max_failures + 1} times, and have come further: going on")
+
+
+def _mend(place: Location, keep: int | None) -> None:
+    """Remove Ray Train's snapshot if it would not begin with it: one that is half written, or names a checkpoint that is gone.
+
+    Nothing needs it: workers look for the checkpoints themselves. Those that Ray then does not know of, and so would keep, are
+    removed but for the newest, of which `keep` are whole.
+    """
+    try:
+        known = (place / SNAPSHOT).read_json()
+        names = {result["checkpoint_dir_name"] for result in known["checkpoint_results"]}
+        if known["ray_version"] == ray.__version__ and names <= {found.name for found in stored_checkpoints(place)}:
+            return
+    except (FileNotFoundError, UserError, KeyError, TypeError):
+        pass
+    (place / SNAPSHOT).unlink()
+    whole = 0
+    for found in [] if keep is None else stored_checkpoints(place):
+        if whole == keep:
+            found.remove()
+        else:
+            whole += is_whole(fetched(found))
 
 
 def _fit(

@@ -1,5 +1,6 @@
 """What unfinished trainings have left, of whichever group. In test_resume.py one is killed, and another goes on from it."""
 
+import asyncio
 import contextlib
 import json
 import shutil
@@ -9,11 +10,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ray.train.torch
+from ray.train import CheckpointConfig, RunConfig
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
+from ray.train.v2._internal.execution.storage import StorageContext
+from ray.train.v2._internal.execution.training_report import _TrainingReport
 from searches import tuned
 from small import settings
 
-from dmat_ray import lease, models, trainer
-from dmat_ray.cluster import leftovers, train, tune
+from dmat_ray import checkpoint, lease, models, trainer
+from dmat_ray.cluster import leftovers, train, tune, workers
 from dmat_ray.cluster.context import RayContext, next_name, stored_checkpoints
 from dmat_ray.cluster.leftovers import Leftover, left_by_others
 from dmat_ray.config import Config
@@ -211,3 +217,52 @@ def test_what_another_group_has_finished_is_no_more_trained(tmp_path, monkeypatc
         trained.clear()
         train._train({"configs": [configs[name] for name in todo], "mailbox": "mailbox", "set": "set"})
         assert trained == expected
+
+
+@pytest.mark.parametrize(
+    ("damage", "known", "stored"),
+    [
+        (lambda noted, newest: None, [3, 4], [4, 3, 1, 0]),
+        (lambda noted, newest: noted.unlink(), [], [4, 3, 1]),
+        (lambda noted, newest: noted.write_bytes(b""), [], [4, 3, 1]),
+        (lambda noted, newest: noted.write_text('["checkpoint_results"]'), [], [4, 3, 1]),
+        (lambda noted, newest: noted.write_text('{"ray_version": "2.0", "checkpoint_results": []}'), [], [4, 3, 1]),
+        (lambda noted, newest: shutil.rmtree(newest), [], [3, 1]),
+    ],
+    ids=["none", "lost", "empty", "list", "older", "removed"],
+)
+def test_a_training_goes_on_whatever_has_become_of_what_ray_notes(tmp_path, monkeypatch, damage, known, stored):
+    """Ray's own code begins, but for the workers: 3 and 4 are registered, of 4 a file is damaged, 0 and 1 are nobody's."""
+
+    class Trainer:
+        def __init__(self, worker, *, run_config, **_):
+            storage = StorageContext(run_config.storage_path, run_config.name, run_config.storage_filesystem)
+            self.manager = CheckpointManager(run_config.checkpoint_config, storage)
+            self.storage = storage
+
+        def fit(self):
+            return [int(Path(result.checkpoint.path).name.split("_")[1]) for result in self.manager._checkpoint_results]
+
+    def sealed(number):
+        place = tmp_path / "dmat" / f"checkpoint_{number}"
+        place.mkdir(parents=True)
+        (place / "model").write_text(str(number))
+        checkpoint.seal(place, "run.json", {})
+        return place
+
+    async def register():
+        trainer = Trainer(None, run_config=RunConfig(name="dmat", storage_path=str(tmp_path), checkpoint_config=two))
+        for number in (3, 4):
+            kept = ray.train.Checkpoint(str(sealed(number)), trainer.storage.storage_filesystem)
+            trainer.manager.register_checkpoint(_TrainingReport(checkpoint=kept, metrics={}, validation=False))
+
+    two = CheckpointConfig(num_to_keep=2)
+    asyncio.run(register())
+    sealed(0)
+    sealed(1)
+    newest = tmp_path / "dmat" / "checkpoint_4"
+    (newest / "model").write_text("half")
+    damage(tmp_path / "dmat" / "checkpoint_manager_snapshot.json", newest)
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", Trainer)
+    assert workers.fit(print, {}, settings(tmp_path).cluster, tmp_path / "dmat", print, keep=2) == known
+    assert [int(place.name.split("_")[1]) for place in stored_checkpoints(tmp_path / "dmat")] == stored

@@ -39,6 +39,8 @@ def test_killed_driver_of_a_training_goes_on_from_a_checkpoint_that_is_whole(tmp
     (tmp_path / "mlflow.db").unlink()  # as if it had been told nothing
     newest = max((tmp_path / "train").rglob("checkpoint_*/state.pt"))
     newest.write_bytes(newest.read_bytes()[:1000])
+    (noted,) = (tmp_path / "train").rglob("checkpoint_manager_snapshot.json")
+    noted.write_bytes(b"")  # as a full disk leaves what is written in place
     resumed = finish(start_job("train.py", tmp_path, *options))
     assert f"'{newest.parent}' is damaged: its state.pt is not what was written; going back to the one before" in resumed
     assert "going on with epoch 2, with 2 workers" in resumed
