@@ -66,6 +66,21 @@ def is_trained(config: Config, folder: Location) -> bool:
     )
 
 
+def _label(config: Config) -> str:
+    """What folders of trainings of these settings, for this generator, are called up to the number of workers."""
+    sha = generators.fingerprint(config.generator.path)
+    digest = text_digest(f"{sha} {config.generator.precision} {config.encoder.fingerprint()}")[:12]
+    return f"encoder-{digest}-"
+
+
+def _sweep(config: Config) -> None:
+    """Remove what trainings have left that were killed in their last moment, when the encoder was there; not of one at work."""
+    for left in (at(config.output) / "train").folders():
+        if left.name.startswith(_label(config)):
+            with suppress(UserError), sole(left):
+                left.remove()
+
+
 def train(config: Config, folder: Location, command: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Train an encoder for `config.generator` and write it to `folder`; returns its card. Ray must be connected.
 
@@ -74,8 +89,7 @@ def train(config: Config, folder: Location, command: str, say: Callable[[str], N
     """
     storage = at(config.output) / "train"
     sha = generators.fingerprint(config.generator.path)
-    digest = text_digest(f"{sha} {config.generator.precision} {config.encoder.fingerprint()}")[:12]
-    name = f"encoder-{digest}-{config.cluster.train_workers}"
+    name = f"{_label(config)}{config.cluster.train_workers}"
     others = [p.name for p in storage.folders() if p.name.startswith("encoder-") and p.name != name]
     if others:
         say(f"'{storage}' holds unfinished trainings of other settings, which this one leaves: " + ", ".join(others))
@@ -132,6 +146,7 @@ def train_encoder(config: Config, overwrite: bool, command: str, say: Callable[[
     folder = at(config.output) / FOLDER
     encoder_trainer.check_workers(config.encoder, config.cluster.train_workers)
     if not overwrite and is_trained(config, folder):
+        _sweep(config)
         say("is trained already and unchanged, nothing to do")
         return folder
     generators.load_configured(config.generator)  # a bad generator ends here, before Ray starts

@@ -71,9 +71,11 @@ def project(
 def train(configs: list[Config], say: Callable[[str], None], parent: "tracking.Run | None" = None) -> list[Location]:
     """Training, tracked. Returns the folders of the models."""
     from dmat_ray import models
+    from dmat_ray.cluster import leftovers
     from dmat_ray.cluster import train as stage
 
     todo = models.untrained(configs, say)
+    leftovers.sweep(at(configs[0].output) / "train", [c for c in configs if c not in todo])
     if todo:
         with connected(configs[0].cluster, configs[0].output, say, (TRAIN,)):
             stage.train_models(todo, say, parent)

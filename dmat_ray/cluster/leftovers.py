@@ -62,15 +62,34 @@ class Leftover:
         return False
 
 
+def _folders(storage: Location, configs: list[Config]) -> Iterator[Location]:
+    """Those of trainings of models that are called as these are, and of groups."""
+    names = {config.name for config in configs}
+    for folder in storage.folders():
+        label = folder.name.rsplit("-", 1)[0]
+        if label in names or re.fullmatch(rf"\d+_{GROUP}", label):
+            yield folder
+
+
+def sweep(storage: Location, trained: list[Config]) -> None:
+    """Remove what is used up of these models' trainings, and of groups': the job that published them was killed before it could.
+
+    Where another job is at work nothing is removed.
+    """
+    for folder in _folders(storage, trained) if trained else ():
+        if Leftover(folder).is_used_up(trained[0].output):
+            with contextlib.suppress(UserError), sole(folder):
+                if Leftover(folder).is_used_up(trained[0].output):  # as it is now that nobody else writes
+                    folder.remove()
+
+
 def left_by_others(todo: list[Config], own: Location, stack: contextlib.ExitStack) -> Iterator[Leftover]:
     """What lies beside the folder `own` of a training of these models, and is of one of them, or of none that is not trained.
 
     Where another job is at work is left out; until `stack` is closed none begins there. Other models' is left to their trainings.
     """
-    names = {config.name for config in todo}
-    for folder in own.parent.folders():
-        label = folder.name.rsplit("-", 1)[0]
-        if folder.name != own.name and (label in names or re.fullmatch(rf"\d+_{GROUP}", label)):
+    for folder in _folders(own.parent, todo):
+        if folder.name != own.name:
             with contextlib.ExitStack() as held:
                 try:
                     held.enter_context(sole(folder))

@@ -128,6 +128,7 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
         lease = stack.enter_context(sole(folder))  # the same job may have been submitted twice
         if all(map(is_trained, todo)):
             say("another job has meanwhile trained this")
+            folder.remove()  # as it would have, had it not been killed when it had published this
             return
         leftovers = list(left_by_others(todo, folder, stack))
         final = {c.name: _first(found.final(c) for found in leftovers) for c in todo}

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -20,6 +21,7 @@ from dmat_ray import cli
 from dmat_ray.cluster import encoder as stage
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
+from dmat_ray.lease import sole
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators
 from dmat_ray.manifold.encoder import Encoder, load_encoder, locate_encoder
@@ -139,8 +141,17 @@ def test_a_killed_worker_is_replaced_and_the_numbers_are_those_of_a_plain_proces
 def test_an_encoder_that_is_there_is_trained_once_and_not_replaced_unasked(
     output: Path, generator_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    left = output / "train" / f"{stage._label(settings(output, generator_folder))}2"
+    another = output / "train" / "encoder-0123456789ab-1"
+    for place in (left, another):
+        (place / "checkpoint_0").mkdir(parents=True)
+    with sole(left):
+        run_job(monkeypatch, *arguments(output, generator_folder))
+        assert left.is_dir(), "another job is at work there"
     run_job(monkeypatch, *arguments(output, generator_folder))
-    assert "is trained already and unchanged, nothing to do" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("is trained already and unchanged, nothing to do") == 2
+    assert list((output / "train").iterdir()) == [another], "what a kill after the last moment but one had left is gone"
+    shutil.rmtree(another)
     with pytest.raises(SystemExit) as stopped:
         run_job(monkeypatch, *arguments(output, generator_folder, "--encoder.seed", "5"))
     assert stopped.value.code == 2

@@ -19,7 +19,7 @@ from searches import tuned
 from small import settings
 
 from dmat_ray import checkpoint, lease, models, trainer
-from dmat_ray.cluster import leftovers, train, tune, workers
+from dmat_ray.cluster import jobs, leftovers, train, tune, workers
 from dmat_ray.cluster.context import RayContext, next_name, stored_checkpoints
 from dmat_ray.cluster.leftovers import Leftover, left_by_others
 from dmat_ray.config import Config
@@ -134,6 +134,23 @@ def test_a_model_finds_its_checkpoints_in_the_folder_of_any_group(tmp_path, fini
     assert not found.is_used_up(str(tmp_path))
     models.publish(newest, models.model_folder(mine))
     assert found.is_used_up(str(tmp_path))
+
+    kept = shutil.copytree(group, tmp_path / "kept")
+    unfinished = left(tmp_path / "train" / "2_models-ba9876543210", 1, "other", 3)
+    said: list[str] = []
+    with sole(group):
+        jobs.train([mine], said.append)
+        assert group.is_dir(), "another job is at work there"
+    jobs.train([mine], said.append)
+    assert said == 2 * ["mine: is trained already and unchanged, nothing to do"]
+    assert not group.exists(), "who published it was killed before this"
+    own = train.training_folder([mine]).local
+    left(own, 1, "mine", 3)
+    train.train_models([mine], said.append)
+    assert said[-1] == "another job has meanwhile trained this"
+    assert not own.exists()
+    assert Path(unfinished).is_dir()
+    kept.rename(group)
 
     content = (group / newest.name / "model.safetensors").read_bytes()
     (group / newest.name / "model.safetensors").write_bytes(content[:-1])
