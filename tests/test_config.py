@@ -271,15 +271,21 @@ def test_steps_that_do_not_reach_the_border_are_refused() -> None:
     EvaluationConfig.model_validate({"attacks": [{"threat": "image", "name": "mine", **short, "eps": 0.15, "curve": [0.3]}]})
     # in a unit box they are refused where they would be made, since models have recorded such settings
     blank = Batch(["blank"], torch.zeros(1, 1, 32, 32), torch.zeros(1, dtype=torch.int64))
-    told = (
-        r"20 steps of step_size 0\.00392 end 0\.0784 .* half of the unit box is 0\.5: .*\(2\.5 boxes / steps\), or 0\.025 or more"
-    )
+    least = r"the least that makes sense in a unit box is 0\.4"
+    told = rf"20 steps of step_size 0\.00392 end 0\.0784 .* {least}: .*2\.5 boxes / steps\), or 0\.02 or more"
     for threat in ("fog", "snow", "gabor"):
         box = {"threat": threat, "steps": 20, "step_size": 1 / 255}
         term = ObjectiveConfig.model_validate({"more": {"box": {**box, "weight": 1}}}).more["box"]
         row, *others = [
             ROWS[threat].model_validate({**box, "name": "mine", **other})
-            for other in ({}, {"step_size": None}, {"step_size": 0.025}, {"steps": 128}, {"method": "apgd"})
+            for other in (
+                {},
+                {"step_size": None},
+                {"step_size": 0.02},
+                {"steps": 103},
+                {"steps": 200, "step_size": (0.001 / 200) ** 0.5},
+                {"method": "apgd"},
+            )
         ]
         for search in (term, row):
             with pytest.raises(UserError, match=told):

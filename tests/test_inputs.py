@@ -86,7 +86,7 @@ def test_other_inputs_are_looked_at(small_net: nn.Module, generator: StyleGAN2, 
         (lambda: attack_images(small_net, image, X, Y, steps=3, step_size=1 / 255), "3 steps of step_size 0.00392 .* weak"),
         (
             lambda: attack_images(small_net, build_threat("fog"), X, Y, steps=20, step_size=1 / 255),
-            r"20 steps of step_size 0.00392 .* half of the unit box is 0\.5: a weak attack",
+            r"20 steps of step_size 0.00392 .* in a unit box is 0\.4: a weak attack",
         ),
         (lambda: build_threat("latent"), r"threat latent moves w; give its generator, as build_threat\('latent', generator="),
         (lambda: build_threat("image", eps=8), "threat image: eps is 8, but pixels are in .* did you mean 8/255?"),
