@@ -25,7 +25,8 @@ import pyarrow as pa
 from generator import ALLOCATOR, restart_with
 
 from dmat_ray import cli
-from dmat_ray.cluster.session import connected, prepare_environment
+from dmat_ray.cluster.environment import prepare_environment
+from dmat_ray.cluster.session import connected
 from dmat_ray.config import Config
 from dmat_ray.data import set_format, set_writer
 from dmat_ray.data.sources import Listing, list_examples

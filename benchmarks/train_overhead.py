@@ -24,7 +24,7 @@ from generator import prepared, quartiles, record
 from torch import Tensor
 
 from dmat_ray import cli
-from dmat_ray.cluster.session import prepare_environment
+from dmat_ray.cluster.environment import prepare_environment
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext

@@ -13,7 +13,7 @@ OUTPUT, METHODS, EPOCHS, WORKERS = "runs/on_a_cluster", ("standard", "dmat"), 4,
 
 # %% Settings are made before Ray is imported, which reads its environment once
 from dmat_ray import settings, terminal_table
-from dmat_ray.cluster.session import prepare_environment
+from dmat_ray.cluster.environment import prepare_environment
 
 sizes = {"cluster": {"train_workers": WORKERS}, "training": {"epochs": EPOCHS, "lr_epochs": [0, 1, 3, EPOCHS]}}
 configs = {name: settings("demo", name, "small", name=name, output=OUTPUT, **sizes) for name in METHODS}

@@ -3,7 +3,7 @@
 import argparse
 
 from dmat_ray import cli
-from dmat_ray.cluster.session import prepare_environment
+from dmat_ray.cluster.environment import prepare_environment
 from dmat_ray.errors import UserError
 
 

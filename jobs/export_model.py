@@ -7,7 +7,7 @@ python jobs/export_model.py --output runs/demo --models dmat --register digits -
 import argparse
 
 from dmat_ray import cli
-from dmat_ray.cluster.session import prepare_environment
+from dmat_ray.cluster.environment import prepare_environment
 from dmat_ray.folders import replace_folder
 from dmat_ray.storage import at
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dmat_ray import cli, presets
-from dmat_ray.cluster.session import prepare_environment
+from dmat_ray.cluster.environment import prepare_environment
 from dmat_ray.config import Config, ObjectiveConfig
 from dmat_ray.errors import UserError
 

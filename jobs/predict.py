@@ -7,7 +7,7 @@ python jobs/predict.py --output runs/demo --model dmat --images s3://bucket/phot
 import argparse
 
 from dmat_ray import cli
-from dmat_ray.cluster.session import prepare_environment
+from dmat_ray.cluster.environment import prepare_environment
 from dmat_ray.errors import UserError
 from dmat_ray.storage import at
 

@@ -1,7 +1,7 @@
 """Project every image into the generator's W+ space: an on-manifold data set in Parquet, with its manifest."""
 
 from dmat_ray import cli
-from dmat_ray.cluster.session import prepare_environment
+from dmat_ray.cluster.environment import prepare_environment
 
 
 def main() -> None:

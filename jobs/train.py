@@ -1,7 +1,7 @@
 """Train one classifier on the on-manifold set of the output folder, on Ray Train; a rerun goes on where it stopped."""
 
 from dmat_ray import cli
-from dmat_ray.cluster.session import prepare_environment
+from dmat_ray.cluster.environment import prepare_environment
 
 
 def main() -> None:

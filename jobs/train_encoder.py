@@ -5,7 +5,7 @@ import shlex
 import sys
 
 from dmat_ray import cli
-from dmat_ray.cluster.session import prepare_environment
+from dmat_ray.cluster.environment import prepare_environment
 
 
 def add(parser: argparse.ArgumentParser) -> None:

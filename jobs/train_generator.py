@@ -6,7 +6,7 @@ import sys
 from contextlib import suppress
 
 from dmat_ray import cli
-from dmat_ray.cluster.session import prepare_environment
+from dmat_ray.cluster.environment import prepare_environment
 from dmat_ray.errors import UserError
 from dmat_ray.storage import local_output
 

@@ -12,7 +12,7 @@ import argparse
 import re
 
 from dmat_ray import cli
-from dmat_ray.cluster.session import prepare_environment
+from dmat_ray.cluster.environment import prepare_environment
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
 from dmat_ray.storage import local_output

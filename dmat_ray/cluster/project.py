@@ -12,7 +12,7 @@ from typing import Any
 import ray.data
 
 from dmat_ray.checkpoint import versions
-from dmat_ray.cluster import gauges, pools, session
+from dmat_ray.cluster import environment, gauges, pools, session
 from dmat_ray.cluster.shard_projector import ShardProjector
 from dmat_ray.cluster.shard_tasks import as_bytes, read_shard, write_shard
 from dmat_ray.cluster.silence import breaking_silence
@@ -110,7 +110,7 @@ def _dataset(
     cluster = config.cluster
     actors = min(cluster.projection_actors, len(todo))
     # alone on a machine, more readers than cores would only be more processes to start
-    tasks = ray.data.TaskPoolStrategy(size=max(1, (os.cpu_count() or 1) // 2)) if session.is_own(cluster) else None
+    tasks = ray.data.TaskPoolStrategy(size=max(1, (os.cpu_count() or 1) // 2)) if environment.is_own(cluster) else None
     # one block a shard: Ray then hands out whole shards
     rows = [{"name": shard.name, "payload": as_bytes(shard.rows).to_pybytes(), "rejected": "{}"} for shard in todo]
     shards = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(

@@ -14,7 +14,7 @@ from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlg
 from ray.tune.search.optuna import OptunaSearch
 from ray.tune.search.sample import Categorical
 
-from dmat_ray.cluster import session
+from dmat_ray.cluster import environment, session
 from dmat_ray.cluster.spaces import Space
 from dmat_ray.cluster.trial import Work, state_of
 from dmat_ray.config import ClusterConfig, TuneConfig
@@ -126,7 +126,7 @@ def resources(alone: bool, cluster: ClusterConfig, at_once: int, *, turns: bool 
     if not alone:
         # never all of it: Ray Train's own helpers, those of other jobs too, take thousandths, and a training waits for them
         return {"node:__internal_head__": (int(1e4 / (at_once + 1)) + 1) / 1e4 if turns else 0.001}
-    if turns and session.is_own(cluster):
+    if turns and environment.is_own(cluster):
         # of what is free now, or nobody would ever have room
         need["CPU"] = max(need["CPU"], int(1e4 * ray.available_resources().get("CPU", 0) / at_once) / 1e4)
     return need
@@ -159,13 +159,13 @@ def trials_at_once(config: TuneConfig, cluster: ClusterConfig, *, alone: bool, s
             f"{number_of(workers, 'worker')} of a trial take{'s' if workers == 1 else ''} all {cpus:g} CPUs, and training.loader "
             "stream needs another; lower cluster.threads_per_worker, or give training.loader memory"
         )
-    if config.scheduler == "pbt" and config.max_concurrent is not None and not session.is_own(cluster):
+    if config.scheduler == "pbt" and config.max_concurrent is not None and not environment.is_own(cluster):
         raise UserError(
             "tune.scheduler pbt lets its population take turns on what the cluster has; leave tune.max_concurrent out"
         )
-    if alone and config.max_concurrent is not None and not session.is_own(cluster):
+    if alone and config.max_concurrent is not None and not environment.is_own(cluster):
         return config.max_concurrent  # those that wait are what an autoscaler goes by
-    if session.is_own(cluster) and cluster.gpus_per_worker == 0:
+    if environment.is_own(cluster) and cluster.gpus_per_worker == 0:
         # a Ray of its own has more logical CPUs than there are cores, for its helpers
         room = min(room, max(1, (os.cpu_count() or 1) // (workers * cluster.threads_per_worker)))
     if not alone:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dmat_ray import checkpoint, trained_settings
-from dmat_ray.cluster import gauges, session, tracking, workers
+from dmat_ray.cluster import environment, gauges, session, tracking, workers
 from dmat_ray.cluster.context import RayContext, StoppedError
 from dmat_ray.cluster.events import heed_stop, listen, no_retry_of_user_errors
 from dmat_ray.cluster.ingest import Streamed
@@ -166,7 +166,7 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
         lease.when_lost(asked.set)  # the other goes on with this
         mailbox = stack.enter_context(listen(handle, asked))
         if configs:
-            count = session.worker_count(first.cluster)
+            count = environment.worker_count(first.cluster)
             least, most = (count, count) if isinstance(count, int) else count
             streamed = most if first.training.loader == "stream" else 0
             session.await_machines(first.cluster, say, least, streamed=streamed)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import ray.tune
 from ray.tune.experiment.trial import Trial as TuneTrial
 
-from dmat_ray.cluster import abandoned, champion, searchers, session, tracking
+from dmat_ray.cluster import abandoned, champion, environment, searchers, session, tracking
 from dmat_ray.cluster.search_plan import SEARCH, Plan
 from dmat_ray.cluster.trial import run
 from dmat_ray.cluster.trial_watch import Tell, Watcher, watched
@@ -103,7 +103,7 @@ def _search(plan: Plan, lease: Lease, say: Callable[[str], None], *, resume: boo
     config, tune = plan.config, plan.config.tune
     if resume and not (plan.folder / SEARCH).is_file():
         say(f"there is no search in '{plan.folder}' yet: beginning one")
-    if not session.is_own(config.cluster):
+    if not environment.is_own(config.cluster):
         session.await_machines(config.cluster, say)
     streamed = config.training.loader == "stream"
     at_once = searchers.trials_at_once(tune, config.cluster, alone=plan.work.is_alone, streamed=streamed)

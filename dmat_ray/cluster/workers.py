@@ -8,7 +8,7 @@ import ray.train
 import ray.train.torch
 
 from dmat_ray.checkpoint import is_whole
-from dmat_ray.cluster import session
+from dmat_ray.cluster import environment, session
 from dmat_ray.cluster.context import stored_checkpoints
 from dmat_ray.config import ClusterConfig
 from dmat_ray.errors import UserError
@@ -82,7 +82,7 @@ def _fit(
         train_loop_config=settings,
         torch_config=ray.train.torch.TorchConfig(backend="gloo" if session.has_no_device(cluster) else None),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=session.worker_count(cluster) if elastic else cluster.train_workers,
+            num_workers=environment.worker_count(cluster) if elastic else cluster.train_workers,
             use_gpu=cluster.gpus_per_worker > 0,
             resources_per_worker=session.worker_resources(cluster),
             **({"elastic_resize_monitor_interval_s": cluster.resize_seconds} if elastic else {}),

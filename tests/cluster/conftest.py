@@ -10,7 +10,8 @@ import pytest
 import s3
 from small import settings
 
-from dmat_ray.cluster.session import connected, prepare_environment
+from dmat_ray.cluster.environment import prepare_environment
+from dmat_ray.cluster.session import connected
 from dmat_ray.config import ClusterConfig, Config
 
 # before any test module imports ray, which reads some of these once and for all

@@ -12,7 +12,7 @@ from ray.cluster_utils import Cluster
 from small import SMALL, history, processes_below, wait_for
 from spot_metadata import metadata_server
 
-from dmat_ray.cluster.session import LOCAL_ENVIRONMENT
+from dmat_ray.cluster.environment import LOCAL_ENVIRONMENT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.exhaustive]
 ROOT = Path(__file__).parents[2]

@@ -19,8 +19,9 @@ from ray._private.runtime_env import packaging
 from small import settings
 
 from dmat_ray import models
-from dmat_ray.cluster import encoder, evaluate, gan, jobs, session, train
-from dmat_ray.cluster.session import connected, is_own, prepare_environment
+from dmat_ray.cluster import encoder, environment, evaluate, gan, jobs, session, train
+from dmat_ray.cluster.environment import is_own, prepare_environment
+from dmat_ray.cluster.session import connected
 from dmat_ray.config import ClusterConfig
 from dmat_ray.errors import UserError
 from dmat_ray.storage import at
@@ -196,7 +197,7 @@ def test_a_stage_asks_a_machine_for_gpus_of_its_own_workers_alone(monkeypatch, t
 @pytest.mark.usefixtures("one_gpu")
 def test_workers_of_a_training_do_not_share_a_gpu(monkeypatch):
     """Ray would let them, and NCCL would fail as often as the training may."""
-    monkeypatch.delenv(session.LOGICAL, raising=False)
+    monkeypatch.delenv(environment.LOGICAL, raising=False)
     half = ClusterConfig(gpus_per_worker=0.5)
     with pytest.raises(UserError, match=r"gpus_per_worker 0\.5 lets 2 DDP workers share a GPU"), connected(half):
         pass
