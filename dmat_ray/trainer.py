@@ -3,7 +3,6 @@
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from dmat_ray.pace import LEAST_STEPS, TELL_AFTER_S, Pace
 from dmat_ray.rng import derive
 from dmat_ray.schedules import learning_rate
 from dmat_ray.storage import Place
+from dmat_ray.training_progress import Progress, Sums
 from dmat_ray.training_step import TrainingStep
 from dmat_ray.types import Generator, RunContext
 from dmat_ray.validation import Validator
@@ -43,67 +43,6 @@ def check_inputs(config: Config, manifest: Mapping[str, Any], generator_sha256: 
         raise UserError("the on-manifold set has one class only")
     if config.training.images == "natural" and config.training.val_examples and config.training.best_metric == "val_latent":
         raise UserError("training.best_metric val_latent needs training.images on_manifold: natural images have no exact w")
-
-
-@dataclass
-class _Sums:
-    """Losses and accuracies of an epoch so far, on the device, and the first step where one was not finite."""
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    bad: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, metrics: Mapping[str, Tensor], step: int) -> None:
-        """A step's. Nothing waits for the device."""
-        for name, value in metrics.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.counts[name] = self.counts.get(name, 0) + 1
-            if name.endswith("loss"):
-                now = torch.where(torch.isfinite(value), -1, step)
-                self.bad[name] = torch.where(self.bad[name] < 0, now, self.bad[name]) if name in self.bad else now
-
-    def agree(self, context: RunContext) -> None:
-        """Give every worker the mean over workers, which is what a checkpoint holds; later means are as without it."""
-        # copies: a first step's value may be shared with what the step keeps
-        self.sums = {name: value.clone() for name, value in self.sums.items()}
-        context.average_([self.sums[name] for name in sorted(self.sums)])
-
-    def means(self, context: RunContext) -> dict[str, float]:
-        """Each metric's mean over its steps and all workers."""
-        names = sorted(self.sums)
-        values = torch.stack([self.sums[name] / self.counts[name] for name in names])
-        context.average_([values])
-        return {f"train_{name}": value for name, value in zip(names, values.tolist(), strict=True)}
-
-    def first_bad(self) -> tuple[int | None, str]:
-        """The first step with a loss that is not finite, counted from 0, and the term; None and "" if there is none."""
-        found = [(int(step), name) for name, step in self.bad.items() if int(step) >= 0]
-        # the whole loss is named only if no term alone is to blame
-        return min(found, key=lambda f: (f[0], f[1] == "loss")) if found else (None, "")
-
-
-@dataclass
-class _Progress:
-    """Where a training is: whole epochs, what is done of the next, and the best so far."""
-
-    epoch: int = 0
-    done: Done = NOTHING
-    sums: _Sums = field(default_factory=_Sums)
-    history: list[dict[str, float]] = field(default_factory=list)
-    best: dict[str, Any] | None = None  # metrics, and the state of the network that had them
-    finished: bool = False
-
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint; the history and the best metrics are in its run.json."""
-        best = None if self.best is None else self.best["network"]
-        return {"done": self.done.state(), "sums": self.sums.sums, "counts": self.sums.counts, "best": best}
-
-    @classmethod
-    def of(cls, run: dict[str, Any], state: dict[str, Any], device: torch.device) -> "_Progress":
-        """What a checkpoint tells."""
-        sums = _Sums({k: v.to(device) for k, v in state["sums"].items()}, state["counts"])
-        best = None if state["best"] is None else {"metrics": run["best"], "network": state["best"]}
-        return cls(run["epoch"], Done(**state["done"]), sums, run["history"], best, run["finished"])
 
 
 class _Run:
@@ -142,7 +81,7 @@ class _Run:
         if held_out is not None and (judged_by is None or chooses):
             self.validators.append(Validator(config, held_out, generator))
         self.pace = Pace(context, self.settings.checkpoint_minutes)
-        self.progress, self.told_pace = _Progress(), False
+        self.progress, self.told_pace = Progress(), False
         self.first_step: tuple[int, float] | None = None  # of this process: its number, and when it was done
         if (found := checkpoint.newest(context, checkpoint.RUN)) is not None:
             self._resume(found)
@@ -165,7 +104,7 @@ class _Run:
             raise UserError(f"'{folder}' was trained on another on-manifold set; train under another --name")
         state = checkpoint.load_state(folder)
         self.step.load(state["step"])
-        self.progress = _Progress.of(run, state["progress"], self.context.device)
+        self.progress = Progress.of(run, state["progress"], self.context.device)
         if branch:
             self.progress.finished = self.progress.epoch >= self.settings.epochs
         if not self.progress.finished:
@@ -209,7 +148,7 @@ class _Run:
             except NotFiniteError as error:
                 raise NotFiniteError(self._diverged(None, "", self.steps - 1, f"validation: {error}")) from None
         metrics["examples_per_second"] = self.source.size * (1 - first.steps / self.steps) / seconds
-        progress.epoch, progress.done, progress.sums = epoch + 1, NOTHING, _Sums()
+        progress.epoch, progress.done, progress.sums = epoch + 1, NOTHING, Sums()
         progress.history.append(metrics)
         self.told_pace = True  # by what is reported now
         self._note_best(metrics)
