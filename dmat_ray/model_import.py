@@ -134,9 +134,14 @@ def _by_name(path: Path, tensors: Tensors, expected: Mapping[str, Tensor], other
     return names
 
 
-def _normalisation(path: Path, tensors: Tensors, channels: int, notes: list[str]) -> Normalisation | None:
-    """What the file's own buffers say, which are given by their stripped names and taken out of `tensors`."""
-    found = {match[1]: key for key in tensors if (match := NORMALISATION.fullmatch(key))}
+def _normalisation(
+    path: Path, tensors: Tensors, expected: Container[str], channels: int, notes: list[str]
+) -> Normalisation | None:
+    """What the file's own buffers say, which are given by their stripped names and taken out of `tensors`.
+
+    Those that the network itself has, as `expected`, are its own.
+    """
+    found = {match[1]: key for key in tensors if key not in expected and (match := NORMALISATION.fullmatch(key))}
     for mean, std in (("mean", "std"), ("mu", "sigma")):
         if mean not in found or std not in found:
             continue
@@ -196,7 +201,7 @@ def _from_state(path: Path, config: ClassifierConfig, given: Normalisation | Non
     expected = network.network.state_dict()
     names = _by_name(path, tensors, expected, wide_resnet.names_of_trades(network.network))
     ours: Tensors = {key: tensors[theirs] for key, theirs in names.items()}
-    own = _normalisation(path, ours, channels, notes)
+    own = _normalisation(path, ours, expected, channels, notes)
     _require_match(path, config.name, ours, names, expected, num_classes)
     state = {}
     for key, value in expected.items():
@@ -213,7 +218,7 @@ def _from_state(path: Path, config: ClassifierConfig, given: Normalisation | Non
         notes.append("--classifier.mean and --classifier.std take their place")
     mean, std = given or own or IDENTITY
     if given is None and own is None:
-        notes.append("no normalisation is in the file and none was given: images go in as they are, in [0, 1]")
+        notes.append("no normalisation is beside the network and none was given: images go in as they are, in [0, 1]")
     config = config.model_copy(update={"mean": mean, "std": std})
     classifiers.require_normalisation(config, channels)
     return Imported(classifiers.Classifier(network.network, mean, std), config, format_, notes)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torchvision
 from foreign_files import Call, torch_saved, with_ids
+from installed import install
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -251,6 +252,35 @@ def test_networks_that_normalise_inside(tmp_path: Path, shufflenet: nn.Module, i
     with torch.no_grad():
         assert torch.equal(told.network(images), shufflenet((images - 0.5) / 0.25))
     assert any("take their place" in note for note in told.notes)
+
+
+OWN = """
+[project]
+name = "theirs"
+version = "1"
+[project.entry-points."dmat_ray.networks"]
+inside = "theirs_inside:inside"
+"""
+INSIDE = """
+from test_model_import import Normalised, small
+def inside(channels, num_classes):
+    return Normalised(small())
+"""
+
+
+def test_buffers_that_the_network_itself_has_are_its_own(tmp_path: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(install(tmp_path / "here", OWN, theirs_inside=INSIDE))
+    theirs = Normalised(small()).eval()
+    theirs.mean += 0.1  # other values than the network begins with
+    found = read(saved(theirs.state_dict(), tmp_path / "x.pth"), "own/inside")
+    with torch.no_grad():
+        assert torch.equal(found.network(images), theirs(images))
+    assert (found.config.mean, found.config.std) == model_import.IDENTITY
+    around = wrapped(Normalised(nn.Identity()).state_dict(), "normalize.")
+    found = read(saved(around | wrapped(theirs.state_dict(), "model."), tmp_path / "y.pth"), "own/inside")
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
+    with torch.no_grad():
+        torch.testing.assert_close(found.network(images), theirs((images - mean) / std))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1 / 58.4], ids=["mean and std", "mean alone"])
