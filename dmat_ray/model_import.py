@@ -232,7 +232,8 @@ def _from_program(path: Path, given: Normalisation | None, channels: int) -> Imp
     config = ClassifierConfig(name=classifiers.PROGRAM, mean=mean, std=std)
     classifiers.require_normalisation(config, channels)
     network = classifiers.Classifier(classifiers.Program(program), mean, std)
-    notes = [] if given else ["images go in as they are, in [0, 1]"]
+    around = f"images go in normalised by mean {shown(mean)} and std {shown(std)}, besides what the program does inside"
+    notes = [around if given else "images go in as they are, in [0, 1]"]
     return Imported(network, config, kind, notes, (kind, packed))
 
 

@@ -6,7 +6,8 @@
 FILE is a state dict (.safetensors, or what torch.save writes) of a network that --classifier.name names, or a program
 (TorchScript, torch.export). Classes and image shape are those of the on-manifold set of OUTPUT; with --classes, a JSON list of
 names, no set is needed, and the shape is that of --data.channels and --data.resolution. Without --classifier.mean and
---classifier.std the network gets what its file says, or images in [0, 1] as they are.
+--classifier.std (or a YAML file of yours that says them) the network gets what its file says, or images in [0, 1] as they are;
+those of the presets that ship with the package are for networks that are trained here.
 """
 
 import argparse
@@ -26,12 +27,20 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def given_normalisation(config: Config, arguments: argparse.Namespace) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """The normalisation that a preset or the command line names; None if none does."""
-    layers = presets.load(arguments.preset).get("classifier", {})
-    given = [vars(arguments).get(f"classifier.{key}") is not None or key in layers for key in ("mean", "std")]
-    if any(given) and not all(given):
+    """The normalisation that the command line names, or a YAML file of the user's; None if neither does.
+
+    That of a preset that ships with the package is of the preset's own network.
+    """
+    layers = {"classifier": presets.load(arguments.preset, shipped=False).get("classifier", {})}
+    found = []
+    for key in ("mean", "std"):
+        if vars(arguments).get(f"classifier.{key}") is not None:
+            found.append(getattr(config.classifier, key))
+        elif key in layers["classifier"]:
+            found.append(getattr(cli.validate(layers).classifier, key))
+    if len(found) == 1:
         raise UserError("give both, --classifier.mean and --classifier.std, or neither")
-    return (config.classifier.mean, config.classifier.std) if all(given) else None
+    return (found[0], found[1]) if found else None
 
 
 def main() -> None:

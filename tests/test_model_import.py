@@ -83,7 +83,7 @@ class Small(nn.Module):
         return self.head(self.drop(self.norm(self.conv(x)).relu().flatten(1)))
 
 
-def small(kind: type[nn.Module] = Small, *arguments: Any) -> nn.Module:
+def small(kind: Callable[..., nn.Module] = Small, *arguments: Any) -> nn.Module:
     torch.manual_seed(2)
     return unsettle(kind(*arguments))
 
@@ -563,6 +563,38 @@ def test_the_job(tmp_path: Path, set_folder: Path, monkeypatch: pytest.MonkeyPat
     assert "name:" in capsys.readouterr().err
     assert {p.name for p in (tmp_path / "x" / "models").iterdir()} == {"theirs"}
     assert load_file(tmp_path / "x" / "models" / "theirs" / "model.safetensors").keys() >= {"mean", "std", "network.0.weight"}
+
+
+@pytest.mark.parametrize("what", ["program", "own buffers", "no buffers"])
+@pytest.mark.parametrize("included", [False, True])
+def test_a_presets_normalisation_is_not_for_models_of_others(
+    tmp_path: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch, what: str, included: bool
+) -> None:
+    inner = small() if what == "program" else small(classifiers.network, "wrn-10-1", 3, 4)
+    theirs = inner if what == "no buffers" else Normalised(inner).eval()
+    made = program(theirs, tmp_path / "x.pt", "trace") if what == "program" else saved(theirs.state_dict(), tmp_path / "x.pt")
+    (tmp_path / "names.json").write_text(json.dumps(CLASSES))
+    preset, model = tmp_path / "mine.yaml", tmp_path / "runs" / "models" / "theirs"
+    options = ["--checkpoint", made, "--model", "theirs", "--classes", tmp_path / "names.json", "--output", tmp_path / "runs"]
+    options += ["--classifier.name", "wrn-10-1", "--overwrite", "--preset", preset if included else "cifar10"]
+    if included:
+        preset.write_text("include: [cifar10]")
+    assert run_job(monkeypatch, *options) == 0
+    network, run = checkpoint.load_classifier(model)
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), theirs(images), rtol=1e-5, atol=1e-5)
+    if not included:
+        return
+    # what a file of the user's own says, though it includes a preset, or one comes after it
+    preset.write_text("include: [cifar10]\nclassifier: {mean: [0.25], std: [0.5]}")
+    assert run_job(monkeypatch, *options, "cifar10", "--classifier.std", 0.75) == 0
+    network, run = checkpoint.load_classifier(model)
+    assert (network.mean.flatten().tolist(), network.std.flatten().tolist()) == ([0.25], [0.75])
+    if what == "program":
+        told = "images go in normalised by mean (0.25,) and std (0.75,), besides what the program does inside"
+        assert run["source"]["notes"] == [told]
+    preset.write_text("include: [cifar10]\nclassifier: {mean: [0.25]}")
+    assert run_job(monkeypatch, *options) == 2, "both, or neither"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

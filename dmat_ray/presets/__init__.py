@@ -47,11 +47,12 @@ def require_own_eps(below: Mapping[str, Any], above: Mapping[str, Any], where: s
             raise UserError(f"{where}: eps {below['eps']} is a radius in {usual}; give one in {given} beside the norm")
 
 
-def load(layers: list[str], above: Mapping[Path, str] | None = None) -> dict[str, Any]:
+def load(layers: list[str], above: Mapping[Path, str] | None = None, *, shipped: bool = True) -> dict[str, Any]:
     """Presets by name, or YAML files by path (anything with a dot or a slash), the later over the earlier.
 
-    Those that one names under `include` are layered first, and it over them; files are looked for beside it. Raises UserError
-    for one that does not exist, is no YAML of settings, includes itself, or changes a norm and not its eps.
+    Those that one names under `include` are layered first, and it over them; files are looked for beside it. Without `shipped`
+    only what the user's own files say counts. Raises UserError for one that does not exist, is no YAML of settings, includes
+    itself, or changes a norm and not its eps.
     """
     merged: dict[str, Any] = {}
     for layer in layers:
@@ -71,11 +72,12 @@ def load(layers: list[str], above: Mapping[Path, str] | None = None) -> dict[str
         if not isinstance(others, list) or not all(isinstance(other, str) for other in others):
             raise UserError(f"preset '{layer}': include is {others!r}; give a list of presets")
         beside = [str(path.parent / other) if "/" in other or "." in other else other for other in others]
-        included = load(beside, {**above, here: layer})
+        included = load(beside, {**above, here: layer}, shipped=shipped)
+        own = values if shipped or here.parent != FOLDER.resolve() else {}
         try:
-            require_own_eps(included, values)
-            require_own_eps(merged, merge(included, values))
+            require_own_eps(included, own)
+            require_own_eps(merged, merge(included, own))
         except UserError as error:
             raise UserError(f"preset '{layer}': {error}") from None
-        merged = merge(merge(merged, included), values)
+        merged = merge(merge(merged, included), own)
     return merged
