@@ -209,7 +209,7 @@ def evaluate(
     for name, model in models.items():
         if isinstance(model, Place):
             networks[name], run = checkpoint.load_classifier(model, first.x_BCHW.device)
-            evaluation.require_fit(run, data.manifest, name)
+            evaluation.require_fit(run, data.manifest, name, settings)
         else:
             networks[name] = model
         count = inputs.require_classifier(networks[name], first.x_BCHW, f"model '{name}'")

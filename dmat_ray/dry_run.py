@@ -80,7 +80,7 @@ def evaluation_stage(config: Config, folders: Mapping[str, Place]) -> estimate.S
     each = []
     for name, folder in folders.items():
         network, run = load_classifier(folder)
-        require_fit(run, {"shapes": {"on_manifold": shape}, "class_names": run["class_names"]}, name)
+        require_fit(run, {"shapes": {"on_manifold": shape}, "class_names": run["class_names"]}, name, config.evaluation)
         each.append(estimate.evaluate(config, estimate.with_classifier(one, network), counts["test"], 1))
     every = estimate.evaluate(config, one, counts["test"], len(folders))
     return replace(every, flops=sum(stage.flops for stage in each))

@@ -182,14 +182,22 @@ def _perceptual(config: EvaluationConfig) -> "Perceptual":
     return Perceptual(config.lpips, config.lpips_weights, setting="evaluation.lpips_weights")
 
 
-def require_fit(run: Mapping[str, Any], manifest: Mapping[str, Any], model: str) -> None:
-    """Raise UserError unless a model's classes and image shape are those of the set."""
+def require_fit(run: Mapping[str, Any], manifest: Mapping[str, Any], model: str, config: EvaluationConfig) -> None:
+    """Raise UserError unless a model's classes and image shape are those of the set.
+
+    And for a program that would be attacked in bfloat16: constants and types of its graph are those that it was exported with.
+    """
     shape, classes = manifest["shapes"]["on_manifold"], manifest["class_names"]
     if run["class_names"] != classes:
         raise UserError(f"model '{model}' knows the classes {', '.join(run['class_names'])}, the set has {', '.join(classes)}")
     if [run["channels"], run["resolution"], run["resolution"]] != shape:
         raise UserError(
             f"model '{model}' takes {run['channels']}x{run['resolution']}x{run['resolution']} images, the set has {shape}"
+        )
+    if "program" in run and config.precision == "bf16" and any(isinstance(row, Row) for row in config.attacks):
+        raise UserError(
+            f"model '{model}' is a program ({run['program']}), which computes in the precision that it was exported in, and "
+            "evaluation.precision is bf16; give --evaluation.precision float32"
         )
 
 

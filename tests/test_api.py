@@ -25,6 +25,7 @@ from dmat_ray import (
     attack_images,
     build_threat,
     cli,
+    dry_run,
     evaluate,
     evaluation,
     image_files,
@@ -32,6 +33,7 @@ from dmat_ray import (
     load_classifier,
     load_images,
     make_set,
+    model_import,
     open_set,
     project,
     settings,
@@ -296,6 +298,37 @@ def test_an_exported_program_is_attacked_as_its_network(
         for column in ("id", "attack", "prediction"):
             assert rows[name][column].equals(rows["plain"][column])
         assert networks[name].training, "it is left as it was"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ["torchscript", "torch_export"])
+def test_an_imported_program_is_not_attacked_in_bf16(
+    set_folder: Path, generator: StyleGAN2, make_config: Callable[..., Config], tmp_path: Path, kind: str
+) -> None:
+    network, x, file, folder = (
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 3)),
+        torch.rand(2, 1, 8, 8),
+        tmp_path / "x",
+        tmp_path / "mine",
+    )
+    if kind == "torchscript":
+        torch.jit.script(network).save(str(file))
+    else:
+        file = file.with_suffix(".pt2")
+        torch.export.save(torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("images")},)), file)
+    data, config = (
+        open_set(set_folder, "test"),
+        make_config(manifold_set=str(set_folder), evaluation={"attacks": ROWS, "precision": "bf16"}),
+    )
+    found = model_import.read_model(file, config.classifier, None, 1, 8, 3)
+    model_import.save_model(found, file, config, data.class_names, 1, 8, folder)
+    told = rf"model 'mine' is a program \({kind}\), .* evaluation\.precision is bf16; give --evaluation\.precision float32"
+    with pytest.raises(UserError, match=told):
+        evaluate({"mine": folder}, data, generator, config.evaluation)
+    with pytest.raises(UserError, match=told):
+        dry_run.evaluation_stage(config, {"mine": folder})
+    for changes in ({"precision": "float32"}, {"attacks": ROWS[:1]}):
+        assert evaluate({"mine": folder}, data, generator, config.evaluation, **changes).models == ["mine"]
 
 
 def test_a_set_made_here_is_the_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

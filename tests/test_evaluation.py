@@ -388,8 +388,8 @@ def test_a_suite_that_leaves_natural_images_without_an_attack_is_refused() -> No
 
 def test_models_of_other_classes_or_shapes_are_refused(data: ManifoldSet) -> None:
     run = {"class_names": list(data.class_names), "channels": 1, "resolution": 8}
-    evaluation.require_fit(run, data.manifest, "tiny")
+    evaluation.require_fit(run, data.manifest, "tiny", SUITE)
     with pytest.raises(UserError, match="model 'tiny' knows the classes cat, dog, the set has dark, light"):
-        evaluation.require_fit({**run, "class_names": ["cat", "dog"]}, data.manifest, "tiny")
+        evaluation.require_fit({**run, "class_names": ["cat", "dog"]}, data.manifest, "tiny", SUITE)
     with pytest.raises(UserError, match="model 'tiny' takes 3x8x8 images"):
-        evaluation.require_fit({**run, "channels": 3}, data.manifest, "tiny")
+        evaluation.require_fit({**run, "channels": 3}, data.manifest, "tiny", SUITE)

@@ -118,7 +118,7 @@ def check(config: Config, set_path: Location, models: Mapping[str, Place]) -> No
     evaluation.require_suite(config.evaluation, manifest)
     for name, path in models.items():
         _, run = checkpoint.load_classifier(path)
-        evaluation.require_fit(run, manifest, name)
+        evaluation.require_fit(run, manifest, name, config.evaluation)
 
 
 class _Work:
