@@ -113,11 +113,11 @@ def attack_images(
 ) -> Attacked:
     """Search a threat for images that the network takes for another class: projected gradient descent, unless told otherwise.
 
-    `network` is any classifier that takes images in [0, 1]; it is attacked in eval mode and left as it was. x_BCHW is float in
-    [0, 1], y_B int64, both on its device; for a threat that moves w, w_BLD with g(w) = x_BCHW. `search` are settings of a suite's
-    rows: steps, step_size, random_start, restarts, method (pgd, momentum, apgd, lagrange, lpa, square, random), loss,
-    targets, early_exit. One step of size eps without random_start is FGSM. What becomes of an image depends on `seed` and its
-    name in `ids` (by default numbers), not on `batch_size`.
+    `network` is any classifier that takes images in [0, 1] and looks at each by itself; it is attacked in eval mode and left as
+    it was. x_BCHW is float in [0, 1], y_B int64, both on its device; for a threat that moves w, w_BLD with g(w) = x_BCHW.
+    `search` are settings of a suite's rows: steps, step_size, random_start, restarts, method (pgd, momentum, apgd, lagrange,
+    lpa, square, random), loss, targets, early_exit. One step of size eps without random_start is FGSM. What becomes of an image
+    depends on `seed` and its name in `ids` (by default numbers), not on `batch_size`.
     Returns x_BCHW as attacked, theta (what renders them), loss_B, and broken_B: which images the network gets wrong now, those
     included that it got wrong before. Raises UserError for inputs that do not fit together, NotFiniteError for outputs that are
     not finite.

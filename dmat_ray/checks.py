@@ -1,8 +1,8 @@
 """Is an evaluation to be believed? What a model does to attacks, measured on some images, and what the rows say of each other.
 
 After Athalye et al. (arXiv 1802.00420), Carlini et al. (arXiv 1902.06705) and the flags of AutoAttack: a model that gives one
-answer, gradients that vanish or mislead, outputs that are random or no logits, inputs of another range, attacks that have not
-converged or are beaten by weaker ones.
+answer, gradients that vanish or mislead, outputs that are random, no logits, or depend on the rest of the batch, inputs of
+another range, attacks that have not converged or are beaten by weaker ones.
 """
 
 import math
@@ -13,11 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dmat_ray.classifiers import ROUNDING
 from dmat_ray.config import AttackRow, AutoAttackRow, ImageRow, Row
 from dmat_ray.metrics import Results
 from dmat_ray.probes import LARGE, RESTARTS
 from dmat_ray.units import applies, group_of
 
+STEADY = 1e-4  # of the largest logit: what two passes over the same images may differ by
 GRADIENT = ("pgd", "momentum", "apgd")
 
 
@@ -66,8 +68,9 @@ def _judge_probe(measured: dict[str, Any]) -> list[Finding]:
         )
     gained = "" if truth is None else f", a step gains {truth:.2f} times what they say"
     found += _finding(model, "gradients", wrong, f"none is zero{gained}, {where}")
-    wrong = [f"two passes over the same images differ by {measured['random']:.1e}"] if measured["random"] > 1e-4 else []
+    wrong = [f"two passes over the same images differ by {measured['random']:.1e}"] if measured["random"] > STEADY else []
     found += _finding(model, "deterministic", wrong, "two passes over the same images agree")
+    found += _judge_others(measured)
     wrong = ["it puts out probabilities, not logits: losses saturate and attacks fail"] if measured["probabilities"] else []
     found += _finding(model, "logits", wrong, "outputs are no probabilities")
     name, accuracy = max(measured["ranges"].items(), key=lambda item: item[1])
@@ -97,6 +100,18 @@ def _judge_probe(measured: dict[str, Any]) -> list[Finding]:
             f"{measured['large']:.1%} stand under APGD with eps {LARGE:g}, which can make every image grey: it fails to attack"
         )
     return found + _finding(model, "large eps", wrong, f"accuracy is {measured['large']:.1%} at eps {LARGE:g}")
+
+
+def _judge_others(measured: dict[str, Any]) -> list[Finding]:
+    others = measured.get("others")
+    if others is None or measured["random"] > STEADY:  # as of earlier versions; or it moves in any case
+        return []
+    wrong = [
+        f"an image's logits move by {others:.1%} of the largest as the other images of its batch change (batch norm without "
+        "track_running_stats?): images that are attacked together break each other"
+    ]
+    fine = "an image's logits do not depend on the other images of its batch"
+    return _finding(measured["model"], "each by itself", wrong if others > ROUNDING else [], fine)
 
 
 def _judge_answers(results: Results, model: str) -> list[Finding]:

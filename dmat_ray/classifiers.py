@@ -14,6 +14,7 @@ from dmat_ray import batch_norm, wide_resnet
 from dmat_ray.config import ClassifierConfig
 from dmat_ray.errors import UserError
 from dmat_ray.files import sha256
+from dmat_ray.rng import kept_apart
 from dmat_ray.wording import did_you_mean
 
 PROGRAM = "program"  # classifier.name of what came as a program
@@ -21,6 +22,11 @@ OWN = (
     "own/"  # what classifier.name begins with if it is a network of an installed package, which names it among these entry points
 )
 NETWORKS = "dmat_ray.networks"
+ROUNDING = 1e-3  # of the largest logit: what rounding may make of another batch
+HEEDS_OTHERS = (
+    "says something else of an image as the other images of its batch change; give one that in eval mode looks at each by itself "
+    "(its batch norm with track_running_stats)"
+)
 
 
 class DigitsCNN(nn.Sequential):
@@ -194,13 +200,42 @@ def _own(name: str, channels: int, num_classes: int) -> nn.Module:
     return network
 
 
+@torch.no_grad()
+def moved_by_others(network: nn.Module, x_BCHW: Tensor, logits_BK: Tensor) -> float:
+    """How far an image's logits move as the other images of its batch change, as a share of the largest logit.
+
+    `logits_BK` is what the network, in eval mode, says of x_BCHW. The first half is looked at, the other is replaced by images
+    that are far from it: a batch of the same size is computed alike, so that nothing but the others makes a difference.
+    """
+    kept = (len(x_BCHW) + 1) // 2
+    others = (x_BCHW[kept:] < 0.5).to(x_BCHW)
+    with kept_apart(x_BCHW.device):
+        moved = network(torch.cat([x_BCHW[:kept], others]))[:kept] - logits_BK[:kept]
+    return float(moved.nan_to_num(0.0, 0.0, 0.0).abs().max() / logits_BK.abs().max().clamp_min(1e-12))
+
+
+@torch.no_grad()
+def heeds_others(network: nn.Module, x_BCHW: Tensor) -> bool:
+    """Whether a network, in eval mode, says something else of an image as the other images of its batch change.
+
+    Not of one that says something else each time, nor of one that takes no such batch.
+    """
+    try:
+        with kept_apart(x_BCHW.device):
+            logits, again = network(x_BCHW), network(x_BCHW)
+        steady = float((logits - again).abs().max()) <= ROUNDING * float(logits.abs().max())
+        return steady and moved_by_others(network, x_BCHW, logits) > ROUNDING
+    except Exception:  # a program for one image at a time, say; what else is wrong with it shows where it is called
+        return False
+
+
 def require_trainable(
     config: ClassifierConfig, channels: int, resolution: int, num_classes: int, images: int = 2, workers: int = 1
 ) -> None:
     """Raise UserError for a network that cannot be trained by so many workers, each with so many images.
 
     It must take them in training mode, put out a logit a class, be copied and have gradients: for several workers, which
-    exchange them, of every parameter.
+    exchange them, of every parameter. In eval mode it must look at each image by itself.
     """
     network = build(config, channels, num_classes).train()
     try:
@@ -232,6 +267,9 @@ def require_trainable(
             f"classifier.name '{config.name}': its output does not depend on its {idle[0]}, for whose gradient several workers "
             "would wait; leave it out, freeze it by requires_grad_(False), or train with one worker"
         )
+    x = torch.rand(2, channels, resolution, resolution, generator=torch.Generator().manual_seed(0))
+    if heeds_others(network.eval(), x):
+        raise UserError(f"classifier.name '{config.name}' {HEEDS_OTHERS}")
 
 
 def _take_grey(network: nn.Module) -> None:

@@ -9,7 +9,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from dmat_ray.arithmetic import tf32
 from dmat_ray.attack import frozen
+from dmat_ray.classifiers import HEEDS_OTHERS, heeds_others
 from dmat_ray.cli import describe
 from dmat_ray.config import Section
 from dmat_ray.data.manifold_set import ManifoldSet
@@ -76,7 +78,10 @@ def require_labels(y: Any, x_BCHW: Tensor, num_classes: int, name: str = "y_B") 
 
 
 def require_classifier(network: Any, x_BCHW: Tensor, name: str = "the network") -> int:
-    """Raise UserError unless a network takes such images and puts out a logit a class; returns the number of classes."""
+    """Raise UserError unless a network takes such images and puts out a logit a class; returns the number of classes.
+
+    In eval mode it must look at each image by itself.
+    """
     if not isinstance(network, nn.Module):
         raise UserError(f"{name} is a {type(network).__name__}, not a torch.nn.Module")
     where = next(iter([*network.parameters(), *network.buffers()]), x_BCHW).device
@@ -91,6 +96,9 @@ def require_classifier(network: Any, x_BCHW: Tensor, name: str = "the network") 
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
         found = shape_of(logits) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise UserError(f"{name} puts out {found} for one image, but must put out one logit a class, (1, classes)")
+    with frozen(network), tf32(False):
+        if heeds_others(network, x_BCHW[:1].repeat(2, 1, 1, 1)):
+            raise UserError(f"{name} {HEEDS_OTHERS}")
     return int(logits.shape[1])
 
 

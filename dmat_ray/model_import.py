@@ -42,7 +42,6 @@ NORMALISATION = re.compile(
 # counters that evaluation does not use, and the copy of the network that MadryLab's robustness keeps in its attacker
 COUNTERS = re.compile(r"(?:.*\.)?(?:num_batches_tracked|n_averaged)|attacker\..*")
 IDENTITY: Normalisation = ((0.0,), (1.0,))
-TOLERANCE = 1e-3  # of the largest logit: what rounding may make of another batch size
 
 
 @dataclass
@@ -271,7 +270,7 @@ def try_out(network: torch.nn.Module, what: str, channels: int, resolution: int,
         raise UserError(f"'{what}' puts out {found} for 3 images, there are {num_classes} class names")
     if not bool(torch.isfinite(logits).all()):
         raise UserError(f"'{what}' puts out values that are not finite")
-    if not torch.allclose(logits, alone, atol=TOLERANCE * float(logits.abs().max()), rtol=0):
+    if not torch.allclose(logits, alone, atol=classifiers.ROUNDING * float(logits.abs().max()), rtol=0):
         raise UserError(f"'{what}' sees an image otherwise alone than among others; call .eval() before saving or exporting it")
     x.requires_grad_(True)
     with torch.enable_grad():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dmat_ray import threats
 from dmat_ray.arithmetic import tf32
 from dmat_ray.attack import attack, cross_entropy, frozen, losses_of, margin
+from dmat_ray.classifiers import moved_by_others
 from dmat_ray.config import EvaluationConfig, ImageRow, LatentRow, Row
 from dmat_ray.evaluation import Evaluator
 from dmat_ray.rng import Draws, derive
@@ -81,6 +82,7 @@ def _of_outputs(evaluator: Evaluator, model: str, batch: Batch) -> dict[str, Any
         "random": ((first - second).abs().amax() / size).item(),
         "probabilities": bool(first.min() >= 0 and first.max() <= 1 and (sums - 1).abs().max() < 1e-4),
         "ranges": ranges,
+        "others": moved_by_others(network, batch.x_BCHW, first),
     }
 
 

@@ -1,5 +1,6 @@
 """Every check finds the defect that it is for, in a model that has it, and passes one that has none."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -71,11 +72,21 @@ def rounded(x: Tensor) -> Tensor:
     return x + ((x * 15).round() / 15 - x).detach()
 
 
+def of_the_batch(network: nn.Module, x: Tensor) -> Tensor:
+    """The network, with batch norm by the statistics of what is in the batch, in eval mode, too."""
+    network = copy.deepcopy(network)
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
+    return network(x)
+
+
 DEFECTS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], list[str]]] = {
     "no gradient": (lambda f, x: f(x.detach()) + 0 * x.sum(), ["gradients", "large eps"]),
     "saturated": (lambda f, x: 1e4 * f(x), ["gradients"]),
     "rounded": (lambda f, x: f(rounded(x)), ["gradients"]),
     "random": (lambda f, x: f(x) + torch.randn(10), ["deterministic"]),
+    "of the batch": (of_the_batch, ["each by itself"]),
     "probabilities": (lambda f, x: f(x).softmax(dim=1), ["logits"]),
     "made for [-1, 1]": (lambda f, x: f((x + 1) / 2), ["input range"]),
     "made for [0, 255]": (lambda f, x: f(x / 255), ["input range"]),
@@ -118,6 +129,7 @@ def test_a_sound_model_passes(robust: nn.Module, data: ManifoldSet, generator: S
     assert {f.check for f in findings} >= {
         "gradients",
         "deterministic",
+        "each by itself",
         "logits",
         "input range",
         "noise",
@@ -125,6 +137,9 @@ def test_a_sound_model_passes(robust: nn.Module, data: ManifoldSet, generator: S
         "large eps",
     }
     assert found["truth"] == pytest.approx(1, abs=0.05)
+    assert found.pop("others") == 0
+    earlier = checks.judge(Results(evaluation.SCHEMA.empty_table(), EvaluationConfig()), [found])
+    assert {f.check for f in earlier} == {f.check for f in findings} - {"each by itself", "answers"}
     pgd = found["attacks"]["PGD"]
     assert len(pgd["loss"]) == len(pgd["accuracy"]) == 11
     assert pgd["loss"][-1] > pgd["loss"][0]

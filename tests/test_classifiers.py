@@ -118,8 +118,11 @@ lazy = "theirs_{place}:lazy"
 idle = "theirs_{place}:idle"
 still = "theirs_{place}:still"
 tied = "theirs_{place}:tied"
+batch = "theirs_{place}:batch"
+noisy = "theirs_{place}:noisy"
 """
 THEIRS = """
+import torch
 from torch import nn
 def flat(channels, num_classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(channels * 64, num_classes))
@@ -139,6 +142,13 @@ def idle(channels, num_classes):
     return network
 def still(channels, num_classes):
     return flat(channels, num_classes).requires_grad_(False)
+def batch(channels, num_classes):
+    return nn.Sequential(nn.BatchNorm2d(channels, track_running_stats=False), *flat(channels, num_classes))
+class Noise(nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x)
+def noisy(channels, num_classes):
+    return nn.Sequential(Noise(), *flat(channels, num_classes))
 def tied(channels, num_classes):
     network = nn.Sequential(nn.Flatten(), nn.Linear(channels * 64, channels * 64), nn.Linear(channels * 64, channels * 64))
     network[2].weight = network[1].weight
@@ -162,7 +172,7 @@ def test_a_network_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UserError, match=r"'own/gone' is 'theirs_here:gone', which cannot be imported: .*has no attribute"):
         classifiers.build(ClassifierConfig(name="own/gone"), 3, 5)
     with pytest.raises(
-        UserError, match=r"'own/other': no installed package names it .* there are own/flat, own/gone, own/grey, "
+        UserError, match=r"'own/other': no installed package names it .* there are own/batch, own/flat, own/gone, "
     ):
         classifiers.build(ClassifierConfig(name="own/other"), 3, 5)
     monkeypatch.syspath_prepend(install(tmp_path / "there", PROJECT.format(place="there").replace("theirs", "others")))
@@ -183,11 +193,13 @@ def test_what_is_wrong_with_a_network_is_told(
         ("old", r"cannot be copied, as attacks do: RuntimeError: .*torch.nn.utils.parametrizations"),
         ("lazy", r"'own/lazy': 'theirs_wrong:lazy' leaves the shape of 1\.weight to the first images"),
         ("idle", r"'own/idle': its output does not depend on its 1\.aside\.weight, for whose gradient several workers"),
+        ("batch", r"'own/batch' says something else of an image as the other images of its batch change; give one that"),
         ("still", r"'own/still' has no gradients: RuntimeError: .*does not require grad"),
     ):
         with pytest.raises(UserError, match=words):
             classifiers.require_trainable(ClassifierConfig(name=f"own/{name}"), 3, 8, 5, workers=2)
     classifiers.require_trainable(ClassifierConfig(name="own/tied"), 3, 8, 192, workers=2)
+    classifiers.require_trainable(ClassifierConfig(name="own/noisy"), 3, 8, 5, workers=2)
     idle = make_config(classifier={"name": "own/idle"}, manifold_set=str(set_folder))
     models.require_fit([idle], read_manifest(set_folder), workers=1)
     with pytest.raises(UserError, match="several workers would wait"):

@@ -31,6 +31,10 @@ ROWS = [
 ]
 
 
+def of_the_batch() -> nn.Module:
+    return nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), nn.Flatten(), nn.Linear(64, 3))
+
+
 def three_classes() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
 
@@ -107,6 +111,8 @@ def test_other_inputs_are_looked_at(small_net: nn.Module, generator: StyleGAN2, 
         (lambda: terminal_table(results, []), r"models is \[\]; give some of those that were evaluated: a"),
         (lambda: attack_images(lambda x: x, image, X, Y), "the network is a function, not a torch.nn.Module"),
         (lambda: attack_images(nn.Flatten(0), image, X, Y), r"puts out \(64,\) for one image, but must put out"),
+        (lambda: attack_images(of_the_batch(), image, X, Y), "the network says something else of an image as the other images"),
+        (lambda: evaluate({"a": of_the_batch()}, data, generator, suite), "model 'a' says something else of an image"),
         (lambda: project(generator, X.repeat(1, 1, 2, 2)), "x_BCHW has images of 1x16x16, the generator makes 1x8x8"),
         (lambda: project(generator, X, settings("demo")), "projection settings are a Config; give a ProjectionConfig"),
         (lambda: project(generator, X, ids=["a"], lpips=0), "ids has 1 names for 4 images"),
