@@ -206,7 +206,7 @@ def test_a_model_goes_on_from_its_furthest_checkpoint_whichever_groups_have_them
     monkeypatch.setattr(train, "read_manifest", lambda place: {"data": {}})
     monkeypatch.setattr(train, "listen", lambda *_: contextlib.nullcontext("mailbox"))
     monkeypatch.setattr(train.tracking, "tracked", lambda *_, **__: contextlib.nullcontext(run))
-    monkeypatch.setattr(train.session, "await_machines", lambda *_: None)
+    monkeypatch.setattr(train.session, "await_machines", lambda *_, **__: None)
     monkeypatch.setattr(train.workers, "fit", fit)
     monkeypatch.setattr(leftovers, "is_of", lambda *_: True)
     with pytest.raises(InterruptedError):

@@ -214,7 +214,7 @@ def test_what_workers_that_are_started_anew_tell_again_is_logged_once(server, tm
             heard[-1]({"run": "dmat", "metrics": {"epoch": reached, "kimg": reached, **value}, "machine": {}})
         raise InterruptedError
 
-    monkeypatch.setattr(session, "await_machines", lambda *_: None)
+    monkeypatch.setattr(session, "await_machines", lambda *_, **__: None)
     monkeypatch.setattr(session, "connected", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(workers, "fit", fit)
     for stage in (encoder, gan, train):
