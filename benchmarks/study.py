@@ -237,7 +237,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     lie is none: the set knows its generator by the content.
     """
     flat = [trained_settings.flatten_config(cli.validate(values)) for values in (before, now)]
-    return [name for name in flat[1] if flat[0].get(name) != flat[1][name] and name not in ("output", "generator.path")]
+    names = [name for name in dict.fromkeys([*flat[1], *flat[0]]) if name not in ("output", "generator.path")]
+    return [name for name in names if flat[0].get(name, "absent") != flat[1].get(name, "absent")]
 
 
 def resolved(config: Config) -> Config:

@@ -246,7 +246,7 @@ def load_classifier(folder: Place, device: torch.device | str = "cpu") -> tuple[
     (['0', '1', '2'], 8.0, torch.Size([50, 10]))
     """
     run = read_run(folder)
-    config = validate(run["config"])
+    config = settings_of(run)
     if "program" in run:
         network = _load_program(fetched(folder), run["program"], config, torch.device(device))
     else:
@@ -255,6 +255,13 @@ def load_classifier(folder: Place, device: torch.device | str = "cpu") -> tuple[
             network = classifiers.build(config.classifier, run["channels"], len(run["class_names"]))
         load_weights(folder, network)
     return network.to(device).eval(), run
+
+
+def settings_of(run: dict[str, Any]) -> Config:
+    """The settings by which a run.json's network was trained. How it was to be evaluated, and searched for, is left out: a later
+    version may refuse a row of these that it once had.
+    """
+    return validate({name: section for name, section in run["config"].items() if name not in ("evaluation", "tune")})
 
 
 def save_program(folder: Path, content: bytes, kind: str, network: classifiers.Classifier, run: dict[str, Any]) -> None:

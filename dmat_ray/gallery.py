@@ -44,34 +44,33 @@ def _set_of(config: EvaluationConfig) -> str:
 
 def units(models: Sequence[str], config: EvaluationConfig, labels: np.ndarray, positions: np.ndarray) -> list[Unit]:
     """What is to be drawn on some of the images at `positions`: of each model the test sets, and each attack that is shown."""
-    shown, rows = tuple(one_of_each_class(labels, positions).tolist()), rows_to_show(config)[0]
-    names = ["", *(row.name for row in rows)]
-    return [Unit(model, _set_of(config), name, shown, gallery=True) for model in models for name in names]
+    shown = tuple(one_of_each_class(labels, positions).tolist())
+    drawn = [*((name, "") for name in sorted(config.sets)), *((_set_of(config), row.name) for row in rows_to_show(config)[0])]
+    return [Unit(model, set_name, attack, shown, gallery=True) for model in models for set_name, attack in drawn]
 
 
-def draw(evaluator: Evaluator, unit: Unit) -> list[dict[str, Any]]:
-    """The lines of images of a unit, as plain values: every test set, or one attack with its differences."""
-    if not unit.attack:
-        batches = {name: evaluator.batch(unit.positions, name).x_BCHW for name in sorted(evaluator.config.sets)}
-        return [_line(evaluator, TITLES[name], x, evaluator.logits(unit.model, x), unit) for name, x in batches.items()]
+def draw(evaluator: Evaluator, unit: Unit) -> dict[str, Any]:
+    """The line of images of a unit, as plain values: a test set, or an attack on it with its differences."""
     batch = evaluator.batch(unit.positions, unit.set)
+    if not unit.attack:
+        return _line(evaluator, TITLES[unit.set], batch.x_BCHW, evaluator.logits(unit.model, batch.x_BCHW), unit)
     seen = evaluator.attacked(unit.model, unit.set, evaluator.rows[unit.attack], batch)
     moved = seen.x_BCHW - batch.x_BCHW
     largest = moved.abs().amax().item()
     times = 0.5 / largest if largest > 0 else 1.0
     pictures = [figures.png(quantise(image), PIXELS) for image in (0.5 + times * moved).cpu()]
     line = _line(evaluator, unit.attack, seen.x_BCHW, seen.logits_BK, unit)
-    return [line | {"differences": pictures, "times": f"{times:.3g}" if largest > 0 else ""}]
+    return line | {"differences": pictures, "times": f"{times:.3g}" if largest > 0 else ""}
 
 
 def joined(
-    drawn: Iterable[tuple[Unit, list[dict[str, Any]]]], config: EvaluationConfig, listed: pa.Table, manifest: Mapping[str, Any]
+    drawn: Iterable[tuple[Unit, dict[str, Any]]], config: EvaluationConfig, listed: pa.Table, manifest: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The gallery of a page, of units and their lines; `listed` are the ids and labels of the test images, by position."""
     blocks: dict[str, list[dict[str, Any]]] = {}
     positions: tuple[int, ...] = ()
-    for unit, lines in drawn:
-        blocks.setdefault(unit.model, []).extend(lines)
+    for unit, line in drawn:
+        blocks.setdefault(unit.model, []).append(line)
         positions = unit.positions
     ids, labels, names = listed["id"].to_pylist(), listed["label"].to_pylist(), manifest["class_names"]
     return {

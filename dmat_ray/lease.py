@@ -63,6 +63,11 @@ class Lease:
             "beat": 0,
         }
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether another run has been seen to have taken the folder."""
+        return self._lost
+
     def check(self) -> None:
         """Raise UserError if another run has taken the folder (this one was suspended, or its storage out of reach)."""
         if self._lost:

@@ -10,7 +10,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dmat_ray import checkpoint, classifiers, wide_resnet
-from dmat_ray.cli import validate
 from dmat_ray.config import AutoAttackRow, Config, EvaluationConfig
 from dmat_ray.data.set_reader import named_classes
 from dmat_ray.errors import UserError
@@ -247,7 +246,7 @@ def export(model: Place, name: str, evaluation: Place, folder: Path, clean: Resu
     Raises UserError for a model that cannot be loaded.
     """
     network, run = checkpoint.load_classifier(model)
-    config = validate(run["config"])
+    config = checkpoint.settings_of(run)
     results = read_evaluation(evaluation, name, model)
     missing = "" if results is None else _left_out(evaluation)
     folder.mkdir(parents=True, exist_ok=True)

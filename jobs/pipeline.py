@@ -34,7 +34,7 @@ def main() -> None:
         print(dry_run.text(config, dry_run.stages(config, project=True, train=configs, models=len(configs))))
         return
     methods = {c.name: c for c in configs}
-    prepare_environment(config)
+    prepare_environment(config, images=True)
     from dmat_ray import evaluation, models, report
     from dmat_ray.cluster import jobs, tracking
     from dmat_ray.cluster.session import connected

@@ -11,7 +11,7 @@ def main() -> None:
 
         print(dry_run.text(config, dry_run.stages(config, project=True)))
         return
-    prepare_environment(config)
+    prepare_environment(config, images=True)
     from dmat_ray.cluster import jobs
 
     say = jobs.Speaker().stage("project")

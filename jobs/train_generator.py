@@ -24,7 +24,7 @@ def main() -> None:
 
         print(dry_run.text(config, dry_run.generator_stages(config)))
         return
-    prepare_environment(config, elastic=False)
+    prepare_environment(config, elastic=False, images=True)
     from dmat_ray.cluster import gan
     from dmat_ray.cluster.jobs import Speaker
     from dmat_ray.lease import sole

@@ -45,6 +45,20 @@ def test_round_trip(saved: Path, make_config: MakeConfig) -> None:
     assert any(key.endswith("running_mean") for key in plain)
 
 
+def test_rows_that_are_refused_by_now_do_not_keep_a_model_from_being_loaded(saved: Path) -> None:
+    """How it was to be evaluated says nothing of the network."""
+    description = json.loads((saved / "run.json").read_text())
+    description["config"]["evaluation"]["attacks"] = [
+        {"threat": "autoattack", "name": "AA", "part": "square", "eps": 8, "group": "g"}
+    ]
+    description["config"]["tune"] = {"searcher": "of another time"}
+    del description["sha256"]
+    checkpoint.seal(saved, "run.json", description)
+    network, run = checkpoint.load_classifier(saved)
+    assert run["config"]["evaluation"]["attacks"][0]["eps"] == 8
+    assert network(torch.zeros(1, run["channels"], run["resolution"], run["resolution"])).shape == (1, len(run["class_names"]))
+
+
 def test_state_holds_the_optimiser(saved: Path) -> None:
     state = checkpoint.load_state(saved)
     assert state["epoch"] == 1

@@ -23,7 +23,7 @@ from PIL import Image
 from rendered import Rendered
 from tiny_page import EVALUATION, GROUP, MODELS, PGD, TITLE, WORST, Written, write_page
 
-from dmat_ray import checkpoint, report, report_text, report_values, trained_settings
+from dmat_ray import checkpoint, gallery, report, report_text, report_values, trained_settings, units
 from dmat_ray.checks import Finding
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.data.manifold_set import open_set
@@ -537,6 +537,20 @@ def test_smaller_pages_of_one_model_without_history(
     assert page.tables[0][1][0] == "only"
     assert len(page.images) > 0
     assert "nan" not in found.html.lower().split("<pre")[0]
+
+
+def test_every_test_set_has_its_own_unit_of_the_gallery(config: Config) -> None:
+    """Files of units are kept: one of both sets would show both on a later page of one, or one on a page of both."""
+    labels, keys = np.arange(4) % 2, {}
+    for sets in (("on_manifold",), ("natural",), ("natural", "on_manifold")):
+        evaluated = config.evaluation.model_copy(update={"sets": sets})
+        work = gallery.units(["at"], evaluated, labels, np.arange(4))
+        assert [unit.set for unit in work if not unit.attack] == sorted(sets)
+        keys[sets] = {units.key_of(unit, evaluated, {"models": {"at": "0"}}) for unit in work}
+        assert len(keys[sets]) == len(work)
+    both = keys["natural", "on_manifold"]
+    assert keys[("on_manifold",)] < both
+    assert len(keys[("natural",)] & both) == 1  # attacks are shown on the manifold where that is evaluated
 
 
 def test_big_suites_show_the_first_attacks_of_the_gallery(

@@ -151,6 +151,14 @@ def test_other_settings_of_a_study_are_named(changed: dict[str, Any], named: lis
     assert study_script._differences(before, presets.merge(now, changed)) == named
 
 
+def test_a_term_that_is_gone_is_another_setting_of_a_study() -> None:
+    now = Config().to_json()
+    before = presets.merge(now, {"objective": {"more": {"extra": {"threat": "fog", "weight": 0.5}}}})
+    told = study_script._differences(before, now)
+    assert "objective.more.extra.weight" in told
+    assert all(name.startswith("objective.more.extra.") for name in told)
+
+
 @pytest.mark.exhaustive
 def test_the_study_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "study"

@@ -17,6 +17,7 @@ from dmat_ray.cluster.trial import Work, keep_newest, run, state_of
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.errors import UserError
 from dmat_ray.files import read_json, write_json
+from dmat_ray.lease import Lease
 from dmat_ray.metrics import Results
 from dmat_ray.storage import Location, at, set_folder
 from dmat_ray.trials import Trial
@@ -69,10 +70,11 @@ def crown(
     parent: tracking.Run,
     say: Callable[[str], None],
     ended_by: str,
+    lease: Lease,
 ) -> Found:
     """Find the best trial and its neighbours on the Pareto front, and do for them what is done once.
 
-    Raises UserError if no trial gave a result.
+    Raises UserError if no trial gave a result, and if another run has taken over the search's folder, whose `lease` this is.
     """
     config, objectives = search.config, search.config.tune.objective
     best = next(iter(trials.ranked(found, objectives)), None)
@@ -88,17 +90,18 @@ def crown(
     say(f"best is {best.name}: {values} on held-out images; {len(front)} on the front of {' and '.join(search.axes)}")
     if left := len({best.name, *(trial.name for trial in front)}) - len(chosen):
         say(f"publishing {len(chosen)} of these, spread along the front; {left} more stay trials")
+    lease.check()
     folders = {trial.name: _publish(search.work, trial.name, config) for trial in chosen}
     seeds: dict[str, dict[str, Config]] = {}
     if config.tune.confirm_seeds and ended_by:
         say(f"not training anew with other seeds (tune.confirm_seeds): {ended_by} is used up")
     elif config.tune.confirm_seeds:
-        seeds = _retrain(search, best, say)
+        seeds = _retrain(search, best, say, lease)
     folders |= {name: models.model_folder(one) for kind in seeds.values() for name, one in kind.items()}
-    tested = _judge(config, search.judged_by, folders, search.folder / "yardstick", say)
+    tested = _judge(config, search.judged_by, folders, search.folder / "yardstick", say, lease)
     evaluated = {}
     if config.tune.evaluate:
-        evaluated = _judge(config, config.evaluation, folders, search.folder / "evaluation", say)
+        evaluated = _judge(config, config.evaluation, folders, search.folder / "evaluation", say, lease)
     result = Found(
         search.folder.name,
         list(objectives),
@@ -114,6 +117,7 @@ def crown(
         ended_by,
         search.afterwards,
     )
+    lease.check()
     page = trials_page.write(search.folder / PAGE, result.to_json(), config)
     _track(search, result, folders, runs, parent, page)
     write_json(search.folder / RESULT, result.to_json())
@@ -132,12 +136,17 @@ def _publish(work: Work, name: str, config: Config) -> Location:
 
 
 def _judge(
-    config: Config, suite: EvaluationConfig, folders: Mapping[str, Location], where: Path, say: Callable[[str], None]
+    config: Config,
+    suite: EvaluationConfig,
+    folders: Mapping[str, Location],
+    where: Path,
+    say: Callable[[str], None],
+    lease: Lease,
 ) -> Scores:
     """Model -> "set/column" -> accuracy on test images."""
     whole = config.model_copy(update={"evaluation": suite})
     evaluate.check(whole, set_folder(config), folders)
-    rows, _ = evaluate.evaluate(whole, set_folder(config), folders, at(where), say)
+    rows, _ = evaluate.evaluate(whole, set_folder(config), folders, at(where), say, lease)
     found: Scores = {}
     for (model, set_name, column), accuracy in Results(rows, suite).accuracies().items():
         found.setdefault(model, {})[f"{set_name}/{column}"] = accuracy.value
@@ -158,7 +167,17 @@ def anew(search: Plan, best: Trial) -> dict[str, dict[str, Config]]:
     return made
 
 
-def _retrain(search: Plan, best: Trial, say: Callable[[str], None]) -> dict[str, dict[str, Config]]:
+class _Holds(ray.tune.Callback):  # type: ignore[misc]  # ray is untyped
+    """Ends Tune's loop once another run has taken over. Tune pickles its callbacks, so this holds nothing."""
+
+    lease: Lease | None = None
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if _Holds.lease is not None:
+            _Holds.lease.check()
+
+
+def _retrain(search: Plan, best: Trial, say: Callable[[str], None], lease: Lease) -> dict[str, dict[str, Config]]:
     """Train `anew`, and publish."""
     config, epochs, made = search.config, search.base["training"]["epochs"], anew(search, best)
     every = {name: one for kind in made.values() for name, one in kind.items()}
@@ -168,7 +187,7 @@ def _retrain(search: Plan, best: Trial, say: Callable[[str], None]) -> dict[str,
     streamed = config.training.loader == "stream"
     at_once = searchers.trials_at_once(config.tune, config.cluster, alone=work.is_alone, streamed=streamed)
     resources = searchers.resources(work.is_alone, config.cluster, at_once)
-    results = ray.tune.Tuner(
+    tuner = ray.tune.Tuner(
         ray.tune.with_resources(ray.tune.with_parameters(run, work=work), resources),
         param_space={"model": ray.tune.grid_search(list(every))},
         tune_config=ray.tune.TuneConfig(
@@ -181,10 +200,18 @@ def _retrain(search: Plan, best: Trial, say: Callable[[str], None]) -> dict[str,
             name="ray_confirm",
             storage_path=str(search.folder),
             verbose=0,
-            callbacks=[] if work.is_alone else [abandoned.TakesBack()],
+            callbacks=[_Holds(), *([] if work.is_alone else [abandoned.TakesBack()])],
             failure_config=ray.tune.FailureConfig(max_failures=config.tune.retries),
         ),
-    ).fit()
+    )
+    _Holds.lease = lease
+    try:
+        results = tuner.fit()
+    except Exception:
+        lease.check()  # which Tune wraps in an error of its own
+        raise
+    finally:
+        _Holds.lease = None
     for error in results.errors:
         say(f"warning: a training with another seed failed: {str(error).strip().splitlines()[-1]}")
     whole = [name for name in every if (state_of(work.trial_folder(name)) or {}).get("finished")]
@@ -192,6 +219,7 @@ def _retrain(search: Plan, best: Trial, say: Callable[[str], None]) -> dict[str,
     pairs = [pair for pair in zip(*made.values(), strict=True) if all(name in whole for name in pair)]
     if len(pairs) < config.tune.confirm_seeds:
         say(f"warning: of {config.tune.confirm_seeds} seeds {len(pairs)} could be trained to their end with both settings")
+    lease.check()
     for name in (name for pair in pairs for name in pair):
         _publish(work, name, config)
     return {kind: {pair[k]: every[pair[k]] for pair in pairs} for k, kind in enumerate(made)} if pairs else {}

@@ -49,14 +49,15 @@ def prepare_environment(
     *,
     tracked: bool = True,
     elastic: bool = True,
+    images: bool = False,
     places: Mapping[str, str | None] | None = None,
 ) -> None:
     """Set what is not set, for the cluster of `config`, or for `cluster`. Call it before ray is imported.
 
     `elastic` is False for a job whose trainings have all of their workers or none, whatever `train_workers_min` says.
     Raises UserError for an output (or one of the job's own `places` to write to, by option) that would be lost, since a
-    submitted job runs in a copy of its working directory, for images that lie in that copy, and for an output that cannot hold
-    the database of a job that is `tracked`.
+    submitted job runs in a copy of its working directory, for the `images` that a job makes a set or a generator of, if they lie
+    in that copy, and for an output that cannot hold the database of a job that is `tracked`.
     """
     if config is not None and tracked:
         tracking_uri(config)
@@ -67,7 +68,7 @@ def prepare_environment(
                     f"{name} '{place}' is relative, but a submitted job runs in a temporary copy of its working directory; "
                     f"give --{name} an absolute path that all nodes share"
                 )
-        if any(part.startswith(PACKAGE) for part in Path(config.data.source).parts):
+        if images and any(part.startswith(PACKAGE) for part in Path(config.data.source).parts):
             raise UserError(
                 f"data.source '{config.data.source}' lies in the job's temporary copy of its working directory, which has "
                 "another name when any of its files has changed, so that no later job could go on with this set; give an "

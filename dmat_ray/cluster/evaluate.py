@@ -65,7 +65,7 @@ class UnitEvaluator:
             if unit.checks:
                 (self.folder / name).write_json(probes.probe(self.evaluator, unit))
             elif unit.gallery:
-                (self.folder / name).write_json({"lines": gallery.draw(self.evaluator, unit)})
+                (self.folder / name).write_json(gallery.draw(self.evaluator, unit))
             else:
                 (self.folder / name).write_bytes(_as_parquet(self.evaluator.table(unit)))
         return {"name": batch["name"]}
@@ -242,6 +242,7 @@ def evaluate(
         if todo:
             _run_all(work, todo, what, say)
         rows = pa.concat_tables([rows, *work.all_of(attacks, work.table)])
+        work.all_of(first if number == 0 else [], work.values)
     rows = rows.sort_by(evaluation.SORT)
     measurements = probes.joined(zip(looks, work.all_of(looks, work.values), strict=True))
     findings = checks.judge(Results(rows, settings), measurements)
@@ -269,7 +270,7 @@ def read_pictures(
     if todo := work.left(work.pictures()):
         _run_all(work, todo, "images of the report: ", say)
     shown = work.pictures()
-    drawn = ((unit, found["lines"]) for unit, found in zip(shown, work.all_of(shown, work.values), strict=True))
+    drawn = zip(shown, work.all_of(shown, work.values), strict=True)
     return gallery.joined(drawn, config.evaluation, work.listed, set_reader.read_manifest(set_path))
 
 

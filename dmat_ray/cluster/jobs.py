@@ -93,8 +93,9 @@ def evaluate(
     from dmat_ray.metrics import Results
 
     folder, page = at(config.output) / "evaluation", report_page(config)
-    stage.check(config, set_folder(config), models)
     made_for = stage.fingerprint(config, set_folder(config), models)
+    if not stage.is_evaluated(made_for, folder):  # what was evaluated may be of rows that a later version refuses
+        stage.check(config, set_folder(config), models)
     if stage.is_evaluated(made_for, folder) and page.is_file():
         say("the rows and the report are there and unchanged, nothing to do")
         return Results(stage.read_rows(folder), config.evaluation), stage.read_checks(folder)[1]

@@ -151,8 +151,8 @@ def trials_at_once(config: TuneConfig, cluster: ClusterConfig, *, alone: bool, s
             f"a trial needs {wanted} ({workers} worker{'s' if workers > 1 else ''}), the cluster has {there}; lower "
             "cluster.train_workers, cluster.gpus_per_worker or cluster.threads_per_worker"
         )
-    cpus = sum(node.get("CPU", 0) for node in nodes)
-    while streamed and not largest and room and cpus - room * workers * need["CPU"] < 1:
+    cpus = max(sum(node.get("CPU", 0) for node in nodes), (largest or {}).get("CPU", 0))
+    while streamed and room and cpus - room * workers * need["CPU"] < 1:
         room -= 1
     if room == 0:
         raise UserError(

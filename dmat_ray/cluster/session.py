@@ -80,7 +80,9 @@ def await_machines(config: ClusterConfig, say: Callable[[str], None], count: int
     if room() >= count:
         lacking = "the workers take all CPUs, and training.loader stream needs another"
     say(f"{lacking}: asking the autoscaler, and waiting {config.wait_minutes:g} minutes for {'one' if count == 1 else 'more'}")
-    asked = [placement_group([need]) for _ in range(count)] + [placement_group([{"CPU": 1}])] * bool(streamed)
+    # of what is streamed as many as there may be, which else would fit what is there
+    asked = [placement_group([need]) for _ in range(max(count, min(streamed, room())))]
+    asked += [placement_group([{"CPU": 1}])] * bool(streamed)
     try:
         end = time.monotonic() + 60 * config.wait_minutes
         while (found := room()) < count or is_full():

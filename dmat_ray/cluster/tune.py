@@ -120,8 +120,7 @@ def _search(plan: Plan, lease: Lease, say: Callable[[str], None], *, resume: boo
             found = _fit(plan, watcher, at_once, resume=resume)
         except BaseException:
             for trial, one in watcher.runs.items():
-                if trial not in watcher.closed:
+                if trial not in watcher.closed and not lease.is_lost:  # or they are another's by now
                     one.finish("FAILED")
             raise
-        lease.check()
-        return champion.crown(plan, found, watcher.runs, parent, say, watcher.ended_by)
+        return champion.crown(plan, found, watcher.runs, parent, say, watcher.ended_by, lease)

@@ -36,6 +36,7 @@ from dmat_ray.wording import to_go
 
 ADA_INTERVAL = 4
 PATH_DECAY = 0.01
+AS_IMAGES = "classes_as_images"  # key of a checkpoint's JSON: samples have the classes that images have, as often
 DEAD_END = "lower gan.lr_generator and gan.lr_discriminator or raise gan.r1_gamma"
 
 # the averaged generator, thousands of images so far, and the quality of its samples
@@ -219,26 +220,32 @@ def train_generator(
     check_images(config, images, labels)
     check_workers(config, context.world_size)
     # else the discriminator could tell samples of a rare class by their label
-    training = _Training(config, context, labels if config.architecture.num_classes and uneven(labels) else None)
-    first, best, best_quality, history, judged = 0, None, None, [], None
+    drawn = labels if config.architecture.num_classes and uneven(labels) else None
+    training = _Training(config, context, drawn)
+    first, best, best_quality, history, judged, comparable = 0, None, None, [], None, True
     found = checkpoint.newest(context, PROGRESS)
     if (begun := found or shorter) is not None:
         progress, state = read_progress(begun, config, shorter=found is None)
         training.load(state)
         first, best, best_quality, history = progress["step"], state["best"], progress["best"], progress["history"]
         judged = state.get("judge")
+        # before this was noted samples were drawn of all classes equally, and so was what they were judged by
+        comparable = drawn is None or progress.get(AS_IMAGES, False)
         if found is None and trunk is not None and context.rank == 0:  # a little longer may fall from the same snapshot on
             renamed = {**progress, "config": config.model_dump(mode="json"), "of": training.steps}
             replace_folder(trunk, partial(checkpoint.write_state, name=PROGRESS, progress=renamed, state=state))
     if first == training.steps:
         return restored(config, best, context.device)
     judge = Judge(config.quality, images, labels, context, judged, conditional=config.architecture.num_classes > 0)
+    if best is not None and best_quality is not None and not comparable:
+        quality = judge(restored(config, best, context.device))
+        best_quality = {**best_quality, **quality, "collapsed": float(judge.collapsed(quality))}
 
     def whole() -> dict[str, Any]:
         return {**training.state(), "best": best, "judge": judge.state}
 
     def progress_at(step: int, *, diverged: bool = False) -> dict[str, Any]:
-        about = {"config": config.model_dump(mode="json"), "step": step, "of": training.steps}
+        about = {"config": config.model_dump(mode="json"), "step": step, "of": training.steps, AS_IMAGES: True}
         return {**about, "diverged": diverged, "best": best_quality, "history": history}
 
     def leave(step: int, metrics: dict[str, float]) -> None:

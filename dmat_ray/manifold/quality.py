@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmat_ray import checkpoint, classifiers
-from dmat_ray.cli import validate
 from dmat_ray.config import ClassifierConfig, QualityConfig
 from dmat_ray.data.pixels import unit
 from dmat_ray.errors import UserError
@@ -115,7 +114,7 @@ def check(config: QualityConfig, channels: int, resolution: int, labels: Tensor)
                 f"gan.quality.network '{config.network}' takes {run['resolution']}x{run['resolution']} images with "
                 f"{run['channels']} channel(s), the generator makes {resolution}x{resolution} with {channels}"
             )
-        classifier = validate(run["config"]).classifier
+        classifier = checkpoint.settings_of(run).classifier
         with kept_apart():  # weights that nobody uses must not move what is drawn next
             network = classifiers.build(classifier, channels, len(run["class_names"]))
         if not _linear_layers(network):

@@ -167,8 +167,8 @@ def test_images_of_the_report_are_made_by_workers(finished, undisturbed, suite, 
     assert len(images[page]) == 2 * classes * (2 + 3 * 2)  # of models, test sets, and attacks with what they change
 
     page.unlink()
-    drawn = [file for file in (output / "evaluation" / "units").glob("*.json") if "lines" in json.loads(file.read_text())]
-    assert len(drawn) == 2 * (1 + 3)
+    drawn = [file for file in (output / "evaluation" / "units").glob("*.json") if "images" in json.loads(file.read_text())]
+    assert len(drawn) == 2 * (2 + 3)
     for file in drawn:
         file.unlink()
 
@@ -177,7 +177,7 @@ def test_images_of_the_report_are_made_by_workers(finished, undisturbed, suite, 
 
     monkeypatch.setattr(evaluation.Evaluator, "attacked", never)
     jobs.evaluate(config, finished.models, say)
-    assert any(line.startswith("images of the report: 8/8 batches") for line in lines)
+    assert any(line.startswith("images of the report: 10/10 batches") for line in lines)
     assert re.findall(r'src="(data:image/png[^"]+)"', page.read_text()) == images[tmp_path / "here.html"]
 
 

@@ -98,6 +98,27 @@ def test_a_search_that_another_run_has_taken_over_ends(tmp_path, finished, ray_s
     assert not (tmp_path / "models").exists()
 
 
+def test_a_search_that_is_taken_over_after_its_trials_publishes_nothing(tmp_path, finished, ray_session, monkeypatch):
+    """While it trains the best settings anew, which may take longer than all of its trials."""
+    finished.copy_set(tmp_path)
+    monkeypatch.setattr(lease, "INTERVAL_S", 0.2)
+    more = ["--tune.searcher", "random", "--tune.num_samples", 1, "--tune.epochs", 1, "--cluster.train_workers", 1]
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if "training the best settings and those of the start anew" in line:
+            (file,) = (tmp_path / "tune").glob(".*.lease/writer.json")
+            file.write_text(json.dumps({**json.loads(file.read_text()), "owner": "another"}))
+
+    config = tuned(tmp_path, *more, "--tune.confirm_seeds", 1, "--training.epochs", 60, "--tune.evaluate", False)
+    with pytest.raises(UserError, match=r"another run has taken over '.*' while this one did not answer; this one ends"):
+        tune.search(config, say)
+    assert any("anew" in line for line in lines)
+    assert not list((tmp_path / "models").glob("*_seed1"))
+    assert not list((tmp_path / "tune").glob("*/result.json"))
+
+
 def test_a_model_finds_its_checkpoints_in_the_folder_of_any_group(tmp_path, finished):
     finished.copy_set(tmp_path)
     mine = settings(tmp_path, "--name", "mine", preset=("demo", "standard"))

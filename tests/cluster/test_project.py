@@ -1,5 +1,6 @@
 """Projection on clusters that lose drivers, actors, nodes and memory: the set is that of a calm run, row for row."""
 
+import importlib
 import json
 import os
 import re
@@ -236,7 +237,7 @@ def test_full_object_store_corrupt_images_and_their_repair(nodes, start_on, tmp_
     assert found["image"][found["id"].index("a/07.png")]["bytes"] == good
 
 
-def test_machines_that_do_not_come_are_not_waited_for_for_ever(ray_session, say, lines):
+def test_machines_that_do_not_come_are_not_waited_for_for_ever(ray_session, say, lines, monkeypatch):
     await_machines(ClusterConfig(), say)
     assert lines == []
     asked = ClusterConfig(threads_per_worker=64, gpus_per_worker=1, wait_minutes=0.02)
@@ -250,11 +251,15 @@ def test_machines_that_do_not_come_are_not_waited_for_for_ever(ray_session, say,
     # what is streamed needs a CPU that no worker has; of elastic trainings as many are counted as there may be
     await_machines(ClusterConfig(), say, 1, streamed=room - 1)
     assert lines == []
-    soon = ClusterConfig(wait_minutes=0.02)
+    soon, asked_for = ClusterConfig(wait_minutes=0.02), []
+    groups = importlib.import_module("ray.util.placement_group")  # ray.util has a function of that name
+    make = groups.placement_group
+    monkeypatch.setattr(groups, "placement_group", lambda bundles: asked_for.append(bundles) or make(bundles))
     with pytest.raises(
         UserError, match=r"no CPU beside the workers' came within 0\.02 minutes, and training\.loader stream reads"
     ):
         await_machines(soon, say, 1, streamed=room + 3)
+    assert sum(bundle["CPU"] for (bundle,) in asked_for) == room + 1, "what an autoscaler sees is more than there is"
     assert lines.pop().startswith("the workers take all CPUs, and training.loader stream needs another: asking the autoscaler, ")
     with pytest.raises(
         UserError, match=rf"room for only {room} of {room + 1} workers with 1 CPU each came within .* lower cluster.train_w"

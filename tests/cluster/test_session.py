@@ -115,12 +115,13 @@ def test_images_in_the_copied_working_directory_of_a_submitted_job_are_refused(m
     for folder in (copy / "photos", tmp_path / "photos"):
         folder.mkdir(parents=True)
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    prepare_environment(settings(tmp_path, "--data.source", tmp_path / "photos"))
+    prepare_environment(settings(tmp_path, "--data.source", tmp_path / "photos"), images=True)
     monkeypatch.chdir(copy)
+    prepare_environment(settings(tmp_path, "--data.source", "photos"))  # of a job that makes nothing of them
     with pytest.raises(UserError, match=r"data\.source '/.*/photos' lies in the job's temporary copy"):
-        prepare_environment(settings(tmp_path, "--data.source", "photos"))
+        prepare_environment(settings(tmp_path, "--data.source", "photos"), images=True)
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
-    prepare_environment(settings(tmp_path, "--data.source", "photos"))
+    prepare_environment(settings(tmp_path, "--data.source", "photos"), images=True)
 
 
 @pytest.mark.parametrize(("exported", "asked", "own"), [

@@ -30,7 +30,7 @@ def test_a_trial_that_has_no_room_is_refused_before_anything_starts(finished, tm
     assert not list((tmp_path / "tune" / "little").glob("trials/*"))
 
 
-def test_as_many_trials_run_as_have_room_for_all_their_workers(ray_session):
+def test_as_many_trials_run_as_have_room_for_all_their_workers(ray_session, monkeypatch):
     """On a cluster that is there; half a worker's room is none, or trials would wait for each other."""
     cpus = int(ray.cluster_resources()["CPU"])
     there = {"address": "auto"}  # not a Ray of its own, which is bounded by its cores
@@ -40,6 +40,13 @@ def test_as_many_trials_run_as_have_room_for_all_their_workers(ray_session):
         assert searchers.trials_at_once(TuneConfig(max_concurrent=1), cluster, alone=True) == 1
         streamed = searchers.trials_at_once(TuneConfig(), cluster, alone=False, streamed=True)
         assert 1 <= streamed == (cpus - 1) // workers, "a CPU is left for the tasks that stream"
+        for most in (cpus, cpus + 1):  # of an autoscaler that gives no more, and of one that gives another
+            monkeypatch.setattr(
+                ray._private.state.state, "get_max_resources_from_cluster_config", lambda most=most: {"CPU": most}
+            )
+            scaled = searchers.trials_at_once(TuneConfig(), cluster, alone=False, streamed=True)
+            assert scaled == (most - 1) // workers
+            monkeypatch.undo()
     with pytest.raises(UserError, match="the cluster has"):
         searchers.trials_at_once(TuneConfig(), ClusterConfig(train_workers=cpus + 1, **there), alone=False)
     with pytest.raises(UserError, match=rf"{cpus} workers of a trial take all {cpus} CPUs, and training.loader stream needs"):
