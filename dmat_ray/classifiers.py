@@ -204,11 +204,13 @@ def _own(name: str, channels: int, num_classes: int) -> nn.Module:
 def moved_by_others(network: nn.Module, x_BCHW: Tensor, logits_BK: Tensor) -> float:
     """How far an image's logits move as the other images of its batch change, as a share of the largest logit.
 
-    `logits_BK` is what the network, in eval mode, says of x_BCHW. The first half is looked at, the other is replaced by images
-    that are far from it: a batch of the same size is computed alike, so that nothing but the others makes a difference.
+    `logits_BK` is what the network, in eval mode, says of x_BCHW, two images or more. The first half is looked at, the other is
+    replaced by images that are far from it: a batch of the same size is computed alike, so that nothing but the others makes a
+    difference.
     """
     kept = (len(x_BCHW) + 1) // 2
-    others = (x_BCHW[kept:] < 0.5).to(x_BCHW)
+    # half as bright: the inverse of an image may have its mean and variance
+    others = (x_BCHW[kept:] < 0.5).to(x_BCHW) / 2
     with kept_apart(x_BCHW.device):
         moved = network(torch.cat([x_BCHW[:kept], others]))[:kept] - logits_BK[:kept]
     return float(moved.nan_to_num(0.0, 0.0, 0.0).abs().max() / logits_BK.abs().max().clamp_min(1e-12))

@@ -51,7 +51,7 @@ def make_lasting(folder: Path) -> None:
     """Have the disk hold all files of a folder before it takes another's place: a name must not outlive its content when the
     machine goes down.
     """
-    for path in (*(path for path in sorted(folder.rglob("*")) if path.is_file()), folder):
+    for path in (*sorted(folder.rglob("*")), folder):
         sync(path)
 
 

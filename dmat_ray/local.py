@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dmat_ray.checkpoint import is_whole
+from dmat_ray.files import make_lasting
 from dmat_ray.folders import copy_files
 
 # what torch 2.13 deprecates and what it puts in its place, which differ in whether buffers, equal here, are sent once at first
@@ -86,6 +87,7 @@ class LocalContext:
             fresh = self._checkpoint.with_name(f"{self._checkpoint.name}.partial")
             shutil.rmtree(fresh, ignore_errors=True)
             copy_files(checkpoint, fresh)
+            make_lasting(fresh)  # or a machine that goes down soon could take this one and the one before with it
             shutil.rmtree(checkpoint)
             if self._checkpoint.is_dir() and not (self._sure or is_whole(self._checkpoint)):
                 shutil.rmtree(self._checkpoint)  # the training went on from the one before, which stays

@@ -80,6 +80,7 @@ class Results:
         self.rows, self.config, self.suite = rows, config, rows_to_run(config)
         self.clean = next(name for name, row in self.suite.items() if isinstance(row, CleanRow))
         self.groups: dict[str, list[str]] = {}
+        self._of_groups: dict[tuple[str, str, str], np.ndarray] = {}  # what `correct` has found
         for name, row in self.suite.items():
             if group := group_of(row):
                 self.groups.setdefault(group, []).append(name)
@@ -106,11 +107,14 @@ class Results:
         if name not in self.groups:
             self._require_whole(name)
             return self._own[model, set_name, name][1]
-        ids, standing = self._own[model, set_name, self.clean]
-        for part in self.groups[name]:
-            met, right = self.met(model, set_name, part)
-            standing = standing & ~np.isin(ids, met[~right])
-        return standing
+        if (model, set_name, name) not in self._of_groups:
+            ids, standing = self._own[model, set_name, self.clean]
+            for part in self.groups[name]:
+                met, right = self.met(model, set_name, part)
+                broken = pc.is_in(pa.array(ids, pa.string()), value_set=pa.array(met[~right], pa.string()))
+                standing = standing & ~broken.to_numpy(zero_copy_only=False)
+            self._of_groups[model, set_name, name] = standing
+        return self._of_groups[model, set_name, name]
 
     def met(self, model: str, set_name: str, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Ids of the examples that a row of a group met, which may be none, and whether each was right."""

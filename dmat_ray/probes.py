@@ -82,7 +82,7 @@ def _of_outputs(evaluator: Evaluator, model: str, batch: Batch) -> dict[str, Any
         "random": ((first - second).abs().amax() / size).item(),
         "probabilities": bool(first.min() >= 0 and first.max() <= 1 and (sums - 1).abs().max() < 1e-4),
         "ranges": ranges,
-        "others": moved_by_others(network, batch.x_BCHW, first),
+        "others": moved_by_others(network, batch.x_BCHW, first) if len(batch) > 1 else None,
     }
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from dmat_ray.checks import Finding
-from dmat_ray.metrics import Accuracy, Results
+from dmat_ray.metrics import Accuracy, Difference, Results
 from dmat_ray.report_values import SET_NAMES, columns_described, differences, interval, per_cent, points, tables, transfers
 from dmat_ray.wording import number_of
 
@@ -35,7 +35,7 @@ def markdown(
         text += ["95 % intervals:", ""]
         text += _table(["method", *table.columns], models, [[interval(table.cells[m, c]) for c in table.columns] for m in models])
         if pairs := differences(results, table):
-            text += ["Differences between models in percentage points, image by image, with 95 % intervals:", ""]
+            text += ["Differences between models in percentage points, image by image, with 95 % intervals and McNemar's p:", ""]
             body = [[points(found) for found in pair["cells"].values()] for pair in pairs]
             text += _table(["difference", *pairs[0]["cells"]], [pair["title"] for pair in pairs], body)
     text += ["## Columns", "", *(f"- **{escaped(c)}**: {escaped(what)}" for c, what in columns_described(results).items()), ""]
@@ -75,17 +75,25 @@ def _table(head: Sequence[str], names: Sequence[str], body: Sequence[Sequence[st
 
 
 def comma_separated(results: Results, models: list[str]) -> str:
-    """A line for each number of the tables, of the curves over eps, and of transfer; accuracies are shares of 1, in full."""
+    """A line for each number of the tables, of the curves over eps, and of transfer; accuracies are shares of 1, in full.
+
+    Of a difference `accuracy` is that of `method` less that of `source`.
+    """
     buffer = io.StringIO()
     lines = csv.writer(buffer, lineterminator="\n")
     lines.writerow(CSV_COLUMNS)
 
-    def write(kind: str, set_name: str, method: str, source: str, attack: str, eps: float | str, found: Accuracy) -> None:
+    def write(
+        kind: str, set_name: str, method: str, source: str, attack: str, eps: float | str, found: Accuracy | Difference
+    ) -> None:
         lines.writerow([kind, set_name, method, source, attack, eps, found.value, found.low, found.high, found.count])
 
     for table in tables(results, models):
         for (model, column), found in table.cells.items():
             write("accuracy", table.set_name, model, model, column, getattr(results.suite.get(column), "eps", ""), found)
+        for pair in differences(results, table):
+            for column, apart in pair["cells"].items():
+                write("difference", table.set_name, pair["first"], pair["second"], column, "", apart)
     for set_name in results.config.sets:
         for name, every in results.curves(set_name).items():
             for model in models:

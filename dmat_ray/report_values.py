@@ -75,6 +75,8 @@ def differences(results: Results, table: Table) -> list[dict[str, Any]]:
     return [
         {
             "title": f"{first} − {second}",
+            "first": first,
+            "second": second,
             "cells": {column: results.difference(first, second, table.set_name, column) for column in columns},
         }
         for first, second in pairs
@@ -82,9 +84,10 @@ def differences(results: Results, table: Table) -> list[dict[str, Any]]:
 
 
 def points(found: Difference) -> str:
-    """A difference in percentage points, as it is printed, with its interval."""
+    """A difference in percentage points, as it is printed, with its interval and, of shares, McNemar's p."""
     value, low, high = (f"{100 * number:+.1f}".replace("-", "−") for number in (found.value, found.low, found.high))
-    return f"{value} ({low} to {high})"
+    chance = "" if found.chance is None else f", p {found.chance:.2g}"
+    return f"{value} ({low} to {high}{chance})"
 
 
 def in_levels(eps: float) -> str:

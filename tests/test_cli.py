@@ -75,6 +75,8 @@ def test_a_layer_that_changes_a_norm_has_its_eps(tmp_path: Path) -> None:
         "more": f"objective: {terms.format('eps: 1', 'eps: 3')}",
         "same": f"objective: {terms.format('norm: linf', 'norm: l2')}",
         "other": f"objective: {terms.format('norm: l1', 'norm: l2')}",
+        "moved": "objective: {more: {dots: {threat: image, norm: l2}}}",
+        "mine": "objective: {image: {norm: l2, eps: 1.5, step_size: null}}",
     }
     files = {name: str(tmp_path / f"{name}.yaml") for name in texts}
     for name, text in texts.items():
@@ -90,6 +92,12 @@ def test_a_layer_that_changes_a_norm_has_its_eps(tmp_path: Path) -> None:
         parsed("--preset", files["back"])
     with pytest.raises(UserError, match=r"other\.yaml': objective\.more\.warp: eps 1 is a radius in linf; give one in l1"):
         parsed("--preset", files["more"], files["other"])
+    with pytest.raises(
+        UserError, match=r"moved\.yaml': objective\.more\.dots: eps 3 is a radius of threat pixel; give one of image"
+    ):
+        parsed("--preset", files["more"], files["moved"])
+    image = parsed("--preset", files["mine"], "demo").objective.image
+    assert (image.norm, image.eps) == ("linf", 0.1), "a preset says in which norm its eps is"
     with pytest.raises(UserError, match=r"^objective\.image: eps 0\.0157 is a radius in linf; give one in l2, e\.g\. 128/255$"):
         parsed("--objective.image.norm", "l2")
     with pytest.raises(UserError, match=r"objective\.image\.norm: must be 'linf', 'l2' or 'l1' \(found 'l7'\)"):

@@ -297,7 +297,6 @@ def test_a_generator_for_which_there_is_no_space_leaves_the_older_one_and_nothin
     assert not list(tmp_path.glob(".generator*")), "no space is taken by what is of no use"
 
 
-@pytest.mark.slow
 def test_a_folder_has_its_name_once_the_disk_holds_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a machine that goes down leaves a model of empty files, whose checkpoints have been removed."""
     events: list[tuple[str, str]] = []
@@ -326,6 +325,7 @@ def test_a_folder_has_its_name_once_the_disk_holds_its_files(tmp_path: Path, mon
         del events[:5]
 
 
+@pytest.mark.slow
 def test_a_folder_is_replaced_after_a_kill_in_the_middle(tmp_path: Path) -> None:
     """What it left is no hindrance, and the older one is not lost."""
     above = tmp_path / "above"

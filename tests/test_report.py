@@ -440,6 +440,8 @@ def test_images_that_are_left_out_are_told_where_numbers_are_copied_from(
 
 def test_models_are_compared_below_each_table(written: Written, page: Page) -> None:
     results, head = written.results, f"{MODELS[1]} − {MODELS[0]}"
+    with written.path.with_suffix(".csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
     for set_name in results.config.sets:
         columns = [column for column in results.columns(set_name) if column != "UAR"]
         (table,) = [table for table in page.tables if any(row[0] == head for row in table) and len(table[0]) == len(columns) + 1]
@@ -448,9 +450,20 @@ def test_models_are_compared_below_each_table(written: Written, page: Page) -> N
         (row,) = [row for row in table if row[0] == head]
         for column, cell in zip(columns, row[1:], strict=True):
             first, second = (results.per_example(model, set_name, column) for model in MODELS[1::-1])
-            value, low, high = (float(number) for number in re.findall(r"[+-][\d.]+", cell.replace("−", "-")))
+            said = re.fullmatch(r"(\S+) \((\S+) to ([^,]+)(?:, p (.+))?\)", cell.replace("−", "-"))
+            assert said is not None
+            value, low, high = map(float, said.groups()[:3])
             assert value == pytest.approx(100 * (first - second).mean(), abs=0.051)
             assert low <= value <= high
+            if column == "mean":
+                assert said[4] is None
+                continue
+            better, worse = int((first > second).sum()), int((first < second).sum())
+            chance = scipy.stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
+            assert float(said[4]) == pytest.approx(chance, rel=0.05)
+            (line,) = [r for r in rows if (r["table"], r["set"], r["attack"]) == ("difference", set_name, column)]
+            assert (line["method"], line["source"]) == (MODELS[1], MODELS[0])
+            assert 100 * float(line["accuracy"]) == pytest.approx(value, abs=0.051)
 
 
 def test_classes_that_a_model_cannot_know_are_told(tmp_path: Path, config: Config, set_folder: Path) -> None:

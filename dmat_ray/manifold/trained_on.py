@@ -178,7 +178,9 @@ def _seen_elsewhere(config: Config, listing: Listing, card: dict[str, Any], thei
     known = _usable(table)
     place = pc.index_in(test["id"], value_set=known["id"].combine_chunks())
     here, then = test.filter(pc.is_valid(place)), known.take(place.drop_null())["pixels_sha256"].to_pylist()
-    asked = text_digest("\n".join([config.data.source, str(card["images_file_sha256"]), *here["id"].to_pylist()]))
+    versions = zip(here["id"].to_pylist(), versions_of_images(here, config.data), strict=True)
+    lines = [f"{id}\t{version}" for id, version in versions]
+    asked = text_digest("\n".join([str(at(config.data.source)), str(card["images_file_sha256"]), *lines]))
     if asked not in _compared:
         as_theirs = config.data.model_copy(update={name: getattr(theirs, name) for name in DECODING})
         try:

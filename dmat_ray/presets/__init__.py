@@ -36,15 +36,18 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_own_eps(below: Mapping[str, Any], above: Mapping[str, Any], where: str = "") -> None:
-    """Raise UserError for a threat whose norm `above` changes and whose eps it leaves: that is a radius in the norm `below`."""
+    """Raise UserError where `above` changes the threat or its norm and leaves the eps: that is a radius of those `below`."""
     for key, value in above.items():
         if isinstance(value, Mapping) and isinstance(old := below.get(key), Mapping):
             require_own_eps(old, value, f"{where}.{key}" if where else key)
-    if "norm" in above and "eps" in below and "eps" not in above:
-        threat = above.get("threat", below.get("threat", where.rpartition(".")[2]))
-        usual, given = below.get("norm", DEFAULT_NORMS.get(str(threat))), above["norm"]
-        if usual is not None and given in NORMS and given != usual:
-            raise UserError(f"{where}: eps {below['eps']} is a radius in {usual}; give one in {given} beside the norm")
+    if "eps" not in below or "eps" in above:
+        return
+    threat = below.get("threat", where.rpartition(".")[2])
+    if (now := above.get("threat", threat)) != threat:
+        raise UserError(f"{where}: eps {below['eps']} is a radius of threat {threat}; give one of {now} beside the threat")
+    usual, given = below.get("norm", DEFAULT_NORMS.get(str(threat))), above.get("norm")
+    if usual is not None and given in NORMS and given != usual:
+        raise UserError(f"{where}: eps {below['eps']} is a radius in {usual}; give one in {given} beside the norm")
 
 
 def load(layers: list[str], above: Mapping[Path, str] | None = None, *, shipped: bool = True) -> dict[str, Any]:
