@@ -15,7 +15,7 @@ from searches import SPACE, options, runs_of, told, tuned
 from small import processes_below, start_job, wait_for
 
 from dmat_ray import checkpoint
-from dmat_ray.cluster import champion, tune
+from dmat_ray.cluster import champion, trial_watch, tune
 from dmat_ray.config import Config
 from dmat_ray.data.epochs import held_out_positions
 from dmat_ray.data.manifold_set import open_set
@@ -156,7 +156,7 @@ def test_a_budget_ends_a_search_which_can_go_on(finished, tmp_path, say, lines, 
     def say_and_wait(line: str) -> None:
         say(line)
         if "little_000: epoch 1/2" in line:
-            monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + 3600))
+            monkeypatch.setattr(trial_watch, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + 3600))
 
     found = tune.search(short, say_and_wait)
     monkeypatch.undo()
