@@ -103,5 +103,5 @@ def idx(
         for name, values in files.items():
             content = struct.pack(f">{1 + values.ndim}I", 0x800 + values.ndim, *values.shape) + values.tobytes()
             path = folder / f"{part}-{name}{'.gz' if compressed else ''}"
-            path.write_bytes(gzip.compress(content) if compressed else content)
+            path.write_bytes(gzip.compress(content, mtime=0) if compressed else content)
     return folder
