@@ -253,6 +253,11 @@ def test_images_that_lie_elsewhere_are_known_by_their_names_and_pixels(
     assert line.endswith("give data.seed and data.test_share as under data in its card.json")
     assert set_maker.make(other, torch.device("cpu"), print)["test_images_seen_by_generator"] == len(seen)
     assert sorted(decoded) == sorted(of_both), "none but those that may be, and once"
+    whole = (moved / seen[0]).read_bytes()
+    Image.new("L", (8, 8), 7).save(moved / seen[0])
+    start = f"warning: {len(seen) - 1} of {len(ids(other, 'test'))} test images"
+    assert [line[: len(start)] for line in said(other)] == [start] * (len(seen) > 1), "in the same process, too"
+    (moved / seen[0]).write_bytes(whole)
     monkeypatch.setattr(trained_on, "read_pixels", unreadable)
     monkeypatch.setattr(trained_on, "_compared", {})
     (line,) = said(other)
