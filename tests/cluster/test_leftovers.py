@@ -5,6 +5,7 @@ import contextlib
 import json
 import shutil
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,19 +60,26 @@ def test_a_later_checkpoint_has_a_later_name_whatever_the_clock_says(monkeypatch
         assert ahead < first < next_name(first)
 
 
+def taking_over(parent: Path, mark: str, lines: list[str]) -> Callable[[str], None]:
+    """Notes lines; from the one with this mark on another run's name is in the lease, also after a beat that was under way."""
+    taken: list[str] = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        taken.extend([line] if mark in line else [])
+        for file in parent.glob(".*.lease/writer.json") if taken else []:
+            file.write_text(json.dumps({**json.loads(file.read_text()), "owner": "another"}))
+
+    return say
+
+
 def test_a_training_that_another_run_has_taken_over_ends(tmp_path, finished, ray_session, monkeypatch):
     """The other one's file is all that it sees, as after a suspension."""
     finished.copy_set(tmp_path)
     monkeypatch.setattr(lease, "INTERVAL_S", 0.2)
     config = settings(tmp_path, "--training.epochs", "200", "--cluster.train_workers", "1")
     lines: list[str] = []
-
-    def say(line: str) -> None:
-        lines.append(line)
-        if "epoch 1/200" in line:
-            (file,) = (tmp_path / "train").glob(".*.lease/writer.json")
-            file.write_text(json.dumps({**json.loads(file.read_text()), "owner": "another"}))
-
+    say = taking_over(tmp_path / "train", "epoch 1/200", lines)
     with pytest.raises(UserError, match=r"another run has taken over '.*' while this one did not answer; this one ends"):
         train.train_models([config], say)
     assert not any("epoch 199/200" in line for line in lines)
@@ -85,13 +93,7 @@ def test_a_search_that_another_run_has_taken_over_ends(tmp_path, finished, ray_s
     monkeypatch.setattr(lease, "INTERVAL_S", 0.2)
     more = ["--tune.searcher", "random", "--tune.num_samples", 1, "--tune.epochs", 60, "--cluster.train_workers", 1]
     lines: list[str] = []
-
-    def say(line: str) -> None:
-        lines.append(line)
-        if "epoch 1/60" in line:
-            (file,) = (tmp_path / "tune").glob(".*.lease/writer.json")
-            file.write_text(json.dumps({**json.loads(file.read_text()), "owner": "another"}))
-
+    say = taking_over(tmp_path / "tune", "epoch 1/60", lines)
     with pytest.raises(UserError, match=r"another run has taken over '.*' while this one did not answer; this one ends"):
         tune.search(tuned(tmp_path, *more, "--tune.evaluate", False), say)
     assert not any("epoch 60/60" in line or "best is" in line for line in lines)
@@ -104,13 +106,7 @@ def test_a_search_that_is_taken_over_after_its_trials_publishes_nothing(tmp_path
     monkeypatch.setattr(lease, "INTERVAL_S", 0.2)
     more = ["--tune.searcher", "random", "--tune.num_samples", 1, "--tune.epochs", 1, "--cluster.train_workers", 1]
     lines: list[str] = []
-
-    def say(line: str) -> None:
-        lines.append(line)
-        if "training the best settings and those of the start anew" in line:
-            (file,) = (tmp_path / "tune").glob(".*.lease/writer.json")
-            file.write_text(json.dumps({**json.loads(file.read_text()), "owner": "another"}))
-
+    say = taking_over(tmp_path / "tune", "training the best settings and those of the start anew", lines)
     config = tuned(tmp_path, *more, "--tune.confirm_seeds", 1, "--training.epochs", 60, "--tune.evaluate", False)
     with pytest.raises(UserError, match=r"another run has taken over '.*' while this one did not answer; this one ends"):
         tune.search(config, say)
