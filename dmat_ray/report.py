@@ -117,6 +117,7 @@ def write(
         per_cent=per_cent,
         interval=interval,
         points=points,
+        differs=report_values.differs,
         most_compared=report_values.MOST_COMPARED,
         compared={table.set_name: report_values.differences(results, table) for table in tables},
         columns=report_values.columns_described(results),

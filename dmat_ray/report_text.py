@@ -7,9 +7,24 @@ from collections.abc import Sequence
 
 from dmat_ray.checks import Finding
 from dmat_ray.metrics import Accuracy, Difference, Results
-from dmat_ray.report_values import SET_NAMES, columns_described, differences, interval, per_cent, points, tables, transfers
+from dmat_ray.report_values import (
+    SET_NAMES,
+    columns_described,
+    differences,
+    differs,
+    interval,
+    per_cent,
+    points,
+    tables,
+    transfers,
+)
 from dmat_ray.wording import number_of
 
+COMPARED = (
+    "Differences between models in percentage points, image by image, with 95 % intervals and McNemar's p; with a plus the model "
+    "that is named first is right more often. Bold is what excludes 0 by both, as about one in twenty does by chance alone. "
+    "Training again with another seed may change more:"
+)
 CSV_COLUMNS = ("table", "set", "method", "source", "attack", "eps", "accuracy", "low", "high", "count")
 
 
@@ -35,8 +50,8 @@ def markdown(
         text += ["95 % intervals:", ""]
         text += _table(["method", *table.columns], models, [[interval(table.cells[m, c]) for c in table.columns] for m in models])
         if pairs := differences(results, table):
-            text += ["Differences between models in percentage points, image by image, with 95 % intervals and McNemar's p:", ""]
-            body = [[points(found) for found in pair["cells"].values()] for pair in pairs]
+            text += [COMPARED, ""]
+            body = [[f"**{points(d)}**" if differs(d) else points(d) for d in pair["cells"].values()] for pair in pairs]
             text += _table(["difference", *pairs[0]["cells"]], [pair["title"] for pair in pairs], body)
     text += ["## Columns", "", *(f"- **{escaped(c)}**: {escaped(what)}" for c, what in columns_described(results).items()), ""]
     for set_name in results.config.sets:

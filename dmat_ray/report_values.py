@@ -83,9 +83,15 @@ def differences(results: Results, table: Table) -> list[dict[str, Any]]:
     ]
 
 
+def differs(found: Difference) -> bool:
+    """Whether a difference is marked: its interval excludes 0 and, of shares, McNemar's p is below 0.05, too."""
+    return (found.low > 0 or found.high < 0) and (found.chance is None or found.chance < 0.05)
+
+
 def points(found: Difference) -> str:
     """A difference in percentage points, as it is printed, with its interval and, of shares, McNemar's p."""
-    value, low, high = (f"{100 * number:+.1f}".replace("-", "−") for number in (found.value, found.low, found.high))
+    texts = (f"{100 * number:+.1f}".replace("-", "−") for number in (found.value, found.low, found.high))
+    value, low, high = ("0.0" if text in ("+0.0", "−0.0") else text for text in texts)
     chance = "" if found.chance is None else f", p {found.chance:.2g}"
     return f"{value} ({low} to {high}{chance})"
 

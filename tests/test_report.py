@@ -27,7 +27,7 @@ from dmat_ray import checkpoint, gallery, report, report_text, report_values, tr
 from dmat_ray.checks import Finding
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.data.manifold_set import open_set
-from dmat_ray.metrics import Results
+from dmat_ray.metrics import Difference, Results
 from dmat_ray.storage import at
 
 COLUMNS = {
@@ -464,6 +464,15 @@ def test_models_are_compared_below_each_table(written: Written, page: Page) -> N
             (line,) = [r for r in rows if (r["table"], r["set"], r["attack"]) == ("difference", set_name, column)]
             assert (line["method"], line["source"]) == (MODELS[1], MODELS[0])
             assert 100 * float(line["accuracy"]) == pytest.approx(value, abs=0.051)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "chance", "marked"),
+    [(0.01, 0.2, 0.01, True), (-0.2, -0.01, None, True), (0.01, 0.2, 0.062, False), (-0.01, 0.2, 0.01, False)],
+)
+def test_a_difference_is_marked_if_interval_and_p_agree(low: float, high: float, chance: float | None, marked: bool) -> None:
+    assert report_values.differs(Difference(0.0, low, high, chance, 100)) == marked
+    assert report_values.points(Difference(0.0, low, high, chance, 100)).startswith("0.0 (")
 
 
 def test_classes_that_a_model_cannot_know_are_told(tmp_path: Path, config: Config, set_folder: Path) -> None:

@@ -131,8 +131,8 @@ def _train(
         with listen(handle, asked) as mailbox:
             session.await_machines(config.cluster, say, config.cluster.train_workers)
             say(
-                f"training on {len(cache.open()[1])} images, shown {config.gan.kimg:g} thousand times in all: a line every "
-                f"{config.gan.report_kimg:g} thousand, a snapshot every "
+                f"training on {len(cache.open()[1])} images, of which {config.gan.kimg:g} thousand are shown in all: a line "
+                f"every {config.gan.report_kimg:g} thousand, a snapshot every "
                 f"{config.gan.snapshot_kimg:g} thousand (on CPUs that may be hours)"
             )
             paths = {"images": str(cache.folder), "trunk": str(storage / name / TRUNK), "shorter": None}

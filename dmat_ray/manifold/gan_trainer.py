@@ -265,7 +265,7 @@ def train_generator(
         if i % report_every and i < training.steps:
             if not told and i - first > LEAST_STEPS and (seconds := time.monotonic() - began) > TELL_AFTER_S:
                 pace_so_far = {"kimg": i / per_kimg, "images_per_second": (i - first) * config.batch_size / seconds}
-                context.say(f"generator: {i / per_kimg:.3g} of {config.kimg:g} thousand images{to_go(pace_so_far, config.kimg)}")
+                context.say(f"{i / per_kimg:.3g} of {config.kimg:g} thousand images{to_go(pace_so_far, config.kimg)}")
                 told = True
             if leaving:
                 leave(i, {})

@@ -64,7 +64,9 @@ def folder_of(path: str) -> Path:
     folder = None
     with contextlib.suppress(FileNotFoundError):
         folder = weights.generator_folder(path)
-    if folder is None or not (folder / CARD).is_file():
+    if folder is None or not folder.is_dir():
+        raise UserError(f"generator.path '{path}' is no folder that exists; {weights.HOW_TO_GET_A_GENERATOR}")
+    if not (folder / CARD).is_file():
         raise UserError(f"generator.path '{path}' has no {CARD}; {weights.HOW_TO_GET_A_GENERATOR}")
     name = FILES.get(_kind(_card(folder, path)), WEIGHTS)
     if not (folder / name).is_file():

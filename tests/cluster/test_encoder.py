@@ -173,7 +173,7 @@ def test_an_encoder_that_is_there_is_trained_once_and_not_replaced_unasked(
         (("--cluster.train_workers", "2", "--encoder.batch_size", "9"), "encoder.batch_size 9 must be a multiple of 2"),
         (("--encoder.lr", "0"), "encoder.lr: must be more than 0 (found '0')"),
         (("--encoder.precision", "fp8"), "encoder.precision: must be 'float32' or 'bf16' (found 'fp8')"),
-        (("--generator.path", "nowhere"), "generator.path 'nowhere' has no card.json"),
+        (("--generator.path", "nowhere"), "generator.path 'nowhere' is no folder that exists"),
     ],
 )
 def test_wrong_settings_end_in_one_line(
