@@ -29,6 +29,8 @@ if [ -n "${CIFAR10:-}" ]; then
     study=(benchmarks/study.py --preset cifar10 benchmarks/studies/cifar5.yaml --more-methods benchmarks/studies/cifar5_methods.yaml
         --data.source "$CIFAR10" --processes "$processes")
     "$python" "${study[@]}" --trained "${methods[@]}" --seeds 3
+    "$python" "${study[@]}" --trained standard at om_at dmat dmat_fog_recolor_stadv --seeds 5
+    "$python" "${study[@]}" --trained at dmat dmat_fog_recolor_stadv --seeds 5 --worst-case
     "$python" "${study[@]}" --trained at dmat joint dmat_trades_wide dmat_recolor dmat_fog_recolor dmat_fog_recolor_stadv --seeds 3 --worst-case
     "$python" "${study[@]}" --trained at dmat joint dmat_fog_recolor_stadv --seeds 1 --autoattack cifar10_autoattack --autoattack-limit 100
     older benchmarks/results/cifar5
