@@ -215,7 +215,7 @@ def test_a_generator_is_loaded_by_url(generator_folder: Path, place: Location) -
     z = torch.randn(2, 8)
     here, there = (generators.load_generator(path) for path in (str(generator_folder), str(place)))
     assert torch.equal(here.synthesis(here.mapping(z)), there.synthesis(there.mapping(z)))
-    with pytest.raises(UserError, match=rf"generator\.path '{place}x' has no card\.json"):
+    with pytest.raises(UserError, match=rf"generator\.path '{place}x' is no folder that exists"):
         generators.load_generator(f"{place}x")
 
 
