@@ -11,6 +11,7 @@ from ray.tune.search import BasicVariantGenerator
 
 from dmat_ray import models, trials, trials_page
 from dmat_ray.cluster import abandoned, evaluate, searchers, spaces, tracking
+from dmat_ray.cluster.holding import Holds, held
 from dmat_ray.cluster.outbox import FRONT
 from dmat_ray.cluster.search_plan import RESULT, Plan
 from dmat_ray.cluster.trial import Work, keep_newest, run, state_of
@@ -167,16 +168,6 @@ def anew(search: Plan, best: Trial) -> dict[str, dict[str, Config]]:
     return made
 
 
-class _Holds(ray.tune.Callback):  # type: ignore[misc]  # ray is untyped
-    """Ends Tune's loop once another run has taken over. Tune pickles its callbacks, so this holds nothing."""
-
-    lease: Lease | None = None
-
-    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        if _Holds.lease is not None:
-            _Holds.lease.check()
-
-
 def _retrain(search: Plan, best: Trial, say: Callable[[str], None], lease: Lease) -> dict[str, dict[str, Config]]:
     """Train `anew`, and publish."""
     config, epochs, made = search.config, search.base["training"]["epochs"], anew(search, best)
@@ -200,18 +191,12 @@ def _retrain(search: Plan, best: Trial, say: Callable[[str], None], lease: Lease
             name="ray_confirm",
             storage_path=str(search.folder),
             verbose=0,
-            callbacks=[_Holds(), *([] if work.is_alone else [abandoned.TakesBack()])],
+            callbacks=[Holds(), *([] if work.is_alone else [abandoned.TakesBack()])],
             failure_config=ray.tune.FailureConfig(max_failures=config.tune.retries),
         ),
     )
-    _Holds.lease = lease
-    try:
+    with held(lease):
         results = tuner.fit()
-    except Exception:
-        lease.check()  # which Tune wraps in an error of its own
-        raise
-    finally:
-        _Holds.lease = None
     for error in results.errors:
         say(f"warning: a training with another seed failed: {str(error).strip().splitlines()[-1]}")
     whole = [name for name in every if (state_of(work.trial_folder(name)) or {}).get("finished")]

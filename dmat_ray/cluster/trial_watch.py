@@ -16,7 +16,6 @@ from dmat_ray.cluster.search_plan import Plan
 from dmat_ray.cluster.trial import DIVERGED, state_of
 from dmat_ray.errors import UserError
 from dmat_ray.files import read_json, write_json
-from dmat_ray.lease import Lease
 from dmat_ray.trials import Trial
 from dmat_ray.trials_table import LiveTable, shown
 from dmat_ray.yardstick import PREFIX
@@ -26,15 +25,10 @@ TICK_S = 15.0
 
 
 class Watcher:
-    """What the driver does as trials go: it tracks, says, draws and counts. Tune reaches it through `Tell`.
+    """What the driver does as trials go: it tracks, says, draws and counts. Tune reaches it through `Tell`."""
 
-    Once another run has taken over the search's folder, whose `lease` this one had, it ends Tune's loop.
-    """
-
-    def __init__(
-        self, search: Plan, parent: tracking.Run, say: Callable[[str], None], live: LiveTable, lease: Lease | None = None
-    ) -> None:
-        self.search, self.parent, self.say, self.live, self.lease = search, parent, say, live, lease
+    def __init__(self, search: Plan, parent: tracking.Run, say: Callable[[str], None], live: LiveTable) -> None:
+        self.search, self.parent, self.say, self.live = search, parent, say, live
         self.found: dict[str, Trial] = {}
         self.runs: dict[str, tracking.Run] = {}
         self.began, self.ended_by = time.monotonic(), ""
@@ -130,11 +124,6 @@ class Watcher:
     def gpu_hours(self) -> float:
         """What all trials have used, before a kill, too."""
         return float(self.spent["gpu_seconds"]) / 3600
-
-    def require_lease(self) -> None:
-        """Raise UserError if another run has taken over."""
-        if self.lease is not None:
-            self.lease.check()
 
     def over(self) -> bool:
         """Whether a budget is used up."""
@@ -237,7 +226,6 @@ class Tell(ray.tune.Callback):  # type: ignore[misc]  # ray is untyped
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         if _WATCHER is None:
             return
-        _WATCHER.require_lease()
         _WATCHER.tick(str(trial) for trial in trials if trial.status == TuneTrial.RUNNING)
         if _WATCHER.over():
             # Tune's own stoppers would mark the search as finished, and it could not be gone on with

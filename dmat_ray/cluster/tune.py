@@ -8,6 +8,7 @@ import ray.tune
 from ray.tune.experiment.trial import Trial as TuneTrial
 
 from dmat_ray.cluster import abandoned, champion, environment, searchers, session, tracking
+from dmat_ray.cluster.holding import Holds, held
 from dmat_ray.cluster.search_plan import SEARCH, Plan
 from dmat_ray.cluster.trial import run
 from dmat_ray.cluster.trial_watch import Tell, Watcher, watched
@@ -27,7 +28,7 @@ class _Named:
         return f"{self.search}_{int(trial.experiment_tag.split('_')[0]):03d}"
 
 
-def _fit(search: Plan, watcher: Watcher, at_once: int, *, resume: bool) -> list[Trial]:
+def _fit(search: Plan, watcher: Watcher, lease: Lease, at_once: int, *, resume: bool) -> list[Trial]:
     config, tune = search.config, search.config.tune
     trainable = ray.tune.with_resources(
         ray.tune.with_parameters(run, work=search.work),
@@ -56,16 +57,15 @@ def _fit(search: Plan, watcher: Watcher, at_once: int, *, resume: bool) -> list[
                 name=path.name,
                 storage_path=str(path.parent),
                 verbose=0,
-                callbacks=[Tell(), *([] if search.work.is_alone else [abandoned.TakesBack()])],
+                callbacks=[Holds(), Tell(), *([] if search.work.is_alone else [abandoned.TakesBack()])],
                 failure_config=ray.tune.FailureConfig(max_failures=tune.retries),
                 checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=search.work.keep),
             ),
         )
-    with watched(watcher):
+    with watched(watcher), held(lease):
         try:
             tuner.fit()
         except Exception:
-            watcher.require_lease()  # which Tune wraps in an error of its own
             if not watcher.ended_by:
                 raise
         finally:
@@ -115,9 +115,9 @@ def _search(plan: Plan, lease: Lease, say: Callable[[str], None], *, resume: boo
         plan.begin()
         how = f"{tune.searcher}, {tune.scheduler}" if tune.scheduler != "none" else tune.searcher
         say(f"{name}: {how}; raising {' and '.join(tune.objective)} of suite {', '.join(tune.suites)}")
-        watcher = Watcher(plan, parent, say, live, lease)
+        watcher = Watcher(plan, parent, say, live)
         try:
-            found = _fit(plan, watcher, at_once, resume=resume)
+            found = _fit(plan, watcher, lease, at_once, resume=resume)
         except BaseException:
             for trial, one in watcher.runs.items():
                 if trial not in watcher.closed and not lease.is_lost:  # or they are another's by now
