@@ -20,9 +20,10 @@ from dmat_ray import checkpoint, checks, evaluation, gallery, probes, units
 from dmat_ray.checks import Finding
 from dmat_ray.cluster import gauges, pools, session
 from dmat_ray.cluster.silence import breaking_silence
-from dmat_ray.config import Config
+from dmat_ray.config import AutoAttackRow, Config
 from dmat_ray.data import manifold_set, set_reader
 from dmat_ray.errors import UserError
+from dmat_ray.estimate import AUTOATTACK
 from dmat_ray.evaluation import Evaluator
 from dmat_ray.files import Found, awaited
 from dmat_ray.lease import Lease
@@ -30,6 +31,7 @@ from dmat_ray.manifold import generators
 from dmat_ray.metrics import Results
 from dmat_ray.storage import Location, Place, at
 from dmat_ray.units import Unit
+from dmat_ray.wording import duration
 
 ROWS, DONE, CHECKS, UNITS = "rows.parquet", "evaluation.json", "checks.json", "units"
 LEFT_OUT = "left_out"  # what DONE says for readers beside what the rows depend on
@@ -129,12 +131,21 @@ class _Work:
         self.listed = manifold_set.usable(set_path, "test")
         self.ids = self.listed["id"].to_pylist()
         self.positions = units.chosen(self.ids, config.evaluation)
+        self.rows = units.rows_to_run(config.evaluation)
         self.made_for = fingerprint(config, set_path, models)
         self.facts = {k: v for k, v in self.made_for.items() if k != "evaluation"}
 
     def name(self, unit: Unit) -> str:
         """A unit's file."""
         return f"{units.key_of(unit, self.config.evaluation, self.facts)}.{'json' if unit.is_json else 'parquet'}"
+
+    def cost(self, unit: Unit) -> float:
+        """About what a unit takes, in passes through the model: examples times the steps of its row."""
+        row = self.rows.get(unit.attack)
+        if isinstance(row, AutoAttackRow):
+            return len(unit.positions) * sum(AUTOATTACK[row.part])
+        searches = getattr(row, "restarts", 1) * max(1, getattr(row, "targets", 0))
+        return len(unit.positions) * (1.0 + searches * getattr(row, "steps", 0))
 
     def pictures(self) -> list[Unit]:
         """The units of the report's gallery."""
@@ -215,16 +226,17 @@ def evaluate(
     lease: Lease | None = None,
     *,
     pictures: bool = False,
+    of_rows: Sequence[Location] = (),
 ) -> tuple[pa.Table, list[Finding]]:
     """Rows of every model, test set and attack, and what the checks found, after `check`; also written to `folder`.
 
-    With `pictures` also what `read_pictures` needs, along with the rest.
+    What an earlier evaluation left there stays until all rows are known; then the files of `of_rows`, which must not pass for
+    those of others, go with it. With `pictures` also what `read_pictures` needs, along with the rest.
     Ray must be connected. Raises UserError if another run has taken over the folder's `lease`.
     """
     settings = config.evaluation
     if left_out := evaluation.left_out(set_reader.read_manifest(set_path)):
         say(left_out)
-    (folder / DONE).unlink()
     work = _Work(config, set_path, models, folder)
     rows, looks = evaluation.SCHEMA.empty_table(), probes.units(list(models), settings, work.positions)
     rounds, first = units.rounds(settings), [*looks, *(work.pictures() if pictures else [])]
@@ -250,6 +262,8 @@ def evaluate(
         raise UserError("the set or a model was replaced while it was evaluated, so its rows are of both; run the same again")
     if lease is not None:
         lease.check()
+    for file in (*of_rows, folder / DONE):
+        file.unlink()
     (folder / ROWS).write_bytes(_as_parquet(rows))
     (folder / CHECKS).write_json({"measurements": measurements, "findings": [f.to_json() for f in findings]})
     (folder / DONE).write_json({**work.made_for, LEFT_OUT: left_out})
@@ -277,16 +291,20 @@ def read_pictures(
 def _run_all(work: _Work, todo: Sequence[Unit], what: str, say: Callable[[str], None]) -> None:
     """Do these units, and say how far it is."""
     session.await_machines(work.config.cluster, say)
+    whole, done = sum(map(work.cost, todo)), 0.0
     began = said = time.monotonic()
     say(f"{what}{len(todo)} batches for {min(work.config.cluster.evaluation_actors, len(todo))} actors")
     with breaking_silence("batch", say) as heard:
         for number, unit in enumerate(work.run(todo), 1):
             heard()
+            done += work.cost(unit)
             gauges.evaluated(unit.model)
             now = time.monotonic()
             if now - said >= SAY_EVERY_S or number == len(todo):
                 said = now
-                say(f"{what}{number}/{len(todo)} batches, {now - began:.0f} s; last {_told(unit)} on {unit.model}")
+                seconds = now - began
+                left = f", about {duration(seconds * (whole - done) / done)} to go" if number < len(todo) else ""
+                say(f"{what}{number}/{len(todo)} batches, {seconds:.0f} s{left}; last {_told(unit)} on {unit.model}")
 
 
 def _told(unit: Unit) -> str:

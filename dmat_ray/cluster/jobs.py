@@ -110,11 +110,10 @@ def evaluate(
             run = stack.enter_context(tracking.tracked(config, "", "evaluate", parent, key=key))
             rows, findings = stage.read_rows(folder), stage.read_checks(folder)[1]
         else:
-            for file in (page, *report.siblings(page)):
-                file.unlink()  # those of other rows must not pass for theirs, whenever this run may end
             stack.enter_context(connected(config.cluster, config.output, say, (EVALUATE,)))
             run = stack.enter_context(tracking.tracked(config, "", "evaluate", parent, key=key))
-            rows, findings = stage.evaluate(config, set_folder(config), models, folder, say, lease, pictures=True)
+            told = (page, *report.siblings(page))
+            rows, findings = stage.evaluate(config, set_folder(config), models, folder, say, lease, pictures=True, of_rows=told)
         results = Results(rows, config.evaluation)
         for (model, set_name, column), accuracy in results.accuracies().items():
             run.metrics({f"{model}/{set_name}/{column}": accuracy.value}, step=0)

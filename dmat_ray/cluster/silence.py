@@ -15,7 +15,7 @@ FIRST_S, LONG_S = 30.0, 300.0
 def _cluster() -> str:
     have = ray.cluster_resources()
     found = f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs"
-    return f"; the cluster has {found} (if it waits for machines, `ray status` says for which)"
+    return f"; Ray counts {found} in the cluster (if it waits for machines, `ray status` says for which)"
 
 
 @contextmanager

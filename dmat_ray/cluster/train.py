@@ -181,10 +181,11 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
             try:
                 workers.fit(worker, settings, first.cluster, folder, say, keep=keep, elastic=True)
             except Exception:
-                publish_finished()  # of several models some may be done
+                publish_finished()
                 raise
         lease.check()
         if asked.is_set() and any(Leftover(folder).final(c) is None for c in configs):
+            publish_finished()  # of several models some may be done
             say("stopped; the same command goes on from the checkpoint")
             return  # which is where the signal takes effect
         publish_finished()

@@ -123,12 +123,18 @@ def test_rows_of_a_model_that_was_replaced_on_the_way_are_not_taken_for_whole(
     finished, undisturbed, suite, tmp_path, monkeypatch, say
 ):
     folder = at(shutil.copytree(undisturbed[0] / "evaluation", tmp_path / "evaluation"))
+    page = at(tmp_path / "report.html")
+    page.write_bytes(b"of the rows that are there")
+    kept = {place: place.read_bytes() for place in (page, *(folder / name for name in (stage.ROWS, stage.CHECKS, stage.DONE)))}
     config, place = settings(tmp_path, *BATCHES, preset=("demo", str(suite))), at(undisturbed[0] / "on_manifold_set")
     facts = iter([stage.fingerprint(config, place, finished.models)])
     monkeypatch.setattr(stage, "fingerprint", lambda *_: next(facts, {"models": "others"}))
     with pytest.raises(UserError, match="a model was replaced while it was evaluated"):
-        stage.evaluate(config, place, finished.models, folder, say)
-    assert not (folder / stage.DONE).is_file()
+        stage.evaluate(config, place, finished.models, folder, say, of_rows=[page])
+    assert {place: place.read_bytes() for place in kept} == kept, "the earlier evaluation is whole"
+    monkeypatch.undo()
+    stage.evaluate(config, place, finished.models, folder, say, of_rows=[page])
+    assert not page.is_file(), "a page that is of other rows must not pass for one of these"
 
 
 def test_an_evaluation_that_was_taken_over_publishes_nothing(finished, undisturbed, suite, tmp_path, say):
@@ -142,7 +148,6 @@ def test_an_evaluation_that_was_taken_over_publishes_nothing(finished, undisturb
         with pytest.raises(UserError, match="another run has taken over"):
             stage.evaluate(config, place, finished.models, folder, say, lease)
     assert (folder / stage.ROWS).read_bytes() == b"the successor's"
-    assert not (folder / stage.DONE).is_file()
 
 
 def test_a_finished_evaluation_is_known_whether_or_not_it_says_which_images_it_leaves_out(finished, undisturbed, suite, tmp_path):
