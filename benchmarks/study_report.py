@@ -14,14 +14,14 @@ without the models, in a folder that this script reads as it reads the study's o
 
 import argparse
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from study_claims import NEAR, Estimate, claims, estimate, holm, verdict
+from study_claims import NEAR, Claim, Estimate, claims, estimate, holm, verdict
 from study_methods import ABLATIONS, METHODS, TABLE, WORST
 from study_rows import Study, pack
 
@@ -54,16 +54,29 @@ def table(
     return lines
 
 
+def differences(study: Study) -> dict[tuple[str, Claim], Estimate]:
+    """Of every claim on every test set."""
+    made = [(s, claim) for s in study.config.evaluation.sets for claim in claims(study.columns(s))]
+    return {(s, claim): found for s, claim in made if (found := study.difference(claim, s)) is not None}
+
+
+def together(study: Study, chances: Mapping[Any, float]) -> dict[Any, float]:
+    """p-values of all of these (Holm), times how often the study was looked at before it went on (Bonferroni)."""
+    return {key: min(1.0, study.looks * p) for key, p in zip(chances, holm(list(chances.values())), strict=True)}
+
+
 def verdicts(study: Study, set_name: str) -> list[str]:
-    """Each claim with the difference behind it."""
-    made = [(c, found) for c in claims(study.columns(set_name)) if (found := study.difference(c, set_name)) is not None]
-    settled = [(c, found) for c, found in made if found.models > 1]
-    together = dict(zip((c for c, _ in settled), holm([found.chance(c.bound) for c, found in settled]), strict=True))
+    """Each claim with the difference behind it, and its p-value among the claims of all test sets."""
+    every = differences(study)
+    chances = together(study, {key: one.chance(key[1].bound) for key, one in every.items() if one.models > 1})
     lines = ["| claim | column | difference in points | models | | p, all together |", "|---|---|---|---|---|---|"]
-    for claim, found in made:
+    for (where, claim), found in every.items():
+        if where != set_name:
+            continue
         shown = f"{found.value:+.1f} ± {found.half:.1f}"
-        told, p = (verdict(found, claim.bound), _chance(together[claim])) if claim in together else ("open (one seed)", "")
-        if told != "open" and together.get(claim, 1.0) < 0.05:
+        chance = chances.get((where, claim))
+        told, p = ("open (one seed)", "") if chance is None else (verdict(found, claim.bound), _chance(chance))
+        if told != "open" and chance is not None and chance < 0.05:
             told = f"**{told}**"
         lines.append(f"| {claim.text} | {claim.column} | {shown} | {found.models} | {told} | {p} |")
     return lines
@@ -93,10 +106,14 @@ def worst_cases(study: Study) -> list[str]:
     twice = ("at", "dmat")  # the same difference, the other way round
     # those to AT of the same radius came later, and are told by their own intervals
     # of one model a difference is of images alone, and settles nothing about its method
-    counted = {
-        key: one for key, one in found.items() if key[2] in ("dmat", "at") and (key[0], key[2]) != twice and one.models > 1
-    }
-    together = dict(zip(counted, holm([one.chance(0.0) for one in counted.values()]), strict=True))
+    chances = together(
+        study,
+        {
+            key: one.chance(0.0)
+            for key, one in found.items()
+            if key[2] in ("dmat", "at") and (key[0], key[2]) != twice and one.models > 1
+        },
+    )
     for method in methods:
         cells = []
         for set_name in sets:
@@ -106,7 +123,7 @@ def worst_cases(study: Study) -> list[str]:
                 one = found.get((method, set_name, than))
                 key = ("dmat", set_name, "at") if (method, than) == twice else (method, set_name, than)
                 told = "" if one is None else f"{one.value:+.1f} ± {one.half:.1f}"
-                cells.append(f"**{told}**" if one is not None and together.get(key, 1.0) < 0.05 else told)
+                cells.append(f"**{told}**" if one is not None and chances.get(key, 1.0) < 0.05 else told)
         lines.append(f"| {method} | {len(seeds[method])} | {' | '.join(cells)} |")
     return lines
 
@@ -136,6 +153,10 @@ def autoattack(study: Study) -> list[str]:
 def _chance(p: float) -> str:
     """A p-value; of the far tail, which few seeds say nothing of, only that it is there."""
     return "< 0.001" if p < 0.001 else f"{p:.2g}"
+
+
+def _looked(study: Study) -> str:
+    return f", times {study.looks} as models were added after a look" if study.looks > 1 else ""
 
 
 def headline(study: Study) -> list[str]:
@@ -214,7 +235,8 @@ def page(study: Study) -> list[str]:
     lines += [
         "",
         f"About as robust: less than {NEAR:g} points below. Open: the interval holds both answers. Intervals are of one claim "
-        "each; the last column is the claim's p-value among all of its table (Holm), and bold what holds by that at 5 % "
+        f"each; the last column is the claim's p-value among those of both tables (Holm){_looked(study)}, and bold what "
+        "holds by that at 5 % "
         "(where three seeds differ by ten points that is up to 15 %, by simulation: they tell little of their spread).",
     ]
     if found := worst_cases(study):
@@ -226,7 +248,8 @@ def page(study: Study) -> list[str]:
             "",
             f"`{WORST}` on the {count} test images that the tables above have not: the same attacks one after the other, each on "
             "what the ones before have left. Intervals are of one difference each; bold is what differs among all those of "
-            "several models (Holm, 5 %); differences to AT of the same radius are not counted there, and never bold.",
+            f"several models (Holm{_looked(study)}, 5 %); differences to AT of the same radius are not counted there, and "
+            "never bold.",
             "",
             *found,
         ]

@@ -38,6 +38,8 @@ class Study:
             self.worst = self._read("worst", {"suites": [], "attacks": worst_case(self.config.evaluation)})
         names = [name.rsplit("-", 1) for name in self.results.models if name in self.clean.models]
         self.seeds = {method: sorted(int(s) for m, s in names if m == method) for method, _ in names}
+        looks = folder / "looks.yaml"
+        self.looks: int = yaml.safe_load(looks.read_text())["looks"] if looks.is_file() else 1
 
     def _read(self, kind: str, settings: dict[str, Any]) -> Results:
         files = sorted((self.folder / kind).glob("*.parquet"))
