@@ -7,7 +7,7 @@ A step: PGD-5 on the pixels (radius 4/255, steps of 1/255), PGD-5 on w (radius 0
 SGD with momentum 0.9. Generators have the published widths, all weights are random, and w is known. Sides, of which each in the
 middle adds one change to the one above it:
 
-- published: the published logic, written plainly here: the generator in the papers' arithmetic (for times, with
+- published: the published logic, written plainly in step_sides.py: the generator in the papers' arithmetic (for times, with
   --stylegan1-code, the code of genforce/higan or genforce/interfacegan from a clone), the network attacked in eval mode with
   frozen parameters, two forward passes in training mode, float32, contiguous.
 - + fast generator: `accelerate` in float32.
@@ -34,19 +34,15 @@ benchmarks/generator.py. "A/A" runs the first side twice and shows the noise.
 """
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from attack import CLASSES, settled
 from generator import (
     add_batch,
@@ -61,153 +57,16 @@ from generator import (
     record,
     stopwatch,
 )
-from torch import Tensor, nn
+from step_agreement import agreement
+from step_sides import Ours, Published, Side, Synthesis, parts_of
 
-from dmat_ray.attack import frozen
-from dmat_ray.attack_view import AttackView
-from dmat_ray.config import Config
 from dmat_ray.errors import UserError
-from dmat_ray.local import LocalContext
 from dmat_ray.manifold import fast
 from dmat_ray.manifold.stylegan1 import StyleGAN1
 from dmat_ray.manifold.stylegan2 import StyleGAN2
-from dmat_ray.rng import Draws
-from dmat_ray.training_step import TrainingStep
 from dmat_ray.types import Batch, Generator
 
-EPS, STEP, ETA, LATENT_STEP, STEPS = 4 / 255, 1 / 255, 0.02, 0.005, 5
-FIRST_RATE, RATE = 0.01, 1e-4  # of the step that is compared, and of those that are timed
 GOALS = {"ours float32": 0.68, "ours bf16": 0.38}  # of the published step's time
-Synthesis = Callable[[Tensor], Tensor]
-
-
-def settings(**training: Any) -> Config:
-    """The step's settings."""
-    terms = {
-        "image": {"weight": 0.5, "eps": EPS, "step_size": STEP, "steps": STEPS},
-        "latent": {"weight": 0.5, "eps": ETA, "step_size": LATENT_STEP, "steps": STEPS},
-    }
-    return Config.model_validate({"objective": {"clean": {"weight": 0}, **terms}, "training": {"momentum": 0.9, **training}})
-
-
-def input_gradient(network: nn.Module, x: Tensor, y_B: Tensor, of: Tensor) -> Tensor:
-    """Of the cross entropy of images that were made of a tensor."""
-    (gradient,) = torch.autograd.grad(F.cross_entropy(network(x), y_B, reduction="sum"), of)
-    return gradient
-
-
-class Published:
-    """The published step. `view` takes the network's place in attacks."""
-
-    def __init__(self, network: nn.Module, synthesis: Synthesis, batch: Batch, view: bool = False) -> None:
-        self.network, self.synthesis, self.batch = network, synthesis, batch
-        self.view = AttackView(network, torch.float32, channels_last=False) if view else None
-        self.optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
-        x, w = batch.x_BCHW, self._w
-        # those of `TrainingStep`, made once: drawing them is no part of what is timed
-        self.delta = (Draws(0, batch.id, "train/0/image/0").uniform(*x.shape[1:], like=x) * 2 - 1) * EPS
-        self.start = (Draws(0, batch.id, "train/0/latent/0").uniform(*w.shape[1:], like=w) * 2 - 1) * ETA
-
-    @property
-    def _w(self) -> Tensor:
-        assert self.batch.w_BLD is not None
-        return self.batch.w_BLD
-
-    @contextlib.contextmanager
-    def attacked(self) -> Iterator[nn.Module]:
-        """What attacks go to."""
-        if self.view is not None:
-            self.view.refresh()
-            yield self.view
-        else:
-            with frozen(self.network):
-                yield self.network
-
-    def image_attack(self, network: nn.Module) -> Tensor:
-        x, delta = self.batch.x_BCHW, (self.batch.x_BCHW + self.delta).clamp(0, 1) - self.batch.x_BCHW
-        for _ in range(STEPS):
-            delta = delta.requires_grad_()
-            gradient = input_gradient(network, x + delta, self.batch.y_B, delta)
-            delta = (delta.detach() + STEP * gradient.sign()).clamp(-EPS, EPS)
-            delta = (x + delta).clamp(0, 1) - x
-        return (x + delta).clamp(0, 1)
-
-    def latent_attack(self, network: nn.Module) -> Tensor:
-        w, move = self._w, self.start
-        for _ in range(STEPS):
-            move = move.detach().requires_grad_()
-            gradient = input_gradient(network, self.synthesis(w + move), self.batch.y_B, move)
-            move = (move.detach() + LATENT_STEP * gradient.sign()).clamp(-ETA, ETA)
-        with torch.no_grad():
-            return self.synthesis(w + move)
-
-    def backward(self, x_image: Tensor, x_latent: Tensor) -> Tensor:
-        """Both terms' gradients, into the parameters; returns the loss."""
-        self.optimizer.zero_grad()
-        losses = [F.cross_entropy(self.network(x), self.batch.y_B) for x in (x_image, x_latent)]
-        loss = 0.5 * losses[0] + 0.5 * losses[1]
-        loss.backward()
-        return loss.detach()
-
-    def __call__(self, rate: float = RATE) -> Tensor:
-        with self.attacked() as network:
-            images = self.image_attack(network), self.latent_attack(network)
-        loss = self.backward(*images)
-        self.optimizer.param_groups[0]["lr"] = rate
-        self.optimizer.step()
-        return loss
-
-    def update(self, x_image: Tensor, x_latent: Tensor) -> None:
-        """The gradient to the weights, from these images."""
-        self.backward(x_image, x_latent)
-
-
-class Ours:
-    """`TrainingStep` on one batch."""
-
-    def __init__(self, network: nn.Module, generator: Generator, batch: Batch, device: torch.device, **training: Any) -> None:
-        context = LocalContext(Path(tempfile.gettempdir()))  # which writes nothing
-        context.device = device
-        self.step = TrainingStep(settings(**training), network, generator, context)
-        self.network, self.synthesis, self.batch = network, generator.synthesis, batch
-
-    @contextlib.contextmanager
-    def attacked(self) -> Iterator[nn.Module]:
-        """What attacks go to."""
-        self.step.view.refresh()
-        yield self.step.view
-
-    def __call__(self, rate: float = RATE) -> Tensor:
-        return self.step(self.batch, 0, 0, rate)["loss"]
-
-    def update(self, x_image: Tensor, x_latent: Tensor) -> None:
-        """The gradient to the weights, from these images."""
-        images = {"image": x_image, "latent": x_latent}
-        self.step._backward([self.batch], [images], self.step.objective.weights)
-
-
-Side = Published | Ours
-
-
-def parts_of(side: Side) -> dict[str, Callable[[], Any]]:
-    """What a step is made of, each by itself."""
-    w, x, y = side.batch.w_BLD, side.batch.x_BCHW, side.batch.y_B
-    assert w is not None
-
-    def generator() -> None:
-        for _ in range(STEPS):
-            move = torch.zeros_like(w).requires_grad_()
-            torch.autograd.grad(side.synthesis(w + move).sum(), move)
-        with torch.no_grad():
-            side.synthesis(w)
-
-    def attacks() -> None:
-        with side.attacked() as network:
-            for _ in range(2 * STEPS):
-                images = x.detach().requires_grad_()
-                input_gradient(network, images, y, images)
-
-    return {"step": side, "generator": generator, "attacks": attacks, "update": lambda: side.update(x, x)}
 
 
 def in_range(generator: StyleGAN1 | StyleGAN2) -> StyleGAN1 | StyleGAN2:
@@ -274,94 +133,12 @@ class Case:
         return Published(copy.deepcopy(self.network), self.generator.synthesis, batch)
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What a side does from where all sides start."""
-
-    signs: tuple[Tensor, Tensor]
-    gradient: Tensor
-    loss: float
-    weights: dict[str, Tensor]
-    move: Tensor
-
-
-def flat(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.cat([t.detach().contiguous().flatten().double() for t in tensors])
-
-
-def see(side: Side, start: Published, images: tuple[Tensor, Tensor]) -> Seen:
-    """First gradients, the update from given images, and a whole step; `start` says where attacks begin."""
-    x, w, y = side.batch.x_BCHW, side.batch.w_BLD, side.batch.y_B
-    assert w is not None
-    delta, shift = ((x + start.delta).clamp(0, 1) - x).requires_grad_(), start.start.clone().requires_grad_()
-    with side.attacked() as network:
-        signs = (
-            input_gradient(network, x + delta, y, delta).sign(),
-            input_gradient(network, side.synthesis(w + shift), y, shift).sign(),
-        )
-    parameters, statistics = dict(side.network.named_parameters()), copy.deepcopy(dict(side.network.named_buffers()))
-    side.update(*images)
-    gradient = flat(p.grad for p in parameters.values() if p.grad is not None)
-    with torch.no_grad():
-        for name, buffer in side.network.named_buffers():
-            buffer.copy_(statistics[name])
-    before = flat(parameters.values())
-    loss = float(side(FIRST_RATE))
-    weights = {name: p.detach().clone(memory_format=torch.contiguous_format) for name, p in parameters.items()}
-    return Seen(signs, gradient, loss, weights, flat(parameters.values()) - before)
-
-
-def agreement(case: Case, sides: dict[str, Side]) -> dict[str, dict[str, float]]:
-    """Every side beside the first, printed; and each one's move beside that of ours in float32."""
-    first = sides["published"]
-    assert isinstance(first, Published)
-    with first.attacked() as network:
-        images = first.image_attack(network), first.latent_attack(network)
-    found = {name: see(side, first, images) for name, side in (sides | {"published, w off by 1e-6": case.control()}).items()}
-    truth, single = found["published"], found.get("ours float32")
-    compared = [k for k, p in case.network.named_parameters() if p.abs().max() > 0]
-    print(f"{'':25}  signs of the first gradient  gradient, same images   whole step")
-    print(
-        f"{'to published':25} {'image':>14} {'latent':>14} {'off by':>10} {'cosine':>9} {'loss':>10} {'weights':>8} {'cosine':>8}"
-    )
-    rows = {}
-    for name, own in found.items():
-        signs = [float((a == b).float().mean()) for a, b in zip(own.signs, truth.signs, strict=True)]
-        row = {
-            "image_signs": signs[0],
-            "latent_signs": signs[1],
-            "gradient": float((own.gradient - truth.gradient).norm() / truth.gradient.norm()),
-            "gradient_cosine": float(F.cosine_similarity(own.gradient, truth.gradient, dim=0)),
-            "loss": abs(own.loss - truth.loss) / abs(truth.loss),
-            "weights": max(
-                float((own.weights[k] - w).abs().max() / w.abs().max()) for k, w in truth.weights.items() if k in compared
-            ),
-            "cosine": float(F.cosine_similarity(own.move, truth.move, dim=0)),
-        }
-        if single is not None:
-            row["cosine_to_float32"] = float(F.cosine_similarity(own.move, single.move, dim=0))
-            row["gradient_cosine_to_float32"] = float(F.cosine_similarity(own.gradient, single.gradient, dim=0))
-        print(
-            f"{name:25} {signs[0]:14.3%} {signs[1]:14.3%} {row['gradient']:10.1e} {row['gradient_cosine']:9.6f} "
-            f"{row['loss']:10.1e} {row['weights']:8.1e} {row['cosine']:8.5f}"
-        )
-        rows[name] = row
-    if "ours bf16" in rows and single is not None:
-        row = rows["ours bf16"]
-        print(
-            f"ours bf16 to ours float32: cosine of the gradient from the same images {row['gradient_cosine_to_float32']:.6f}, "
-            f"of a whole step's move {row['cosine_to_float32']:.6f}"
-        )
-    print(f"loss of the published step: {truth.loss:.6f}")
-    return rows
-
-
 def compare(kind: str, resolution: int, count: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for every side, printed."""
     case = Case(kind, resolution, count, arguments)
     print(f"\nDMAT step of {arguments.network} and {kind}, {resolution}x{resolution}, batch {count}")
     sides = case.sides()
-    agreed = agreement(case, sides)
+    agreed = agreement(sides, case.control())
     if case.published_code is not None:
         assert isinstance(sides["published"], Published)
         sides["published"].synthesis = case.published_code
