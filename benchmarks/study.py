@@ -72,6 +72,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--more-methods", metavar="FILE", help="more entries as those of studies/methods.yaml")
     parser.add_argument("--ablations", action="store_true", help="instead, those that only tables of ablations have")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of every method")
+    parser.add_argument("--first-seed", type=int, default=0, help="that of the first of them; the others follow")
     parser.add_argument("--processes", type=int, default=1, help="trainings or evaluations at a time")
     parser.add_argument("--worst-case", action="store_true", help="also what stands every attack, of all test images")
     parser.add_argument(
@@ -210,7 +211,8 @@ class _Study:
 
     def names(self) -> list[str]:
         """Of models: a seed's methods before the next seed's."""
-        return [f"{method}-{seed}" for seed in range(self.given.seeds) for method in self.given.trained]
+        first = self.given.first_seed
+        return [f"{method}-{seed}" for seed in range(first, first + self.given.seeds) for method in self.given.trained]
 
     def _training(self, name: str) -> list[str]:
         method, seed = name.rsplit("-", 1)
