@@ -13,156 +13,30 @@ without the models, in a folder that this script reads as it reads the study's o
 """
 
 import argparse
-import itertools
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from study_claims import NEAR, Claim, Estimate, claims, estimate, holm, verdict
-from study_methods import ABLATIONS, METHODS, TABLE, WORST
+import yaml
+from study_claims import NEAR
+from study_methods import WORST
 from study_rows import Study, pack
+from study_tables import BESIDE, ablations, again, autoattack, headline, table, verdicts, worst_cases
 
-from dmat_ray import cli, suites
-from dmat_ray.config import EvaluationConfig
-from dmat_ray.metrics import Results
+from dmat_ray import cli
 from dmat_ray.report_values import SET_NAMES, columns_described, in_levels
 from dmat_ray.units import VERSION
 
-HEADLINE = ("clean", "PGD-50", "OM-PGD-50", "L2", "fog", "unseen mean", "worst")
+HERE = Path(__file__).resolve().parent
 STUDIES = {
     "mnist": ("MNIST-5k", "make results"),
     "cifar5": ("five classes of CIFAR-10", "make results CIFAR10=FOLDER"),
 }
 """Folder of a study -> its data set, and the command that makes all of it."""
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
-BESIDE = ("PGD-50", "APGD-CE", "APGD-DLR")  # of the study's own attacks, set beside AutoAttack
-
-
-def table(
-    study: Study, methods: Sequence[str], set_name: str, columns: Sequence[str], seeds: Sequence[int] | None = None
-) -> list[str]:
-    """Methods by columns, of each column the best in bold."""
-    cells = {(m, c): study.cell(m, set_name, c, seeds) for m in methods for c in columns}
-    best = {c: max(round(cells[m, c].value, 1) for m in methods) for c in columns}
-    lines = [f"| method | models | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 2)]
-    for m in methods:
-        shown = [f"**{cells[m, c]}**" if round(cells[m, c].value, 1) == best[c] else str(cells[m, c]) for c in columns]
-        lines.append(f"| {m} | {len(study.seeds[m] if seeds is None else seeds)} | {' | '.join(shown)} |")
-    return lines
-
-
-def differences(study: Study) -> dict[tuple[str, Claim], Estimate]:
-    """Of every claim on every test set."""
-    made = [(s, claim) for s in study.config.evaluation.sets for claim in claims(study.columns(s))]
-    return {(s, claim): found for s, claim in made if (found := study.difference(claim, s)) is not None}
-
-
-def together(study: Study, chances: Mapping[Any, float]) -> dict[Any, float]:
-    """p-values of all of these (Holm), times how often the study was looked at before it went on (Bonferroni)."""
-    return {key: min(1.0, study.looks * p) for key, p in zip(chances, holm(list(chances.values())), strict=True)}
-
-
-def verdicts(study: Study, set_name: str) -> list[str]:
-    """Each claim with the difference behind it, and its p-value among the claims of all test sets."""
-    every = differences(study)
-    chances = together(study, {key: one.chance(key[1].bound) for key, one in every.items() if one.models > 1})
-    lines = ["| claim | column | difference in points | models | | p, all together |", "|---|---|---|---|---|---|"]
-    for (where, claim), found in every.items():
-        if where != set_name:
-            continue
-        shown = f"{found.value:+.1f} ± {found.half:.1f}"
-        chance = chances.get((where, claim))
-        told, p = ("open (one seed)", "") if chance is None else (verdict(found, claim.bound), _chance(chance))
-        if told != "open" and chance is not None and chance < 0.05:
-            told = f"**{told}**"
-        lines.append(f"| {claim.text} | {claim.column} | {shown} | {found.models} | {told} | {p} |")
-    return lines
-
-
-def worst_cases(study: Study) -> list[str]:
-    """Methods by test sets, and each method's difference to DMAT, to AT, and to AT of its own radius where that is another."""
-    if study.worst is None:
-        return []
-    names = (name.rsplit("-", 1) for name in study.worst.models)
-    seeds: dict[str, list[int]] = {}
-    for method, seed in names:
-        seeds.setdefault(method, []).append(int(seed))
-    sets = study.config.evaluation.sets
-    own = {method: at for method in seeds if (at := method.replace("dmat", "at", 1)) in seeds and at not in ("at", method)}
-    beside = {"less DMAT's": dict.fromkeys(seeds, "dmat"), "less AT's": dict.fromkeys(seeds, "at")}
-    beside |= {"less AT's of the same radius": own} if own else {}
-    heads = [f"{SET_NAMES[s]}{what}" for s in sets for what in ("", *(f", {less}" for less in beside))]
-    lines = [f"| method | models | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 2)]
-    methods = sorted(seeds, key=lambda m: (TABLE.index(m) if m in TABLE else len(TABLE), m))
-    found: dict[tuple[str, str, str], Estimate] = {}
-    for method, set_name, others in itertools.product(methods, sets, beside.values()):
-        than = others.get(method, method)
-        if both := sorted(set(seeds[method]) & set(seeds.get(than, ()))) if method != than else []:
-            pairs = [(study.worst_of_others(method, s, set_name), study.worst_of_others(than, s, set_name)) for s in both]
-            found[method, set_name, than] = estimate([a - b for a, b in pairs])
-    twice = ("at", "dmat")  # the same difference, the other way round
-    # those to AT of the same radius came later, and are told by their own intervals
-    # of one model a difference is of images alone, and settles nothing about its method
-    chances = together(
-        study,
-        {
-            key: one.chance(0.0)
-            for key, one in found.items()
-            if key[2] in ("dmat", "at") and (key[0], key[2]) != twice and one.models > 1
-        },
-    )
-    for method in methods:
-        cells = []
-        for set_name in sets:
-            cells.append(str(estimate([study.worst_of_others(method, seed, set_name) for seed in seeds[method]])))
-            for others in beside.values():
-                than = others.get(method, method)
-                one = found.get((method, set_name, than))
-                key = ("dmat", set_name, "at") if (method, than) == twice else (method, set_name, than)
-                told = "" if one is None else f"{one.value:+.1f} ± {one.half:.1f}"
-                cells.append(f"**{told}**" if one is not None and chances.get(key, 1.0) < 0.05 else told)
-        lines.append(f"| {method} | {len(seeds[method])} | {' | '.join(cells)} |")
-    return lines
-
-
-def autoattack(study: Study) -> list[str]:
-    """The library's attacks, on the first seed's models."""
-    files = sorted((study.folder / "autoattack").glob("*.parquet"))
-    if not files:
-        return []
-    suite = study.notes["autoattack"]["suite"]
-    config = suites.resolved(EvaluationConfig(suites=(suite,), sets=("natural",)))
-    results = Results(pa.concat_tables([pq.read_table(file) for file in files]), config)
-    columns, beside = results.columns("natural"), [c for c in BESIDE if c in study.results.columns("natural")]
-    ours, theirs = (found.ids(results.models[0], "natural") for found in (study.results, results))
-    both = np.isin(theirs, ours).sum()
-    heads = [*columns, *(c if both == len(theirs) else f"{c}, of {both} of them" for c in beside)]
-    lines = [f"| model | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 1)]
-    for model in (f"{m}-0" for m in TABLE if f"{m}-0" in results.models):
-        cells = [results.accuracy(model, "natural", column) for column in columns]
-        shown = [f"{100 * c.value:.0f} ({100 * c.low:.0f} to {100 * c.high:.0f})" for c in cells]
-        same = np.isin(study.results.ids(model, "natural"), results.ids(model, "natural"))
-        shown += [f"{100 * study.results.per_example(model, 'natural', column)[same].mean():.0f}" for column in beside]
-        lines.append(f"| {model} | {' | '.join(shown)} |")
-    return lines
-
-
-def _chance(p: float) -> str:
-    """A p-value; of the far tail, which few seeds say nothing of, only that it is there."""
-    return "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
 def _looked(study: Study) -> str:
     return f", times {study.looks} as models were added after a look" if study.looks > 1 else ""
-
-
-def headline(study: Study) -> list[str]:
-    """The short table."""
-    columns = [c for c in HEADLINE if c in study.results.columns("on_manifold")]
-    return table(study, study.methods, "on_manifold", columns)
 
 
 def put_between(path: Path, lines: list[str]) -> None:
@@ -170,27 +44,6 @@ def put_between(path: Path, lines: list[str]) -> None:
     before, rest = path.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
     path.write_text("\n".join([before + BEGIN, "", *lines, "", END + after]), encoding="utf-8")
-
-
-def ablations(study: Study) -> list[str]:
-    """Tables of which most methods are there, and not only those that the main tables set side by side as well."""
-    tables = {title: [m for m in methods if m in study.seeds] for title, methods in ABLATIONS.items()}
-    shown = {
-        title: there
-        for title, there in tables.items()
-        if 2 * len(there) > len(ABLATIONS[title]) and set(there) - set(METHODS[:8])
-    }
-    columns = [c for c in HEADLINE if c in study.results.columns("on_manifold")]
-    lines = []
-    for title, there in shown.items():
-        shared = sorted(set.intersection(*(set(study.seeds[m]) for m in there)))
-        if shared:
-            lines += ["", f"### {title}", "", *table(study, there, "on_manifold", columns, shared)]
-    about = (
-        f"On {SET_NAMES['on_manifold']}. One thing is changed of `dmat`, evaluation is the same. Only seeds that a table's "
-        "methods share are counted; with one seed, intervals are of images alone."
-    )
-    return ["", "## Ablations", "", about, *lines] if lines else []
 
 
 def rows_versions(notes: dict[str, Any]) -> str:
@@ -252,6 +105,19 @@ def page(study: Study) -> list[str]:
             "never bold.",
             "",
             *found,
+        ]
+    if (done_again := study.folder / "again" / "rows").is_dir():
+        once_more = Study(done_again.parent)
+        fixed = yaml.safe_load((HERE / "studies" / f"{study.folder.name}_claims.yaml").read_text(encoding="utf-8"))["claims"]
+        lines += [
+            "",
+            "## Done again",
+            "",
+            "With another draw of training and test images and other seeds, to test these claims, which were fixed before "
+            f"(benchmarks/studies/{study.folder.name}_claims.yaml) and are taken together (Holm); bold is what holds by that "
+            "at 5 %. `worst` is of all test images, of both.",
+            "",
+            *again(study, once_more, fixed),
         ]
     if found := autoattack(study):
         lines += [

@@ -70,9 +70,13 @@ class Study:
         ratios = {summary.name for summary in self.config.evaluation.summaries if summary.how == "uar"}
         return [column for column in self.results.columns(set_name) if column not in ratios]
 
+    def shared(self, claim: Claim) -> list[int]:
+        """Seeds that both methods of a claim have."""
+        return sorted(set(self.seeds.get(claim.better, ())) & set(self.seeds.get(claim.than, ())))
+
     def difference(self, claim: Claim, set_name: str) -> Estimate | None:
         """Of two methods, on the seeds that both have; None if there are none."""
-        both = sorted(set(self.seeds.get(claim.better, ())) & set(self.seeds.get(claim.than, ())))
+        both = self.shared(claim)
         better, than = (
             [self.of_examples(method, seed, set_name, claim.column) for seed in both] for method in (claim.better, claim.than)
         )

@@ -40,6 +40,7 @@ import study_claims  # noqa: E402
 import study_methods  # noqa: E402
 import study_report  # noqa: E402
 import study_rows  # noqa: E402
+import study_tables  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -258,7 +259,7 @@ def test_published_results_are_what_their_rows_say(name: str) -> None:
 
 def test_what_the_readme_says_of_the_study_in_colour_is_what_the_rows_say() -> None:
     study = study_rows.Study(ROOT / "benchmarks" / "results" / "cifar5")
-    (row,) = [line for line in study_report.worst_cases(study) if line.startswith("| dmat_fog_recolor_stadv |")]
+    (row,) = [line for line in study_tables.worst_cases(study) if line.startswith("| dmat_fog_recolor_stadv |")]
     _, _, _, _, projected, _, _, natural, than_at, *_ = (cell.strip() for cell in row.split("|"))
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert natural.startswith("**+"), "what differs among all is bold"
@@ -274,22 +275,47 @@ def test_what_the_readme_says_of_the_study_in_colour_is_what_the_rows_say() -> N
         f"DMAT is {clean} points more accurate than AT on clean natural images, after correction, and {latent} points more "
         "robust on the manifold, by its own interval" in text
     )
-    told = {s: [line for line in study_report.verdicts(study, s) if "DMAT" in line] for s in ("natural", "on_manifold")}
+    told = {s: [line for line in study_tables.verdicts(study, s) if "DMAT" in line] for s in ("natural", "on_manifold")}
     assert [line.count("**confirmed**") for line in told["natural"] if "better clean accuracy than AT" in line] == [1]
     assert [line.count("| confirmed |") for line in told["on_manifold"] if "AT is not robust on the manifold" in line] == [1]
 
 
+def test_what_was_done_again_is_told_beside_what_the_first_said(tmp_path: Path) -> None:
+    folder = shutil.copytree(
+        ROOT / "benchmarks" / "results" / "cifar5", tmp_path / "cifar5", ignore=shutil.ignore_patterns("again")
+    )
+    shutil.copytree(folder, tmp_path / "once more")
+    shutil.move(tmp_path / "once more", folder / "again")
+    page = study_report.page(study_rows.Study(folder))
+    start = page.index("## Done again")
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in page[start + 6 : start + 11]]
+    assert all(first == again for _, _, first, again, *_ in rows)
+    study = study_rows.Study(folder)
+    clean = study.difference(study_claims.Claim("", "dmat", "at", "clean"), "natural")
+    assert clean is not None
+    (told,) = [row for row in rows if row[1] == "natural test images x, clean"]
+    assert told[3] == f"{clean.value:+.1f} ± {clean.half:.1f}"
+    assert told[-2] == "**confirmed**"
+    assert told[-1] == "< 0.001"
+    assert 5 * clean.chance(0.0) < 0.001, "the least of five"
+    study.worst = None
+    with pytest.raises(UserError, match=r"has no rows of what was to be done again: worst case"):
+        study_tables.again(
+            study, study, [{"text": "worst case", "better": "dmat", "than": "at", "set": "natural", "column": "worst"}]
+        )
+
+
 def test_claims_are_corrected_over_both_test_sets_and_for_looks() -> None:
     study = study_rows.Study(ROOT / "benchmarks" / "results" / "cifar5")
-    every = {key: one.chance(key[1].bound) for key, one in study_report.differences(study).items() if one.models > 1}
+    every = {key: one.chance(key[1].bound) for key, one in study_tables.differences(study).items() if one.models > 1}
     assert len({s for s, _ in every}) == 2
     least = min(every, key=every.__getitem__)  # Holm multiplies the least by the number of all, and the next not by less
-    assert study_report.together(study, every)[least] == pytest.approx(min(1.0, 2 * len(every) * every[least]))
+    assert study_tables.together(study, every)[least] == pytest.approx(min(1.0, 2 * len(every) * every[least]))
     second = sorted(every, key=every.__getitem__)[1]
     expected = 2 * max(len(every) * every[least], (len(every) - 1) * every[second])
-    assert study_report.together(study, every)[second] == pytest.approx(min(1.0, expected))
+    assert study_tables.together(study, every)[second] == pytest.approx(min(1.0, expected))
     study.looks = 1
-    assert study_report.together(study, every)[least] == pytest.approx(min(1.0, len(every) * every[least]))
+    assert study_tables.together(study, every)[least] == pytest.approx(min(1.0, len(every) * every[least]))
 
 
 def test_what_the_readme_says_of_unseen_attacks_on_digits_is_what_the_rows_say() -> None:
@@ -307,10 +333,10 @@ def test_what_the_readme_says_of_unseen_attacks_on_digits_is_what_the_rows_say()
     assert near.value - near.half > -study_claims.NEAR
     assert "DMAT is less than two points below AT under L∞, by its own interval" in text
     assert f"and {projected} on projections, by its own interval" in text
-    (row,) = [line for line in study_report.verdicts(study, "natural") if "twice the radius in both" in line and "unseen" in line]
+    (row,) = [line for line in study_tables.verdicts(study, "natural") if "twice the radius in both" in line and "unseen" in line]
     assert "**confirmed**" in row
     (row,) = [
-        line for line in study_report.verdicts(study, "on_manifold") if "twice the radius in both" in line and "unseen" in line
+        line for line in study_tables.verdicts(study, "on_manifold") if "twice the radius in both" in line and "unseen" in line
     ]
     assert "| confirmed |" in row
 
@@ -319,7 +345,7 @@ def test_what_the_readme_says_of_the_worst_case_on_digits_is_what_the_rows_say()
     study = study_rows.Study(ROOT / "benchmarks" / "results" / "mnist")
     rows = {
         row.split(" | ")[0].strip("| "): [c.strip() for c in row.strip("| ").split(" | ")]
-        for row in study_report.worst_cases(study)
+        for row in study_tables.worst_cases(study)
     }
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     _, _, _, _, projected, of_its_radius, _, _, natural, natural_of_its_radius = rows["dmat_eps_20"]
@@ -344,17 +370,17 @@ def test_a_difference_of_one_model_each_is_never_bold() -> None:
     assert study.worst is not None
     first = pc.ends_with(study.worst.rows["model"], "-0")
     study.worst = Results(study.worst.rows.filter(first), study.worst.config)
-    rows = study_report.worst_cases(study)
+    rows = study_tables.worst_cases(study)
     assert any(line.startswith("| dmat_eps_20 | 1 | ") for line in rows)
     assert not [line for line in rows if "**" in line]
 
 
 def test_numbers_beside_autoattack_say_of_how_many_of_its_images_they_are() -> None:
     study = study_rows.Study(ROOT / "benchmarks" / "results" / "mnist")
-    assert study_report.autoattack(study)[0].endswith("| PGD-50 | APGD-CE | APGD-DLR |")
+    assert study_tables.autoattack(study)[0].endswith("| PGD-50 | APGD-CE | APGD-DLR |")
     kept = pc.unique(pq.read_table(study.folder / "autoattack" / "all.parquet")["id"])[:30]
     study.results = Results(study.results.rows.filter(pc.is_in(study.results.rows["id"], value_set=kept)), study.results.config)
-    head, _, first, *_ = study_report.autoattack(study)
+    head, _, first, *_ = study_tables.autoattack(study)
     assert head.endswith("| PGD-50, of 30 of them | APGD-CE, of 30 of them | APGD-DLR, of 30 of them |")
     right = study.results.correct(first.split()[1], "natural", "PGD-50")
     assert float(first.split(" | ")[-3]) == round(100 * right.sum() / 30)
@@ -363,7 +389,7 @@ def test_numbers_beside_autoattack_say_of_how_many_of_its_images_they_are() -> N
 def test_the_readme_shows_the_study_on_digits() -> None:
     study = study_rows.Study(ROOT / "benchmarks" / "results" / "mnist")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.split(study_report.BEGIN)[1].split(study_report.END)[0].strip() == "\n".join(study_report.headline(study))
+    assert readme.split(study_report.BEGIN)[1].split(study_report.END)[0].strip() == "\n".join(study_tables.headline(study))
 
 
 def test_what_is_told_of_rows_made_anew_takes_the_place_of_what_was_told_before(tmp_path: Path) -> None:
