@@ -1,21 +1,19 @@
-"""What a study's differences say to the paper's claims: means with intervals over images and seeds, and verdicts."""
+"""What a study's differences say to the paper's claims: the claims, verdicts, p-values of claims that are made together."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
-from dmat_ray.metrics import wilson
+from dmat_ray.intervals import Estimate
 
-NEAR = 2.0  # points of accuracy that count as comparable
+NEAR = 0.02  # of accuracies that count as comparable
 UNSEEN = ("L2", "fog", "snow", "elastic", "gabor", "jpeg L1", "L1", "stadv")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """`better` has a larger accuracy than `than` in a column; with `comparable` one not smaller by more than NEAR points."""
+    """`better` has a larger accuracy than `than` in a column; with `comparable` one not smaller by more than NEAR."""
 
     text: str
     better: str
@@ -79,46 +77,6 @@ def claims(columns: list[str]) -> list[Claim]:
     return [claim for claim in found if claim.column in columns]
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with the half of its 95 % interval, in points, how many models are behind it, and the t that the interval is of."""
-
-    value: float
-    half: float
-    models: int
-    error: float = 0.0
-    freedom: float = math.inf
-
-    def chance(self, of: float) -> float:
-        """Two-sided p-value of the mean being `of`; 1 where all values were the same, which no t is of."""
-        return float(2 * stats.t.sf(abs(self.value - of) / self.error, self.freedom)) if self.error else 1.0
-
-    def __str__(self) -> str:
-        return f"{self.value:.1f} ± {self.half:.1f}"
-
-
-def estimate(models: Sequence[np.ndarray]) -> Estimate:
-    """Of values in [-1, 1], a row a model of (N) examples, which are the same for all models.
-
-    The half is that of Student's interval, or of Wilson's where one model is right (1) or wrong (0).
-    """
-    values = 100 * np.stack(models)
-    count, examples = values.shape
-    of_images = values.mean(axis=0).std(ddof=1) ** 2 / examples
-    of_seeds = values.mean(axis=1).std(ddof=1) ** 2 / count if count > 1 else 0.0
-    variance = of_images + of_seeds
-    if variance == 0:  # all the same: what may still be is 3 of N, by the rule of three
-        return Estimate(float(values.mean()), 300.0 / examples, count)
-    # few seeds: Student's t with the degrees of freedom of a sum of two variances (Welch, Satterthwaite)
-    freedom = variance**2 / (of_images**2 / (examples - 1) + of_seeds**2 / max(count - 1, 1))
-    error = math.sqrt(variance)
-    half = float(stats.t.ppf(0.975, freedom)) * error
-    if count == 1 and np.isin(values, (0.0, 100.0)).all():  # a proportion, of which Student's t covers too little near the ends
-        share = wilson(int((values > 0).sum()), examples)
-        half = 50 * (share.high - share.low)
-    return Estimate(float(values.mean()), half, count, error, freedom)
-
-
 def holm(chances: Sequence[float]) -> list[float]:
     """p-values of claims that are made together (Holm, Scandinavian Journal of Statistics 6, 1979)."""
     order = np.argsort(chances, kind="stable")
@@ -129,6 +87,6 @@ def holm(chances: Sequence[float]) -> list[float]:
 
 def verdict(found: Estimate, bound: float) -> str:
     """Confirmed or not where the whole interval says so, else open."""
-    if found.value - found.half > bound:
+    if found.low > bound:
         return "confirmed"
-    return "not confirmed" if found.value + found.half < bound else "open"
+    return "not confirmed" if found.high < bound else "open"

@@ -11,13 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
-from study_claims import Claim, Estimate, estimate
+from study_claims import Claim
 from study_methods import KEPT_VERSIONS, KINDS, OF_VERSION, TABLE, WORST, version_of, worst_case
 
 from dmat_ray import cli
 from dmat_ray.data.sources import NAMED
 from dmat_ray.errors import UserError
 from dmat_ray.files import read_json
+from dmat_ray.intervals import Estimate, estimate
 from dmat_ray.metrics import Results
 
 KEPT = ["model", "source", "set", "attack", "id", "label", "prediction", "correct"]

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from study_claims import Claim, Estimate, claims, estimate, holm, verdict
+from study_claims import Claim, claims, holm, verdict
 from study_methods import ABLATIONS, METHODS, TABLE, WORST
 from study_rows import Study
 
 from dmat_ray import suites
 from dmat_ray.config import EvaluationConfig
 from dmat_ray.errors import UserError
+from dmat_ray.intervals import Estimate, estimate, points
 from dmat_ray.metrics import Results
 from dmat_ray.report_values import SET_NAMES
 
@@ -26,10 +27,10 @@ def table(
 ) -> list[str]:
     """Methods by columns, of each column the best in bold."""
     cells = {(m, c): study.cell(m, set_name, c, seeds) for m in methods for c in columns}
-    best = {c: max(round(cells[m, c].value, 1) for m in methods) for c in columns}
+    best = {c: max(round(points(cells[m, c].value), 1) for m in methods) for c in columns}
     lines = [f"| method | models | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 2)]
     for m in methods:
-        shown = [f"**{cells[m, c]}**" if round(cells[m, c].value, 1) == best[c] else str(cells[m, c]) for c in columns]
+        shown = [f"**{cells[m, c]}**" if round(points(cells[m, c].value), 1) == best[c] else str(cells[m, c]) for c in columns]
         lines.append(f"| {m} | {len(study.seeds[m] if seeds is None else seeds)} | {' | '.join(shown)} |")
     return lines
 
@@ -48,17 +49,17 @@ def together(study: Study, chances: Mapping[Any, float]) -> dict[Any, float]:
 def verdicts(study: Study, set_name: str) -> list[str]:
     """Each claim with the difference behind it, and its p-value among the claims of all test sets."""
     every = differences(study)
-    chances = together(study, {key: one.chance(key[1].bound) for key, one in every.items() if one.models > 1})
+    chances = together(study, {key: one.chance(key[1].bound) for key, one in every.items() if one.trainings > 1})
     lines = ["| claim | column | difference in points | models | | p, all together |", "|---|---|---|---|---|---|"]
     for (where, claim), found in every.items():
         if where != set_name:
             continue
-        shown = f"{found.value:+.1f} ± {found.half:.1f}"
+        shown = _signed(found)
         chance = chances.get((where, claim))
         told, p = ("open (one seed)", "") if chance is None else (verdict(found, claim.bound), _chance(chance))
         if told != "open" and chance is not None and chance < 0.05:
             told = f"**{told}**"
-        lines.append(f"| {claim.text} | {claim.column} | {shown} | {found.models} | {told} | {p} |")
+        lines.append(f"| {claim.text} | {claim.column} | {shown} | {found.trainings} | {told} | {p} |")
     return lines
 
 
@@ -91,7 +92,7 @@ def worst_cases(study: Study) -> list[str]:
         {
             key: one.chance(0.0)
             for key, one in found.items()
-            if key[2] in ("dmat", "at") and (key[0], key[2]) != twice and one.models > 1
+            if key[2] in ("dmat", "at") and (key[0], key[2]) != twice and one.trainings > 1
         },
     )
     for method in methods:
@@ -102,7 +103,7 @@ def worst_cases(study: Study) -> list[str]:
                 than = others.get(method, method)
                 one = found.get((method, set_name, than))
                 key = ("dmat", set_name, "at") if (method, than) == twice else (method, set_name, than)
-                told = "" if one is None else f"{one.value:+.1f} ± {one.half:.1f}"
+                told = "" if one is None else _signed(one)
                 cells.append(f"**{told}**" if one is not None and chances.get(key, 1.0) < 0.05 else told)
         lines.append(f"| {method} | {len(seeds[method])} | {' | '.join(cells)} |")
     return lines
@@ -128,6 +129,11 @@ def autoattack(study: Study) -> list[str]:
         shown += [f"{100 * study.results.per_example(model, 'natural', column)[same].mean():.0f}" for column in beside]
         lines.append(f"| {model} | {' | '.join(shown)} |")
     return lines
+
+
+def _signed(found: Estimate) -> str:
+    """A difference in points, with its sign."""
+    return f"{points(found.value):+.1f} ± {points(found.half):.1f}"
 
 
 def _chance(p: float) -> str:
@@ -174,8 +180,8 @@ def again(study: Study, found: Study, fixed: Sequence[Mapping[str, str]]) -> lis
         said = verdict(second, 0.0)
         shown = f"**{said}**" if said != "open" and chances[set_name, claim] < 0.05 else said
         lines.append(
-            f"| {claim.text} | {SET_NAMES[set_name]}, {claim.column} | {first.value:+.1f} ± {first.half:.1f} | "
-            f"{second.value:+.1f} ± {second.half:.1f} | {second.models} | {shown} | {_chance(chances[set_name, claim])} |"
+            f"| {claim.text} | {SET_NAMES[set_name]}, {claim.column} | {_signed(first)} | "
+            f"{_signed(second)} | {second.trainings} | {shown} | {_chance(chances[set_name, claim])} |"
         )
     return lines
 

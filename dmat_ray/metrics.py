@@ -1,8 +1,6 @@
 """Numbers from evaluation rows: accuracies with intervals, worst cases, means, curves over eps, transfer, confusion."""
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -11,66 +9,9 @@ import pyarrow.compute as pc
 
 from dmat_ray.config import CleanRow, EvaluationConfig
 from dmat_ray.errors import UserError
+from dmat_ray.intervals import Accuracy, Difference, Estimate, estimate, estimate_apart, paired, wilson
 from dmat_ray.units import applies, curve_name, group_of, rows_to_run
 from dmat_ray.wording import did_you_mean
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """A share with its 95 % interval; all in [0, 1]. Of means and UAR `count` is that of examples, the interval a bound."""
-
-    value: float
-    low: float
-    high: float
-    count: int
-
-
-def wilson(correct: int, count: int, z: float = 1.959964) -> Accuracy:
-    """Wilson score interval (Wilson 1927) of a proportion."""
-    if count == 0:
-        raise ValueError("no examples to take an accuracy of")
-    p = correct / count
-    centre = (p + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    return Accuracy(p, max(0.0, centre - half), min(1.0, centre + half), count)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How much more often one model is right than another on the same `count` examples, in [-1, 1], with its 95 % interval.
-
-    `chance` is McNemar's exact two-sided p: how likely so uneven a split of the examples on which they differ would be if neither
-    were better; None of means. All of it is about these models on such images, and not about trainings with other seeds.
-    """
-
-    value: float
-    low: float
-    high: float
-    chance: float | None
-    count: int
-
-
-def paired(first_N: np.ndarray, second_N: np.ndarray, z: float = 1.959964) -> Difference:
-    """The difference of the means of values in [0, 1], paired by example.
-
-    The interval is Wald's with an example more on either side that only one is right on (Bonett and Price 2012, of shares), which
-    keeps it honest for few examples and for none on which they differ. Raises ValueError if there are no examples.
-    """
-    moved = np.asarray(first_N, np.float64) - np.asarray(second_N, np.float64)
-    if not len(moved):
-        raise ValueError("no examples to compare models on")
-    with_two = np.append(moved, [1.0, -1.0])
-    middle, half = float(with_two.mean()), z * float(with_two.std()) / math.sqrt(len(with_two))
-    better, worse = int((moved == 1).sum()), int((moved == -1).sum())
-    shares = bool(np.isin(moved, (-1, 0, 1)).all())
-    chance = _of_halves(min(better, worse), better + worse) if shares else None
-    return Difference(float(moved.mean()), max(-1.0, middle - half), min(1.0, middle + half), chance, len(moved))
-
-
-def _of_halves(fewer: int, count: int) -> float:
-    """Twice the chance of at most so many heads in `count` throws of a coin, or 1."""
-    logs = [math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) for k in range(fewer + 1)]
-    return min(1.0, 2 * math.fsum(math.exp(log - count * math.log(2)) for log in logs))
 
 
 class Results:
@@ -192,12 +133,45 @@ class Results:
 
         Raises UserError for a model, a test set or a column that there is not, and like `per_example`.
         """
-        for model in (first, second):
-            self._require(model, set_name, column)
-        if not np.array_equal(self.ids(first, set_name), self.ids(second, set_name)):
-            raise UserError(f"'{first}' and '{second}' were evaluated on different images of '{set_name}'")
-        one, other = (self.per_example(model, set_name, column) for model in (first, second))
+        one, other = self._of_same_images((first, second), set_name, column)
         return paired(one, other)
+
+    def _of_same_images(self, models: Sequence[str], set_name: str, column: str) -> list[np.ndarray]:
+        """`per_example` of models, once for each; raises UserError if they were evaluated on different images."""
+        for model in models:
+            self._require(model, set_name, column)
+            if not np.array_equal(self.ids(models[0], set_name), self.ids(model, set_name)):
+                raise UserError(f"'{models[0]}' and '{model}' were evaluated on different images of '{set_name}'")
+        return [self.per_example(model, set_name, column) for model in models]
+
+    def over_trainings(self, models: Sequence[str], set_name: str, column: str) -> Estimate:
+        """The mean of a column over models that are trainings of one method with other seeds, with an interval over both draws.
+
+        Those are of images and of trainings: see `intervals.estimate`. Raises UserError for no model or one that is named twice,
+        and like `difference`.
+        """
+        _require_trainings(models)
+        return estimate(self._of_same_images(models, set_name, column))
+
+    def difference_over_trainings(
+        self, first: Sequence[str], second: Sequence[str], set_name: str, column: str, *, paired: bool = True
+    ) -> Estimate:
+        """By how much the mean of a column over trainings of one method is above that of another, with such an interval.
+
+        `paired`: the k-th model of `first` has the seed of the k-th of `second`. Without it there may be more of one, two of each
+        at least. Raises UserError for numbers of models that do not fit this, and like `over_trainings`.
+        """
+        _require_trainings(first)
+        _require_trainings(second)
+        if paired and len(first) != len(second):
+            raise UserError(
+                f"{len(first)} and {len(second)} trainings are no pairs; give those of the same seeds, or paired=False"
+            )
+        if not paired and min(len(first), len(second)) < 2:
+            raise UserError("trainings that are not paired must be two or more of each method")
+        every = self._of_same_images([*first, *second], set_name, column)
+        one, other = every[: len(first)], every[len(first) :]
+        return estimate([a - b for a, b in zip(one, other, strict=True)]) if paired else estimate_apart(one, other)
 
     def standing(self, model: str, set_name: str, names: Iterable[str]) -> np.ndarray:
         """Which examples are right on the clean image and under every one of some rows and groups, (N) bool."""
@@ -249,6 +223,13 @@ class Results:
         counts = np.zeros((classes, classes), int)
         np.add.at(counts, pairs, 1)
         return counts
+
+
+def _require_trainings(models: Sequence[str]) -> None:
+    if isinstance(models, str):
+        raise UserError(f"'{models}' is one name; give the trainings of a method as a list of names")
+    if not models or len(set(models)) < len(models):
+        raise UserError(f"{', '.join(models) or 'nothing'} is no list of trainings, each of them once")
 
 
 def _where(rows: pa.Table, wanted: Iterable[tuple[str, str]]) -> pa.Table:

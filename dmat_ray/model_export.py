@@ -15,7 +15,8 @@ from dmat_ray.data.set_reader import named_classes
 from dmat_ray.errors import UserError
 from dmat_ray.files import sha256, write_json
 from dmat_ray.folders import fetched, holds_anything
-from dmat_ray.metrics import Accuracy, Results
+from dmat_ray.intervals import Accuracy
+from dmat_ray.metrics import Results
 from dmat_ray.report_text import escaped
 from dmat_ray.report_values import columns_described
 from dmat_ray.storage import Place, at

@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 
 from dmat_ray.checks import Finding
-from dmat_ray.metrics import Accuracy, Difference, Results
+from dmat_ray.intervals import Accuracy, Difference
+from dmat_ray.metrics import Results
 from dmat_ray.report_values import (
     SET_NAMES,
     columns_described,

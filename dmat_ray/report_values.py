@@ -11,7 +11,8 @@ from dmat_ray import charts
 from dmat_ray.charts import Axis, Series
 from dmat_ray.config import ON_MANIFOLD, THREATS, AttackRow, AutoAttackRow, CleanRow, CorruptionRow, ImageRow, LatentRow
 from dmat_ray.config.threats import named
-from dmat_ray.metrics import Accuracy, Difference, Results
+from dmat_ray.intervals import Accuracy, Difference
+from dmat_ray.metrics import Results
 from dmat_ray.units import applies
 
 SET_NAMES = {"on_manifold": "on-manifold test images g(w)", "natural": "natural test images x"}

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from dmat_ray.config import EvaluationConfig
 from dmat_ray.errors import UserError
-from dmat_ray.metrics import Results, paired, wilson
+from dmat_ray.intervals import paired, wilson
+from dmat_ray.metrics import Results
 from dmat_ray.units import rows_to_run
 
 IDS = [f"image-{i}" for i in range(6)]
@@ -222,3 +223,40 @@ def test_models_are_compared_image_by_image(first: Any, second: Any) -> None:
     few = results.rows.filter(pc.invert(one))
     with pytest.raises(UserError, match="different images"):
         Results(few, results.config).difference("dmat", "at", "natural", "clean")
+
+
+@given(rows=st.lists(ANSWERS, min_size=5, max_size=5))
+def test_means_over_trainings_are_of_the_models_that_are_named(rows: Any) -> None:
+    names = ["dmat-0", "dmat-1", "at-0", "at-1", "at-2"]
+    results = Results(pa.concat_tables(map(table, rows, names)), EvaluationConfig.model_validate(SUITE))
+    for column in ("clean", "both", "worst", "mean"):
+        cells = {name: results.accuracy(name, "natural", column).value for name in names}
+        found = results.over_trainings(names[2:], "natural", column)
+        assert (found.value, found.trainings) == (pytest.approx(np.mean([cells[name] for name in names[2:]])), 3)
+        paired = results.difference_over_trainings(names[:2], names[2:4], "natural", column)
+        moved = [results.difference(a, b, "natural", column).value for a, b in zip(names[:2], names[2:4], strict=True)]
+        assert (paired.value, paired.trainings, paired.others) == (pytest.approx(np.mean(moved)), 2, None)
+        apart = results.difference_over_trainings(names[:2], names[2:], "natural", column, paired=False)
+        expected = np.mean([cells[name] for name in names[:2]]) - found.value
+        assert (apart.value, apart.trainings, apart.others) == (pytest.approx(expected), 2, 3)
+
+
+def test_trainings_that_cannot_be_compared_are_named() -> None:
+    names = ["dmat-0", "dmat-1", "at-0", "at-1", "at-2"]
+    answers = {name: dict.fromkeys(IDS, True) for name in NAMES}
+    results = Results(pa.concat_tables([table(answers, name) for name in names]), EvaluationConfig.model_validate(SUITE))
+    dmat, at = names[:2], names[2:]
+    of_pairs, mean = results.difference_over_trainings, results.over_trainings
+    for refused, words in (
+        (lambda: of_pairs(dmat, at, "natural", "clean"), "2 and 3 trainings are no pairs"),
+        (lambda: of_pairs(dmat[:1], at, "natural", "clean", paired=False), "two or more of each method"),
+        (lambda: mean("dmat-0", "natural", "clean"), "'dmat-0' is one name; give the trainings of a method as a list"),
+        (lambda: mean([], "natural", "clean"), "nothing is no list of trainings"),
+        (lambda: mean(["at-0", "at-0"], "natural", "clean"), "at-0, at-0 is no list of trainings, each of them once"),
+        (lambda: mean(["at-0", "at-9"], "natural", "clean"), "there is no model 'at-9'"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            refused()
+    few = results.rows.filter(pc.invert(pc.and_(pc.equal(results.rows["model"], "at-1"), pc.equal(results.rows["id"], IDS[0]))))
+    with pytest.raises(UserError, match="'at-0' and 'at-1' were evaluated on different images"):
+        Results(few, results.config).over_trainings(at, "natural", "clean")

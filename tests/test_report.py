@@ -27,7 +27,8 @@ from dmat_ray import checkpoint, gallery, report, report_text, report_values, tr
 from dmat_ray.checks import Finding
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.data.manifold_set import open_set
-from dmat_ray.metrics import Difference, Results
+from dmat_ray.intervals import Difference
+from dmat_ray.metrics import Results
 from dmat_ray.storage import at
 
 COLUMNS = {

@@ -1,4 +1,4 @@
-"""The study's scripts at a small size, its intervals against simulation, and the published pages against their rows."""
+"""The study's scripts at a small size, and the published pages against their rows."""
 
 import argparse
 import json
@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-import scipy.stats
 import torch
 import yaml
 
@@ -25,6 +24,7 @@ from dmat_ray.data import manifold_set
 from dmat_ray.data.pixels import quantise, to_unit
 from dmat_ray.errors import UserError
 from dmat_ray.files import read_json
+from dmat_ray.intervals import Estimate, estimate
 from dmat_ray.manifold import generators
 from dmat_ray.metrics import Results
 from dmat_ray.storage import at
@@ -54,57 +54,13 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def test_an_interval_of_one_pair_of_models_is_that_of_its_mean() -> None:
-    better = np.random.default_rng(0).integers(-1, 2, 300)
-    found = study_claims.estimate([better.astype(float)])
-    assert found.value == pytest.approx(100 * better.mean())
-    low, high = scipy.stats.t.interval(0.95, len(better) - 1, better.mean(), scipy.stats.sem(better))
-    assert found.half == pytest.approx(100 * (high - low) / 2)
-
-
-def test_an_interval_of_one_model_is_as_wide_as_wilsons() -> None:
-    found = study_claims.estimate([(np.arange(300) < 291).astype(float)])
-    low, high = scipy.stats.binomtest(291, 300).proportion_ci(method="wilson")
-    assert (found.value, found.half) == (pytest.approx(97), pytest.approx(50 * (high - low)))
-
-
-@pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.8, 0.95, 0.97, 0.99])
-def test_an_interval_of_one_model_covers_the_truth_near_the_ends_too(share: float) -> None:
-    """Exactly: the probability of every number of right answers among 100 whose interval has the truth."""
-    every = [study_claims.estimate([(np.arange(100) < right).astype(float)]) for right in range(101)]
-    has = [abs(found.value - 100 * share) <= found.half for found in every]
-    assert scipy.stats.binom.pmf(np.arange(101), 100, share)[has].sum() >= 0.93
-
-
-def test_an_interval_covers_the_truth_when_images_and_seeds_are_drawn() -> None:
-    rng, covered = np.random.default_rng(0), 0
-    for _ in range(400):
-        hardness, skill = rng.normal(0, 1, 300), rng.normal(0, 0.6, 3)
-        noise = rng.normal(0, 1, (3, 300))
-        right = (1 + skill[:, None] - hardness + noise > 0).astype(float)
-        # the sum of the three draws is normal with variance 1 + 0.36 + 1
-        truth = 100 * scipy.stats.norm.cdf(1 / np.sqrt(2.36))
-        found = study_claims.estimate(list(right))
-        covered += abs(found.value - truth) <= found.half
-    assert 0.91 <= covered / 400 <= 0.99  # 92 % here: with three seeds the approximation is no better
-
-
 @pytest.mark.parametrize(
     ("value", "half", "bound", "told"),
     [(3, 2, 0, "confirmed"), (3, 4, 0, "open"), (-3, 2, 0, "not confirmed"), (-0.5, 1, -2, "confirmed"),
      (-3, 2, -2, "open"), (-5, 2, -2, "not confirmed")],
 )  # fmt: skip
 def test_a_claim_is_settled_only_by_the_whole_interval(value: float, half: float, bound: float, told: str) -> None:
-    assert study_claims.verdict(study_claims.Estimate(value, half, 3), bound) == told
-
-
-def test_a_p_value_is_that_of_students_test_and_below_5_percent_where_the_interval_ends() -> None:
-    values = np.random.default_rng(1).normal(0.05, 0.3, 200)
-    found = study_claims.estimate([values])
-    assert found.chance(0.0) == pytest.approx(scipy.stats.ttest_1samp(values, 0).pvalue)
-    assert found.chance(-2.0) == pytest.approx(scipy.stats.ttest_1samp(values, -0.02).pvalue)
-    assert found.chance(found.value - found.half) == pytest.approx(0.05)
-    assert study_claims.estimate([np.ones(50)]).chance(0.0) == 1.0
+    assert study_claims.verdict(Estimate(value / 100, half / 100, 3), bound / 100) == told
 
 
 def test_p_values_of_claims_made_together() -> None:
@@ -126,7 +82,7 @@ def test_how_often_a_family_of_true_nothings_has_one_that_seems_so(spread: float
         found = []
         for k in range(24):
             pairs = rng.choice([-1.0, 0.0, 1.0], p=[0.1, 0.8, 0.1], size=(3, 100))
-            found.append(study_claims.estimate(list(pairs + rng.normal(0, spread if k % 2 else 0.01, (3, 1)))))
+            found.append(estimate(list(pairs + rng.normal(0, spread if k % 2 else 0.01, (3, 1)))))
         return min(study_claims.holm([one.chance(0.0) for one in found])) < 0.05
 
     assert low <= np.mean([seems() for _ in range(300)]) <= high
@@ -199,7 +155,7 @@ def test_the_study_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.
     rows = pq.read_table(output / "rows" / "om_at_fgsm-0.parquet").to_pylist()
     right = [row["correct"] for row in rows if (row["set"], row["attack"]) == ("on_manifold", "PGD-20")]
     assert len(right) == 10
-    assert packed.cell("om_at_fgsm", "on_manifold", "PGD-20").value == pytest.approx(100 * np.mean(right))
+    assert packed.cell("om_at_fgsm", "on_manifold", "PGD-20").value == pytest.approx(np.mean(right))
     assert str(tmp_path) not in (packed_at / "settings.yaml").read_text()
     # models that are gone stay packed beside new ones
     for kind in ("rows", "clean"):
@@ -257,6 +213,22 @@ def test_published_results_are_what_their_rows_say(name: str) -> None:
     assert page == "\n".join(study_report.page(study)) + "\n"
 
 
+def test_the_package_gives_what_the_study_prints() -> None:
+    study = study_rows.Study(ROOT / "benchmarks" / "results" / "mnist")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    head, _, *rows = [line.strip("| ").split(" | ") for line in text.split(study_report.BEGIN)[1].split("\n\n")[1].splitlines()]
+    assert head[:3] == ["method", "models", "clean"]
+    assert len(rows) > 8
+    for method, models, _, *cells in rows:
+        names = [f"{method}-{seed}" for seed in range(int(models))]
+        found = [str(study.results.over_trainings(names, "on_manifold", column)) for column in head[3:]]
+        assert found == [cell.strip("*") for cell in cells]
+    trained = [[f"{method}-{seed}" for seed in range(3)] for method in ("dmat", "at")]
+    less = study.results.difference_over_trainings(*trained, "on_manifold", "OM-PGD-50")
+    (row,) = [line for line in study_report.verdicts(study, "on_manifold") if "not robust on the manifold" in line]
+    assert f"| {less.value * 100:+.1f} ± {less.half * 100:.1f} | 3 |" in row
+
+
 def test_what_the_readme_says_of_the_study_in_colour_is_what_the_rows_say() -> None:
     study = study_rows.Study(ROOT / "benchmarks" / "results" / "cifar5")
     (row,) = [line for line in study_tables.worst_cases(study) if line.startswith("| dmat_fog_recolor_stadv |")]
@@ -294,7 +266,7 @@ def test_what_was_done_again_is_told_beside_what_the_first_said(tmp_path: Path) 
     clean = study.difference(study_claims.Claim("", "dmat", "at", "clean"), "natural")
     assert clean is not None
     (told,) = [row for row in rows if row[1] == "natural test images x, clean"]
-    assert told[3] == f"{clean.value:+.1f} ± {clean.half:.1f}"
+    assert told[3] == f"{clean.value * 100:+.1f} ± {clean.half * 100:.1f}"
     assert told[-2] == "**confirmed**"
     assert told[-1] == "< 0.001"
     assert 5 * clean.chance(0.0) < 0.001, "the least of five"
@@ -307,7 +279,7 @@ def test_what_was_done_again_is_told_beside_what_the_first_said(tmp_path: Path) 
 
 def test_claims_are_corrected_over_both_test_sets_and_for_looks() -> None:
     study = study_rows.Study(ROOT / "benchmarks" / "results" / "cifar5")
-    every = {key: one.chance(key[1].bound) for key, one in study_tables.differences(study).items() if one.models > 1}
+    every = {key: one.chance(key[1].bound) for key, one in study_tables.differences(study).items() if one.trainings > 1}
     assert len({s for s, _ in every}) == 2
     least = min(every, key=every.__getitem__)  # Holm multiplies the least by the number of all, and the next not by less
     assert study_tables.together(study, every)[least] == pytest.approx(min(1.0, 2 * len(every) * every[least]))
@@ -325,7 +297,7 @@ def test_what_the_readme_says_of_unseen_attacks_on_digits_is_what_the_rows_say()
     natural, projected = (study.difference(claim, name) for name in ("natural", "on_manifold"))
     assert f"{natural} on natural images, also after correction" in text
     by_looks = [[study.of_examples(m, seed, "natural", "unseen mean") for seed in (1, 2)] for m in ("dmat_eps_20", "at_eps_20")]
-    new = study_claims.estimate([a - b for a, b in zip(*by_looks, strict=True)])
+    new = estimate([a - b for a, b in zip(*by_looks, strict=True)])
     notes = " ".join((study.folder / "notes.md").read_text(encoding="utf-8").split())
     assert f"By those two alone it gains {new} and " in notes
     near = study.difference(study_claims.Claim("", "dmat", "at", "PGD-50"), "natural")
