@@ -68,8 +68,7 @@ class Study:
 
     def columns(self, set_name: str) -> list[str]:
         """Those whose cells are means over examples."""
-        ratios = {summary.name for summary in self.config.evaluation.summaries if summary.how == "uar"}
-        return [column for column in self.results.columns(set_name) if column not in ratios]
+        return self.results.means(set_name)
 
     def shared(self, claim: Claim) -> list[int]:
         """Seeds that both methods of a claim have."""

@@ -70,6 +70,11 @@ class Results:
                 shown.append(name)
         return [*shown, *(s.name for s in self.config.summaries if any(self._parts(s.of, set_name)))]
 
+    def means(self, set_name: str) -> list[str]:
+        """Those of `columns` that are means over images, of which differences can be taken image by image."""
+        ratios = {s.name for s in self.config.summaries if s.how == "uar"}
+        return [column for column in self.columns(set_name) if column not in ratios]
+
     def _parts(self, of: Iterable[str], set_name: str) -> list[str]:
         """Those of some rows and groups that a test set has."""
         return [name for name in of if any(applies(self.suite[part], set_name) for part in self.groups.get(name, [name]))]

@@ -11,7 +11,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dmat_ray import charts, checkpoint, evaluation, figures, gallery, report_text, report_values
+from dmat_ray import (
+    charts,
+    checkpoint,
+    evaluation,
+    figures,
+    gallery,
+    intervals,
+    methods,
+    report_methods,
+    report_text,
+    report_values,
+)
 from dmat_ray.checks import Finding
 from dmat_ray.config import Config
 from dmat_ray.data import manifold_set, set_reader
@@ -50,25 +61,62 @@ def terminal_table(results: Results, models: list[str]) -> str:
     """
     if not models:
         raise UserError(f"models is {models!r}; give some of those that were evaluated: {', '.join(results.models)}")
-    # markup would swallow a name such as "at [fast]"
-    console = Console(width=WIDTH, force_terminal=False, color_system=None, record=True, markup=False, file=io.StringIO())
-    room = WIDTH - max(len(name) for name in ("method", *models)) - 4
+    console = _console()
     for found in report_values.tables(results, models):
-        console.print(f"{found.title[0].lower()}{found.title[1:]}")
-        parts: list[list[str]] = [[]]
-        for column in found.columns:
-            if parts[-1] and sum(max(len(c), 5) + 3 for c in [*parts[-1], column]) > room:
-                parts.append([])
-            parts[-1].append(column)
-        for part in parts:
-            table = Table()
-            table.add_column("method")
-            for column in part:
-                table.add_column(column, justify="right")
-            for model in models:
-                table.add_row(model, *(per_cent(found.cells[model, c]) for c in part))
-            console.print(table)
+        console.print(_in_line(found.title))
+        _print(console, "method", found.columns, {m: [per_cent(found.cells[m, c]) for c in found.columns] for m in models})
     return console.export_text().rstrip()
+
+
+def terminal_methods(results: Results, models: Mapping[str, Place]) -> str:
+    """Means over trainings and differences of methods, of models that are there with several seeds; "" if none is.
+
+    `models` maps names to folders of checkpoints.
+    """
+    console = _console()
+    trained = methods.among({name: checkpoint.read_run(folder) for name, folder in models.items()})
+    for found in report_methods.tables(results, trained).values():
+        console.print(f"{_in_line(found.title)}, ± half of the 95 % interval")
+        rows = {m.name: [str(len(m.trainings)), *(str(found.cells[m.name, c]) for c in found.columns)] for m in found.methods}
+        _print(console, "method", ["trainings", *found.columns], rows)
+        if found.differences:
+            console.print("in points; * where the interval excludes 0")
+            rows = {pair.title: [pair.trainings, *map(_marked, pair.cells.values())] for pair in found.differences}
+            _print(console, "difference", ["trainings", *found.columns], rows)
+    return console.export_text().rstrip()
+
+
+def _marked(found: intervals.Estimate) -> str:
+    mark = "*" if report_values.differs(found) else " "
+    return f"{intervals.points(found.value):+.1f} ± {intervals.points(found.half):.1f}{mark}"
+
+
+def _console() -> Console:
+    # markup would swallow a name such as "at [fast]"
+    return Console(width=WIDTH, force_terminal=False, color_system=None, record=True, markup=False, file=io.StringIO())
+
+
+def _in_line(title: str) -> str:
+    return f"{title[0].lower()}{title[1:]}"
+
+
+def _print(console: Console, head: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> None:
+    """Rows by their names, in as many tables as their columns take."""
+    room = WIDTH - max(len(name) for name in (head, *rows)) - 4
+    widths = [max(5, len(column), *(len(row[k]) for row in rows.values())) + 3 for k, column in enumerate(columns)]
+    parts: list[list[int]] = [[]]
+    for k, width in enumerate(widths):
+        if parts[-1] and sum(widths[i] for i in parts[-1]) + width > room:
+            parts.append([])
+        parts[-1].append(k)
+    for part in parts:
+        table = Table()
+        table.add_column(head)
+        for k in part:
+            table.add_column(columns[k], justify="right")
+        for name, row in rows.items():
+            table.add_row(name, *(row[k] for k in part))
+        console.print(table)
 
 
 def terminal_checks(findings: Sequence[Finding]) -> str:
@@ -102,10 +150,11 @@ def write(
     settings = str(yaml.safe_dump(config.to_json(), sort_keys=False, allow_unicode=True))
     tables, facts = report_values.tables(results, names), _facts(config, manifest, runs)
     good, every = report_text.passed(findings)
+    by_method = report_methods.tables(results, methods.among(runs))
     title = f"Robustness on {PurePosixPath(_source(manifest)).name}"
     markdown, table = siblings(at(page))
-    table.write_bytes(report_text.comma_separated(results, names).encode())
-    text = report_text.markdown(title, results, names, findings, facts, settings)
+    table.write_bytes(report_text.comma_separated(results, names, by_method).encode())
+    text = report_text.markdown(title, results, names, findings, facts, settings, by_method)
     markdown.write_bytes(text.encode())
     figures.write_page(
         at(page),
@@ -120,6 +169,7 @@ def write(
         differs=report_values.differs,
         most_compared=report_values.MOST_COMPARED,
         compared={table.set_name: report_values.differences(results, table) for table in tables},
+        by_method=by_method,
         columns=report_values.columns_described(results),
         warnings=[f for f in findings if f.level == "warning"],
         most_warnings=MOST_WARNINGS,

@@ -3,11 +3,12 @@
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dmat_ray.checks import Finding
-from dmat_ray.intervals import Accuracy, Difference
+from dmat_ray.intervals import Accuracy, Difference, Estimate
 from dmat_ray.metrics import Results
+from dmat_ray.report_methods import MethodTable
 from dmat_ray.report_values import (
     SET_NAMES,
     columns_described,
@@ -36,9 +37,15 @@ def passed(findings: Sequence[Finding]) -> tuple[int, int]:
 
 
 def markdown(
-    title: str, results: Results, models: list[str], findings: Sequence[Finding], facts: Sequence[tuple[str, str]], config: str
+    title: str,
+    results: Results,
+    models: list[str],
+    findings: Sequence[Finding],
+    facts: Sequence[tuple[str, str]],
+    config: str,
+    by_method: Mapping[str, MethodTable] | None = None,
 ) -> str:
-    """Everything of the page but its pictures."""
+    """Everything of the page but its pictures; `by_method` is what `report_methods.tables` found."""
     text = [f"# {escaped(title)}", ""]
     warnings = [f for f in findings if f.level == "warning"]
     if warnings:
@@ -54,6 +61,8 @@ def markdown(
             text += [COMPARED, ""]
             body = [[f"**{points(d)}**" if differs(d) else points(d) for d in pair["cells"].values()] for pair in pairs]
             text += _table(["difference", *pairs[0]["cells"]], [pair["title"] for pair in pairs], body)
+        if by_method and table.set_name in by_method:
+            text += _by_method(by_method[table.set_name])
     text += ["## Columns", "", *(f"- **{escaped(c)}**: {escaped(what)}" for c, what in columns_described(results).items()), ""]
     for set_name in results.config.sets:
         for name, every in results.curves(set_name).items():
@@ -74,6 +83,23 @@ def markdown(
     return "\n".join(text)
 
 
+def _by_method(found: MethodTable) -> list[str]:
+    text, names = [f"### {escaped(found.title)}", ""], [method.name for method in found.methods]
+    body = []
+    for method in found.methods:
+        shown = [(str(found.cells[method.name, c]), found.is_best(method.name, c)) for c in found.columns]
+        body.append([str(len(method.trainings)), *(f"**{cell}**" if best else cell for cell, best in shown)])
+    text += [*_table(["method", "trainings", *found.columns], names, body), escaped(found.explained), ""]
+    if found.differences:
+        body = [
+            [pair.trainings, *(f"**{points(d)}**" if differs(d) else points(d) for d in pair.cells.values())]
+            for pair in found.differences
+        ]
+        text += _table(["difference", "trainings", *found.columns], [pair.title for pair in found.differences], body)
+        text += [escaped(found.compared), ""]
+    return text
+
+
 def escaped(text: str) -> str:
     """A name as Markdown's text."""
     return "".join(f"\\{c}" if c in r"\`*_{}[]<>()#|&~!" else c for c in " ".join(text.split()))
@@ -90,19 +116,26 @@ def _table(head: Sequence[str], names: Sequence[str], body: Sequence[Sequence[st
     return [*lines, *(f"| {escaped(n)} | " + " | ".join(row) + " |" for n, row in zip(names, body, strict=True)), ""]
 
 
-def comma_separated(results: Results, models: list[str]) -> str:
+def comma_separated(results: Results, models: list[str], by_method: Mapping[str, MethodTable] | None = None) -> str:
     """A line for each number of the tables, of the curves over eps, and of transfer; accuracies are shares of 1, in full.
 
-    Of a difference `accuracy` is that of `method` less that of `source`.
+    Of a difference `accuracy` is that of `method` less that of `source`. Where there are means over trainings a last column says
+    of how many they are.
     """
     buffer = io.StringIO()
     lines = csv.writer(buffer, lineterminator="\n")
-    lines.writerow(CSV_COLUMNS)
+    lines.writerow([*CSV_COLUMNS, *(["trainings"] if by_method else [])])
 
     def write(
         kind: str, set_name: str, method: str, source: str, attack: str, eps: float | str, found: Accuracy | Difference
     ) -> None:
-        lines.writerow([kind, set_name, method, source, attack, eps, found.value, found.low, found.high, found.count])
+        numbers = [found.value, found.low, found.high, found.count]
+        lines.writerow([kind, set_name, method, source, attack, eps, *numbers, *([""] if by_method else [])])
+
+    def write_mean(kind: str, table: MethodTable, method: str, source: str, attack: str, found: Estimate) -> None:
+        trainings = found.trainings if found.others is None else f"{found.trainings} and {found.others}"
+        numbers = [found.value, found.low, found.high, table.count, trainings]
+        lines.writerow([kind, table.set_name, method, source, attack, "", *numbers])
 
     for table in tables(results, models):
         for (model, column), found in table.cells.items():
@@ -110,6 +143,13 @@ def comma_separated(results: Results, models: list[str]) -> str:
         for pair in differences(results, table):
             for column, apart in pair["cells"].items():
                 write("difference", table.set_name, pair["first"], pair["second"], column, "", apart)
+    for means in (by_method or {}).values():
+        for (method, column), mean in means.cells.items():
+            if mean.trainings > 1:
+                write_mean("mean over trainings", means, method, method, column, mean)
+        for compared in means.differences:
+            for column, mean in compared.cells.items():
+                write_mean("difference over trainings", means, compared.first, compared.second, column, mean)
     for set_name in results.config.sets:
         for name, every in results.curves(set_name).items():
             for model in models:

@@ -11,7 +11,7 @@ from dmat_ray import charts
 from dmat_ray.charts import Axis, Series
 from dmat_ray.config import ON_MANIFOLD, THREATS, AttackRow, AutoAttackRow, CleanRow, CorruptionRow, ImageRow, LatentRow
 from dmat_ray.config.threats import named
-from dmat_ray.intervals import Accuracy, Difference
+from dmat_ray.intervals import Accuracy, Difference, Estimate
 from dmat_ray.metrics import Results
 from dmat_ray.units import applies
 
@@ -68,8 +68,7 @@ def tables(results: Results, models: list[str]) -> list[Table]:
 
 def differences(results: Results, table: Table) -> list[dict[str, Any]]:
     """For pairs of models, of many each with the first, the difference in every column that is a mean over images."""
-    uar = {s.name for s in results.config.summaries if s.how == "uar"}
-    columns = [column for column in table.columns if column not in uar]
+    columns = results.means(table.set_name)
     pairs = [(b, a) for a, b in itertools.combinations(table.models, 2)]
     if len(table.models) > MOST_COMPARED:
         pairs = [(model, table.models[0]) for model in table.models[1:]]
@@ -84,17 +83,24 @@ def differences(results: Results, table: Table) -> list[dict[str, Any]]:
     ]
 
 
-def differs(found: Difference) -> bool:
-    """Whether a difference is marked: its interval excludes 0 and, of shares, McNemar's p is below 0.05, too."""
-    return (found.low > 0 or found.high < 0) and (found.chance is None or found.chance < 0.05)
+def differs(found: Difference | Estimate) -> bool:
+    """Whether a difference is marked: its interval excludes 0 and, where there is a p beside it, that is below 0.05, too."""
+    chance = _chance(found)
+    return (found.low > 0 or found.high < 0) and (chance is None or chance < 0.05)
 
 
-def points(found: Difference) -> str:
-    """A difference in percentage points, as it is printed, with its interval and, of shares, McNemar's p."""
+def _chance(found: Difference | Estimate) -> float | None:
+    if isinstance(found, Estimate):
+        return found.chance() if found.error else None
+    return found.chance
+
+
+def points(found: Difference | Estimate) -> str:
+    """A difference in percentage points, as it is printed, with its interval and, if there is one, McNemar's or Student's p."""
     texts = (f"{100 * number:+.1f}".replace("-", "−") for number in (found.value, found.low, found.high))
     value, low, high = ("0.0" if text in ("+0.0", "−0.0") else text for text in texts)
-    chance = "" if found.chance is None else f", p {found.chance:.2g}"
-    return f"{value} ({low} to {high}{chance})"
+    chance = _chance(found)
+    return f"{value} ({low} to {high}{'' if chance is None else f', p {chance:.2g}'})"
 
 
 def in_levels(eps: float) -> str:

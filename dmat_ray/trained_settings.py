@@ -16,6 +16,9 @@ HARMLESS = (
     *("data", "projection", "generator.path"),  # what they name is known by its content: the set's digest, the generator's
     *("generator.recompute", "training.compile", "training.checkpoint_every", "training.checkpoint_minutes"),
 )
+SEED = "training.seed"
+# keys of a run.json: what a model was trained on, and what it was made of
+GIVEN = ("set_sha256", "generator_sha256", "class_names", "channels", "resolution", "network")
 MORE_WEIGHT = re.compile(r"objective\.more\..+\.weight")
 
 
@@ -32,13 +35,30 @@ def require_same_config(old: dict[str, Any], new: Config, folder: Place) -> None
 
     What `old` does not say came later, with what was done before as its default.
     """
-    before, now = _relevant(_flat(Config().to_json()) | _flat(old)), _relevant(_flat(new.to_json()))
+    before, now = _recorded(old), relevant(new)
     for name in dict.fromkeys([*now, *before]):
         if before.get(name, "absent") != now.get(name, "absent"):
             raise UserError(
                 f"'{folder}' was trained with {name} = {before.get(name, 'absent')}, now it is {now.get(name, 'absent')}; go on "
                 "with the old value, or train under another --name"
             )
+
+
+def _recorded(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`relevant` of the settings in a run.json, which say less if they are of an older version."""
+    return _relevant(_flat(Config().to_json()) | _flat(dict(config)))
+
+
+def seed_of(run: Mapping[str, Any]) -> int:
+    """The seed of the training that a run.json is of."""
+    return int(_recorded(run["config"])[SEED])
+
+
+def but_for_seed(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run.json says that its weights depend on beside the seed: the same of all trainings of one method."""
+    lineage = [{name: value for name, value in before.items() if name != "name"} for before in run.get("lineage", [])]
+    settings = {name: value for name, value in _recorded(run["config"]).items() if name != SEED}
+    return {"settings": settings, "given": {key: run.get(key) for key in GIVEN}, "lineage": lineage}
 
 
 def ancestor(run: dict[str, Any], config: Config) -> dict[str, Any]:

@@ -40,6 +40,8 @@ def main() -> None:
         return
     results, findings = jobs.evaluate(config, models, jobs.Speaker().stage("evaluate"))
     print(report.terminal_table(results, list(models)))
+    if told := report.terminal_methods(results, models):
+        print(told)
     print(report.terminal_checks(findings))
     print(f"report: {jobs.report_page(config)}")
     print("next: jobs/export_model.py makes folders of models for others")

@@ -69,6 +69,8 @@ def main() -> None:
         run.artifact(page)
         say("done")
     print(report.terminal_table(results, list(trained)))
+    if told := report.terminal_methods(results, trained):
+        print(told)
     print(report.terminal_checks(findings))
     print(f"\nreport: {page}")
     print(f"MLflow: {jobs.ui_command(config)}")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
-NAMED = re.compile(r"# ([\w./]+\.\w+)")
+LOOP = re.compile(r"^for (\w+) in ([\w ]+); do\n(.*?)^done$", re.MULTILINE | re.DOTALL)
+NAMED = re.compile(r"# ([\w./-]+\.\w+)")
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,13 @@ def spans(document: Path) -> list[str]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The commands of a block, as words: without comments, lines that go on put together, `&&` taken apart."""
+    """The commands of a block, as words: without comments, lines that go on put together, `&&` taken apart, loops run through."""
+
+    def each(loop: re.Match[str]) -> str:
+        return "".join(loop[3].replace(f"${loop[1]}", value) for value in loop[2].split())
+
     found: list[list[str]] = []
-    for line in text.replace("\\\n", " ").splitlines():
+    for line in LOOP.sub(each, text).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         while "&&" in words:
             found.append(words[: words.index("&&")])
