@@ -138,17 +138,17 @@ def attack_images(
     """
     inputs.require_gradients("an attack")
     inputs.require_threat(threat)
+    inputs.require_batch_size(batch_size)
     inputs.require_images(x_BCHW)
     num_classes = inputs.require_classifier(network, x_BCHW)
     inputs.require_labels(y_B.to(x_BCHW.device) if isinstance(y_B, Tensor) else y_B, x_BCHW, num_classes)
     if (generator := getattr(threat, "generator", None)) is not None:
-        inputs.require_codes(w_BLD, x_BCHW, generator)
+        inputs.require_codes(w_BLD, x_BCHW, generator, batch_size)
     if wrong := [key for key in _OF_TABLES if key in search]:
         raise UserError(f"{wrong[0]} belongs to a suite's table, not to a search")
     row = inputs.section(Row, {**search, "name": "attack"}, "attack", hidden=_OF_TABLES)
     require_reach(row, threat)
     names = inputs.names_of(x_BCHW, ids)
-    inputs.require_batch_size(batch_size)
     batch = Batch(names, x_BCHW.detach(), y_B.to(x_BCHW.device), None if w_BLD is None else w_BLD.detach())
     parts = [batch.take(rows) for rows in torch.arange(len(batch)).split(batch_size)]
     found = [attacks.attack(network, threat, part, row, seed=seed, purpose="attack") for part in parts]
@@ -203,7 +203,7 @@ def evaluate(
     if isinstance(generator, Place):
         set_reader.require_generator(data.manifest, generators.fingerprint(str(generator)), "the set")
     else:
-        inputs.require_set_of(g, first)
+        inputs.require_set_of(g, data)
     evaluation.require_suite(settings, data.manifest)
     networks: dict[str, nn.Module] = {}
     for name, model in models.items():

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -16,11 +17,12 @@ from dmat_ray.cli import describe
 from dmat_ray.config import Section
 from dmat_ray.data.manifold_set import ManifoldSet
 from dmat_ray.errors import UserError
-from dmat_ray.types import Batch, Generator
+from dmat_ray.types import Generator
 from dmat_ray.wording import did_you_mean
 
 Kind = TypeVar("Kind", bound=Section)
 RENDERED_AGAIN = 16 / 255  # how far pixels of bf16 may be from those of a set, which are rounded to levels
+LOOKED_AT = 32  # images of a set that are rendered again: all may be too many
 
 
 def shape_of(x: Tensor) -> str:
@@ -102,8 +104,11 @@ def require_classifier(network: Any, x_BCHW: Tensor, name: str = "the network") 
     return int(logits.shape[1])
 
 
-def require_codes(w: Any, x_BCHW: Tensor, generator: Generator, name: str = "w_BLD") -> Tensor:
-    """Raise UserError unless these are codes of these images, and the images are g(w): a move along the manifold begins there."""
+def require_codes(w: Any, x_BCHW: Tensor, generator: Generator, batch_size: int, name: str = "w_BLD") -> Tensor:
+    """Raise UserError unless these are codes of these images, and the images are g(w): a move along the manifold begins there.
+
+    All are looked at, `batch_size` at a time.
+    """
     if w is None:
         raise UserError(
             f"this threat moves w, and there is none; give {name} and its images g(w), as `project` or a set has them"
@@ -112,26 +117,30 @@ def require_codes(w: Any, x_BCHW: Tensor, generator: Generator, name: str = "w_B
     if not isinstance(w, Tensor) or tuple(w.shape) != shape:
         found = shape_of(w) if isinstance(w, Tensor) else f"a {type(w).__name__}"
         raise UserError(f"{name} has the shape {found}, but {len(x_BCHW)} codes of this generator have {shape}")
+    require_made_by(generator, x_BCHW)
     where = generator.w_mean.device
     for what, value in ((name, w), ("x_BCHW", x_BCHW)):
         if value.device != where:
             raise UserError(f"{what} is on {value.device}, the generator is on {where}; move one of them, as by .to('{where}')")
-    far = _apart(generator, w[:8], x_BCHW[:8])
-    if not far <= RENDERED_AGAIN:
+    far_B = _apart(generator, w, x_BCHW, batch_size)
+    if len(wrong := (~(far_B <= RENDERED_AGAIN)).nonzero()):
+        row = int(wrong[0])
         raise UserError(
-            f"x_BCHW is not g({name}): pixels differ by up to {far:.2g}; a move along the manifold begins there, so give the "
-            "images that `project` returns beside its w, not those that it was given"
+            f"x_BCHW is not g({name}): pixels of image {row} differ by up to {float(far_B[row]):.2g}; a move along the manifold "
+            "begins there, so give the images that `project` returns beside its w, in their order, not those that it was given"
         )
     return w
 
 
-def require_set_of(generator: Generator, batch: Batch) -> None:
-    """Raise UserError unless these images of a set, of the generator's size, are its g(w)."""
+def require_set_of(generator: Generator, data: ManifoldSet) -> None:
+    """Raise UserError unless the images of a set, of the generator's size, are its g(w), as far as LOOKED_AT of them tell."""
+    shape, found = (generator.num_ws, generator.w_dim), data.w.shape[1:]
+    some = np.sort(np.random.default_rng(0).permutation(len(data))[:LOOKED_AT])
+    batch = data.batch(some, "on_manifold").to(generator.w_mean.device)
     assert batch.w_BLD is not None
-    shape, found = (generator.num_ws, generator.w_dim), tuple(batch.w_BLD.shape[1:])
     if found != shape:
         told = f"its w is {_by(found)}, this one's {_by(shape)}"
-    elif not (far := _apart(generator, batch.w_BLD, batch.x_BCHW)) <= RENDERED_AGAIN:
+    elif not (far := float(_apart(generator, batch.w_BLD, batch.x_BCHW, 8).max())) <= RENDERED_AGAIN:
         told = f"its images are not g(w), pixels differ by up to {far:.2g}"
     else:
         return
@@ -195,10 +204,11 @@ def section(
         raise UserError(f"{what}: {said}{hint}") from None
 
 
-def _apart(generator: Generator, w_BLD: Tensor, x_BCHW: Tensor) -> float:
-    """The largest difference of a pixel between g(w) and x."""
-    with torch.no_grad():
-        return float((generator.synthesis(w_BLD) - x_BCHW).abs().max())
+@torch.no_grad()
+def _apart(generator: Generator, w_BLD: Tensor, x_BCHW: Tensor, batch_size: int) -> Tensor:
+    """For each image the largest difference of a pixel between g(w) and x."""
+    parts = zip(w_BLD.split(batch_size), x_BCHW.split(batch_size), strict=True)
+    return torch.cat([(generator.synthesis(w) - x).abs().flatten(1).amax(dim=1) for w, x in parts])
 
 
 def _dtype(x: Tensor) -> str:

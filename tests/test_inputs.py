@@ -1,6 +1,7 @@
 """What is wrong with the inputs of `from dmat_ray import ...` is said by name, with the way out."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ def three_classes() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
 
 
+def three_channels() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+
+
 @pytest.mark.parametrize(
     ("x", "y", "message"),
     [
@@ -71,12 +76,26 @@ def test_codes_are_looked_at(small_net: nn.Module, generator: StyleGAN2, make_ba
     for x, given, message in (
         (batch.x_BCHW, None, "this threat moves w, and there is none; give w_BLD and its images"),
         (batch.x_BCHW, w[:, :1], r"w_BLD has the shape \(4, 1, 8\), but 4 codes of this generator have \(4, 4, 8\)"),
-        (1 - batch.x_BCHW, w, r"x_BCHW is not g\(w_BLD\): pixels differ by up to"),
+        (1 - batch.x_BCHW, w, r"x_BCHW is not g\(w_BLD\): pixels of image 0 differ by up to"),
+        (batch.x_BCHW.repeat(1, 3, 1, 1), w, "x_BCHW has images of 3x8x8, the generator makes 1x8x8"),
     ):
         with pytest.raises(UserError, match=message):
-            attack_images(small_net, threat, x, batch.y_B, given)
+            attack_images(three_channels() if x.shape[1] == 3 else small_net, threat, x, batch.y_B, given)
     with pytest.raises(UserError, match="on meta, the images are on cpu; move one of them"):
         attack_images(small_net.to("meta"), threat, batch.x_BCHW, batch.y_B, w)
+
+
+@pytest.mark.parametrize("batch_size", [5, 100])
+def test_the_codes_of_all_images_are_looked_at(
+    small_net: nn.Module, generator: StyleGAN2, make_batch: Callable[..., Batch], batch_size: int
+) -> None:
+    batch, threat = make_batch(14), build_threat("latent", generator=generator)
+    assert batch.w_BLD is not None
+    mixed = batch.w_BLD[[*range(8), 13, *range(8, 13)]]
+    with pytest.raises(UserError, match=r"x_BCHW is not g\(w_BLD\): pixels of image 8 differ by up to .*, in their order"):
+        attack_images(small_net, threat, batch.x_BCHW, batch.y_B, mixed, batch_size=batch_size)
+    found = attack_images(small_net, threat, batch.x_BCHW, batch.y_B, batch.w_BLD, batch_size=batch_size, steps=1)
+    assert len(found.x_BCHW) == 14
 
 
 def test_other_inputs_are_looked_at(small_net: nn.Module, generator: StyleGAN2, set_folder: Path, tmp_path: Path) -> None:
@@ -194,9 +213,15 @@ def test_a_set_of_another_generator_is_refused(
     make_generator: Callable[..., StyleGAN2], set_folder: Path, tmp_path: Path
 ) -> None:
     data, network = open_set(set_folder, "test"), nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
-    other = make_generator(seed=9)
-    with pytest.raises(UserError, match=r"the set was made by another generator: its images are not g\(w\), pixels differ by"):
+    other, not_of_w = (
+        make_generator(seed=9),
+        r"the set was made by another generator: its images are not g\(w\), pixels differ by",
+    )
+    with pytest.raises(UserError, match=not_of_w):
         evaluate({"a": network}, data, other, EvaluationConfig())
+    mixed = replace(data, w=np.concatenate([data.w[:8], data.w[8:][::-1]]))
+    with pytest.raises(UserError, match=not_of_w):
+        evaluate({"a": network}, mixed, make_generator(), EvaluationConfig())
     other.num_ws += 1
     with pytest.raises(UserError, match=r"the set was made by another generator: its w is 4x8, this one's 5x8"):
         evaluate({"a": network}, data, other, EvaluationConfig())
