@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from dmat_ray.positions import Index, positions
 from dmat_ray.rng import Draws
 
 
@@ -25,10 +26,12 @@ class Batch:
         w = None if self.w_BLD is None else self.w_BLD.to(device)
         return Batch(self.id, self.x_BCHW.to(device), self.y_B.to(device), w)
 
-    def take(self, rows_N: Tensor) -> "Batch":
-        """Some of the examples, by their positions."""
+    def take(self, index: Index) -> "Batch":
+        """Some of the examples, by their positions or by a mask. Raises UserError for a mask of another length."""
+        where = positions(index, len(self))
+        rows_N = torch.from_numpy(where)
         w = None if self.w_BLD is None else self.w_BLD[rows_N]
-        return Batch([self.id[i] for i in rows_N.tolist()], self.x_BCHW[rows_N], self.y_B[rows_N], w)
+        return Batch([self.id[i] for i in where], self.x_BCHW[rows_N], self.y_B[rows_N], w)
 
     def __len__(self) -> int:
         return len(self.id)

@@ -71,9 +71,11 @@ def test_config_imports_nothing_but_itself_and_errors(module: str) -> None:
     assert within(found, "torch", "torchvision", "lpips", "numpy", "pyarrow") == []
 
 
-def test_types_rest_on_random_numbers_only() -> None:
-    own = within(imports_of("dmat_ray.types", SOURCES["dmat_ray.types"]), "dmat_ray")
-    assert own == ["dmat_ray.rng.Draws"]
+def test_types_rest_on_positions_and_random_numbers_only() -> None:
+    own = set(within(imports_of("dmat_ray.types", SOURCES["dmat_ray.types"]), "dmat_ray"))
+    assert own == {"dmat_ray.positions.Index", "dmat_ray.positions.positions", "dmat_ray.rng.Draws"}
+    own = set(within(imports_of("dmat_ray.positions", SOURCES["dmat_ray.positions"]), "dmat_ray"))
+    assert own == {"dmat_ray.errors.UserError"}
     assert within(imports_of("dmat_ray.rng", SOURCES["dmat_ray.rng"]), "dmat_ray") == []
 
 

@@ -149,6 +149,35 @@ def test_open_set_of_some_ids(set_folder: Path) -> None:
         open_set(set_folder, "train", only=[whole.id[0], "another"])
 
 
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy, np.ndarray.tolist], ids=["numpy", "torch", "list"])
+def test_a_mask_is_its_positions(set_folder: Path, kind: Callable[[np.ndarray], Any]) -> None:
+    data = open_set(set_folder, "train")
+    mask = data.label == 1
+    where = np.flatnonzero(mask)
+    assert 1 < len(where) < len(data)
+    batch = data.batch(np.arange(len(data)), "on_manifold")
+    ids = [data.id[i] for i in where]
+    for index in (kind(mask), kind(where)):
+        taken = data.take(index)
+        assert taken.id == ids
+        for name in ("on_manifold", "natural", "label", "w"):
+            np.testing.assert_array_equal(getattr(taken, name), getattr(data, name)[where])
+        for some in (data.batch(index, "on_manifold"), batch.take(index)):
+            assert some.w_BLD is not None
+            assert list(some.id) == ids
+            assert some.y_B.tolist() == [1] * len(where)
+            np.testing.assert_array_equal(some.w_BLD, data.w[where])
+            np.testing.assert_array_equal((some.x_BCHW * 255).round(), data.on_manifold[where])
+    assert len(data.take([])) == len(batch.take(np.zeros(24, bool))) == 0
+    for wrong, message in (
+        (kind(mask[:-1]), r"a mask of the shape \(23,\) .* for 24 examples"),
+        (slice(2), "neither whole numbers"),
+    ):
+        for call in (data.take, batch.take, lambda index: data.batch(index, "natural")):
+            with pytest.raises(UserError, match=message):
+                call(wrong)
+
+
 def test_open_set_keeps_only_the_images_that_are_asked_for(set_folder: Path) -> None:
     whole = open_set(set_folder, "train")
     for kind, other in (("on_manifold", "natural"), ("natural", "on_manifold")):

@@ -16,6 +16,7 @@ from dmat_ray.data.pixels import to_unit
 from dmat_ray.data.set_format import from_lists, from_netpbm
 from dmat_ray.data.set_reader import READERS, decoded, digest, read_columns, read_manifest, read_shard, require_usable
 from dmat_ray.errors import UserError
+from dmat_ray.positions import Index, positions
 from dmat_ray.storage import Place, at
 from dmat_ray.types import Batch
 
@@ -42,8 +43,12 @@ class ManifoldSet:
         """Digest of the manifest: names the set in checkpoints."""
         return digest(self.manifest)
 
-    def take(self, index: np.ndarray) -> "ManifoldSet":
-        """The examples at these positions, as a set of their own."""
+    def take(self, index: Index) -> "ManifoldSet":
+        """The examples at these positions, or those of a mask, as a set of their own.
+
+        Raises UserError for a mask of another length.
+        """
+        index = positions(index, len(self))
         return ManifoldSet(
             id=[self.id[i] for i in index],
             on_manifold=self.on_manifold[index] if len(self.on_manifold) else self.on_manifold,
@@ -54,8 +59,12 @@ class ManifoldSet:
             manifest=self.manifest,
         )
 
-    def batch(self, index: np.ndarray, images: str) -> Batch:
-        """Examples by position; `images` is 'on_manifold' (with w) or 'natural' (without: w does not render x)."""
+    def batch(self, index: Index, images: str) -> Batch:
+        """Examples by position or mask; `images` is 'on_manifold' (with w) or 'natural' (without: w does not render x).
+
+        Raises UserError for a mask of another length.
+        """
+        index = positions(index, len(self))
         source = self.on_manifold if images == "on_manifold" else self.natural
         w = torch.from_numpy(self.w[index]) if images == "on_manifold" else None
         return Batch([self.id[i] for i in index], to_unit(source[index]), torch.from_numpy(self.label[index]), w)
