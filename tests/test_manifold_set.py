@@ -189,6 +189,18 @@ def test_open_set_keeps_only_the_images_that_are_asked_for(set_folder: Path) -> 
         assert torch.equal(few.x_BCHW, whole.batch(np.array([3, 1]), kind).x_BCHW)
 
 
+def test_images_of_no_known_kind_are_refused(set_folder: Path) -> None:
+    whole = open_set(set_folder, "train")
+    for kind, hint in (("manifold", r"did you mean on_manifold\? "), ("x", ""), (None, "")):
+        with pytest.raises(UserError, match=rf"^images is {kind!r}; {hint}choose from on_manifold, natural$"):
+            whole.batch(np.arange(2), kind)
+    with pytest.raises(UserError, match=r"^images is 'on-manifold'; did you mean on_manifold\? choose from .*, natural, none$"):
+        open_set(set_folder, "train", images="on-manifold")
+    for opened, other in (("on_manifold", "natural"), ("natural", "on_manifold"), ("none", "natural")):
+        with pytest.raises(UserError, match=f"was opened without its {other} images; open it with images=None"):
+            open_set(set_folder, "train", images=opened).batch(np.arange(2), other)
+
+
 def test_no_images_are_read_but_those_that_are_asked_for(make_set: MakeSet) -> None:
     """Those of a shard are damaged: whoever reads them notices."""
     folder = make_set()

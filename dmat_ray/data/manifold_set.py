@@ -19,8 +19,10 @@ from dmat_ray.errors import UserError
 from dmat_ray.positions import Index, positions
 from dmat_ray.storage import Place, at
 from dmat_ray.types import Batch
+from dmat_ray.wording import did_you_mean
 
 AHEAD = 4  # shards with images that are read at a time
+KINDS = ("on_manifold", "natural")
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,13 @@ class ManifoldSet:
     def batch(self, index: Index, images: str) -> Batch:
         """Examples by position or mask; `images` is 'on_manifold' (with w) or 'natural' (without: w does not render x).
 
-        Raises UserError for a mask of another length.
+        Raises UserError for a mask of another length, and for images of another kind or that the set was opened without.
         """
         index = positions(index, len(self))
+        _require_kind(images, KINDS)
         source = self.on_manifold if images == "on_manifold" else self.natural
+        if len(source) < len(self):
+            raise UserError(f"the set was opened without its {images} images; open it with images=None")
         w = torch.from_numpy(self.w[index]) if images == "on_manifold" else None
         return Batch([self.id[i] for i in index], to_unit(source[index]), torch.from_numpy(self.label[index]), w)
 
@@ -82,7 +87,8 @@ def open_set(
 
     Images that are not asked for are an array of none. Only shards that have what is kept are read but for their ids, and of
     them only the columns that are kept. Memory: what is kept, and AHEAD shards; as much again while rows are put in order, if
-    shards do not come in the order of ids. Raises UserError if the set is not whole, or has no images of that split.
+    shards do not come in the order of ids. Raises UserError if the set is not whole, has no images of that split, or for `images`
+    of a kind that there is not.
 
     >>> import numpy as np
     >>> from dmat_ray import load_generator, make_set, open_set, settings
@@ -93,14 +99,14 @@ def open_set(
     >>> batch.x_BCHW.shape, batch.y_B.shape, bool((again - batch.x_BCHW).abs().max() < 1 / 255)  # rounded to levels
     (torch.Size([10, 1, 32, 32]), torch.Size([10]), True)
     """
+    if images is not None:
+        _require_kind(images, (*KINDS, "none"))
     folder, manifest = at(place), read_manifest(place)
     shape, count = manifest["shapes"]["on_manifold"], manifest["splits" if include_poor else "usable"].get(split, 0)
     count = count if only is None else len(only)
     if count == 0:
         raise UserError(f"the set '{folder}' has no usable image in its {split} split")
-    on_manifold, natural = (
-        np.empty((count if images in (None, kind) else 0, *shape), np.uint8) for kind in ("on_manifold", "natural")
-    )
+    on_manifold, natural = (np.empty((count if images in (None, kind) else 0, *shape), np.uint8) for kind in KINDS)
     wanted = None if only is None else pa.array(only, pa.string())
 
     def kept(name: str) -> pa.ChunkedArray:
@@ -139,6 +145,11 @@ def open_set(
         class_names=tuple(manifest["class_names"]),
         manifest=manifest,
     )
+
+
+def _require_kind(images: str, known: Sequence[str]) -> None:
+    if images not in known:
+        raise UserError(f"images is {images!r}; {did_you_mean(str(images), known)}choose from {', '.join(known)}")
 
 
 def usable(place: Place, split: str) -> pa.Table:
