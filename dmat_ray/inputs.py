@@ -31,13 +31,17 @@ def shape_of(x: Tensor) -> str:
 
 
 def require_images(x: Any, name: str = "x_BCHW", *, levels: bool = False) -> Tensor:
-    """Raise UserError unless these are images BCHW in [0, 1]; with `levels` uint8 will do, too."""
+    """Raise UserError unless these are images BCHW in [0, 1]; with `levels` uint8 will do, too, and floats of half precision."""
     if not isinstance(x, Tensor):
         raise UserError(f"{name} is a {type(x).__name__}, not a torch tensor; convert it, as by torch.from_numpy")
     if x.dtype == torch.uint8 and not levels:
         raise UserError(f"{name} is uint8, but images are float in [0, 1] here; give {name} / 255")
     if not x.is_floating_point() and x.dtype != torch.uint8:
         raise UserError(f"{name} is {_dtype(x)}, but images are float in [0, 1]{' or uint8' if levels else ''} here")
+    if x.dtype in (torch.float16, torch.bfloat16) and not levels:
+        raise UserError(
+            f"{name} is {_dtype(x)}, whose steps are too coarse for a budget; give {name}.float() and network.float()"
+        )
     if x.dim() != 4 or len(x) == 0:
         hint = f"; give {name}[None] for one image" if x.dim() == 3 else f"; give {name}[:, None]" if x.dim() == 2 else ""
         raise UserError(f"{name} has the shape {shape_of(x)}, but must have images, channels, height, width{hint}")

@@ -50,6 +50,8 @@ def three_channels() -> nn.Module:
         (X.numpy(), Y, r"x_BCHW is a ndarray, not a torch tensor; convert it, as by torch.from_numpy"),
         ((X * 255).byte(), Y, r"x_BCHW is uint8, but images are float in \[0, 1\] here; give x_BCHW / 255"),
         (X.bool(), Y, r"x_BCHW is bool, but images are float"),
+        (X.half(), Y, r"x_BCHW is float16, whose .*; give x_BCHW.float\(\) and network.float\(\)"),
+        (X.bfloat16(), Y, r"x_BCHW is bfloat16, whose .*; give x_BCHW.float\(\) and network.float\(\)"),
         (X[0], Y, r"x_BCHW has the shape \(1, 8, 8\), but must have .* give x_BCHW\[None\] for one image"),
         (X[:0], Y, r"x_BCHW has the shape \(0, 1, 8, 8\)"),
         (X.permute(0, 2, 3, 1), Y, r"shape \(4, 8, 8, 1\), its channels last; give x_BCHW.permute\(0, 3, 1, 2\)"),
@@ -65,8 +67,9 @@ def three_channels() -> nn.Module:
     ],
 )
 def test_images_and_labels_are_looked_at(x: Any, y: Any, message: str, small_net: nn.Module) -> None:
+    dtype = x.dtype if isinstance(x, Tensor) and x.is_floating_point() else torch.float32
     with pytest.raises(UserError, match=message):
-        attack_images(small_net, build_threat("image"), x, y)
+        attack_images(small_net.to(dtype), build_threat("image"), x, y)
 
 
 def test_codes_are_looked_at(small_net: nn.Module, generator: StyleGAN2, make_batch: Callable[..., Batch]) -> None:
