@@ -37,6 +37,8 @@ def check_inputs(config: Config, manifest: Mapping[str, Any], generator_sha256: 
             f"training.flip and training.crop_padding change the image, and objective.{terms[0]} needs the w that makes it: x "
             "would not be g(w) any more"
         )
+    if (padding := config.training.crop_padding) >= (side := manifest["shapes"]["on_manifold"][1]):
+        raise UserError(f"training.crop_padding {padding} leaves nothing of {side} pixels in some crops; give less than {side}")
     if config.training.batch_size < world_size:
         raise UserError(f"training.batch_size {config.training.batch_size} is smaller than the {world_size} workers")
     if len(manifest["class_names"]) < 2:

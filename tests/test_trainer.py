@@ -215,6 +215,7 @@ def test_natural_images_train_image_space_methods(train: Train, make_config: Mak
     ("changes", "message"),
     [
         ({"training": NATURAL}, r"objective\.latent needs training\.images on_manifold"),
+        ({"training": {"crop_padding": 8}, "objective": NO_LATENT}, r"crop_padding 8 leaves nothing of 8 pixels .* less than 8$"),
         ({"training": {"val_examples": 24}}, r"training\.val_examples is 24, but the training split has 24"),
         ({"classifier": {"name": "nonsense"}}, r"classifier\.name 'nonsense' is not known; choose 'digits_cnn'.*resnet18"),
         ({"classifier": {"name": "digits_cnn", "std": [1, 1, 1]}}, r"classifier\.std has 3 values, images have 1"),

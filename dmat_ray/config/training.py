@@ -52,7 +52,8 @@ class TrainingConfig(Section):
     crop_padding: int = Field(
         0,
         ge=0,
-        description="black pixels around a training image before a random crop of its size; not with terms that need w",
+        description="black pixels around a training image, fewer than its side has, before a random crop of its size; not with "
+        "terms that need w",
     )
     loader: Literal["memory", "stream"] = Field(
         "memory",
