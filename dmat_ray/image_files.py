@@ -21,8 +21,10 @@ def load_images(source: Place = "mnist5k", split: str = "test", **data: Any) -> 
     """Images of a source with their labels, and the names of the classes: what projection reads as well.
 
     `source` is mnist5k, a folder with one sub-folder a class, or any other that `data.source` may be; `data` are further settings
-    of that section (resolution, channels, test_share, ...), and `limit` is train_limit or test_limit. The batch has ids, x_BCHW
-    (float32 in [0, 1]) and y_B (int64), on the CPU, and no w. Images that cannot be read are left out with a warning.
+    of that section (test_share, ...), and `limit` is train_limit or test_limit. Images come as `resolution` (default 32) and
+    `channels` (default 1, grey; 3 is RGB) say, scaled and cropped to that; of other sources than mnist5k a warning tells which of
+    the two was not given. The batch has ids, x_BCHW (float32 in [0, 1]) and y_B (int64), on the CPU, and no w. Images that cannot
+    be read are left out with a warning.
     Raises UserError for a source that there is not, or of which more than max_rejected cannot be read.
 
     >>> from dmat_ray import load_images
@@ -35,6 +37,11 @@ def load_images(source: Place = "mnist5k", split: str = "test", **data: Any) -> 
     if "limit" in data:
         data[f"{split}_limit"] = data.pop("limit")
     config = inputs.section(DataConfig, {"source": str(source), **data}, "data")
+    if config.source != "mnist5k" and (missing := [name for name in ("resolution", "channels") if name not in data]):
+        size = f"{config.resolution}x{config.resolution} {'grey' if config.channels == 1 else 'RGB'}"
+        ways = ", ".join(f"{name}={getattr(config, name)}" for name in missing)
+        told = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not given"
+        warnings.warn(f"{told}: images of '{config.source}' come as {size}; give {ways}, or others", stacklevel=2)
     listing = sources.list_examples(config)
     rows = listing.rows(split)
     read = sources.read_pixels(rows, config)

@@ -1,6 +1,7 @@
 """Images of folders from Python: loaded with their labels, and labelled by a model."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +40,34 @@ def test_images_of_a_folder_are_those_in_it(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"cannot be read, the first: '0/bad.png'"):
         both = [load_images(str(tmp_path), split, max_rejected=1)[0] for split in ("train", "test")]
     assert len(both[0]) + len(both[1]) == 20
+
+
+@pytest.mark.parametrize(
+    ("given", "shape", "told"),
+    [
+        ({}, (1, 32, 32), "resolution and channels are not given: .* come as 32x32 grey; give resolution=32, channels=1, or"),
+        ({"resolution": 16}, (1, 16, 16), "^channels is not given: .* come as 16x16 grey; give channels=1, or others$"),
+        ({"channels": 3}, (3, 32, 32), "^resolution is not given: .* come as 32x32 RGB; give resolution=32, or others$"),
+        ({"resolution": 32, "channels": 1}, (1, 32, 32), None),
+    ],
+)
+def test_the_size_that_nobody_gave_is_told(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, given: dict[str, int], shape: tuple[int, ...], told: str | None
+) -> None:
+    for k in range(4):
+        (tmp_path / "ab"[k % 2]).mkdir(exist_ok=True)
+        Image.fromarray(np.full((48, 64, 3), 50 * k, np.uint8)).save(tmp_path / "ab"[k % 2] / f"{k}.png")
+    assert load_images(tmp_path, test_share=0.5, **given)[0].x_BCHW.shape == (2, *shape)
+    said = [(str(warning.message), Path(warning.filename).name) for warning in recwarn]
+    assert len(said) == (told is not None)
+    if told is not None:
+        assert re.search(told, said[0][0])
+        assert said[0][1] == Path(__file__).name, "the line is the caller's"
+
+
+def test_the_digits_have_one_size_of_their_own(recwarn: pytest.WarningsRecorder) -> None:
+    load_images("mnist5k", limit=10)
+    assert not recwarn.list
 
 
 def test_predictions_are_the_networks(make_config: Callable[..., Config], set_folder: Path, tmp_path: Path) -> None:
