@@ -138,12 +138,14 @@ def attack_images(
     """
     inputs.require_gradients("an attack")
     inputs.require_threat(threat)
-    inputs.require_batch_size(batch_size)
+    batch_size = inputs.require_batch_size(batch_size)
     inputs.require_images(x_BCHW)
     num_classes = inputs.require_classifier(network, x_BCHW)
     inputs.require_labels(y_B.to(x_BCHW.device) if isinstance(y_B, Tensor) else y_B, x_BCHW, num_classes)
     if (generator := getattr(threat, "generator", None)) is not None:
         inputs.require_codes(w_BLD, x_BCHW, generator, batch_size)
+    elif w_BLD is not None:
+        inputs.require_one_each(w_BLD, x_BCHW)
     if wrong := [key for key in _OF_TABLES if key in search]:
         raise UserError(f"{wrong[0]} belongs to a suite's table, not to a search")
     row = inputs.section(Row, {**search, "name": "attack"}, "attack", hidden=_OF_TABLES)
@@ -194,8 +196,7 @@ def evaluate(
         settings = cli.with_absolute_weights(suites.resolved(settings))
     except ValidationError as error:
         raise UserError(f"evaluation: {cli.describe(error)}") from None
-    if not models:
-        raise UserError("there are no models to evaluate; give them by names, {'mine': network}")
+    inputs.require_model_names(models)
     inputs.require_kinds(data, settings.sets)
     g = _loaded(generator)
     first = data.batch(np.arange(min(8, len(data))), "on_manifold").to(g.w_mean.device)

@@ -25,6 +25,7 @@ import dmat_ray
 from dmat_ray import classifiers
 from dmat_ray.cli import validate
 from dmat_ray.config import Config
+from dmat_ray.devices import device_of
 from dmat_ray.errors import UserError
 from dmat_ray.files import is_full, read_json, sha256, text_digest, write_json
 from dmat_ray.folders import fetched
@@ -235,7 +236,8 @@ def load_classifier(folder: Place, device: torch.device | str = "cpu") -> tuple[
     """A classifier, trained here or imported, in eval mode, and its run.json.
 
     It takes x_BCHW float in [0, 1], which it normalises itself, and puts out logits_BK; run.json has class_names, channels,
-    resolution, config, metrics, history. Raises UserError for a folder that holds none, or whose files do not fit together.
+    resolution, config, metrics, history. Raises UserError for a folder that holds none, or whose files do not fit together, and
+    for a device that is not here.
 
     >>> from dmat_ray import load_classifier, load_images, make_set, settings, train
     >>> config = settings("demo", "dmat", "small", output="runs/small")
@@ -245,10 +247,10 @@ def load_classifier(folder: Place, device: torch.device | str = "cpu") -> tuple[
     >>> run["class_names"][:3], run["metrics"]["epoch"], network(digits.x_BCHW).shape
     (['0', '1', '2'], 8.0, torch.Size([50, 10]))
     """
-    run = read_run(folder)
+    device, run = device_of(device), read_run(folder)
     config = settings_of(run)
     if "program" in run:
-        network = _load_program(fetched(folder), run["program"], config, torch.device(device))
+        network = _load_program(fetched(folder), run["program"], config, device)
     else:
         require_network_of(run, folder)
         with kept_apart():  # initial weights

@@ -12,8 +12,9 @@ from dmat_ray import checkpoint, inputs, prediction
 from dmat_ray.config import DataConfig
 from dmat_ray.data import sources
 from dmat_ray.data.pixels import to_unit
+from dmat_ray.devices import device_of
 from dmat_ray.errors import UserError
-from dmat_ray.storage import Place, at
+from dmat_ray.storage import Place, at, text_of
 from dmat_ray.types import Batch
 
 
@@ -36,7 +37,7 @@ def load_images(source: Place = "mnist5k", split: str = "test", **data: Any) -> 
         raise UserError(f"split is '{split}'; choose train or test")
     if "limit" in data:
         data[f"{split}_limit"] = data.pop("limit")
-    config = inputs.section(DataConfig, {"source": str(source), **data}, "data")
+    config = inputs.section(DataConfig, {"source": text_of(source), **data}, "data")
     if config.source != "mnist5k" and (missing := [name for name in ("resolution", "channels") if name not in data]):
         size = f"{config.resolution}x{config.resolution} {'grey' if config.channels == 1 else 'RGB'}"
         ways = ", ".join(f"{name}={getattr(config, name)}" for name in missing)
@@ -63,7 +64,7 @@ def predict(model: Place, images: Place, *, batch_size: int = 100, device: str =
     """Labels of all images below a folder or URL, as jobs/predict.py gives them: a row an image, in the order of paths.
 
     `model` is a folder of a trained or imported classifier. The columns are path, prediction, class_name, probability, top5, and
-    reason, which is set for a file that cannot be read. Raises UserError for a model or images that there are not.
+    reason, which is set for a file that cannot be read. Raises UserError for a model, images or a device that there are not.
 
     >>> from pathlib import Path
     >>> from dmat_ray import make_set, predict, settings, train
@@ -77,8 +78,8 @@ def predict(model: Place, images: Place, *, batch_size: int = 100, device: str =
     >>> table["path"].to_pylist(), table["class_name"].to_pylist()  # doctest: +ELLIPSIS
     (['mnist5k-0000.png', 'mnist5k-0001.png'], ['...', '...'])
     """
-    inputs.require_batch_size(batch_size)
-    network, run = checkpoint.load_classifier(model, device)
+    batch_size, where = inputs.require_batch_size(batch_size), device_of(device)
+    network, run = checkpoint.load_classifier(model, where)
     listing, ignored = prediction.list_images(str(at(images)))
     if ignored:
         warnings.warn(f"not taken: {ignored}", stacklevel=2)
@@ -91,7 +92,7 @@ def predict(model: Place, images: Place, *, batch_size: int = 100, device: str =
         found = dict(zip(rows["id"].to_pylist(), sources.read_pixels(rows, data), strict=True))
         read = {path: pixels for path, pixels in found.items() if not isinstance(pixels, str)}
         pixels = np.stack(list(read.values())) if read else np.empty(0, np.uint8)
-        tables.append(prediction.predict(network, run["class_names"], list(read), pixels, torch.device(device)))
+        tables.append(prediction.predict(network, run["class_names"], list(read), pixels, where))
         tables.append(prediction.unreadable({path: why for path, why in found.items() if isinstance(why, str)}))
     table = pa.concat_tables(tables)
     return table.take(pc.index_in(listing["id"], value_set=table["path"].combine_chunks()))

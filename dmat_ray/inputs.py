@@ -1,7 +1,7 @@
 """What callers from Python give, checked where it comes in: each message names what was found, and the way out."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ from dmat_ray.arithmetic import tf32
 from dmat_ray.attack import frozen
 from dmat_ray.classifiers import HEEDS_OTHERS, heeds_others
 from dmat_ray.cli import describe
-from dmat_ray.config import Section
+from dmat_ray.config import Config, Section
 from dmat_ray.data.manifold_set import ManifoldSet
 from dmat_ray.errors import UserError
 from dmat_ray.types import Generator
@@ -33,7 +33,7 @@ def shape_of(x: Tensor) -> str:
 def require_images(x: Any, name: str = "x_BCHW", *, levels: bool = False) -> Tensor:
     """Raise UserError unless these are images BCHW in [0, 1]; with `levels` uint8 will do, too, and floats of half precision."""
     if not isinstance(x, Tensor):
-        raise UserError(f"{name} is a {type(x).__name__}, not a torch tensor; convert it, as by torch.from_numpy")
+        raise _no_tensor(x, name)
     if x.dtype == torch.uint8 and not levels:
         raise UserError(f"{name} is uint8, but images are float in [0, 1] here; give {name} / 255")
     if not x.is_floating_point() and x.dtype != torch.uint8:
@@ -117,10 +117,11 @@ def require_codes(w: Any, x_BCHW: Tensor, generator: Generator, batch_size: int,
         raise UserError(
             f"this threat moves w, and there is none; give {name} and its images g(w), as `project` or a set has them"
         )
+    if not isinstance(w, Tensor):
+        raise _no_tensor(w, name)
     shape = (len(x_BCHW), generator.num_ws, generator.w_dim)
-    if not isinstance(w, Tensor) or tuple(w.shape) != shape:
-        found = shape_of(w) if isinstance(w, Tensor) else f"a {type(w).__name__}"
-        raise UserError(f"{name} has the shape {found}, but {len(x_BCHW)} codes of this generator have {shape}")
+    if tuple(w.shape) != shape:
+        raise UserError(f"{name} has the shape {shape_of(w)}, but {len(x_BCHW)} codes of this generator have {shape}")
     require_made_by(generator, x_BCHW)
     where = generator.w_mean.device
     for what, value in ((name, w), ("x_BCHW", x_BCHW)):
@@ -134,6 +135,16 @@ def require_codes(w: Any, x_BCHW: Tensor, generator: Generator, batch_size: int,
             "begins there, so give the images that `project` returns beside its w, in their order, not those that it was given"
         )
     return w
+
+
+def require_one_each(w: Any, x_BCHW: Tensor, name: str = "w_BLD") -> None:
+    """Raise UserError unless this is a tensor with a row for each image, of whatever meaning."""
+    if not isinstance(w, Tensor):
+        raise _no_tensor(w, name)
+    if w.shape[:1] != x_BCHW.shape[:1]:
+        raise UserError(
+            f"{name} has the shape {shape_of(w)}, but {len(x_BCHW)} images have as many codes; leave it out, or give these"
+        )
 
 
 def require_set_of(generator: Generator, data: ManifoldSet) -> None:
@@ -165,10 +176,27 @@ def require_threat(threat: Any) -> None:
         raise UserError(f"threat is {found}; give what build_threat makes, as build_threat('image', eps='8/255')")
 
 
-def require_batch_size(batch_size: int) -> None:
-    """Raise UserError for batches of no image, and for what is no number of them."""
+def require_batch_size(batch_size: Any) -> int:
+    """A number of images, of any type of whole numbers. Raises UserError for none, and for what is no number of them."""
     if not isinstance(batch_size, Integral) or batch_size < 1:
         raise UserError(f"batch_size is {batch_size!r}; give a whole number, 1 or more")
+    return int(batch_size)
+
+
+def require_config(config: Any) -> None:
+    """Raise UserError for what are no settings: a preset's name, say."""
+    if not isinstance(config, Config):
+        found = f"'{config}'" if isinstance(config, str) else f"a {type(config).__name__}"
+        raise UserError(f"config is {found}; give what settings makes, as settings('demo', 'dmat')")
+
+
+def require_model_names(models: Mapping[Any, Any]) -> None:
+    """Raise UserError unless there are models, each by a text."""
+    if not models:
+        raise UserError("there are no models to evaluate; give them by names, {'mine': network}")
+    for name in models:
+        if not isinstance(name, str) or not name:
+            raise UserError(f"models has the name {name!r}; names are texts, as in {{'mine': network}}")
 
 
 def require_gradients(what: str) -> None:
@@ -213,6 +241,10 @@ def _apart(generator: Generator, w_BLD: Tensor, x_BCHW: Tensor, batch_size: int)
     """For each image the largest difference of a pixel between g(w) and x."""
     parts = zip(w_BLD.split(batch_size), x_BCHW.split(batch_size), strict=True)
     return torch.cat([(generator.synthesis(w) - x).abs().flatten(1).amax(dim=1) for w, x in parts])
+
+
+def _no_tensor(value: Any, name: str) -> UserError:
+    return UserError(f"{name} is a {type(value).__name__}, not a torch tensor; convert it, as by torch.from_numpy")
 
 
 def _dtype(x: Tensor) -> str:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 import torch.distributed
 
-from dmat_ray import models
+from dmat_ray import inputs, models
 from dmat_ray.config import Config
 from dmat_ray.data import manifold_set
 from dmat_ray.errors import UserError
@@ -33,6 +33,8 @@ def make_set(config: Config) -> Location:
     >>> train.manifest["splits"], train.w[0].shape, train.manifest["means"]["l1"] < 0.1  # the mean of |g(w) - x|
     ({'test': 50, 'train': 150}, (8, 64), True)
     """
+    inputs.require_config(config)
+    inputs.require_gradients("a projection")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     set_maker.make(config, device, lambda line: print(line, file=sys.stderr, flush=True))
     return set_folder(config)
@@ -57,6 +59,8 @@ def train(config: Config, *, heed_sigterm: bool = False) -> Location:
     >>> last > first + 0.3
     True
     """
+    inputs.require_config(config)
+    inputs.require_gradients("a training")
     if config.training.loader != "memory":
         raise UserError("training.loader stream reads through Ray Data: use jobs/train.py, or set training.loader memory")
     folder = local_output(config, "dmat_ray.train or jobs/train_local.py") / "local" / config.name
@@ -64,7 +68,7 @@ def train(config: Config, *, heed_sigterm: bool = False) -> Location:
         folder, lambda metrics: context.say(describe(config.name, metrics, config.training.epochs)), heed_sigterm=heed_sigterm
     )
     model = models.model_folder(config)
-    with kept_apart(context.device):
+    with kept_apart(context.device), torch.enable_grad():  # also within a caller's no_grad
         if models.untrained([config], context.say, context.world_size):
             models.tell_of_older(config, context.say)
             data = manifold_set.open_set(set_folder(config), "train", images=config.training.images)

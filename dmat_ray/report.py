@@ -59,6 +59,8 @@ def terminal_table(results: Results, models: list[str]) -> str:
     accuracy (%) on 10 natural test images x
     ...
     """
+    if not isinstance(results, Results):
+        raise UserError(f"results is a {type(results).__name__}; give what evaluate returns")
     if not models:
         raise UserError(f"models is {models!r}; give some of those that were evaluated: {', '.join(results.models)}")
     console = _console()

@@ -32,14 +32,22 @@ def require_not_of_storage(error: Exception, place: Location) -> None:
         raise StorageError(f"'{place}' cannot be read: {error.strerror}") from None
 
 
+def text_of(place: Place) -> str:
+    """A place as settings write it. Raises UserError for what is neither a path nor a URL: a network, or None."""
+    if not isinstance(place, str | os.PathLike | Location):
+        raise UserError(f"a {type(place).__name__} names no folder or file; give a path or URL, as text or a pathlib.Path")
+    return str(place)
+
+
 def at(place: Place) -> Location:
     """The location that a setting names; a local path is made absolute, from the home folder if it begins with ~.
 
     Raises UserError for a scheme that is not known, and for credentials in a URL: settings are written into models and reports.
+    And for what `text_of` refuses.
     """
     if isinstance(place, Location):
         return place
-    text = str(place)
+    text = text_of(place)
     match = None if isinstance(place, Path) else URL.fullmatch(text)
     if match is None:
         return Location("", str(Path(os.path.expanduser(text)).resolve()))
@@ -89,4 +97,4 @@ def local_output(config: Config, job: str) -> Path:
     return folder.local
 
 
-__all__ = ["Location", "Place", "at", "local_output", "require_not_of_storage", "set_folder", "tracking_uri"]
+__all__ = ["Location", "Place", "at", "local_output", "require_not_of_storage", "set_folder", "text_of", "tracking_uri"]

@@ -12,8 +12,23 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from dmat_ray import attack_images, build_threat, evaluate, load_images, open_set, project, settings, terminal_table
-from dmat_ray.config import EvaluationConfig
+from dmat_ray import (
+    attack_images,
+    build_threat,
+    evaluate,
+    load_classifier,
+    load_generator,
+    load_images,
+    make_set,
+    open_set,
+    predict,
+    project,
+    settings,
+    terminal_table,
+    train,
+)
+from dmat_ray.config import Config, EvaluationConfig
+from dmat_ray.devices import device_of
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import generators
 from dmat_ray.manifold.stylegan2 import StyleGAN2
@@ -78,6 +93,7 @@ def test_codes_are_looked_at(small_net: nn.Module, generator: StyleGAN2, make_ba
     assert w is not None
     for x, given, message in (
         (batch.x_BCHW, None, "this threat moves w, and there is none; give w_BLD and its images"),
+        (batch.x_BCHW, w.numpy(), "w_BLD is a ndarray, not a torch tensor; convert it, as by torch.from_numpy"),
         (batch.x_BCHW, w[:, :1], r"w_BLD has the shape \(4, 1, 8\), but 4 codes of this generator have \(4, 4, 8\)"),
         (1 - batch.x_BCHW, w, r"x_BCHW is not g\(w_BLD\): pixels of image 0 differ by up to"),
         (batch.x_BCHW.repeat(1, 3, 1, 1), w, "x_BCHW has images of 3x8x8, the generator makes 1x8x8"),
@@ -125,10 +141,13 @@ def test_other_inputs_are_looked_at(small_net: nn.Module, generator: StyleGAN2, 
         (lambda: attack_images(small_net, image, X, Y, name="x"), "name belongs to a suite's table"),
         (lambda: attack_images(small_net, image, X, Y, batch_size=0), "batch_size is 0; give a whole number, 1 or more"),
         (lambda: attack_images(small_net, image, X, Y, batch_size="3"), "batch_size is '3'; give a whole number, 1 or more"),
+        (lambda: attack_images(small_net, image, X, Y, X[:3]), r"w_BLD has the shape \(3, 1, 8, 8\), but 4 images have as many"),
+        (lambda: attack_images(small_net, image, X, Y, X.numpy()), "w_BLD is a ndarray, not a torch tensor; convert it"),
         (lambda: results.accuracy("b", "natural", "clean"), "there is no model 'b' in these results; choose from a"),
         (lambda: results.accuracy("a", "natrual", "clean"), r"no set 'natrual' in .*; did you mean natural\? choose from"),
         (lambda: results.accuracy("a", "natural", "PDG"), r"no column 'PDG' .*; did you mean PGD\? choose from clean, PGD$"),
         (lambda: results.accuracy("a", "natural", "OM"), "no column 'OM' in these results; choose from clean, PGD"),
+        (lambda: terminal_table(None, ["a"]), "results is a NoneType; give what evaluate returns"),
         (lambda: terminal_table(results, ["typo"]), "there is no model 'typo' in these results; choose from a"),
         (lambda: terminal_table(results, []), r"models is \[\]; give some of those that were evaluated: a"),
         (lambda: attack_images(lambda x: x, image, X, Y), "the network is a function, not a torch.nn.Module"),
@@ -149,6 +168,8 @@ def test_other_inputs_are_looked_at(small_net: nn.Module, generator: StyleGAN2, 
         (lambda: evaluate({"a": small_net}, taken, generator, suite, sets=["natural"]), "without its on_manifold images, which"),
         (lambda: evaluate({"a": small_net}, data, generator, "digits", summaries=MEAN), "evaluation: .*names 'PGD-99', which"),
         (lambda: evaluate({}, data, generator, suite), "there are no models to evaluate"),
+        (lambda: evaluate({1: small_net}, data, generator, suite), "models has the name 1; names are texts, as in {'mine': netw"),
+        (lambda: evaluate({"": small_net}, data, generator, suite), "models has the name ''; names are texts"),
         (lambda: evaluate({"a": small_net}, data, generator, suite), "model 'a' puts out 4 classes, the set has 3"),
         (lambda: evaluate({"a": small_net}, data, generator, "digit"), r"does not exist; did you mean digits\? choose from"),
         (lambda: evaluate({"a": "nowhere"}, data, generator, suite), "there is no trained model at 'nowhere'"),
@@ -158,9 +179,62 @@ def test_other_inputs_are_looked_at(small_net: nn.Module, generator: StyleGAN2, 
             call()
 
 
-def test_gradients_must_be_allowed(small_net: nn.Module, generator: StyleGAN2, set_folder: Path) -> None:
+def test_places_settings_and_devices_are_looked_at(small_net: nn.Module, set_folder: Path, generator_folder: Path) -> None:
+    no_place = r"^a SmallNet names no folder or file; give a path or URL, as text or a pathlib\.Path$"
+    unknown = r"^device is 'gpu', which torch does not know; give 'cpu', 'cuda' or 'cuda:0'$"
+    for call, message in (
+        (lambda: predict(small_net, "photos"), no_place),
+        (lambda: load_classifier(small_net), no_place),
+        (lambda: load_generator(small_net), no_place),
+        (lambda: load_images(small_net), no_place),
+        (lambda: open_set(small_net, "test"), no_place),
+        (lambda: open_set(None, "test"), "a NoneType names no folder or file"),
+        (lambda: predict("model", "photos", device="gpu"), unknown),
+        (lambda: load_classifier("model", "gpu"), unknown),
+        (lambda: load_generator(generator_folder, "gpu"), unknown),
+        (lambda: load_generator(generator_folder, None), "device is None, which torch does not know"),
+        (lambda: load_generator(generator_folder, "xpu"), "device is 'xpu', and torch finds no such device here; give 'cpu'"),
+        (lambda: train("demo"), r"config is 'demo'; give what settings makes, as settings\('demo', 'dmat'\)"),
+        (lambda: make_set("demo"), "config is 'demo'; give what settings makes"),
+        (lambda: train({"epochs": 1}), "config is a dict; give what settings makes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("count", "given", "message"),
+    [
+        (0, "cuda", "^device is 'cuda', and torch finds no such device here; give 'cpu'$"),
+        (2, "cuda:2", "^device is 'cuda:2', and the GPUs here are cuda:0 to cuda:1; give one of these$"),
+        (2, "cuda:1", None),
+        (2, "cuda", None),
+    ],
+)
+def test_a_gpu_must_be_there(monkeypatch: pytest.MonkeyPatch, count: int, given: str, message: str | None) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    if message is None:
+        assert device_of(given) == torch.device(given)
+    else:
+        with pytest.raises(UserError, match=message):
+            device_of(given)
+
+
+def test_numbers_of_numpy_are_numbers(small_net: nn.Module) -> None:
+    found = [attack_images(small_net, build_threat("image"), X, Y, batch_size=size, steps=2) for size in (3, np.int64(3))]
+    assert torch.equal(found[0].x_BCHW, found[1].x_BCHW)
+
+
+def test_gradients_must_be_allowed(
+    small_net: nn.Module, generator: StyleGAN2, set_folder: Path, make_config: Callable[..., Config], tmp_path: Path
+) -> None:
     data, image = open_set(set_folder, "test"), build_threat("image")
+    config = make_config(output=str(tmp_path), manifold_set=str(set_folder), name="tiny", training={"epochs": 1})
+    own = settings("demo", "small", output=str(tmp_path), data={"train_limit": 20, "test_limit": 10}, projection={"steps": 1})
     calls = (
+        lambda: make_set(own),
+        lambda: train(config),
         lambda: attack_images(small_net, image, X, Y, steps=1),
         lambda: project(generator, X, steps=1, lpips=0),
         lambda: evaluate({"a": three_classes()}, data, generator, EvaluationConfig(), attacks=ROWS, limit=3),

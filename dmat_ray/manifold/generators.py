@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from dmat_ray import weights
 from dmat_ray.cli import describe
 from dmat_ray.config import GeneratorConfig, StyleGAN1Config, StyleGAN2Config
+from dmat_ray.devices import device_of
 from dmat_ray.errors import UserError
 from dmat_ray.files import read_json, sha256, text_digest, write_json
 from dmat_ray.manifold import fast
@@ -31,7 +32,7 @@ from dmat_ray.manifold.formats.stored import shown
 from dmat_ray.manifold.stylegan1 import StyleGAN1
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.rng import kept_apart
-from dmat_ray.storage import Place
+from dmat_ray.storage import Place, text_of
 
 WEIGHTS, CARD = "generator.safetensors", "card.json"
 FILES = {"stylegan1": WEIGHTS, "stylegan2": WEIGHTS, **exported.FILES}
@@ -176,7 +177,8 @@ def load_generator(path: Place, device: torch.device | str = "cpu", precision: s
     """A frozen generator in eval mode, in one of GeneratorConfig's precisions.
 
     `path` is mnist32 (shipped), or a folder or URL that train_generator.py or import_generator.py wrote.
-    Raises UserError for a folder, card or weights that do not fit together, or a precision that the kind has not.
+    Raises UserError for a folder, card or weights that do not fit together, a precision that the kind has not, or a device that
+    is not here.
 
     >>> import torch
     >>> from dmat_ray import load_generator
@@ -185,11 +187,11 @@ def load_generator(path: Place, device: torch.device | str = "cpu", precision: s
     >>> w.shape, g.synthesis(w).shape
     (torch.Size([4, 8, 64]), torch.Size([4, 1, 32, 32]))
     """
-    path = str(path)
+    path, device = text_of(path), device_of(device)
     if read_card(path)["kind"] in exported.FILES:
         if precision != "reference":
             raise UserError(f"generator '{path}' is an exported program: generator.precision must be reference, not {precision}")
-        return exported.load_exported(folder_of(path), read_card(path), torch.device(device))
+        return exported.load_exported(folder_of(path), read_card(path), device)
     generator: LatentGenerator = load_stylegan(path)
     if precision != "reference":
         generator = fast.accelerate(generator, torch.bfloat16 if precision == "bf16" else torch.float32)
