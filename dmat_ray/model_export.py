@@ -213,7 +213,9 @@ def _origin(run: dict[str, Any], config: Config) -> str:
     attacked = {key: term.weight for key, term in config.objective.adversarial.items()}
     weights = {"clean": config.objective.clean.weight, **attacked}
     terms = ", ".join(f"{key} {weight:g}" for key, weight in weights.items() if weight > 0)
-    epochs = number_of(run.get("epoch", 0), "epoch")
+    done = run.get("epoch", 0)
+    kept = int(run.get("metrics", {}).get("epoch", done))  # with training.keep best an earlier one's
+    epochs = number_of(done, "epoch") + (f", of which these are the weights after epoch {kept}" if kept < done else "")
     unseen = run.get(checkpoint.UNSEEN, [])
     without = f" It was trained without an image of {escaped(named_classes(unseen))}, which it cannot know." if unseen else ""
     return f"Trained by dmat_ray {run['versions']['dmat_ray']} for {epochs}; weights of its objective: {terms}.{without}"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from test_model_import import CLASSES, program, small, unsettle
 from torch import Tensor
 
-from dmat_ray import checkpoint, classifiers, model_export, model_import, units
+from dmat_ray import checkpoint, classifiers, model_export, model_import, train, units
 from dmat_ray.config import ClassifierConfig, Config, EvaluationConfig
 from dmat_ray.errors import UserError
 from dmat_ray.metrics import Results
@@ -193,6 +193,23 @@ def test_cards_say_what_is_known(trained: Callable[..., Path]) -> None:
     known = {"name": "mine", "dataset": "photos", "architecture": "digits_cnn", "eps": "0.1"}
     assert card == {key: known.get(key) for key in KEYS | OURS}
     assert "It has not been evaluated." in (model.parent / "exported" / "mine" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("keep", "told"), [("best", ", of which these are the weights after epoch 1;"), ("last", ";")])
+def test_a_card_says_after_which_epoch_its_weights_are(
+    make_config: MakeConfig, set_folder: Path, tmp_path: Path, keep: str, told: str
+) -> None:
+    """A rate of 0 leaves the network of the second epoch as it was, and of equals the first is the best."""
+    training = {"lr_epochs": [0, 1, 2], "lr_values": [0.05, 0, 0], "keep": keep}
+    objective = {"batch_norm": "frozen"}
+    model = train(
+        make_config(output=str(tmp_path), manifold_set=str(set_folder), name="x", training=training, objective=objective)
+    )
+    _, run = checkpoint.load_classifier(model)
+    first, second = (epoch["val_robust"] for epoch in run["history"])
+    assert first >= second
+    model_export.export(model, "x", tmp_path / "none", tmp_path / "exported")
+    assert f" for 2 epochs{told} weights of its objective: " in (tmp_path / "exported" / "README.md").read_text()
 
 
 def test_an_export_replaces_nothing_but_an_export(trained: Callable[..., Path]) -> None:
