@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 from torch import nn
 
+from dmat_ray.arithmetic import tf32
 from dmat_ray.checkpoint import UNSEEN
 from dmat_ray.config import DataConfig
 from dmat_ray.data.folder_source import EXTENSIONS
@@ -82,6 +83,7 @@ def warning_of_unseen(run: dict[str, Any]) -> str:
 
 
 @torch.no_grad()
+@tf32(False)
 def predict(
     network: nn.Module, class_names: Sequence[str], paths: Sequence[str], pixels_NCHW: np.ndarray, device: torch.device
 ) -> pa.Table:

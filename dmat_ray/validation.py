@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dmat_ray import threats
+from dmat_ray.arithmetic import tf32
 from dmat_ray.attack import attack
 from dmat_ray.config import AdversarialTerm, Config
 from dmat_ray.data.manifold_set import ManifoldSet
@@ -24,6 +25,7 @@ class Validator:
     data: ManifoldSet
     generator: Generator
 
+    @tf32(False)
     def __call__(self, network: nn.Module, context: RunContext) -> dict[str, float]:
         attacks, seed = terms(self.config), self.config.training.seed
         mine = np.arange(len(self.data))
