@@ -42,6 +42,17 @@ def wrap_ddp(module: nn.Module, world_size: int) -> nn.Module:
     return module if world_size == 1 else DistributedDataParallel(module, **_NO_BROADCASTS)
 
 
+def _device() -> torch.device:
+    """The GPU that torchrun gives this process, made the current one; else that which is current; the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if (local_rank := os.environ.get("LOCAL_RANK")) is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cuda", int(local_rank))
+    torch.cuda.set_device(device)
+    return device
+
+
 class LocalContext:
     """Runs a training loop here. Metrics go to `on_report`, checkpoints to `folder/checkpoint`, the one before to `.before`.
 
@@ -55,10 +66,7 @@ class LocalContext:
         self.rank = int(os.environ.get("RANK", "0"))
         if self.world_size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        self.device = torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+        self.device = _device()
         self._checkpoint = folder / "checkpoint"
         self._sure = False  # whether what lies there is whole: of an earlier process it may not be
         self._on_report = on_report

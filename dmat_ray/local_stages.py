@@ -23,9 +23,9 @@ from dmat_ray.trainer import train as training_loop
 def make_set(config: Config) -> Location:
     """Project the images of `config.data` into an on-manifold set, and return its folder, OUTPUT/on_manifold_set.
 
-    The set that jobs/project.py makes; on a GPU if there is one. Lines go to standard error. A set that is there with these
-    settings is not made again, and one that was interrupted is finished. Raises UserError for data, a generator, an encoder or
-    LPIPS weights that do not fit, and for a folder that was begun with other settings.
+    The set that jobs/project.py makes; on the current GPU if there is one. Lines go to standard error. A set that is there with
+    these settings is not made again, and one that was interrupted is finished. Raises UserError for data, a generator, an encoder
+    or LPIPS weights that do not fit, and for a folder that was begun with other settings.
 
     >>> from dmat_ray import make_set, open_set, settings
     >>> config = settings("demo", "dmat", "small", output="runs/small")
@@ -43,9 +43,9 @@ def make_set(config: Config) -> Location:
 def train(config: Config, *, heed_sigterm: bool = False) -> Location:
     """Train a classifier on the set that the settings name (see `make_set`), and return its folder, OUTPUT/models/NAME.
 
-    The same loop as of jobs/train.py, and with one worker the same model (of several each normalises its own part of a batch);
-    on a GPU if there is one. A line for every epoch goes to standard error. A model that is there with these settings is not
-    trained again, one of other settings is replaced; a training that was interrupted goes on from its newest checkpoint, in
+    The same loop as of jobs/train.py, and with one worker the same model (of several each normalises its own part of a batch); on
+    the current GPU if there is one. A line for every epoch goes to standard error. A model that is there with these settings is
+    not trained again, one of other settings is replaced; a training that was interrupted goes on from its newest checkpoint, in
     OUTPUT/local/NAME, a folder that is removed once the model is there. Under torchrun no process returns before that. With
     `heed_sigterm` SIGTERM makes it write a checkpoint and end with exit code 143. Raises UserError for settings that do not fit
     the set, or are not those of the training that was interrupted, or while another process trains this, and NotFiniteError,

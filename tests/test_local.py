@@ -175,6 +175,25 @@ def test_one_process_is_its_own_average(tmp_path: Path) -> None:
     assert (context.rank, context.world_size) == (0, 1)
 
 
+@pytest.mark.parametrize(
+    ("local_rank", "expected", "made_current"),
+    [(None, "cuda:2", []), ("1", "cuda:1", [torch.device("cuda:1")]), ("0", "cuda:0", [torch.device("cuda:0")])],
+)
+def test_the_gpu_is_torchruns_or_the_current_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_rank: str | None, expected: str, made_current: list[torch.device]
+) -> None:
+    """The current one stays what the caller has chosen where it is not torchrun that chooses."""
+    found: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", found.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert LocalContext(tmp_path).device == torch.device(expected)
+    assert found == made_current
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])
 @pytest.mark.parametrize(("size", "batch_size"), [(19, 8), (19, 3), (17, 16), (18, 16), (24, 12), (3, 8)])
 def test_the_least_share_is_that_of_the_batches_that_are_dealt(
