@@ -43,6 +43,12 @@ class Location:
     def __str__(self) -> str:
         return f"{self.scheme}://{self.key}" if self.scheme else self.key
 
+    def __fspath__(self) -> str:
+        """The path, for what opens files of this machine: pathlib.Path(place). Raises UserError for one of an object store."""
+        if self.scheme:
+            raise UserError(f"'{self}' is in an object store and has no path on this machine; str() gives its URL")
+        return self.key
+
     def __truediv__(self, name: str) -> "Location":
         if self.scheme:  # a key is any text
             return Location(self.scheme, f"{self.key}/{name}" if name else self.key)

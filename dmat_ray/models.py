@@ -88,7 +88,8 @@ def untrained(configs: list[Config], say: Callable[[str], None], workers: int | 
     """
     names = [c.name for c in configs]
     if len(set(names)) < len(names) or "" in names:
-        raise UserError(f"every model needs a name of its own; given: {', '.join(map(repr, names))}")
+        given = ", ".join(map(repr, names))
+        raise UserError(f"every model needs a name of its own; given: {given}; give one by name=, or --name on a command line")
     todo = []
     for config in configs:
         if is_trained(config):

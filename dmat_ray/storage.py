@@ -34,7 +34,7 @@ def require_not_of_storage(error: Exception, place: Location) -> None:
 
 def text_of(place: Place) -> str:
     """A place as settings write it. Raises UserError for what is neither a path nor a URL: a network, or None."""
-    if not isinstance(place, str | os.PathLike | Location):
+    if not isinstance(place, str | os.PathLike):
         raise UserError(f"a {type(place).__name__} names no folder or file; give a path or URL, as text or a pathlib.Path")
     return str(place)
 

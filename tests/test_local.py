@@ -128,11 +128,13 @@ def test_no_worker_returns_before_the_model_is_there(ranks: list[dict[str, Any]]
 def test_two_trainings_of_one_name_are_refused(make_config: Callable[..., Config], set_folder: Path, tmp_path: Path) -> None:
     """Either might publish what the other has just written, and not finished."""
     config = make_config(output=str(tmp_path), manifold_set=str(set_folder), name="tiny")
+    with pytest.raises(UserError, match=r"^every model needs a name of its own; given: ''; give one by name=, or --name on a"):
+        train(config.model_copy(update={"name": ""}))
     (tmp_path / "local" / "tiny").mkdir(parents=True)
     with sole(tmp_path / "local" / "tiny"), pytest.raises(UserError, match=rf"is being written by process {os.getpid()} "):
         train(config)
     assert not (tmp_path / "models").exists()
-    assert (train(config) / "model.safetensors").is_file()
+    assert (Path(train(config)) / "model.safetensors").is_file()
     assert not list((tmp_path / "local").glob(".*")), "its own lease is taken away again"
 
 

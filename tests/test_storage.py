@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import s3
 
-from dmat_ray import checkpoint
+from dmat_ray import checkpoint, settings
 from dmat_ray.errors import StorageError, UserError
 from dmat_ray.storage import Location, at
 
@@ -64,6 +64,17 @@ def program(code: str, *arguments: object) -> subprocess.Popen[str]:
     """Another process that runs this code, with dmat_ray.storage.at and sys at hand."""
     code = "import os, sys\nfrom dmat_ray.storage import at\n" + code
     return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_place_of_this_machine_is_a_path(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    assert Path(at(tmp_path)) / "file" == tmp_path / "file"
+    assert os.path.join(at(tmp_path), "file") == str(tmp_path / "file")
+    with open(at(tmp_path / "file")) as file:
+        assert file.read() == "x"
+    assert settings(manifold_set=at(tmp_path), output=at("s3://bucket/folder")).manifold_set == str(tmp_path)
+    with pytest.raises(UserError, match=r"^'s3://bucket/folder' is in an object store and has no path on this machine; str\(\)"):
+        Path(at("s3://bucket/folder"))
 
 
 @pytest.mark.parametrize("name", NAMES)

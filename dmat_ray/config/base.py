@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from pathlib import PurePath
+import os
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator, model_validator
@@ -49,7 +49,7 @@ def _truths_as_text(value: Any) -> Any:
 
 
 def _path_as_text(value: Any) -> Any:
-    return str(value) if isinstance(value, PurePath) else value
+    return str(value) if isinstance(value, os.PathLike) else value
 
 
 class Section(BaseModel):
@@ -60,7 +60,9 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _as_text(cls, values: Any) -> Any:
-        """A setting that names a file is a text; from Python it may come as a Path. That true is no number, text shows."""
+        """A setting that names a file is a text; from Python it may come as anything that is a path. That true is no number, text
+        shows.
+        """
         if not isinstance(values, dict):
             return values
         numbers = {name for name, field in cls.model_fields.items() if _takes_numbers(field.annotation)}
