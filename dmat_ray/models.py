@@ -107,7 +107,9 @@ def untrained(configs: list[Config], say: Callable[[str], None], workers: int | 
 
 
 def _trained_on(configs: list[Config], manifest: Mapping[str, Any]) -> list[str]:
-    """How many images there are to train on, and which are left out; rates that end elsewhere than the training, and the like."""
+    """How many images there are to train on, and which are left out; rates that end elsewhere than the training, a batch larger
+    than all of them, and the like.
+    """
     usable = manifest["usable"].get("train", 0)
     poor = manifest["splits"].get("train", 0) - usable
     held_out = sorted({config.training.val_examples for config in configs})
@@ -122,6 +124,9 @@ def _trained_on(configs: list[Config], manifest: Mapping[str, Any]) -> list[str]
             lines.append(
                 f"note: the learning rate {what}: training.lr_epochs ends at {end:g}, training.epochs is {settings.epochs}"
             )
+        if (images := usable - settings.val_examples) < settings.batch_size:
+            more = f"note: training.batch_size {settings.batch_size} is more than all images to train on, {images}"
+            lines.append(f"{more}: an epoch is one step of these")
         lines += [f"note: {line}" for line in _without_effect(settings)]
     return lines
 

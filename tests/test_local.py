@@ -270,6 +270,10 @@ def test_settings_that_change_nothing_of_the_training_are_told(make_config: Call
     )
     assert told(epochs=2, schedule="cosine") == ""
     quiet: dict[str, Any] = {"epochs": 2, "schedule": "cosine"}
+    images = read_manifest(set_folder)["usable"]["train"] - 4
+    assert told(**quiet, val_examples=4, batch_size=images) == ""
+    more = f"note: training.batch_size {images + 1} is more than all images to train on, {images}: an epoch is one step of these"
+    assert told(**quiet, val_examples=4, batch_size=images + 1) == more
     never = told(**quiet, awp_gamma=0.005, awp_warmup=2)
     assert never == "note: AWP never begins: training.awp_warmup is 2, training.epochs is 2"
     assert told(**quiet, awp_gamma=0.005, awp_warmup=1) == ""
