@@ -17,12 +17,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dmat_ray.data import manifold_set, set_format, set_reader
+from dmat_ray.cluster.shard_tasks import read_examples
+from dmat_ray.data import manifold_set, set_format, set_reader, set_writer
+from dmat_ray.data.inspection import inspect_set
 from dmat_ray.data.manifold_set import ManifoldSet, epoch_batches, open_set
 from dmat_ray.data.pixels import quantise
 from dmat_ray.errors import UserError
 from dmat_ray.files import write_json
 from dmat_ray.manifold import generators
+from dmat_ray.storage import at
 from dmat_ray.types import Batch
 
 MakeSet = Callable[..., Path]
@@ -133,6 +136,64 @@ def test_open_set_does_not_depend_on_the_order_of_rows(make_set: MakeSet, tmp_pa
     assert data.id == shuffled.id == sorted(shuffled.id)
     for name in ("on_manifold", "natural", "label", "w"):
         np.testing.assert_array_equal(getattr(data, name), getattr(shuffled, name))
+
+
+@pytest.mark.parametrize(
+    ("padding", "group_bytes"),
+    [(0, 4_000), pytest.param(64_000_000, set_writer.GROUP_BYTES, marks=[pytest.mark.exhaustive, pytest.mark.slow])],
+)
+def test_a_shard_of_several_row_groups_is_read_whole(
+    make_set: MakeSet, monkeypatch: pytest.MonkeyPatch, padding: int, group_bytes: int
+) -> None:
+    """Also one of more than 2 GiB of natural images, which are more than one Arrow array holds: zeros follow each."""
+    folder = make_set(shards=1)
+    before = open_set(folder, "train")
+    (path,) = (folder / "shards").iterdir()
+    table = pq.read_table(path)
+    natural = set_format.to_netpbm(np.stack([pixels_of(value) for value in table["image"].to_pylist()])).to_pylist()
+    padded = [{**value, "bytes": value["bytes"] + bytes(padding)} for value in natural]
+    image = pa.chunked_array([pa.array(half, set_format.IMAGE) for half in (padded[:18], padded[18:])])
+    monkeypatch.setattr(set_writer, "GROUP_BYTES", group_bytes)
+    monkeypatch.setattr(set_writer, "COMPRESSION", {})  # zeros take no room in the file
+    set_writer.write_shard(at(folder), path.name, table.set_column(3, "image", image), {})
+    del table, image, padded
+    assert 3 < pq.ParquetFile(path).num_row_groups < 12
+
+    manifest = set_reader.read_manifest(folder)
+    assert set_reader.read_shard(at(folder), path.name, ["id", "image"], manifest).num_rows == 36
+    np.testing.assert_array_equal(open_set(folder, "train", images="natural").natural, before.natural)
+    row = pa.table({"shards": [[path.name]]})
+    asked = {"place": str(folder), "manifest": manifest, "without": before.id[:5], "twice": before.id[-2:]}
+    expected = sorted([*range(5, 24), 22, 23])
+    for images in ("natural", "on_manifold"):
+        found = read_examples(row, images=images, **asked).sort_by("id")
+        assert found["id"].to_pylist() == [before.id[i] for i in expected]
+        assert found["label"].to_pylist() == before.label[expected].tolist()
+        pixels = set_format.from_lists(found["pixels"], before.natural.shape[1:])
+        np.testing.assert_array_equal(pixels, getattr(before, images)[expected])
+    np.testing.assert_array_equal(set_format.from_lists(found["w"], before.w.shape[1:]), before.w[expected])
+    inspection = inspect_set(folder)
+    assert inspection.sound, [check.defects for check in inspection.checks]
+
+
+def test_row_groups_are_cut_by_the_size_of_each_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All large images of a shard may lie together, as those of a class do."""
+    monkeypatch.setattr(set_writer, "GROUP_BYTES", 1 << 20)
+    sizes = [10] * 300 + [1 << 18] * 20 + [10] * 300
+    shape = set_format.schema(1, 4, 1, 2, ["a"])
+    columns = {
+        **{"id": [str(i) for i in range(620)], "split": ["train"] * 620, "label": [0] * 620, "status": ["ok"] * 620},
+        "image": [{"bytes": bytes(size), "path": None} for size in sizes],
+        "on_manifold": set_format.to_netpbm(np.zeros((620, 1, 4, 4), np.uint8)),
+        "w": set_format.fixed_list(np.zeros((620, 1, 2), np.float32), pa.float32()),
+        **{name: np.zeros(620, np.float32) for name in set_format.ERRORS},
+        "steps": np.zeros(620, np.int32),
+    }
+    set_writer.write_shard(at(tmp_path), "part-000000.parquet", pa.table(columns, schema=shape), {})
+    file = pq.ParquetFile(tmp_path / "shards" / "part-000000.parquet")
+    groups = [file.read_row_group(k) for k in range(file.num_row_groups)]
+    assert max(group["image"].nbytes for group in groups) < 2 << 20
+    assert [int(id) for group in groups for id in group["id"].to_pylist()] == list(range(620))
 
 
 def test_open_set_of_some_ids(set_folder: Path) -> None:

@@ -113,13 +113,14 @@ def _read_shard(
     table = set_reader.read_shard(folder, name, ["id", "split", "status", "label", *wanted])
     keep = pc.and_(pc.equal(table["split"], "train"), pc.equal(table["status"], "ok"))
     table = table.filter(pc.and_(keep, pc.invert(pc.is_in(table["id"], value_set=pa.array(without, pa.string())))))
-    more = Counter(twice)
-    again = [i for i, id in enumerate(table["id"].to_pylist()) for _ in range(more[id])]
-    table = pa.concat_tables([table, table.take(pa.array(again, pa.int64()))])
-    shape = manifest["shapes"]["on_manifold"]
     if images == "on_manifold":
-        pixels = set_format.from_netpbm(table["on_manifold"], shape)
+        pixels = set_format.from_netpbm(table["on_manifold"], manifest["shapes"]["on_manifold"])
     else:
         pixels = set_reader.decoded(table, manifest, f"shard {name} of '{folder}'")
-    columns = {"id": table["id"], "label": table["label"], "pixels": set_format.fixed_list(pixels, pa.uint8())}
-    return pa.table(columns | ({"w": table["w"]} if images == "on_manifold" else {}))
+    # pixels take the place of encoded images before anything is taken, for which these may be too many bytes
+    kept = table.select(["id", "label"]).append_column("pixels", set_format.fixed_list(pixels, pa.uint8()))
+    if images == "on_manifold":
+        kept = kept.append_column("w", table["w"])
+    more = Counter(twice)
+    again = [i for i, id in enumerate(kept["id"].to_pylist()) for _ in range(more[id])]
+    return pa.concat_tables([kept, kept.take(pa.array(again, pa.int64()))])

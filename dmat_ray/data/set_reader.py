@@ -83,13 +83,22 @@ def read_shard(
             shard = pq.ParquetFile(file, page_checksum_verification=True)
             if manifest is not None:
                 _require_described(shard, folder, name, manifest)
-            return shard.read(None if columns is None else list(columns))
+            return _read(shard, None if columns is None else list(columns))
     except FileNotFoundError:
         raise UserError(f"the set '{folder}' lacks its shard {name}; run jobs/project.py again") from None
     except (pa.ArrowException, OSError) as error:
         require_not_of_storage(error, folder / SHARDS / name)
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"shard {name} of '{folder}' is damaged ({reason}); remove it and run jobs/project.py again") from None
+
+
+def _read(shard: pq.ParquetFile, columns: list[str] | None) -> pa.Table:
+    """These columns of an open shard: a row group at a time, for pyarrow reads no more than 2 GiB of images in one piece.
+
+    So the table may hold more than one array of binaries can, and its columns cannot be brought into one piece, as `take` does.
+    """
+    groups = [shard.read_row_group(k, columns=columns) for k in range(shard.num_row_groups)]
+    return pa.concat_tables(groups) if groups else shard.read(columns)
 
 
 def _require_described(shard: pq.ParquetFile, folder: Location, name: str, manifest: dict[str, Any]) -> None:

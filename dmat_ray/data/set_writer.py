@@ -9,6 +9,7 @@ by its files alone, whichever of them are there; one that was lost is made again
 
 import dataclasses
 import io
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -81,8 +82,13 @@ def write_shard(folder: Location, name: str, table: pa.Table, rejected: dict[str
 
 
 def _groups(table: pa.Table) -> Iterator[pa.Table]:
-    rows = max(1, int(table.num_rows * GROUP_BYTES / max(table.nbytes, 1)))
-    yield from (table.slice(start, rows) for start in range(0, table.num_rows, rows))
+    """The table in parts of about GROUP_BYTES, by the size of each natural image: all large ones may lie together."""
+    sizes = pc.binary_length(pc.struct_field(table["image"], "bytes")).fill_null(0).to_numpy().astype(np.int64)
+    others = max(0, table.nbytes - int(sizes.sum())) // max(1, table.num_rows)
+    number = np.cumsum(sizes + others) // GROUP_BYTES
+    starts = np.flatnonzero(np.diff(number, prepend=-1))
+    for start, end in itertools.pairwise([*starts.tolist(), table.num_rows]):
+        yield table.slice(start, end - start)
 
 
 def _leaves(schema: pa.Schema) -> list[str]:

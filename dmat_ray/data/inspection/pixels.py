@@ -72,9 +72,10 @@ class PixelReader:
         size = max(1, VALUES // int(np.prod(self.manifest.shapes.on_manifold)))
         start = 0
         with open_shard(self.folder, name) as parquet:
-            for batch in parquet.iter_batches(batch_size=size, columns=list(LARGE)):
-                yield start, batch
-                start += batch.num_rows
+            for k in range(parquet.num_row_groups):  # across them pyarrow would read more images in one piece than it can
+                for batch in parquet.iter_batches(batch_size=size, row_groups=[k], columns=list(LARGE)):
+                    yield start, batch
+                    start += batch.num_rows
 
     def _keep(self, k: int, start: int, batch: pa.RecordBatch) -> None:
         for i in range(batch.num_rows):
