@@ -12,6 +12,7 @@ from torch import nn
 from dmat_ray.arithmetic import tf32
 from dmat_ray.checkpoint import UNSEEN
 from dmat_ray.config import DataConfig
+from dmat_ray.config.data import LATER
 from dmat_ray.data.folder_source import EXTENSIONS
 from dmat_ray.data.pixels import to_unit
 from dmat_ray.data.set_reader import named_classes
@@ -71,9 +72,10 @@ def _text(path: str) -> str:
 
 def read_as(run: dict[str, Any], data: DataConfig, images: str) -> DataConfig:
     """How the images of a place are read for a model, of which `run` is run.json: as those that it has learned from."""
-    resize = run["config"]["data"].get("resize", "crop")
-    shape = {"channels": run["channels"], "resolution": run["resolution"], "resize": resize}
-    return data.model_copy(update={"source": images, "id_column": None, **shape})
+    said = run["config"]["data"]
+    how = {name: said.get(name, LATER[name]) for name in ("resize", "grey_levels")}
+    shape = {"channels": run["channels"], "resolution": run["resolution"]}
+    return data.model_copy(update={"source": images, "id_column": None, **shape, **how})
 
 
 def warning_of_unseen(run: dict[str, Any]) -> str:

@@ -1,12 +1,14 @@
-"""Grey TIFFs of more than 8 bits, written as TIFF 6.0 says (sections 2 and 8), not by Pillow."""
+"""Grey images of more than 8 bits; TIFFs are written as TIFF 6.0 says (sections 2 and 8), most not by Pillow."""
 
+import io
 import struct
 import zlib
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from dmat_ray.data.decoding import decode
+from dmat_ray.data.decoding import decode, highest_level
 
 N = 16
 SHORT, LONG = 3, 4
@@ -54,3 +56,37 @@ def test_white_is_zero() -> None:
     np.testing.assert_array_equal(decode(tiff(65535 - levels * 257, 16, photometric=0), N, 1)[0], levels)
     with pytest.raises(ValueError, match="cannot be read as an image: damaged TIFF"):
         decode(tiff(4095 - levels * 16, 12, photometric=0), N, 1)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("count", [256, 1000, 4096, 65536])
+def test_levels_that_16_bits_are_said_to_hold(kind: str, count: int) -> None:
+    """Equal steps from black to white; what has a higher level is not what was said."""
+    levels = np.linspace(0, count - 1, N * N).astype(np.uint16).reshape(N, N)
+    Image.fromarray(levels).save(buffer := io.BytesIO(), kind)
+    pixels = decode(buffer.getvalue(), N, 1, grey_levels=count)[0]
+    np.testing.assert_array_equal(pixels, np.floor(levels / count * 256))
+    assert (pixels[0, 0], pixels[-1, -1]) == (0, 255)
+    assert highest_level(buffer.getvalue()) == count - 1
+    if count > 256:
+        with pytest.raises(ValueError, match=rf"{kind} with a level of {count - 1}, where data\.grey_levels = 256 ends at 255"):
+            decode(buffer.getvalue(), N, 1, grey_levels=256)
+
+
+def test_what_says_its_levels_itself_is_taken_at_its_word() -> None:
+    """PGM has its highest level in the header, and TIFF of 12 bits as many as they hold."""
+    ramp = np.arange(N * N).reshape(N, N) * 16
+    for content in (b"P5\n16 16\n4095\n" + ramp.astype(">u2").tobytes(), tiff(ramp, 12)):
+        for count in (256, 65536):
+            np.testing.assert_allclose(decode(content, N, 1, grey_levels=count)[0], ramp // 16, atol=1)
+        assert highest_level(content) is None
+    inverted = tiff(4095 - ramp, 16, photometric=0)
+    np.testing.assert_array_equal(decode(inverted, N, 1, grey_levels=4096)[0], ramp // 16)
+
+
+def test_a_transparent_level_above_the_others_is_white() -> None:
+    levels = np.arange(N * N, dtype=np.uint16).reshape(N, N)
+    levels[3, 4] = 65535
+    Image.fromarray(levels).save(buffer := io.BytesIO(), "PNG", transparency=65535)
+    expected = np.where(levels == 65535, 255, levels)
+    np.testing.assert_array_equal(decode(buffer.getvalue(), N, 1, grey_levels=256)[0], expected)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,11 +19,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dmat_ray import settings
+from dmat_ray import prediction, settings
 from dmat_ray.config import Config, DataConfig
 from dmat_ray.data import set_format, set_settings, sources
 from dmat_ray.data.apart import require_apart
 from dmat_ray.data.inspection import inspect_set
+from dmat_ray.data.manifold_set import open_set
 from dmat_ray.data.sources import list_examples
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import gan_images, set_maker, trained_on
@@ -507,3 +509,32 @@ def test_shards_of_more_than_a_file_holds_are_refused_before_anything_is_written
     assert not Path(config.output).exists()
     few = make(None, official_split=True, train_limit=4, test_limit=2)
     set_maker.prepare(few.model_copy(update={"projection": larger.projection}), print)
+
+
+def test_grey_of_12_bits_in_16_is_told_and_read_as_it_is_said_to_be(make: Make, photos: Path) -> None:
+    """What reads the set decodes as what has made it; a set of before has no word of it."""
+    rng = np.random.default_rng(0)
+    wide = {path: rng.integers(0, 4096, (8, 8)).astype(np.uint16) for path in photos.rglob("*.png")}
+    for path, levels in wide.items():
+        Image.fromarray(levels).save(path)
+    unsaid = make(None, official_split=True)
+    (line,) = said(unsaid)
+    assert re.search(
+        r"nearly black: the highest level of 20 images is 40\d\d of 65535; give data\.grey_levels, which is 4096", line
+    )
+    with pytest.warns(UserWarning, match="grey images of 16 bits a pixel are nearly black"):
+        gan_images.prepare_images(unsaid, photos.parent / "train")
+    assert "grey_levels" not in set_maker.settings_of(unsaid, list_examples(unsaid.data))["data"]
+    config = make(None, official_split=True, grey_levels=4096)
+    assert said(config) == []
+    manifest = set_maker.make(config, torch.device("cpu"), print)
+    folder = f"{config.output}/on_manifold_set"
+    test = open_set(folder, "test", include_poor=True, images="natural")
+    np.testing.assert_array_equal(test.natural[:, 0], [wide[photos / id] >> 4 for id in test.id])
+    assert inspect_set(folder).sound
+    run = {"config": {"data": manifest["data"]}, "channels": 1, "resolution": 8}
+    for said_then, levels in ((manifest["data"], 4096), ({}, 65536)):
+        run["config"] = {"data": said_then}
+        assert prediction.read_as(run, DataConfig(), str(photos)).grey_levels == levels
+    with pytest.raises(UserError, match=r"begun with data\.grey_levels = 4096, now it is its default"):
+        set_settings.begin(Location(None, folder), set_maker.settings_of(unsaid, list_examples(unsaid.data)))

@@ -12,7 +12,7 @@ Channels = Annotated[Literal[1, 3], BeforeValidator(lambda v: int(v) if v in ("1
 
 
 # what is done without a word on them, which names of sets and trainings must not change with
-LATER: dict[str, Any] = {"resize": "crop", "official_split": None, "classes": [], "balanced": False}
+LATER: dict[str, Any] = {"resize": "crop", "grey_levels": 65536, "official_split": None, "classes": [], "balanced": False}
 
 
 class ClassList(Section):
@@ -63,6 +63,13 @@ class DataConfig(Section):
         "whatever becomes of the aspect (arXiv 2009.02470); or put on black, scaled only if larger",
     )
     channels: Channels = Field(1, description="1 (grey) or 3 (RGB)")
+    grey_levels: int = Field(
+        65536,
+        ge=256,
+        le=65536,
+        description="levels that grey PNG and TIFF of 16 bits a pixel have, of which the highest is white: 4096 for values of 12 "
+        "bits that lie in 16; an image with a higher one is rejected",
+    )
     test_share: float = Field(0.2, gt=0, lt=1, description="share of every class that goes to the test split")
     official_split: bool | None = Field(
         None,

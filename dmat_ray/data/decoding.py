@@ -1,6 +1,7 @@
 """Encoded images to pixels and back. All of it may run in many threads at once, and needs no torch."""
 
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -49,19 +50,27 @@ NO_LEVELS = {
 }
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # two tags of TIFF, and a value of the second
 PNG_DEPTH = 24  # the byte of a PNG that says how many bits a sample has
-MAX_PIXELS = DataConfig().max_pixels
+MAX_PIXELS, GREY_LEVELS = DataConfig().max_pixels, DataConfig().grey_levels
 
 
-def decode(content: bytes, resolution: int, channels: int, max_pixels: int = MAX_PIXELS, resize: str = "crop") -> np.ndarray:
+def decode(
+    content: bytes,
+    resolution: int,
+    channels: int,
+    max_pixels: int = MAX_PIXELS,
+    resize: str = "crop",
+    grey_levels: int = GREY_LEVELS,
+) -> np.ndarray:
     """Encoded image (PNG, JPEG, WebP, GIF, TIFF, BMP, netpbm) -> uint8 (channels, resolution, resolution).
 
     The first picture of several is taken and turned as its EXIF orientation says; what is transparent lies on white; colour
     profiles are not applied. A smaller or larger image is brought to size as `data.resize` says: "crop" (scaled so that its
     shorter side fits, then cropped at the centre), "stretch" (bilinear, as in the code of arXiv 2009.02470) or "pad".
-    Raises ValueError with the reason, on one line, if it cannot be read or has more than `max_pixels`, which is known before
-    it is decoded.
+    Of grey PNG and TIFF of 16 bits, level `grey_levels` - 1 is white.
+    Raises ValueError with the reason, on one line, if it cannot be read, has a higher level than that, or more than `max_pixels`,
+    which is known before it is decoded.
     """
-    picture = _picture(content, "L" if channels == 1 else "RGB", max_pixels)
+    picture = _picture(content, "L" if channels == 1 else "RGB", max_pixels, grey_levels)
     if picture.size != (resolution, resolution):
         picture = SIZED[resize](picture, resolution)
     pixels = np.asarray(picture, dtype=np.uint8)
@@ -104,7 +113,7 @@ def _require_large_enough(picture: Image.Image, resolution: int) -> None:
         raise ValueError(f"is {width}x{height} pixels, too narrow to crop a square from")
 
 
-def _picture(content: bytes, mode: str, max_pixels: int) -> Image.Image:
+def _picture(content: bytes, mode: str, max_pixels: int, grey_levels: int) -> Image.Image:
     """The upright, opaque picture in this mode."""
     kind, read = _reader(content)
     try:
@@ -116,7 +125,7 @@ def _picture(content: bytes, mode: str, max_pixels: int) -> Image.Image:
                     raise _UnsupportedError(NO_LEVELS[image.mode])
                 if kind == "PNG" and image.mode == "L":
                     _stretch_transparent_level(image, content[PNG_DEPTH])
-                picture, turn = _opaque(image).convert(mode), UPRIGHT.get(_orientation(image))
+                picture, turn = _opaque(image, grey_levels).convert(mode), UPRIGHT.get(_orientation(image))
                 return picture if turn is None else picture.transpose(turn)
     except MemoryError:  # says nothing of the image
         raise
@@ -161,10 +170,10 @@ def _stretch_transparent_level(image: Image.Image, bits: int) -> None:
         image.info["transparency"] = transparent * 255 // ((1 << bits) - 1)
 
 
-def _opaque(image: Image.Image) -> Image.Image:
+def _opaque(image: Image.Image, grey_levels: int) -> Image.Image:
     """The same over white, in a mode of 8 bits without transparency."""
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        return _eight_bits(image)
+    if _is_wide_grey(image):
+        return _eight_bits(image, _told_levels(image) or grey_levels)
     if not image.has_transparency_data:
         return image
     transparent = image.info.get("transparency")
@@ -175,18 +184,46 @@ def _opaque(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), with_alpha)
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """The upper 8 bits of grey of 16, or of a TIFF's 12; Pillow itself would clip at 255."""
-    levels: Any = np.array(image).astype(np.uint16)
-    tags: Any = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
-    (bits,) = tags.get(BITS_PER_SAMPLE, (16,))  # Pillow's mode is I;16 for both, and its levels are as they are stored
-    white = (1 << bits) - 1
-    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
-        levels = white - levels
-    transparent = image.info.get("transparency")
+def _is_wide_grey(image: Image.Image) -> bool:
+    return image.mode == "I" or image.mode.startswith("I;16")
+
+
+def _tags(image: Image.Image) -> Any:
+    return image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+
+
+def _told_levels(image: Image.Image) -> int | None:
+    """How many levels a file says that its grey of more than 8 bits has; None for 16 bits, of which it may use fewer."""
+    if isinstance(image, PpmImagePlugin.PpmImageFile):  # its highest level, which Pillow has made that of 16 bits
+        return GREY_LEVELS
+    (bits,) = _tags(image).get(BITS_PER_SAMPLE, (16,))  # Pillow's mode is I;16 for 12 too, and its levels are as they are stored
+    return None if bits == 16 else 1 << bits
+
+
+def _eight_bits(image: Image.Image, count: int) -> Image.Image:
+    """Grey of `count` levels, such as 65536, in 256; Pillow itself would clip at 255."""
+    levels: Any = np.array(image).astype(np.uint32)
+    transparent, white = image.info.get("transparency"), count - 1
     if isinstance(transparent, int):
         levels[levels == transparent] = white
-    return Image.fromarray((levels >> (bits - 8)).astype(np.uint8))
+    if levels.size and (most := levels.max()) > white:
+        raise _UnsupportedError(f"a level of {most}, where data.grey_levels = {count} ends at {white}")
+    if _tags(image).get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        levels = white - levels
+    return Image.fromarray((levels * 256 // count).astype(np.uint8))
+
+
+def highest_level(content: bytes, max_pixels: int = MAX_PIXELS) -> int | None:
+    """Of a grey PNG or TIFF of 16 bits a pixel; None of any other image, and of one that cannot be read."""
+    try:
+        with _reader(content)[1](io.BytesIO(content)) as image:
+            if not _is_wide_grey(image) or _told_levels(image) is not None or math.prod(image.size) > max_pixels:
+                return None
+            return int(np.array(image).max())
+    except MemoryError:
+        raise
+    except Exception:  # which is told where it is decoded
+        return None
 
 
 def encode(pixels: np.ndarray) -> bytes:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from dmat_ray.cli import describe
-from dmat_ray.data.decoding import MAX_PIXELS, SIZED, decode
+from dmat_ray.data.decoding import GREY_LEVELS, MAX_PIXELS, SIZED, decode
 from dmat_ray.data.manifest import Described
 from dmat_ray.data.set_format import COPIES, GIVEN_UP, LOST, MANIFEST, SHARDS, VERSION, different_columns, schema
 from dmat_ray.errors import UserError
@@ -121,26 +121,28 @@ def schema_of(manifest: dict[str, Any]) -> pa.Schema:
     return schema(channels, resolution, w[0], w[1], manifest["class_names"])
 
 
-def max_pixels_of(manifest: dict[str, Any]) -> int:
-    """Pixels that a natural image of this set may have: what was allowed when it was made, and what is allowed by default."""
-    said = manifest["data"].get("max_pixels")
-    return max(said, MAX_PIXELS) if isinstance(said, int) else MAX_PIXELS
+def decoding_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    """How `decode` makes of a natural image of this set what it was made of.
 
-
-def resize_of(manifest: dict[str, Any]) -> str:
-    """How natural images of this set are brought to size; sets that do not say were made when there was one way."""
-    said = manifest["data"].get("resize")
-    return said if said in SIZED else "crop"
+    Pixels that it may have are those that were allowed then, and those that are allowed by default. What a set does not say could
+    not be set when it was made.
+    """
+    most, resize, levels = (manifest["data"].get(name) for name in ("max_pixels", "resize", "grey_levels"))
+    return {
+        "max_pixels": max(most, MAX_PIXELS) if isinstance(most, int) else MAX_PIXELS,
+        "resize": resize if resize in SIZED else "crop",
+        "grey_levels": levels if isinstance(levels, int) and 256 <= levels <= GREY_LEVELS else GREY_LEVELS,
+    }
 
 
 def decoded(table: pa.Table, manifest: dict[str, Any], where: str) -> np.ndarray:
     """The natural images (N, C, H, W) of a table of this set, uint8; raises UserError for one that cannot be read."""
     channels, resolution, _ = shape = manifest["shapes"]["on_manifold"]
     pixels = np.empty((table.num_rows, *shape), np.uint8)
-    most, resize = max_pixels_of(manifest), resize_of(manifest)
+    how = decoding_of(manifest)
     for i, content in enumerate(pc.struct_field(table["image"], "bytes")):
         try:
-            pixels[i] = decode(content.as_py() or b"", resolution, channels, most, resize)
+            pixels[i] = decode(content.as_py() or b"", resolution, channels, **how)
         except ValueError as error:
             raise UserError(f"{where}: the natural image of '{table['id'][i]}' {error}") from None
     return pixels

@@ -246,14 +246,19 @@ def _read_parts(
     return contents
 
 
+def decoded(content: bytes | str, config: DataConfig) -> np.ndarray:
+    """What `read` gives of an image, decoded, uint8 (C, H, W). Raises ValueError with the reason if there is none."""
+    if isinstance(content, str):
+        raise ValueError(content)
+    return decode(content, config.resolution, config.channels, config.max_pixels, config.resize, config.grey_levels)
+
+
 def read_pixels(rows: pa.Table, config: DataConfig) -> list[np.ndarray | str]:
     """The decoded image of each row, uint8 (C, H, W), or the text of the reason why there is none. Raises like `read`."""
     found: list[np.ndarray | str] = []
     for content in read(rows, config):
         try:
-            if isinstance(content, str):
-                raise ValueError(content)
-            found.append(decode(content, config.resolution, config.channels, config.max_pixels, config.resize))
+            found.append(decoded(content, config))
         except ValueError as error:
             found.append(str(error))
     return found
@@ -267,9 +272,7 @@ def read_images(rows: pa.Table, config: DataConfig) -> tuple[pa.Table, dict[str,
     keep, contents, pixels, rejected = [], [], [], {}
     for i, (id, content) in enumerate(zip(rows["id"].to_pylist(), read(rows, config), strict=True)):
         try:
-            if isinstance(content, str):
-                raise ValueError(content)
-            pixels.append(decode(content, config.resolution, config.channels, config.max_pixels, config.resize))
+            pixels.append(decoded(content, config))
         except ValueError as error:
             rejected[id] = str(error)
             continue

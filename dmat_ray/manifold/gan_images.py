@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import socket
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dmat_ray.config import Config, DataConfig
+from dmat_ray.data import first_look
 from dmat_ray.data.apart import require_apart
 from dmat_ray.data.sources import read_pixels
 from dmat_ray.errors import UserError
@@ -82,6 +84,8 @@ def prepare_images(config: Config, storage: Path) -> ImageCache:
     if _is_whole(cache):
         return ImageCache(cache, digest, read_json(cache / REJECTED), ignored)
     shutil.rmtree(cache, ignore_errors=True)
+    if warning := first_look.warning_of_dark(rows, config.data):
+        warnings.warn(warning.removeprefix("warning: "), stacklevel=2)
     partial = storage / PARTIAL.replace("*", f"{digest[:16]}.{os.getpid()}")
     partial.mkdir(parents=True, exist_ok=True)
     try:

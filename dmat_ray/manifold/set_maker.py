@@ -14,7 +14,7 @@ import torch
 
 from dmat_ray.checkpoint import versions
 from dmat_ray.config import Config, ProjectionConfig
-from dmat_ray.data import set_format, set_settings, set_writer, sources
+from dmat_ray.data import first_look, set_format, set_settings, set_writer, sources
 from dmat_ray.data.apart import require_apart
 from dmat_ray.data.pixels import quantise
 from dmat_ray.data.set_format import MANIFEST, SHARDS
@@ -81,8 +81,9 @@ def prepare(config: Config, say: Callable[[str], None]) -> Listing:
         say(f"taking {taken} of {listing.found} images ({', '.join(f'data.{name}' for name in why)})")
     if listing.ignored:
         say(f"not taken: {listing.ignored}")
-    if warning := trained_on.warning_of_seen(config, listing):
-        say(warning)
+    for warning in (first_look.warning_of_dark(listing.table, config.data), trained_on.warning_of_seen(config, listing)):
+        if warning:
+            say(warning)
     return listing
 
 

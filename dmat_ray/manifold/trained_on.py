@@ -28,7 +28,7 @@ IMAGES = "images.parquet"
 _compared: dict[str, int] = {}
 CHUNK = 64  # images that a thread reads and decodes at a time
 # settings of the data that say how an image is decoded
-DECODING = ("resolution", "channels", "resize", "image_column", "max_pixels")
+DECODING = ("resolution", "channels", "resize", "image_column", "max_pixels", "grey_levels")
 # settings of the data that say which images the test split is drawn from and which go there; others take fewer of either split
 SPLIT = ("seed", "test_share", "official_split", "classes", "label_column")
 
@@ -49,7 +49,7 @@ def digest_of(rows: pa.Table, data: DataConfig) -> str:
     lines = [f"{id}\t{label}\t{version}" for id, label, version in zip(*columns, strict=True)]
     # without a word for what is as it was before it could be set
     resize = "" if data.resize == "crop" else f" {data.resize}"
-    decoded = {name: getattr(data, name) for name in ("image_column", "max_pixels")}
+    decoded = {name: getattr(data, name) for name in ("image_column", "max_pixels", "grey_levels")}
     others = "".join(f" {name}={value}" for name, value in decoded.items() if value != DataConfig.model_fields[name].default)
     return text_digest("\n".join([f"{data.resolution} {data.channels}{resize}{others}", *lines]))
 

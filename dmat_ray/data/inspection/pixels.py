@@ -15,7 +15,7 @@ from dmat_ray.data.inspection.copies import Copies
 from dmat_ray.data.inspection.rows import Rows, open_shard
 from dmat_ray.data.pixels import quantise
 from dmat_ray.data.set_format import from_lists, from_netpbm
-from dmat_ray.data.set_reader import max_pixels_of, resize_of
+from dmat_ray.data.set_reader import decoding_of
 from dmat_ray.errors import UserError
 from dmat_ray.storage import Location
 from dmat_ray.types import Generator
@@ -48,7 +48,7 @@ class PixelReader:
         self.pairs: dict[int, Pair] = {}
         self.copies = Copies(folder, rows.names)
         self.count, self.most = 0, {"l1": 0.0, "l2": 0.0}
-        self.max_pixels, self.resize = max_pixels_of(manifest.model_dump()), resize_of(manifest.model_dump())
+        self.decoding = decoding_of(manifest.model_dump())
 
     def run(self, shards: np.ndarray) -> None:
         """Check the shards at these positions, and fetch wanted pairs from the others."""
@@ -128,7 +128,7 @@ class PixelReader:
         found: list[np.ndarray | None] = []
         for i, content in enumerate(pc.struct_field(batch["image"], "bytes").to_pylist()):
             try:
-                found.append(decode(content or b"", resolution, channels, self.max_pixels, self.resize))
+                found.append(decode(content or b"", resolution, channels, **self.decoding))
             except ValueError as error:
                 found.append(None)
                 if name:
