@@ -59,6 +59,10 @@ def tops(listing: Listing, split: str) -> set[str]:
 FLAT = {
     "ImageNet, whose validation images lie in one folder": (["train/n01440764", "train/n01443537", "val"], "'train', 'val'"),
     "Kaggle": (["train/cat", "train/dog", "test"], "'test', 'train'"),
+    "ImageNet as it is unpacked": (
+        ["ILSVRC2012_img_train/n01440764", "ILSVRC2012_img_train/n01443537", "ILSVRC2012_img_val"],
+        "'ILSVRC2012_img_train', 'ILSVRC2012_img_val'",
+    ),
     "both and more": (["train/cat", "train/dog", "test", "val", "extra"], "'test', 'train', 'val'"),
 }
 
@@ -71,8 +75,8 @@ def test_a_part_without_classes_is_no_class(tmp_path: Path, name: str, labelled:
     told = f"has the folders {shown}, which look like parts of a data set, not like classes; give --data.official_split false to "
     refused(tmp_path, told, labelled=labelled)
     own = listed(tmp_path, labelled=labelled, official_split=False)
-    assert own.class_names == tuple(folder.removeprefix("train/") for folder in folders[:2])
-    assert tops(own, "train") == tops(own, "test") == {"train"}
+    assert own.class_names == tuple(folder.split("/")[1] for folder in folders[:2])
+    assert tops(own, "train") == tops(own, "test") == {folders[0].split("/")[0]}
     assert own.found == 8
     assert all(f"the folder '{other}' (data.official_split)" in own.ignored for other in folders[2:])
     refused(
@@ -127,6 +131,9 @@ LAYOUTS = {
     "train/cat train/dog Evaluation/cat Evaluation/dog": "'Evaluation', 'train'" + NOT_CLASSES,
     "training_set/cat training_set/dog test_set/cat test_set/dog": "'test_set', 'training_set'" + NOT_CLASSES,
     "trainset/cat trainset/dog val-set/cat val-set/dog": "'trainset', 'val-set'" + NOT_CLASSES,
+    "x_img_train/cat x_img_train/dog x_img_val/cat x_img_val/dog": "'x_img_train', 'x_img_val'" + NOT_CLASSES,
+    "x.Train/cat x.Train/dog x.Test_set/cat x.Test_set/dog": "'x.Test_set', 'x.Train'" + NOT_CLASSES,
+    "x_test x_val": "'x_test', 'x_val'" + NO_TRAINING,
     "train/cat train/dog holdout/cat holdout/dog": (
         "'holdout', 'train', which look like parts of a data set, not like classes; give --data.official_split false to split "
         "'train' alone, or name them in data.classes if they are classes"
@@ -161,7 +168,7 @@ def test_parts_of_any_name_are_no_classes(tmp_path: Path, layout: str, labelled:
             assert tops(every, "train") == tops(every, "test") == {first, other}
         refused(tmp_path, NO_TRAINING, labelled=labelled, official_split=True)
     elif "official_split true" in LAYOUTS[layout]:
-        train = next(folder.split("/")[0] for folder in folders if folder.lower().startswith("train"))
+        train = next(folder.split("/")[0] for folder in folders if "train" in folder.lower())
         official = listed(tmp_path, labelled=labelled, official_split=True)
         assert (tops(official, "train"), tops(official, "test")) == ({train}, {first, other} - {train})
         assert official.class_names == ("cat", "dog")
@@ -181,6 +188,8 @@ def test_parts_of_any_name_are_no_classes(tmp_path: Path, layout: str, labelled:
         ("test cat dog", ("cat", "dog", "test")),
         ("test val cat", ("cat", "test", "val")),
         ("testament evaluator", ("evaluator", "testament")),
+        ("steam-train crash_test merit.val", ("crash_test", "merit.val", "steam-train")),
+        ("x_train x_training y_test", ("x_train", "x_training", "y_test")),
     ],
 )
 def test_classes_with_folders_inside_are_classes(tmp_path: Path, layout: str, classes: tuple[str, ...]) -> None:
@@ -200,6 +209,11 @@ def test_classes_with_folders_inside_are_classes(tmp_path: Path, layout: str, cl
         (("train.parquet", "eval.parquet"), True),
         (("train.parquet", "evaluation-0.parquet"), True),
         (("test.parquet", "validation.parquet"), False),
+        (("cifar10-train.parquet", "cifar10-test.parquet"), True),
+        (("imagenet_train_000.parquet", "imagenet_val_00000-of-00002.parquet"), True),
+        (("0000.train.parquet", "0000.test.parquet"), True),
+        (("partial-train/0000.parquet", "partial-test/0001.parquet"), True),
+        (("x/a_test.parquet", "x/a_dev.parquet"), False),
     ],
 )
 def test_parts_of_any_name_in_parquet_are_not_pooled(tmp_path: Path, names: tuple[str, str], train: bool) -> None:
@@ -232,9 +246,13 @@ def test_parts_in_parquet_are_not_pooled_unasked(tmp_path: Path, other: str, lab
         assert not official or found["test"] == held[1]
 
 
-def test_training_files_alone_are_one_source(tmp_path: Path) -> None:
-    shards(tmp_path, "train-0.parquet", "train-1.parquet", "more.parquet")
-    assert listed(tmp_path).found == 12
+@pytest.mark.parametrize(
+    "names",
+    ["train-0.parquet train-1.parquet 2.parquet", "a-train.parquet b-test.parquet", "x_train/0.parquet y_val/1.parquet"],
+)
+def test_files_of_no_two_parts_are_one_source(tmp_path: Path, names: str) -> None:
+    shards(tmp_path, *names.split())
+    assert listed(tmp_path).found == 4 * len(names.split())
 
 
 def test_parts_without_labels(tmp_path: Path) -> None:

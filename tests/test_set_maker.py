@@ -328,6 +328,7 @@ def test_a_set_of_before_its_source_looked_like_parts_is_gone_on_with(
     (folder / "manifest.json").write_json({**manifest, "data": before["data"]})
     lines: list[str] = []
     set_maker.make(config, torch.device("cpu"), lines.append)
+    assert lines[0] == f"2 classes: '{manifest['class_names'][0]}', '{manifest['class_names'][1]}'"
     assert lines[-1] == "the on-manifold set is whole and unchanged, nothing to do"
     next(photos.glob("*/class0/*.png")).unlink()
     others = Location(None, str(tmp_path / "others"))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 NAMES = "(train|training|test|testing|val|valid|validation|dev|eval|evaluation)(?:[-_ ]?set)?"
 FOLDER = re.compile(NAMES + r"(\.parquet)?", re.IGNORECASE)  # Spark writes a folder of this name
 FILE = re.compile(NAMES + r"([-_.].*)?", re.IGNORECASE)
+# the word last, before what only counts; of folders, too, where others are called so up to that word and are of another part
+LAST = re.compile(r"(.*[-_. ])" + NAMES + r"(?:[-_.]?(?:of[-_.])?\d+)*(?:\.parquet)?", re.IGNORECASE)
 OF = {"train": "train", "training": "train", "test": "test", "testing": "test"}  # all others are the validation part
 
 
@@ -31,14 +33,39 @@ def part_of(path: str, *, exactly: bool) -> str:
     *folders, name = path.split("/")
     for match in (FOLDER.fullmatch(name) if exactly else FILE.fullmatch(name), *map(FOLDER.fullmatch, reversed(folders))):
         if match:
-            return OF.get(match[1].lower(), "validation")
+            return _part(match[1])
     return ""
+
+
+def _part(word: str) -> str:
+    return OF.get(word.lower(), "validation")
+
+
+def _by_last_words(paths: Sequence[str]) -> dict[str, str]:
+    """The parts of the paths whose names differ in such a last word alone: `cifar10-train.parquet` and `cifar10-test.parquet`.
+
+    One whose name has no like of another part is none: a steam-train is a vehicle.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for path in paths:
+        names = path.split("/")
+        for depth in range(len(names), 0, -1):
+            if match := LAST.fullmatch(names[depth - 1]):
+                found[path] = "/".join([*names[: depth - 1], match[1]]), _part(match[2])
+                break
+    parts_of: dict[str, set[str]] = {}
+    for before, part in found.values():
+        parts_of.setdefault(before, set()).add(part)
+    return {path: part for path, (before, part) in found.items() if len(parts_of[before]) > 1}
 
 
 def by_part(paths: Sequence[str], *, exactly: bool = False) -> Parts | None:
     """The parts of these paths, or None if no two parts are there and none is for training."""
     found: dict[str, list[str]] = {"train": [], "test": [], "validation": [], "": []}
+    first = {path: part_of(path, exactly=exactly) for path in paths}
+    if len({*first.values()} - {""}) < 2:
+        first |= _by_last_words([path for path in paths if not first[path]])
     for path in paths:
-        found[part_of(path, exactly=exactly)].append(path)
+        found[first[path]].append(path)
     known = found["train"] or (found["test"] and found["validation"])
     return Parts(found["train"], found["test"], found["validation"], found[""]) if known else None

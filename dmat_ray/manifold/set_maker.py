@@ -75,6 +75,8 @@ def prepare(config: Config, say: Callable[[str], None]) -> Listing:
     cheap = config.projection.model_copy(update={"candidates": 1, "axes": "w", "compile": False})
     build_projector(config.model_copy(update={"projection": cheap}), torch.device("cpu"))
     _require_room(config, listing)
+    names = listing.class_names
+    say(f"{len(names)} classes: {', '.join(map(repr, names[:3]))}{', ...' if len(names) > 3 else ''}")
     taken = listing.table.num_rows
     if taken < listing.found:
         why = [name for name in ("balanced", "train_limit", "test_limit") if getattr(config.data, name)]
