@@ -268,6 +268,53 @@ def test_images_that_lie_elsewhere_are_known_by_their_names_and_pixels(
     assert said(other) == [], "nothing tells of them"
 
 
+@pytest.mark.parametrize("inside", ["here", "there"])
+def test_images_of_a_source_inside_another_are_known(after_training: Callable[..., Config], photos: Path, *, inside: str) -> None:
+    """The folder train of a data set, and the data set itself, have other names for the same images."""
+    whole = {"source": str(photos), "official_split": False}
+    part = {"source": str(photos / "train"), "official_split": None}
+    then, now = (whole, part) if inside == "here" else (part, whole)
+    config = after_training(True, **then)
+    other = config.model_copy(update={"data": config.data.model_copy(update={**now, "seed": 1, "test_share": 0.5})})
+    trained = {(Path(config.data.source) / id).resolve() for id in ids(config, "train")}
+    test = {(Path(other.data.source) / id).resolve() for id in ids(other, "test")}
+    assert 0 < len(test & trained) < len(test)
+    (line,) = said(other)
+    assert f"{len(test & trained)} of {len(test)} test images are among" in line
+    assert "give data.source and data.seed and data.test_share and data.official_split as under data in its card" in line
+
+
+def test_images_of_other_names_are_known_by_their_pixels(
+    after_training: Callable[..., Config], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of Parquet made of a folder; a sample of them is looked at first, of which most data sets have none."""
+    config = after_training(True, official_split=False, test_share=0.25)
+    before = {(photos / id).read_bytes() for id in ids(config, "train")}
+    renamed = tmp_path / "renamed"
+    for path in (photos / "train").rglob("*.png"):
+        (renamed / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, renamed / path.parent.name / f"again-{path.name}")
+    data = config.data.model_copy(update={"source": str(renamed), "seed": 1, "test_share": 0.5})
+    other = config.model_copy(update={"data": data})
+    test = [(renamed / id).read_bytes() in before for id in ids(other, "test")]
+    assert 0 < sum(test) < len(test)
+    (line,) = said(other)
+    assert f"{sum(test)} of {len(test)} test images are among" in line
+    assert "give data.source and data.seed and data.test_share as under data" in line
+    for path in renamed.rglob("*.png"):
+        draw(path)
+    decoded: list[str] = []
+
+    def noting(rows: pa.Table, data: DataConfig) -> list[np.ndarray | str]:
+        decoded.extend(rows["id"].to_pylist())
+        return sources.read_pixels(rows, data)
+
+    monkeypatch.setattr(trained_on, "read_pixels", noting)
+    monkeypatch.setattr(trained_on, "LOOKED_AT", 3)
+    assert said(other) == []
+    assert len(decoded) == 3
+
+
 def unreadable(rows: pa.Table, data: DataConfig) -> list[np.ndarray | str]:
     raise UserError("no such column")
 

@@ -3,6 +3,7 @@ whether they have changed since.
 """
 
 import hashlib
+import operator
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,15 +18,17 @@ from pydantic import ValidationError
 
 from dmat_ray.config import Config, DataConfig
 from dmat_ray.data import sources
+from dmat_ray.data.folder_source import text
 from dmat_ray.data.sources import Listing, read_pixels, versions_of_images
 from dmat_ray.errors import DmatRayError
 from dmat_ray.files import sha256, text_digest
 from dmat_ray.manifold import generators
-from dmat_ray.storage import at
+from dmat_ray.storage import Location, at
 
 IMAGES = "images.parquet"
 # by what was asked: a projection asks before it begins and at its end, and of many images decoding takes minutes
 _compared: dict[str, int] = {}
+LOOKED_AT = 1000  # test images whose pixels are looked for where no id tells which they are
 CHUNK = 64  # images that a thread reads and decodes at a time
 # settings of the data that say how an image is decoded
 DECODING = ("resolution", "channels", "resize", "image_column", "max_pixels", "grey_levels")
@@ -133,8 +136,8 @@ def warning_of_seen(config: Config, listing: Listing) -> str:
 def seen_in_training(config: Config, listing: Listing) -> tuple[int | None, list[str]]:
     """How many test images the generator was trained on, as far as its folder tells, and the settings that split them otherwise.
 
-    None for images of the same source that cannot be listed any more as they were then, and for those of the same ids elsewhere
-    that cannot be compared. The card of an imported generator says nothing of its images.
+    None for images of the same source that cannot be listed any more as they were then, and for those elsewhere that cannot be
+    compared. The card of an imported generator says nothing of its images.
     """
     card = generators.read_card(config.generator.path)
     try:
@@ -144,49 +147,95 @@ def seen_in_training(config: Config, listing: Listing) -> tuple[int | None, list
     names = [f"data.{name}" for name in SPLIT if getattr(theirs, name) != getattr(config.data, name)]
     named = {theirs.source, config.data.source} & sources.NAMED.keys()
     if theirs.source != config.data.source and (named or str(at(theirs.source)) != str(at(config.data.source))):
-        seen = _seen_elsewhere(config, listing, card, theirs)
-        return seen, names if seen != 0 else []
+        seen, renamed = _seen_elsewhere(config, listing, card, theirs)
+        return seen, (["data.source"] * renamed + names if seen != 0 else [])
     try:
         known = _known_ids(config, card, theirs)
         if known is None or not len(known):
             return (None if known is None else 0), names
-        test = _test_rows(config, listing, theirs)["id"]
+        test = _named_as(config, listing, theirs).rows("test")["id"]
     except DmatRayError:
         return None, names
     return pc.sum(pc.is_in(test, value_set=known)).as_py() or 0, names
 
 
-def _test_rows(config: Config, listing: Listing, theirs: DataConfig) -> pa.Table:
-    """The test split by the names that the generator's table has for its images."""
+def _named_as(config: Config, listing: Listing, theirs: DataConfig) -> Listing:
+    """The listing by the names that the generator's table has for its images."""
     if theirs.id_column == config.data.id_column:
-        return listing.rows("test")
-    return sources.list_examples(config.data.model_copy(update={"id_column": theirs.id_column})).rows("test")
+        return listing
+    return sources.list_examples(config.data.model_copy(update={"id_column": theirs.id_column}))
 
 
-def _seen_elsewhere(config: Config, listing: Listing, card: dict[str, Any], theirs: DataConfig) -> int | None:
+def _seen_elsewhere(config: Config, listing: Listing, card: dict[str, Any], theirs: DataConfig) -> tuple[int | None, bool]:
     """How many test images have the id and the pixels of one that the generator was trained on, which lay elsewhere or under
-    another name then; 0 if no table tells of those, None if the pixels cannot be compared.
+    another name then, and whether they go by other ids here; 0 if no table tells of those, None if the pixels cannot be compared.
 
-    Test images of a known id are decoded for it, as they were for the generator.
+    Test images of a known id are decoded for it, as they were for the generator. Where no image of the source has one, LOOKED_AT
+    test images are, and all of them if that finds any.
     """
     if (table := read(generators.folder_of(config.generator.path), card)) is None:
-        return 0
+        return 0, False
     try:
-        test = _test_rows(config, listing, theirs)
+        rows = _named_as(config, listing, theirs).table
     except DmatRayError:  # without the column of the ids, it is another source
-        return 0
+        return 0, False
     known = _usable(table)
-    place = pc.index_in(test["id"], value_set=known["id"].combine_chunks())
-    here, then = test.filter(pc.is_valid(place)), known.take(place.drop_null())["pixels_sha256"].to_pylist()
-    versions = zip(here["id"].to_pylist(), versions_of_images(here, config.data), strict=True)
+    place, renamed = _places(rows["id"], known["id"], at(config.data.source), at(theirs.source))
+    in_test = pc.equal(rows["split"], "test")
+    if place.null_count < len(place):
+        wanted = pc.and_(in_test, pc.is_valid(place))
+        here, then = rows.filter(wanted), known.take(place.filter(wanted))["pixels_sha256"].to_pylist()
+        return _same(config, card, theirs, here, then), renamed
+    test, digests = rows.filter(in_test), set(known["pixels_sha256"].to_pylist())
+    some = np.unique(np.linspace(0, test.num_rows - 1, min(LOOKED_AT, test.num_rows)).astype(np.int64))
+    if len(digests) == 0 or not _same(config, card, theirs, test.take(pa.array(some)), digests):
+        return 0, True
+    return _same(config, card, theirs, test, digests), True
+
+
+def _places(ids: pa.ChunkedArray, known: pa.ChunkedArray, here: Location, there: Location) -> tuple[pa.ChunkedArray, bool]:
+    """Where each id is among those that are `known`, null for one that is not; and whether any is by the way between the sources
+    alone, of which one lies inside the other: `n01/1.png` here is `train/n01/1.png` there.
+    """
+    known = known.combine_chunks()
+    place = pc.index_in(ids, value_set=known)
+    outer, inner = _base(there, known), _base(here, ids)
+    if way := _way(outer, inner):
+        other = pc.binary_join_element_wise(pa.scalar(way), ids, "")
+    elif way := _way(inner, outer):
+        other = pc.if_else(pc.starts_with(ids, way), pc.utf8_slice_codeunits(ids, len(way)), None)
+    else:
+        return place, False
+    others = pc.index_in(other, value_set=known, skip_nulls=True)
+    return pc.coalesce(place, others), bool(pc.any(pc.and_(pc.is_null(place), pc.is_valid(others))).as_py())
+
+
+def _base(source: Location, ids: Any) -> Location:
+    """The folder that ids name files in: of a Parquet file the one that it lies in."""
+    return source.parent if len(ids) and ids[0].as_py().startswith(f"{source.name}#") else source
+
+
+def _way(outer: Location, inner: Location) -> str:
+    """The way from one folder to another inside it, with a slash at its end; empty if it is not."""
+    inside = outer.scheme == inner.scheme and inner.key.startswith(f"{outer.key}/")
+    return f"{text(inner.key[len(outer.key) + 1 :])}/" if inside else ""
+
+
+def _same(config: Config, card: dict[str, Any], theirs: DataConfig, rows: pa.Table, then: list[bytes] | set[bytes]) -> int | None:
+    """How many of these images have the pixels that they had `then`, each its own, or, of a set, any; None if they cannot be
+    compared.
+    """
+    versions = zip(rows["id"].to_pylist(), versions_of_images(rows, config.data), strict=True)
     lines = [f"{id}\t{version}" for id, version in versions]
-    asked = text_digest("\n".join([str(at(config.data.source)), str(card["images_file_sha256"]), *lines]))
+    compared = [str(at(config.data.source)), theirs.source, type(then).__name__, str(card["images_file_sha256"])]
+    asked = text_digest("\n".join([*compared, *lines]))
     if asked not in _compared:
         as_theirs = config.data.model_copy(update={name: getattr(theirs, name) for name in DECODING})
         try:
-            _compared[asked] = sum(now == was for now, was in zip(_digests(here, as_theirs), then, strict=True))
+            now = list(_digests(rows, as_theirs))
         except DmatRayError:
             return None
+        _compared[asked] = sum(one in then for one in now) if isinstance(then, set) else sum(map(operator.eq, now, then))
     return _compared[asked]
 
 
