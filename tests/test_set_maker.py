@@ -380,7 +380,7 @@ def test_a_set_of_before_its_source_looked_like_parts_is_gone_on_with(
     next(photos.glob("*/class0/*.png")).unlink()
     others = Location(None, str(tmp_path / "others"))
     set_settings.begin(others, before)
-    with pytest.raises(UserError, match=rf"with data\.{next(iter(way))} = its default, now it is .*listing_sha256 = "):
+    with pytest.raises(UserError, match=rf"with data\.{next(iter(way))} = its default, now it is .*; give the old value, "):
         set_settings.begin(others, set_maker.settings_of(config, list_examples(config.data)))
 
 

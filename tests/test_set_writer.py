@@ -298,6 +298,42 @@ def test_other_settings_are_named(folder: Location) -> None:
         begin(folder, SETTINGS)
 
 
+IMAGES = {**SETTINGS, "data": {"seed": 0}, "examples": 8, "listing_sha256": "aa"}
+
+
+@pytest.mark.parametrize(
+    ("now", "told"),
+    [
+        (
+            {"examples": 9, "listing_sha256": "bb", "class_names": ["a", "b", "c"]},
+            "8 images of its source, now it would have 9, and a set cannot be extended; restore the images, "
+            "give another --output",
+        ),
+        (
+            {"listing_sha256": "bb"},
+            "8 images of its source, now it would have as many, but others, or of other splits or classes, and a set "
+            "cannot be extended; restore the images, give another --output",
+        ),
+        (
+            {"listing_sha256": "bb", "projection": {"lr": 0.1, "steps": 9}},
+            "projection.steps = 5, now it is 9, and with 8 images of its source, now it would have as many, but others, or of "
+            "other splits or classes, and a set cannot be extended; give the old value and restore the images, "
+            "another --output",
+        ),
+        (
+            {"examples": 7, "listing_sha256": "bb", "data": {"seed": 1}},
+            "data.seed = 0, now it is 1; give the old value, another --output",
+        ),
+        ({"class_names": ["a", "c"]}, "class_names = ['a', 'b'], now it is ['a', 'c']; give the old value, another --output"),
+    ],
+)
+def test_other_images_are_told_by_their_number(folder: Location, now: dict[str, Any], told: str) -> None:
+    begin(folder, IMAGES)
+    with pytest.raises(UserError) as raised:
+        begin(folder, IMAGES | now)
+    assert str(raised.value) == f"the on-manifold set '{folder}' was begun with {told}, or remove the folder"
+
+
 def test_shards_are_not_taken_for_those_of_other_settings_when_the_file_of_theirs_is_lost(
     folder: Location, shards: list[Shard]
 ) -> None:

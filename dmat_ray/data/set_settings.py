@@ -1,5 +1,6 @@
 """With which settings an on-manifold set was begun: `settings.json`, and in a finished one the manifest."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from dmat_ray.data import set_format
@@ -10,6 +11,8 @@ from dmat_ray.storage import Location
 SETTINGS = "settings.json"
 MAX_PIXELS = "data.max_pixels"
 LISTING, BY_LISTING = "listing_sha256", {"data.official_split", "data.classes"}  # the former tells all that the latter do
+COUNT = "examples"
+OF_IMAGES = {LISTING, COUNT, "class_names"}  # what other images of a source are told by
 LPIPS_PATH, LPIPS_DIGEST = "projection.lpips_weights", "lpips_sha256"  # the former tells nothing where both have the latter
 
 
@@ -31,13 +34,22 @@ def begin(folder: Location, settings: dict[str, Any]) -> None:
         before[MAX_PIXELS] = most
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if changed:
-        told = ", and with ".join(f"{key} = {_shown(before, key)}, now it is {_shown(now, key)}" for key in changed)
-        raise UserError(
-            f"the on-manifold set '{folder}' was begun with {told}; give the old value{'s'[: len(changed) - 1]}, "
-            "another --output, or remove the folder"
-        )
+        raise UserError(f"the on-manifold set '{folder}' was begun with {_told(before, now, changed)}, or remove the folder")
     if old != settings or not path.is_file():
         path.write_json(settings)
+
+
+def _told(before: dict[str, Any], now: dict[str, Any], changed: Sequence[str]) -> str:
+    """What has changed since a set was begun, and what may be done. Images that other settings of the data take are no news."""
+    others = [key for key in changed if key not in OF_IMAGES] if LISTING in changed else changed
+    told = [f"{key} = {_shown(before, key)}, now it is {_shown(now, key)}" for key in others]
+    ways = [f"give the old value{'s'[: len(others) - 1]}"] if others else []
+    if LISTING in changed and not any(key.startswith("data.") for key in others):
+        then, count = before.get(COUNT), now.get(COUNT)
+        many = "as many, but others, or of other splits or classes" if then == count else count
+        told.append(f"{then} images of its source, now it would have {many}, and a set cannot be extended")
+        ways.append("restore the images")
+    return f"{', and with '.join(told)}; {' and '.join(ways)}, {'' if others else 'give '}another --output"
 
 
 def _begun_with(folder: Location, settings: dict[str, Any]) -> dict[str, Any] | None:
