@@ -1,6 +1,7 @@
 """What is looked at before a set is begun: room in its files, and whether the generator was trained on its test images."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import packed_files
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -586,3 +588,50 @@ def test_grey_of_12_bits_in_16_is_told_and_read_as_it_is_said_to_be(make: Make, 
         assert prediction.read_as(run, DataConfig(), str(photos)).grey_levels == levels
     with pytest.raises(UserError, match=r"begun with data\.grey_levels = 4096, now it is its default"):
         set_settings.begin(Location(None, folder), set_maker.settings_of(unsaid, list_examples(unsaid.data)))
+
+
+def test_a_file_of_many_images_that_was_written_anew_is_not_mixed_into_a_set(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its images have the ids and labels that others had: by their places."""
+    source = tmp_path / "photos.parquet"
+
+    def write(shades: range) -> None:
+        encoded = []
+        for shade in shades:
+            Image.new("L", (8, 8), shade).save(buffer := io.BytesIO(), "png")
+            encoded.append(buffer.getvalue())
+        pq.write_table(pa.table({"image": encoded, "label": [0, 1] * 10}), source)
+
+    write(range(20))
+    before = source.read_bytes()
+    config = make(None, source=str(source))
+    projection = config.projection.model_copy(update={"shard_size": 5})
+    config = config.model_copy(update={"projection": projection})
+    with set_maker.begun(config, print) as work:
+        assert work is not None
+        first = dataclasses.replace(work, todo=work.todo[:2])
+        set_maker._project(config, first, set_maker.build_projector(config, torch.device("cpu")), print)
+    write(range(20, 40))
+    folder = tmp_path / "out" / "on_manifold_set"
+    told = rf"^'{source}' is another file than when the on-manifold set '{folder}' was begun, .* put the file of then back, give"
+    with pytest.raises(UserError, match=told):
+        set_maker.make(config, torch.device("cpu"), print)
+    noted = (folder / "files.json").read_bytes()
+    (folder / "files.json").unlink()
+    with set_maker.begun(config, print) as work:
+        assert work is not None, "one of before digests were noted is gone on with"
+    (folder / "files.json").write_bytes(noted)
+    source.write_bytes(before)  # another time, the same content
+    assert set_maker.make(config, torch.device("cpu"), print)["count"] == 20
+    assert set_maker.read_manifest(folder).keys().isdisjoint({"files"})
+    rows, bucket = list_examples(config.data).table, Location("s3", "bucket/photos.parquet")
+    assert set_settings.same_files(Location("", str(folder)), bucket, rows) == ""
+    uploaded = rows.set_column(rows.column_names.index("file_digest"), "file_digest", pc.add(rows["file_digest"], 1))
+    line = set_settings.same_files(Location("", str(folder)), bucket, uploaded)
+    assert line.startswith("warning: 's3://bucket/photos.parquet' is another file than when the on-manifold set")
+
+
+def test_images_that_are_files_of_their_own_are_not_noted(make: Make, tmp_path: Path) -> None:
+    set_maker.make(make(None, official_split=True), torch.device("cpu"), print)
+    assert not (tmp_path / "out" / "on_manifold_set" / "files.json").exists()

@@ -26,7 +26,7 @@ from dmat_ray.files import sha256, text_digest
 from dmat_ray.lease import Lease, exclusive
 from dmat_ray.manifold import encoder, generators, trained_on
 from dmat_ray.manifold.projection import Projector
-from dmat_ray.storage import Location, set_folder
+from dmat_ray.storage import Location, at, set_folder
 from dmat_ray.weights import locate_lpips
 
 # What may change over a half-finished set: the quality of results does not depend on it. (w itself may, where rounding decides
@@ -196,6 +196,8 @@ def begun(config: Config, say: Callable[[str], None], listing: Listing | None = 
         try:
             lease = stack.enter_context(exclusive(folder))
             set_settings.begin(folder, settings)
+            if warning := set_settings.same_files(folder, at(config.data.source), listing.table):
+                say(warning)
             (folder / MANIFEST).unlink()
             (folder / SHARDS).sweep()
         except OSError as error:
