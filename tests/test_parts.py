@@ -96,6 +96,22 @@ def test_parts_with_classes_beside_another_folder(tmp_path: Path, labelled: bool
     assert "the folder 'extra' (data.official_split)" in own.ignored
 
 
+@pytest.mark.parametrize("unlabelled", ["test/unknown", "test/images", "Testing/0"])
+def test_a_test_part_without_labels_is_left_for_one_that_has_the_classes(tmp_path: Path, unlabelled: str) -> None:
+    tree(tmp_path, "train/a", "train/b", unlabelled)
+    part = unlabelled.split("/")[0]
+    told = f"is true, but '{part}' of '{tmp_path}' has no sub-folder that is called as one of 'train'"
+    refused(tmp_path, told, official_split=True)
+    refused(tmp_path, "give --data.official_split false to split 'train' alone")
+    tree(tmp_path, "val/a", "val/b")
+    refused(tmp_path, "give --data.official_split true to take its own test part, or false")
+    ways: tuple[dict[str, Any], ...] = ({"official_split": True}, {"classes": {"x": ["a"], "y": ["b"]}})
+    for settings in ways:
+        listing = listed(tmp_path, **settings)
+        assert (tops(listing, "train"), tops(listing, "test"), listing.found) == ({"train"}, {"val"}, 16)
+        assert f"the folder '{part}' (data.official_split)" in listing.ignored
+
+
 def test_parts_that_hold_images_directly_are_no_classes(tmp_path: Path) -> None:
     tree(tmp_path, "Train", "val")
     told = (

@@ -67,7 +67,10 @@ def _parts(
     called = [part for part in top if part not in found.rest] if found else []
     alike = [] if named or config.official_split is not None else _alike(images)
     flat = not labelled and not any(_has_folders(part, folders) for part in called)  # they hold images, and need no classes
-    tested = [part for part in (*found.test, *found.validation) if flat or _has_folders(part, folders)] if found else []
+    offered = [part for part in (*found.test, *found.validation) if flat or _has_folders(part, folders)] if found else []
+    own = _inside(found.train[0], folders) if found and found.train else set()
+    # not a folder of unlabelled images, as test/unknown is and test/images
+    tested = [part for part in offered if not own or own & _inside(part, folders)]
     if found and not found.train:
         all_of_it = not labelled and config.official_split is False
         if not named and not all_of_it and (flat or not found.rest or any(_has_folders(part, folders) for part in called)):
@@ -109,6 +112,11 @@ def _parts(
         return ("",), "", ()
     train = f"{found.train[0]}/"
     if config.official_split is False or not tested:
+        if config.official_split and offered:
+            raise UserError(
+                f"data.official_split is true, but {' and '.join(map(repr, offered))} of '{root}' "
+                f"{'has' if len(offered) == 1 else 'have'} no sub-folder that is called as one of '{found.train[0]}'"
+            )
         if config.official_split:
             raise UserError(
                 f"data.official_split is true, but '{root}' has no folder 'test' or 'val' with one sub-folder a class"
@@ -126,6 +134,11 @@ def _alike(images: list[str]) -> list[str]:
     inside = {top: names for top, names in inside.items() if "" not in names}
     count = Counter(name for names in inside.values() for name in names)
     return sorted(top for top, names in inside.items() if sum(count[name] > 1 for name in names) > 1)
+
+
+def _inside(part: str, folders: list[str]) -> set[str]:
+    """The names of the folders that lie directly in this one."""
+    return {folder[len(part) + 1 :] for folder in folders if folder.startswith(f"{part}/") and folder.count("/") == 1}
 
 
 def _has_folders(part: str, folders: list[str]) -> bool:
