@@ -1,6 +1,7 @@
 """The training and test parts that a source has of its own: how they are told, and that none is taken for what it is not."""
 
 import io
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -322,3 +323,14 @@ def test_a_folder_whose_name_begins_like_a_part_is_none(tmp_path: Path) -> None:
     assert official.ignored == (
         "1 Parquet files of other parts, the first: 'train_test_split/more.parquet' (data.official_split)"
     )
+
+
+def test_what_is_left_aside_is_named_in_characters_that_print(tmp_path: Path) -> None:
+    odd = os.fsdecode(b"vid\xe9os")
+    tree(tmp_path / "folders", "train/a", "train/b", "test/a", "test/b", odd)
+    shards(tmp_path / "files", "train-0.parquet", "test-0.parquet", "odd.parquet")
+    (tmp_path / "files" / "odd.parquet").rename(tmp_path / "files" / f"{odd}.parquet")
+    for source in ("folders", "files"):
+        ignored = listed(tmp_path / source, official_split=True).ignored
+        assert "'vid\\xe9os" in ignored
+        ignored.encode()

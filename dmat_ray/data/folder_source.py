@@ -37,7 +37,7 @@ def folder_items(root: Location, files: list[str], folders: list[str], config: D
         images = [path for path in images if path.startswith(above) and path.count("/") > depth]
         labels, names = [number[path.split("/", depth + 1)[depth]] for path in images], classes
     others = sorted(path for path in set(files) - set(images) if not path.startswith(unused))
-    ignored = [f"the folder '{part.rstrip('/')}' (data.official_split)" for part in unused]
+    ignored = [f"the folder '{text(part.rstrip('/'))}' (data.official_split)" for part in unused]
     if others:
         why = "of no extension of images, or beside the class folders"
         ignored.append(f"{len(others)} file{'s' if len(others) > 1 else ''} {why}, the first: '{text(others[0])}'")

@@ -201,7 +201,7 @@ def _parts(root: Location, names: list[str], config: DataConfig, labelled: bool)
         return names, set(), ""
     taken = sorted([*found.train, *test], key=names.index)
     unused = [name for name in names if name not in set(taken)]
-    told = f"{len(unused)} Parquet files of other parts, the first: '{unused[0]}' (data.official_split)" if unused else ""
+    told = f"{len(unused)} Parquet files of other parts, the first: '{text(unused[0])}' (data.official_split)" if unused else ""
     return taken, set(test), told
 
 
