@@ -2,6 +2,7 @@
 
 import io
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -280,6 +281,18 @@ def make_one(root: Path) -> Path:
 )
 def test_lists_that_cannot_be(classes: Any, told: str, tmp_path: Path) -> None:
     refused(told, tmp_path, classes)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_accents_are_the_same_apart_from_their_letters(tmp_path: Path, form: Any) -> None:
+    """As a folder has them that was copied from a Mac."""
+    for name in ("caf\u00e9", "dog"):
+        (tmp_path / unicodedata.normalize(form, name)).mkdir()
+        for i in range(4):
+            (tmp_path / unicodedata.normalize(form, name) / f"{i}.jpg").write_bytes(jpeg(np.full((24, 24, 3), i, np.uint8)))
+    for written in ("caf\u00e9", "cafe\u0301"):
+        listing, _ = listed(tmp_path, {"drink": [written], "pet": ["dog"]})
+        assert Counter(listing.table["label"].to_pylist()) == {0: 4, 1: 4}
 
 
 def test_one_class_is_still_too_few(tree: Path) -> None:

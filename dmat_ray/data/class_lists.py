@@ -5,6 +5,7 @@ A source's class is known by the name of its folder, or by its label in Parquet:
 
 import dataclasses
 import difflib
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -23,11 +24,12 @@ def select(items: Items, lists: Sequence[ClassList], source: str) -> Items:
     classes that two lists claim by two names.
     """
     members = [(label, names) for label, one in enumerate(lists) for names in one.members]
-    group_of = {name: group for group, (_, names) in enumerate(members) for name in names}
+    group_of = {composed(name): group for group, (_, names) in enumerate(members) for name in names}
     also = items.also or ("",) * len(items.class_names)
-    _require_one_class_each(group_of, list(zip(items.class_names, also, strict=True)), source)
+    called = [(composed(name), composed(other)) for name, other in zip(items.class_names, also, strict=True)]
+    _require_one_class_each(group_of, called, source)
     groups = np.full(len(items.class_names), -1)
-    for k, (name, other) in enumerate(zip(items.class_names, also, strict=True)):
+    for k, (name, other) in enumerate(called):
         claimed = sorted({group_of[n] for n in (name, other) if n in group_of})
         if len(claimed) > 1:
             first, second = (lists[members[group][0]].name for group in claimed)
@@ -58,6 +60,11 @@ def select(items: Items, lists: Sequence[ClassList], source: str) -> Items:
         file_digests=None if items.file_digests is None else items.file_digests[keep],
         ignored="; ".join(filter(None, (told, items.ignored))),
     )
+
+
+def composed(name: str) -> str:
+    """A name as it is compared: macOS writes accents apart from their letters, a keyboard does not."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _require_one_class_each(members: Iterable[str], called: Sequence[tuple[str, str]], source: str) -> None:

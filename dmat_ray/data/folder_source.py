@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from dmat_ray.config import DataConfig
 from dmat_ray.data import parts
+from dmat_ray.data.class_lists import composed
 from dmat_ray.data.items import Items
 from dmat_ray.errors import UserError
 from dmat_ray.storage import Location
@@ -62,8 +63,8 @@ def _parts(
     the source is left aside. Raises UserError for a test part that is asked for and not there, and where it is not clear.
     """
     top = sorted(folder for folder in folders if "/" not in folder)
-    named = {name for one in config.classes for names in one.members for name in names}
-    found = None if named.intersection(top) else parts.by_part(top, exactly=True)
+    named = {composed(name) for one in config.classes for names in one.members for name in names}
+    found = None if named.intersection(map(composed, top)) else parts.by_part(top, exactly=True)
     called = [part for part in top if part not in found.rest] if found else []
     alike = [] if named or config.official_split is not None else _alike(images)
     flat = not labelled and not any(_has_folders(part, folders) for part in called)  # they hold images, and need no classes
