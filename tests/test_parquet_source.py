@@ -368,6 +368,12 @@ def test_images_that_parquet_hides_are_told(tmp_path: Path) -> None:
     listing, _ = listed(tmp_path)
     assert listing.found == 4
     assert listing.ignored == "10 image files beside Parquet, unless that names them, the first: 'cat/0.png'"
+    (tmp_path / "extra.parquet").unlink()
+    write(tmp_path / "metadata.parquet", {"file_name": ["cat/0.png"], "label": [0]})  # as of Hugging Face
+    told = (
+        r"'metadata\.parquet' has no column 'image' .* has image files, too, such as 'cat/0\.png', .*: move the latter elsewhere"
+    )
+    refused(tmp_path, told)
 
 
 def test_parquet_in_a_store(server: s3.Server, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -44,7 +45,10 @@ def folder_items(root: Location, files: list[str], folders: list[str], config: D
         ignored.append(f"{len(others)} file{'s' if len(others) > 1 else ''} {why}, the first: '{text(others[0])}'")
     empty = sorted(set(range(len(names))) - set(labels))
     if empty and not config.classes:
-        raise UserError(f"class folder '{root / above[0] / names[empty[0]]}' holds no images ({', '.join(sorted(EXTENSIONS))})")
+        raise UserError(
+            f"class folder '{root / above[0] / names[empty[0]]}' holds no images ({', '.join(sorted(EXTENSIONS))}); remove it, "
+            "or name the folders that are classes in data.classes"
+        )
     return Items(
         pa.array([text(path) for path in images], pa.string()),
         np.array(labels, np.int64),
@@ -135,6 +139,13 @@ def _alike(images: list[str]) -> list[str]:
     inside = {top: names for top, names in inside.items() if "" not in names}
     count = Counter(name for names in inside.values() for name in names)
     return sorted(top for top, names in inside.items() if sum(count[name] > 1 for name in names) > 1)
+
+
+def folder_with_more(paths: Sequence[str]) -> str:
+    """The folder that all these images lie in, if they do so in several sub-folders of it; empty if they do not."""
+    folders = {os.path.dirname(path) for path in paths}
+    common = os.path.commonpath(folders) if folders else ""
+    return "" if common in folders else common
 
 
 def _inside(part: str, folders: list[str]) -> set[str]:

@@ -23,7 +23,7 @@ from dmat_ray.config import DataConfig
 from dmat_ray.data import class_lists, packed, parquet_rows, parquet_source, parts, set_format
 from dmat_ray.data.decoding import decode
 from dmat_ray.data.digits import DIGITS, digits
-from dmat_ray.data.folder_source import folder_items, is_image, text
+from dmat_ray.data.folder_source import folder_items, folder_with_more, is_image, text
 from dmat_ray.data.items import Items
 from dmat_ray.data.source_files import is_parquet, packed_among, tree
 from dmat_ray.data.splits import balanced, limited, split_by_class
@@ -72,8 +72,10 @@ def list_examples(config: DataConfig, *, labelled: bool = True) -> Listing:
         items = class_lists.select(items, config.classes, config.source)
     groups = items.labels if items.groups is None else items.groups
     if labelled and len(items.class_names) < 2:
+        deeper = "" if config.classes or items.file_digests is not None else folder_with_more(items.ids.to_pylist())
+        hint = f"; did you mean '{at(config.source) / deeper}'?" if deeper else ""
         raise UserError(
-            f"data.source '{config.source}' has one class only ('{items.class_names[0]}'); a classifier needs two or more"
+            f"data.source '{config.source}' has one class only ('{items.class_names[0]}'); a classifier needs two or more{hint}"
         )
     in_test = split_by_class(groups, config.test_share, config.seed) if items.in_test is None else items.in_test
     order = np.random.default_rng([config.seed, len(items.labels)]).permutation(len(items.labels))
@@ -145,8 +147,17 @@ def _items(config: DataConfig, labelled: bool) -> Items:
 def _items_of(root: Location, files: list[str], folders: list[str], config: DataConfig, labelled: bool) -> Items:
     """What lies in a folder of these files and folders."""
     if parquet := [path for path in files if is_parquet(path)]:
-        items = _parquet(root, parquet, config, labelled)
-        if not (images := [path for path in files if is_image(path)]):
+        images = [path for path in files if is_image(path)]
+        try:
+            items = _parquet(root, parquet, config, labelled)
+        except parquet_rows.ColumnError as error:
+            if not images:
+                raise
+            raise UserError(
+                f"{error}; '{root}' has image files, too, such as '{text(images[0])}', which are taken only where there is no "
+                "Parquet: move the latter elsewhere if they are the data"
+            ) from None
+        if not images:
             return items
         told = f"{number_of(len(images), 'image file')} beside Parquet, unless that names them, the first: '{text(images[0])}'"
         return dataclasses.replace(items, ignored="; ".join(filter(None, (items.ignored, told))))
