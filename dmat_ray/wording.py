@@ -35,6 +35,11 @@ def number_of(number: int, noun: str, least: int | None = None) -> str:
     return f"{few}{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def be(number: int) -> str:
+    """The verb to a number of things."""
+    return "is" if number == 1 else "are"
+
+
 def choices(name: str, known: Sequence[str]) -> str:
     """What may be given in place of a `name` that stands for none of the package's own YAML files."""
     return f"{did_you_mean(name, known)}choose from {', '.join(known)}, or give the path of a YAML file"

@@ -253,7 +253,8 @@ def test_images_that_lie_elsewhere_are_known_by_their_names_and_pixels(
 
     monkeypatch.setattr(trained_on, "read_pixels", noting)
     (line,) = said(other)
-    assert line.startswith(f"warning: {len(seen)} of {len(ids(other, 'test'))} test images are among those that generator")
+    verb = "is" if len(seen) == 1 else "are"
+    assert line.startswith(f"warning: {len(seen)} of {len(ids(other, 'test'))} test images {verb} among those that generator")
     assert line.endswith("give data.seed and data.test_share as under data in its card.json")
     assert set_maker.make(other, torch.device("cpu"), print)["test_images_seen_by_generator"] == len(seen)
     assert sorted(decoded) == sorted(of_both), "none but those that may be, and once"
@@ -452,14 +453,19 @@ def test_test_images_that_are_training_images_are_told(make: Make, photos: Path,
     lines: list[str] = []
     with monkeypatched_keys(older):
         manifest = set_maker.make(config, torch.device("cpu"), lines.append)
-    told = [line for line in lines if "are training images" in line]
+    told = [line for line in lines if "the training images, too" in line]
     if older:
         assert "test_images_in_training" not in manifest
         assert told == []
         return
     assert manifest["test_images_in_training"] == 2
     (line,) = told
-    assert line.startswith("warning: 2 of 6 test images are training images, too (the same pixels): ")
+    assert line.startswith("warning: 2 of 6 test images are among the training images, too (the same pixels): ")
+    assert "; the first: 'test/class0/copy.png' is 'train/class0/04.png', 'test/class1/other.bmp' is 'train/class1/" in line
+    (photos / "test" / "class1" / "other.bmp").unlink()
+    lines.clear()
+    set_maker.make(config.model_copy(update={"output": f"{config.output}2"}), torch.device("cpu"), lines.append)
+    assert any(line.startswith("warning: 1 of 5 test images is among the training images, too (the same") for line in lines)
     found = inspect_set(Path(config.output) / "on_manifold_set")
     assert found.sound
     assert any(line.startswith("warning: among the test images are training images, 2 of 6, ") for line in found.warnings)

@@ -24,7 +24,7 @@ from dmat_ray.files import awaited
 from dmat_ray.manifold import set_maker
 from dmat_ray.manifold.set_maker import Begun, encoder_folder
 from dmat_ray.storage import Location
-from dmat_ray.wording import duration, number_of
+from dmat_ray.wording import be, duration, number_of
 
 SAY_EVERY_S = 5.0
 
@@ -37,7 +37,8 @@ def project(config: Config, work: Begun, say: Callable[[str], None]) -> dict[str
     folder, listing, todo = work.folder, work.listing, work.todo
     total = listing.table.num_rows
     if work.records:
-        say(f"going on: {sum(s.name in work.records for s in work.shards)} of {len(work.shards)} shards are there")
+        there = sum(shard.name in work.records for shard in work.shards)
+        say(f"going on: {there} of {number_of(len(work.shards), 'shard')} {be(there)} there")
     if again := sum(s.rows.num_rows for s in todo if s.is_supplement):
         say(f"trying again what could not be read: {number_of(again, 'image')}")
     if todo:

@@ -22,6 +22,7 @@ from dmat_ray.data.set_format import COPIES, GIVEN_UP, LOST, MANIFEST, SHARDS, V
 from dmat_ray.errors import UserError
 from dmat_ray.files import text_digest
 from dmat_ray.storage import Location, Place, at, require_not_of_storage
+from dmat_ray.wording import be
 
 READERS = 16  # files read at a time: an object store answers slowly, and many at once
 
@@ -186,13 +187,18 @@ def warning_of_given_up(manifest: Mapping[str, Any]) -> str:
     )
 
 
-def warning_of_copies(manifest: Mapping[str, Any]) -> str:
-    """What is to be said of test images of a set that are training images too; empty if there are none."""
+def warning_of_copies(manifest: Mapping[str, Any], pairs: Sequence[tuple[str, str]] = ()) -> str:
+    """What is to be said of test images of a set that are training images too; empty if there are none.
+
+    `pairs` are ids of the first of them, each with that of a training image.
+    """
     if not (copies := manifest.get(COPIES, 0)):
         return ""
+    first = ", ".join(f"'{test}' is '{train}'" for test, train in pairs)
     return (
-        f"warning: {copies} of {manifest['splits']['test']} test images are training images, too (the same pixels): what is "
-        "measured on them tells nothing of new images; leave one of each out of the source (jobs/inspect_set.py names the first)"
+        f"warning: {copies} of {manifest['splits']['test']} test images {be(copies)} among the training images, too (the same "
+        "pixels): what is measured on them tells nothing of new images; leave one of each out of the source"
+        f"{f'; the first: {first}' if first else ''}"
     )
 
 

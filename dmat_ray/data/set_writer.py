@@ -223,6 +223,21 @@ def _trained_on(splits: pa.ChunkedArray, keys: Sequence[np.ndarray | None]) -> i
     return int(np.isin(every[split == "test"], every[split == "train"]).sum())
 
 
+def first_copies(folder: Location, most: int = 3) -> list[tuple[str, str]]:
+    """Ids of the first test images of a finished set that are training images, too, each with that of a training image."""
+    records = read_records(folder)
+    names = sorted(name for name, record in records.items() if record.pixel_keys is not None)
+    if not names:
+        return []
+    table = set_reader.read_columns(folder, names, ["id", "split"])
+    ids, split = table["id"].to_numpy(), table["split"].to_numpy()
+    keys = np.concatenate([records[name].pixel_keys for name in names])
+    train, test = np.flatnonzero(split == "train"), np.flatnonzero(split == "test")
+    known, first = np.unique(keys[train], return_index=True)
+    copies = test[np.isin(keys[test], known)][:most]
+    return [(ids[i], ids[train[first[np.searchsorted(known, keys[i])]]]) for i in copies]
+
+
 def _places(tables: Iterable[pa.Table]) -> set[tuple[str, int]]:
     """The splits and labels that occur together."""
     found = (table.select(["split", "label"]).group_by(["split", "label"]).aggregate([]).to_pylist() for table in tables)

@@ -250,7 +250,8 @@ def tell(manifest: dict[str, Any], folder: Location, say: Callable[[str], None])
     rejected = len(manifest["rejected"])
     l1 = manifest["means"]["l1"]
     say(f"on-manifold set: {counts} images, mean |g(w) - x| {l1:.4f}, {poor} poor, {rejected} rejected, in '{folder}'")
-    for warning in (warning_of_given_up(manifest), warning_of_copies(manifest), warning_of_poor(poor, manifest["count"])):
+    copies = warning_of_copies(manifest, set_writer.first_copies(folder) if manifest.get(set_format.COPIES) else ())
+    for warning in (warning_of_given_up(manifest), copies, warning_of_poor(poor, manifest["count"])):
         if warning:
             say(warning)
     for warning in warnings_of_lost(manifest, "train", "test"):

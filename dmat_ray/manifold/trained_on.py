@@ -24,6 +24,7 @@ from dmat_ray.errors import DmatRayError
 from dmat_ray.files import sha256, text_digest
 from dmat_ray.manifold import generators
 from dmat_ray.storage import Location, at
+from dmat_ray.wording import be
 
 IMAGES = "images.parquet"
 # by what was asked: a projection asks before it begins and at its end, and of many images decoding takes minutes
@@ -121,7 +122,7 @@ def warning_of_seen(config: Config, listing: Listing) -> str:
     seen, names = seen_in_training(config, listing)
     if seen == 0:
         return ""
-    many = "test images may be" if seen is None else f"{seen} of {listing.rows('test').num_rows} test images are"
+    many = "test images may be" if seen is None else f"{seen} of {listing.rows('test').num_rows} test images {be(seen)}"
     way_out = (
         f"give {' and '.join(names)} as under data in its {generators.CARD}"
         if names

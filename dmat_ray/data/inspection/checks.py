@@ -11,6 +11,7 @@ from dmat_ray.cli import describe
 from dmat_ray.data.manifest import Count, Described
 from dmat_ray.data.set_reader import manifest_as_it_is
 from dmat_ray.storage import Location
+from dmat_ray.wording import number_of
 
 MOST_DEFECTS = 20  # lines of one check
 CHECKS = {
@@ -101,5 +102,6 @@ def read_checked_manifest(folder: Location, check: Check) -> Manifest | None:
     except Exception as error:
         check.defect(first_line(error))
         return None
-    check.detail = f"{manifest.count} images in {len(manifest.shards)} shards, {len(manifest.rejected)} rejected"
+    held = f"{number_of(manifest.count, 'image')} in {number_of(len(manifest.shards), 'shard')}"
+    check.detail = f"{held}, {len(manifest.rejected)} rejected"
     return manifest
