@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dmat_ray import prediction, settings
 from dmat_ray.config import Config, DataConfig
-from dmat_ray.data import set_format, set_settings, sources
+from dmat_ray.data import first_look, set_format, set_settings, sources
 from dmat_ray.data.apart import require_apart
 from dmat_ray.data.inspection import inspect_set
 from dmat_ray.data.manifold_set import open_set
@@ -641,3 +641,33 @@ def test_a_file_of_many_images_that_was_written_anew_is_not_mixed_into_a_set(
 def test_images_that_are_files_of_their_own_are_not_noted(make: Make, tmp_path: Path) -> None:
     set_maker.make(make(None, official_split=True), torch.device("cpu"), print)
     assert not (tmp_path / "out" / "on_manifold_set" / "files.json").exists()
+
+
+def test_images_that_cannot_be_read_are_told_before_the_search(make: Make, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are too many: else it is told at the end of a shard, which may be hours later, and may hold all images."""
+    bad = [photos / "train" / "class0" / "04.png", photos / "train" / "class1" / "05.png"]
+    kept = [path.read_bytes() for path in bad]
+    for path in bad:
+        path.write_bytes(b"text")
+    lines: list[str] = []
+    config = make(None, official_split=True, max_rejected=0.05)
+    with set_maker.begun(config, lines.append) as work:
+        assert work is not None
+        told = (
+            "warning: 2 of 20 images cannot be read, more than data.max_rejected = 0.05, so that the set will not be finished; "
+        )
+        assert lines[-1].startswith(f"{told}the first: 'train/class0/04.png' cannot be read as an image: it begins with b'text'")
+    with pytest.raises(UserError, match=r"2 of 20 images were rejected, more than data\.max_rejected = 0\.05"):
+        set_maker.make(config, torch.device("cpu"), lines.append)
+    lines.clear()
+    monkeypatch.setattr(first_look, "MOST", 1)
+    for data in ({"max_rejected": 0.05}, {"max_rejected": 0.1}):
+        with set_maker.begun(make(None, official_split=True, **data), lines.append) as work:
+            assert work is not None, "the two are left"
+        monkeypatch.undo()
+    assert not any(line.startswith("warning") for line in lines), "of so many none is looked at, or so many are allowed"
+    for path, content in zip(bad, kept, strict=True):
+        path.write_bytes(content)
+    lines.clear()
+    assert set_maker.make(config, torch.device("cpu"), lines.append)["count"] == 20
+    assert not any(line.startswith("warning") for line in lines)

@@ -205,7 +205,11 @@ def begun(config: Config, say: Callable[[str], None], listing: Listing | None = 
                 f"'{folder}' cannot be written: {error.strerror or error}; give another --output or --manifold_set"
             ) from None
         shards, records = set_writer.plan(listing, config.projection.shard_size), set_writer.read_records(folder)
-        yield Begun(folder, settings, listing, lease, shards, records, set_writer.unfinished(shards, records))
+        todo = set_writer.unfinished(shards, records)
+        rest = pa.concat_tables([shard.rows for shard in todo] or [listing.table.slice(0, 0)])
+        if warning := first_look.warning_of_unreadable(rest, config.data, listing.table.num_rows):
+            say(warning)
+        yield Begun(folder, settings, listing, lease, shards, records, todo)
 
 
 def finish(config: Config, work: Begun, made_by: dict[str, str], say: Callable[[str], None]) -> dict[str, Any]:
