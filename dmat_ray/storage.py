@@ -17,6 +17,7 @@ from dmat_ray.location import Location
 
 Place = str | Path | Location
 
+DATABASE = "mlflow.db"  # in an output folder, where no address of an MLflow is given
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 # what is wrong with a file itself; all else (a stale handle, an input/output error, too many open files) is the machine's
 OF_THE_FILE = (
@@ -83,7 +84,7 @@ def tracking_uri(config: Config) -> str:
             f"output '{folder}' is in an object store, which cannot hold MLflow's database; give the address of an MLflow "
             "server as --tracking.uri"
         )
-    return f"sqlite:///{folder.local / 'mlflow.db'}"
+    return f"sqlite:///{folder.local / DATABASE}"
 
 
 def local_output(config: Config, job: str) -> Path:
@@ -97,4 +98,14 @@ def local_output(config: Config, job: str) -> Path:
     return folder.local
 
 
-__all__ = ["Location", "Place", "at", "local_output", "require_not_of_storage", "set_folder", "text_of", "tracking_uri"]
+__all__ = [
+    "DATABASE",
+    "Location",
+    "Place",
+    "at",
+    "local_output",
+    "require_not_of_storage",
+    "set_folder",
+    "text_of",
+    "tracking_uri",
+]

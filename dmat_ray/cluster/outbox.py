@@ -6,9 +6,7 @@ never waits for its server while it computes, and what is left at its end is wri
 
 import contextlib
 import json
-import logging
 import math
-import os
 import sys
 import threading
 import time
@@ -17,6 +15,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from dmat_ray.cluster.mlflow_client import answering_client, reason_of, status_of
 from dmat_ray.errors import StorageError, UserError
 from dmat_ray.files import text_digest
 from dmat_ray.folders import fetched
@@ -38,37 +37,14 @@ class Outbox:
     """The entries for one tracking server (or database), which wait in `folder` if a job ends before they are sent.
 
     An entry is JSON: {"do": one of KINDS, "run": a handle, ...}. A handle is ours, so that a run can be written to
-    before the server has made it. Raises UserError if the server does not answer at the start.
+    before the server has made it. Raises UserError if the server does not answer at the start, or the database cannot be opened.
     """
 
     def __init__(self, uri: str, folder: Location, patience_s: float) -> None:
-        # its retries would hold the thread for minutes; ours go on for as long as the job does
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        for chatty in ("mlflow", "alembic", "urllib3"):
-            logging.getLogger(chatty).setLevel(logging.ERROR)
-        from mlflow import MlflowClient
-
         self.uri, self.patience_s = uri, patience_s
         # of this server: the ids in them are nobody else's
         self._folder, self._name = folder, f"mlflow_unsent_{text_digest(uri)[:8]}"
-        self._client = MlflowClient(uri)
-        try:
-            self._client.search_experiments(max_results=1)
-        except Exception as error:  # of many kinds, by the sort of place
-            if _status(error) in (401, 403):
-                raise UserError(
-                    f"MLflow at tracking.uri '{uri}' does not let us in: {_reason(error)}; give MLFLOW_TRACKING_USERNAME and "
-                    "MLFLOW_TRACKING_PASSWORD in the environment"
-                ) from error
-            raise UserError(
-                f"MLflow at tracking.uri '{uri}' does not answer: {_reason(error)}; start it, correct the address, or leave "
-                "tracking.uri out: then runs are kept in the output folder"
-            ) from error
+        self._client = answering_client(uri, folder)
         # of earlier jobs; later of this one. Each is written once, by one process, so that who has sent all of it may remove it:
         # of two jobs at a time both may send it, and neither loses what the other has kept
         self._files = [f for f in folder.files() if f.name.startswith(self._name) and f.name.endswith(".jsonl")]
@@ -143,13 +119,13 @@ class Outbox:
                         entry["tries"] = tries  # which the next job goes on with
                 if not refused and tries < TRIES:
                     if failures == 0:
-                        _warn(f"MLflow at '{self.uri}' does not answer ({_reason(error)}); going on, and sending later")
+                        _warn(f"MLflow at '{self.uri}' does not answer ({reason_of(error)}); going on, and sending later")
                         self._down_since = time.monotonic()
                     time.sleep(PAUSES_S[min(failures, len(PAUSES_S) - 1)])
                     failures += 1
                     continue
                 after = "" if refused else f" after {tries} tries"
-                _warn(f"MLflow refuses an entry ({entry['do']}), which is left out{after}: {_reason(error)}")
+                _warn(f"MLflow refuses an entry ({entry['do']}), which is left out{after}: {reason_of(error)}")
                 answers = bool(refused)
             if failures and answers:
                 _warn(f"MLflow at '{self.uri}' answers again; sending what was kept")
@@ -268,7 +244,7 @@ def now_ms() -> int:
 
 def _refused(entry: Entry, error: Exception) -> bool | None:
     """Whether sending it again can only fail again; None if that cannot be told."""
-    status = _status(error)
+    status = status_of(error)
     if status is not None:
         if entry["do"] in STORED and getattr(error, "response", None) is not None and status >= 500 and status not in GATEWAY:
             return None  # the server answers, and what is behind it may not
@@ -278,19 +254,6 @@ def _refused(entry: Entry, error: Exception) -> bool | None:
     if isinstance(error, OSError):
         return None if error.errno in OF_THE_FILE else False  # a folder of artifacts that nobody may write to, e.g.
     return None if entry["do"] in STORED else True  # boto3's errors are no OSErrors, whatever they are of
-
-
-def _status(error: Exception) -> int | None:
-    """Of HTTP, of what MLflow's server or a store of artifacts has answered; None if nobody has."""
-    from mlflow.exceptions import MlflowException
-
-    if isinstance(error, MlflowException):
-        return int(error.get_http_status_code())
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _read(file: Location) -> list[Entry]:
