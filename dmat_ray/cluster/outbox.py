@@ -27,7 +27,6 @@ EPOCH = "epoch"  # a metric of trainings
 FRONT = "pareto_front"  # a tag of trials and of models
 KINDS = {"create", "metrics", "artifact", "text", "tag", "register", "finish"}
 STORED = {"artifact", "text"}  # what goes to a store of artifacts, by way of packages whose errors are their own
-GATEWAY = (502, 503, 504)  # of what stands before a server that is not there
 PAUSES_S = (0.5, 1, 2, 5, 10)
 TRIES = 20  # of what may pass or not: about three minutes, of one job or of several
 Entry = dict[str, Any]
@@ -113,6 +112,8 @@ class Outbox:
                 self._send(entry)
             except Exception as error:  # nothing that happens here may end a training
                 refused, tries = _refused(entry, error), entry.get("tries", 0)
+                if refused is None and _is_unable(error) and not self._answers():
+                    refused = False  # what stands before a server that is not there says the same as one that cannot do this
                 if refused is None:
                     tries += 1
                     with self._change:
@@ -135,6 +136,14 @@ class Outbox:
                 if not self._entries:
                     self._remove_files()
                 self._change.notify_all()
+
+    def _answers(self) -> bool:
+        """Whether the server does something small."""
+        try:
+            self._client.search_experiments(max_results=1)
+        except Exception:  # of as many kinds as at the start
+            return False
+        return True
 
     def _send(self, entry: Entry) -> None:
         if entry.get("id"):
@@ -246,14 +255,19 @@ def _refused(entry: Entry, error: Exception) -> bool | None:
     """Whether sending it again can only fail again; None if that cannot be told."""
     status = status_of(error)
     if status is not None:
-        if entry["do"] in STORED and getattr(error, "response", None) is not None and status >= 500 and status not in GATEWAY:
-            return None  # the server answers, and what is behind it may not
+        if _is_unable(error):
+            return None
         return 400 <= status < 500 and status not in (401, 408, 429)  # a password may be renewed
     if isinstance(error, FileNotFoundError):
         return True
     if isinstance(error, OSError):
         return None if error.errno in OF_THE_FILE else False  # a folder of artifacts that nobody may write to, e.g.
     return None if entry["do"] in STORED else True  # boto3's errors are no OSErrors, whatever they are of
+
+
+def _is_unable(error: Exception) -> bool:
+    """Whether a server, or what stands before it, has said that it cannot; MLflow's client says so of one that is silent, too."""
+    return (status_of(error) or 0) >= 500
 
 
 def _read(file: Location) -> list[Entry]:

@@ -8,6 +8,7 @@ from typing import Any
 import mlflow
 import pytest
 import requests
+from mlflow.exceptions import MlflowException
 
 from dmat_ray.cluster import outbox
 from dmat_ray.cluster.outbox import Outbox
@@ -23,12 +24,14 @@ class Client:
 
     answer: Any
     sent: list[str]
+    is_down = False
 
     def __init__(self, uri: str) -> None:
         assert uri == URI
 
     def search_experiments(self, **_: Any) -> None:
-        """Answers."""
+        if self.is_down:
+            raise answered(502)
 
     def set_tag(self, run: str, key: str, value: str) -> None:
         self._take(f"{key}={value}")
@@ -152,27 +155,57 @@ def test_an_artifact_is_sent_once_its_store_takes_it(client, tmp_path, capfd, er
     assert "answers again" in said
 
 
+STORES = (S3UploadFailedError("AccessDenied"), PermissionError(13, "Permission denied", "mlartifacts"))
+GATEWAYS = tuple(answered(status) for status in (500, 502, 503, 504))
+
+
 @pytest.mark.parametrize(
-    "error", [S3UploadFailedError("AccessDenied"), PermissionError(13, "Permission denied", "mlartifacts"), answered(500)]
+    ("do", "error"),
+    [*(("artifact", error) for error in (*STORES, *GATEWAYS)), ("tag", MlflowException("no space")), ("tag", answered(504))],
 )
-def test_an_artifact_that_its_store_never_takes_does_not_hold_up_the_rest(client, tmp_path, capfd, error):
+def test_what_is_never_taken_does_not_hold_up_the_rest(client, tmp_path, capfd, do, error):
+    """By a store of artifacts, by a proxy that it is too large for, or by a server that answers all else."""
     tried = 0
 
     def full(what: str) -> None:
         nonlocal tried
-        if what == "report.html":
+        if what in ("report.html", "stuck=1"):
             tried += 1
             raise error
 
     client.answer = staticmethod(full)
     (tmp_path / "report.html").write_text("page")
     # a job before, which was not there for long, has tried it some times
-    before = {**artifact(tmp_path / "report.html"), "tries": 15}
+    before = {**(artifact(tmp_path / "report.html") if do == "artifact" else tag("stuck")), "tries": 15}
     (tmp_path / f"mlflow_unsent_{text_digest(URI)[:8]}_0.jsonl").write_text(json.dumps(before))
     box = Outbox(URI, at(tmp_path), 60.0)
     box.put(tag("last"))
     box.flush()
     assert client.sent == ["last=1"]
     assert tried == 5
-    assert f"refuses an entry (artifact), which is left out after 20 tries: {error}" in capfd.readouterr().err
+    assert f"refuses an entry ({do}), which is left out after 20 tries: {error}" in capfd.readouterr().err
     assert not list(tmp_path.glob("mlflow_unsent_*"))
+
+
+@pytest.mark.parametrize("error", [answered(502), MlflowException("API request failed with exception")])
+def test_what_a_silent_server_does_not_take_is_kept_however_often_it_is_tried(client, tmp_path, error):
+    """A proxy answers in its place, or MLflow's client."""
+    tried = 0
+
+    def silence(what: str) -> None:
+        nonlocal tried
+        tried += 1
+        client.is_down = True
+        raise error
+
+    client.answer = staticmethod(silence)
+    box = Outbox(URI, at(tmp_path), 0.0)
+    box.put(tag("a"))
+    end = time.monotonic() + 60
+    while tried <= 2 * outbox.TRIES and time.monotonic() < end:
+        time.sleep(0.01)
+    assert tried > 2 * outbox.TRIES
+    box.flush()
+    (kept,) = tmp_path.glob("mlflow_unsent_*.jsonl")
+    assert json.loads(kept.read_text()).items() >= tag("a").items()
+    assert "tries" not in kept.read_text()
