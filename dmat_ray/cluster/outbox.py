@@ -20,6 +20,7 @@ from dmat_ray.errors import StorageError, UserError
 from dmat_ray.files import text_digest
 from dmat_ray.folders import fetched
 from dmat_ray.storage import OF_THE_FILE, Location
+from dmat_ray.wording import number_of
 
 KEY = "dmat_ray.key"
 PARENT = "mlflow.parentRunId"
@@ -177,9 +178,23 @@ class Outbox:
             made = self._client.create_run(place, tags=tags, run_name=entry["name"], start_time=entry["time"])
             run_id = str(made.info.run_id)
         params = [Param(key, value) for key, value in entry["params"].items() if key not in there]
-        for start in range(0, len(params), 100):
-            self._client.log_batch(run_id, params=params[start : start + 100])
+        refusals = [r for start in range(0, len(params), 100) for r in self._refusals(run_id, entry, params[start : start + 100])]
+        if refusals:  # which must not cost the run
+            what = number_of(len(refusals), "setting")
+            _warn(f"MLflow refuses {what} of the run '{entry['name']}', left out of its params: {reason_of(refusals[0])}")
         return run_id
+
+    def _refusals(self, run_id: str, entry: Entry, params: list[Any]) -> list[Exception]:
+        """Log params, of which MLflow takes all or none; returns why those are refused that are, one by one."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.log_batch(run_id, params=params)
+        except MlflowException as error:
+            if not _refused(entry, error):
+                raise
+            return [r for one in params for r in self._refusals(run_id, entry, [one])] if len(params) > 1 else [error]
+        return []
 
     def _experiment(self, name: str, artifacts: str | None) -> str:
         """The id of an experiment, which is made if it is not there; another job may make it at the same time."""

@@ -1,5 +1,6 @@
 """MLflow: one experiment, every stage a run, found again by its key when work is resumed."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,8 +73,10 @@ class Run:
 
 
 def _name(text: str) -> str:
-    """A name as MLflow takes it."""
-    return "".join(c if c.isalnum() or c in "-_. /" else "_" for c in text)
+    """A name as MLflow takes it, which may make a path of it and wants one that is as short as it can be."""
+    parts = "".join(c if c.isalnum() or c in "-_. /" else "_" for c in text).split("/")
+    # two dots at the beginning of a part are taken for those of a folder above it
+    return "/".join(re.sub(r"^\.\.", "__", part) for part in parts if part not in ("", ".")) or "_"
 
 
 def identity(config: Config) -> str:
@@ -102,7 +105,7 @@ def open_run(config: Config, name: str, stage: str, parent: Run | None = None, *
             "name": f"{stage}: {name}" if name else stage,
             "parent": parent.handle if parent else None,
             "tags": {"dmat_ray.stage": stage},
-            "params": {key: str(value)[:6000] for key, value in flatten_config(config).items()},
+            "params": {_name(key): str(value)[:6000] for key, value in flatten_config(config).items()},
             "time": now_ms(),
         }
     )
