@@ -18,6 +18,8 @@ from dmat_ray.location import Location
 Place = str | Path | Location
 
 DATABASE = "mlflow.db"  # in an output folder, where no address of an MLflow is given
+# of a database; those of memory are sqlite:// and sqlite:///:memory:
+RELATIVE_SQLITE = re.compile(r"(sqlite(?:\+\w+)?:///)(?!/|:memory:|file:)([^?]+)(.*)", re.DOTALL)
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 # what is wrong with a file itself; all else (a stale handle, an input/output error, too many open files) is the machine's
 OF_THE_FILE = (
@@ -75,9 +77,13 @@ def set_folder(config: Config) -> Location:
 
 
 def tracking_uri(config: Config) -> str:
-    """The configured MLflow, or sqlite in the output folder; raises UserError if that is no folder of this machine."""
+    """The configured MLflow, of a database in a file with an absolute path, or sqlite in the output folder.
+
+    Raises UserError if that is no folder of this machine.
+    """
     if config.tracking.uri:
-        return config.tracking.uri
+        relative = RELATIVE_SQLITE.fullmatch(config.tracking.uri)
+        return f"{relative[1]}{at(Path(relative[2]))}{relative[3]}" if relative else config.tracking.uri
     folder = at(config.output)
     if folder.local is None:
         raise UserError(
@@ -100,6 +106,7 @@ def local_output(config: Config, job: str) -> Path:
 
 __all__ = [
     "DATABASE",
+    "RELATIVE_SQLITE",
     "Location",
     "Place",
     "at",

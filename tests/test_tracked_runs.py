@@ -1,6 +1,8 @@
-"""Runs in MLflow's database, without Ray: names of the user's own, and what is refused of them."""
+"""Runs in MLflow's database, without Ray: names of the user's own, what is refused of them, and databases elsewhere."""
 
 import re
+import shutil
+import sqlite3
 from pathlib import Path
 
 import mlflow
@@ -8,16 +10,21 @@ import pytest
 from mlflow.entities import Run
 
 from dmat_ray import settings
-from dmat_ray.cluster import tracking
+from dmat_ray.cluster import environment, jobs, tracking
+from dmat_ray.cluster.mlflow_client import answering_client
 from dmat_ray.config import Config
+from dmat_ray.errors import UserError
+from dmat_ray.storage import at
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder, whose database takes MLflow seconds to make."""
-    return tmp_path_factory.mktemp("tracked")
+    """A folder with a database, which takes MLflow seconds to make."""
+    folder = tmp_path_factory.mktemp("tracked")
+    answering_client(f"sqlite:///{folder / 'mlflow.db'}", at(folder))
+    return folder
 
 
 def with_term(output: Path, name: str) -> Config:
@@ -56,3 +63,56 @@ def test_settings_that_are_refused_do_not_cost_the_run(output, capfd):
     said = capfd.readouterr().err
     assert said.count("warning: ") == 1
     assert re.search(r"MLflow refuses \d+ settings of the run 'train: long', left out of its params: .* length", said)
+
+
+def test_the_files_of_a_database_elsewhere_go_to_the_output(output, tmp_path, monkeypatch):
+    """Not to where the job happens to run, which of one that is submitted is Ray's."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copy(output / "mlflow.db", tmp_path / "shared.db")
+    config = settings("demo", output=str(tmp_path / "out"), tracking={"uri": "sqlite:///../shared.db", "experiment": "elsewhere"})
+    with tracking.tracked(config, "", "train") as run:
+        run.text("note.txt", "a note")
+    assert [path.read_text() for path in (tmp_path / "out" / "mlartifacts").rglob("note.txt")] == ["a note"]
+    assert not list((tmp_path / "here").iterdir())
+    found = mlflow.MlflowClient(f"sqlite:///{tmp_path}/shared.db").get_run(run.id)
+    assert found.info.artifact_uri.startswith((tmp_path / "out" / "mlartifacts").as_uri())
+    assert jobs.ui_command(config).endswith(f" -m mlflow ui --backend-store-uri sqlite:///{tmp_path}/shared.db")
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(UserError, match=r"tracking\.uri 'sqlite:///\.\./shared\.db' is relative, but a submitted job runs in"):
+        environment.prepare_environment(config)
+
+
+@pytest.mark.parametrize(
+    ("uri", "artifacts", "command"),
+    [
+        ("http://127.0.0.1:5000", None, "open http://127.0.0.1:5000"),
+        ("databricks", None, "open databricks"),
+        ("postgresql+psycopg://me@h/db?a=1&b=2", "s3://bucket/x/mlartifacts", "'postgresql+psycopg://me@h/db?a=1&b=2'"),
+        ("sqlite:////shared/m.db", "s3://bucket/x/mlartifacts", "-m mlflow ui --backend-store-uri sqlite:////shared/m.db"),
+    ],
+)
+def test_where_the_files_of_an_output_in_a_bucket_go(uri, artifacts, command):
+    config = settings("demo", output="s3://bucket/x", tracking={"uri": uri})
+    assert tracking._artifacts(config) == artifacts
+    assert jobs.ui_command(config).endswith(command)
+
+
+@pytest.mark.parametrize("uri", ["mlflow:5000", "runs/mlruns", "file:///runs/mlruns", "htp://127.0.0.1:5000"])
+def test_what_is_no_address_is_told_in_a_line(tmp_path, uri):
+    config = settings("demo", output=str(tmp_path), tracking={"uri": uri})
+    with pytest.raises(UserError, match=rf"^tracking\.uri '{uri}' is no address of an MLflow; write http://HOST:PORT .*$"):
+        tracking.open_run(config, "", "train")
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_database_of_another_mlflow_is_told_in_a_line(output, tmp_path, own):
+    path = tmp_path / "mlflow.db" if own else tmp_path / "other.db"
+    shutil.copy(output / "mlflow.db", path)
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE alembic_version SET version_num = 'cbc13b556ace'")
+    config = settings("demo", output=str(tmp_path), tracking={} if own else {"uri": f"sqlite:///{path}"})
+    with pytest.raises(
+        UserError, match=rf"^.*'.*{path}' has the tables of another .*: python -m mlflow db upgrade sqlite:///{path}$"
+    ):
+        tracking.open_run(config, "", "train")

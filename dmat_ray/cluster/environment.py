@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dmat_ray.config import ClusterConfig, Config
 from dmat_ray.errors import UserError
-from dmat_ray.storage import tracking_uri
+from dmat_ray.storage import RELATIVE_SQLITE, tracking_uri
 
 # Read by Ray and MLflow when they are imported or when a process starts; a user's own value wins.
 ENVIRONMENT = {
@@ -55,9 +55,9 @@ def prepare_environment(
     """Set what is not set, for the cluster of `config`, or for `cluster`. Call it before ray is imported.
 
     `elastic` is False for a job whose trainings have all of their workers or none, whatever `train_workers_min` says.
-    Raises UserError for an output (or one of the job's own `places` to write to, by option) that would be lost, since a
-    submitted job runs in a copy of its working directory, for the `images` that a job makes a set or a generator of, if they lie
-    in that copy, and for an output that cannot hold the database of a job that is `tracked`.
+    Raises UserError for an output, a database or one of the job's own `places` to write to, by option, that would be lost, since
+    a submitted job runs in a copy of its working directory, for the `images` that a job makes a set or a generator of, if they
+    lie in that copy, and for an output that cannot hold the database of a job that is `tracked`.
     """
     if config is not None and tracked:
         tracking_uri(config)
@@ -68,6 +68,11 @@ def prepare_environment(
                     f"{name} '{place}' is relative, but a submitted job runs in a temporary copy of its working directory; "
                     f"give --{name} an absolute path that all nodes share"
                 )
+        if tracked and RELATIVE_SQLITE.fullmatch(config.tracking.uri or ""):
+            raise UserError(
+                f"tracking.uri '{config.tracking.uri}' is relative, but a submitted job runs in a temporary copy of its working "
+                "directory; give --tracking.uri sqlite:////FOLDER/mlflow.db, or the address of an MLflow server"
+            )
         if images and any(part.startswith(PACKAGE) for part in Path(config.data.source).parts):
             raise UserError(
                 f"data.source '{config.data.source}' lies in the job's temporary copy of its working directory, which has "

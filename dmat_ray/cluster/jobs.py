@@ -4,6 +4,7 @@ prediction, its MLflow run."""
 import contextlib
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -146,9 +147,10 @@ def predict(config: Config, model: Location, images: str, target: Location, say:
 
 def ui_command(config: Config) -> str:
     """The command that opens MLflow's pages on this machine."""
-    if config.tracking.uri:
-        return f"open {config.tracking.uri}"
+    uri = tracking_uri(config)
+    if uri.lower().startswith(("http://", "https://", "databricks")):
+        return f"open {uri}"
     # the working directory of a submitted job is nobody's but Ray's, and may be gone by now
     submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     python = sys.executable if submitted else os.path.relpath(sys.executable)
-    return f"{python} -m mlflow ui --backend-store-uri {tracking_uri(config)}"
+    return f"{python} -m mlflow ui --backend-store-uri {shlex.quote(uri)}"

@@ -7,6 +7,7 @@ anew. So here it appears whole or not at all.
 import contextlib
 import logging
 import os
+import shlex
 import time
 import uuid
 from pathlib import Path
@@ -51,6 +52,13 @@ def answering_client(uri: str, folder: Location) -> "MlflowClient":
 
 
 def _refusal(uri: str, own: Path | None, error: Exception) -> str:
+    from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
+
+    if "mlflow db upgrade" in str(error):
+        place = f"'{own}'" if own is not None else f"the database at tracking.uri '{uri}'"
+        return (
+            f"{place} has the tables of another version of MLflow; copy it, then: python -m mlflow db upgrade {shlex.quote(uri)}"
+        )
     if own is not None:
         return (
             f"'{own}' cannot be opened as MLflow's database: {reason_of(error)}; results are not in it: move it away, and a new "
@@ -60,6 +68,11 @@ def _refusal(uri: str, own: Path | None, error: Exception) -> str:
         return (
             f"MLflow at tracking.uri '{uri}' does not let us in: {reason_of(error)}; give MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD in the environment"
+        )
+    if isinstance(error, UnsupportedModelRegistryStoreURIException) or "filesystem tracking backend" in str(error):
+        return (
+            f"tracking.uri '{uri}' is no address of an MLflow; write http://HOST:PORT of a server, sqlite:////FOLDER/mlflow.db "
+            "of a database, or leave it out: then runs are kept in the output folder"
         )
     return (
         f"MLflow at tracking.uri '{uri}' does not answer: {reason_of(error)}; start it, correct the address, or leave "

@@ -273,7 +273,7 @@ def _refused(entry: Entry, error: Exception) -> bool | None:
         if _is_unable(error):
             return None
         return 400 <= status < 500 and status not in (401, 408, 429)  # a password may be renewed
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError | ImportError):  # of a package for the store of artifacts
         return True
     if isinstance(error, OSError):
         return None if error.errno in OF_THE_FILE else False  # a folder of artifacts that nobody may write to, e.g.

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from dmat_ray.cluster.nodes import mark_of
@@ -12,6 +11,7 @@ from dmat_ray.config import ClusterConfig, Config, TrackingConfig
 from dmat_ray.storage import Place, at, tracking_uri
 from dmat_ray.trained_settings import flatten_config
 
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # that MLflow's client takes
 _OUTBOXES: dict[tuple[str, str], Outbox] = {}
 
 
@@ -79,6 +79,14 @@ def _name(text: str) -> str:
     return "/".join(re.sub(r"^\.\.", "__", part) for part in parts if part not in ("", ".")) or "_"
 
 
+def _artifacts(config: Config) -> str | None:
+    """Where the files of a new experiment go; None where a server says. Of a database they would go to the working directory."""
+    if not tracking_uri(config).lower().startswith(DATABASES):
+        return None
+    folder = at(config.output) / "mlartifacts"
+    return str(folder) if folder.local is None else folder.local.as_uri()
+
+
 def identity(config: Config) -> str:
     """Changes with every setting but those that may be others when work goes on: machines, and where it is tracked; and with the
     output folder itself, since others who use the server may call theirs the same.
@@ -99,7 +107,7 @@ def open_run(config: Config, name: str, stage: str, parent: Run | None = None, *
             "do": "create",
             "run": handle,
             "experiment": config.tracking.experiment,
-            "artifacts": None if config.tracking.uri else Path(str(at(config.output) / "mlartifacts")).as_uri(),
+            "artifacts": _artifacts(config),
             "key": key or f"{stage}/{name}/{identity(config)}/{of}",
             "reopen": key is not None,
             "name": f"{stage}: {name}" if name else stage,
