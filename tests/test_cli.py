@@ -294,11 +294,30 @@ def wrong_file(folder: Path, content: bytes, parts: list[str], option: str) -> N
     assert [part for part in parts if part not in message] == [], message
 
 
-@pytest.mark.parametrize("uri", ["http://me:hunter/2@127.0.0.1:5000", "postgresql+psycopg://me:hunter/2@db/mlflow"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *("http://me:hunter/2@127.0.0.1:5000", "postgresql+psycopg://me:hunter/2@db/mlflow"),
+        *("https://hunter2@127.0.0.1:5000", "HTTP://hunter2@127.0.0.1", "http://127.0.0.1:5000/?token=hunter2"),
+        *("postgresql+psycopg:///mlflow?host=db&user=me&password=hunter2", "postgresql://me@db/mlflow?SSLpassword=hunter2"),
+        *(
+            "mysql://me@db/mlflow?passwd=hunter2#x",
+            "mssql+pyodbc://me@db/mlflow?driver=x&PWD=hunter2",
+            "mysql://db/x?%70asswd=hunter2",
+        ),
+    ],
+)
 def test_a_password_in_the_tracking_uri_is_refused_and_not_repeated(uri: str) -> None:
-    with pytest.raises(UserError, match=r"tracking: uri holds a password.*MLFLOW_TRACKING_PASSWORD") as told:
+    with pytest.raises(UserError, match=r"tracking: uri holds a .*MLFLOW_TRACKING_PASSWORD") as told:
         parsed("--tracking.uri", uri)
     assert "hunter" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://127.0.0.1:5000", "postgresql+psycopg://me@db/mlflow?sslmode=require", "sqlite:////a@b:c@d/m.db", "databricks"]
+)
+def test_a_tracking_uri_without_a_password_is_taken(uri: str) -> None:
+    assert parsed("--tracking.uri", uri).tracking.uri == uri
 
 
 def test_empty_file_changes_nothing(tmp_path: Path) -> None:

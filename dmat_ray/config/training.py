@@ -3,13 +3,15 @@
 import re
 from collections.abc import Sequence
 from typing import Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, model_validator
 
 from dmat_ray.config.base import MOST_SEED, Section
 
 PASSWORD = re.compile(r"(?!file:|sqlite:)[a-z+]+://[^/@]+:[^@]+@", re.IGNORECASE)
+TOKEN = re.compile(r"https?://[^/@]*@", re.IGNORECASE)  # servers take one as a user's name, too
+SECRETS = {"password", "passwd", "pwd", "token", "sslpassword"}  # of a database, or of a server, in what follows the ?
 
 
 def of_levels(mean: Sequence[float], std: Sequence[float]) -> bool:
@@ -214,11 +216,19 @@ class TrackingConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "TrackingConfig":
+        if self.uri is None:
+            return self
+        asked = {key.strip().lower() for key, _ in parse_qsl(self.uri.partition("?")[2], keep_blank_values=True)}
         # a password may hold a slash, which ends what urlsplit looks at
-        if self.uri is not None and (urlsplit(self.uri).password or PASSWORD.match(self.uri)):
-            # the message must not repeat the password
-            raise ValueError(
-                "uri holds a password, and settings are written into checkpoints and reports; give it by environment "
-                "(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD), or use a tracking server in front of the database"
-            )
-        return self
+        if urlsplit(self.uri).password or PASSWORD.match(self.uri) or asked & SECRETS:
+            what = "a password"
+        elif TOKEN.match(self.uri):
+            what = "a user's name or a token"
+        else:
+            return self
+        # the message must not repeat it
+        raise ValueError(
+            f"uri holds {what}, and settings are written into checkpoints and reports; give it by environment "
+            "(MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN), or use a tracking server in "
+            "front of the database"
+        )
