@@ -58,6 +58,12 @@ def on_step(domain: Domain, value: float) -> float:
     return round(value / sampler.q) * sampler.q if isinstance(sampler, Quantized) else value
 
 
+def is_stepped_log(domain: Domain) -> bool:
+    """Whether it is one of multiples of a step on a logarithmic scale."""
+    sampler = domain.get_sampler()
+    return isinstance(sampler, Quantized) and isinstance(sampler.sampler, LogUniform)
+
+
 def told(domain: Domain) -> str:
     """In words, for a user."""
     found, sampler = ends("", domain), domain.get_sampler()

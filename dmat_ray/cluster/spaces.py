@@ -70,6 +70,15 @@ class Space:
         shares = {search_domains.share(key): ray.tune.uniform(0.0, 1.0) for keys in self.simplexes for key in keys[:-1]}
         return {**self.domains, **shares}
 
+    def require_drawn_by(self, searcher: str) -> None:
+        """Raise UserError for a domain that the searcher does not draw from as it is told: Optuna's ignore some steps."""
+        odd = [key for key, domain in self.domains.items() if search_domains.is_stepped_log(domain)]
+        if odd and searcher in ("tpe", "nsga2"):
+            raise UserError(
+                f"tune.space '{self.path}': tune.searcher {searcher} cannot draw {odd[0]}, multiples of a step on a logarithmic "
+                "scale; give --tune.searcher random, or list the values by tune.choice"
+            )
+
     def within(self, sample: Mapping[str, Any]) -> dict[str, Any]:
         """A sample whose numbers have been changed (by population based training), back inside its domains."""
         found = dict(sample)

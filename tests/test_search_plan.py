@@ -1,0 +1,67 @@
+"""What is drawn for a search, and what is refused before Ray starts. Ray Tune's searchers are asked themselves, without a Ray."""
+
+from pathlib import Path
+
+import pytest
+from ray import tune
+
+from dmat_ray import settings
+from dmat_ray.cluster import search_domains, searchers, spaces
+from dmat_ray.cluster.search_plan import Plan
+from dmat_ray.config import Config, TuneConfig
+from dmat_ray.errors import UserError
+
+pytestmark = pytest.mark.slow
+KEY = "training.weight_decay"
+DOMAINS = {
+    "uniform": tune.uniform(0.5, 2),
+    "quniform": tune.quniform(0.5, 2, 0.25),
+    "loguniform": tune.loguniform(1e-4, 1e-2),
+    "qloguniform": tune.qloguniform(1e-4, 1e-2, 1e-4),
+    "randint": tune.randint(1, 5),
+    "qrandint": tune.qrandint(32, 256, 32),
+    "lograndint": tune.lograndint(1, 9),
+    "qlograndint": tune.qlograndint(32, 256, 32),
+    "choice": tune.choice([1, 3, 10]),
+}
+
+
+def drawn(domain: tune.search.sample.Domain, searcher: str, count: int) -> list[float]:
+    """As Ray Tune's searcher suggests them."""
+    config = TuneConfig(searcher=searcher, scheduler="none", num_samples=count)
+    if searcher == "random":
+        return [domain.sample() for _ in range(count)]
+    optuna = searchers.searcher(config, count).searcher
+    assert optuna.set_search_properties("objective_0", "max", {KEY: domain})
+    return [optuna.suggest(str(number))[KEY] for number in range(count)]
+
+
+@pytest.mark.parametrize("searcher", ["random", "tpe", "nsga2"])
+@pytest.mark.parametrize("kind", DOMAINS)
+def test_what_is_drawn_is_what_is_told_or_refused(kind, searcher):
+    domain = DOMAINS[kind]
+    space = spaces.Space("space.py", (), {KEY: domain}, {}, {})
+    if kind.startswith("qlog") and searcher != "random":
+        with pytest.raises(UserError, match=f"tune.searcher {searcher} cannot draw {KEY}, multiples of a step on a logarithmic"):
+            space.require_drawn_by(searcher)
+        return
+    space.require_drawn_by(searcher)
+    found, ends = drawn(domain, searcher, 30), search_domains.ends(KEY, domain)
+    if kind == "choice":
+        assert set(found) <= set(ends)
+        return
+    assert ends[0] <= min(found) <= max(found) <= ends[1]
+    assert found == pytest.approx([search_domains.on_step(domain, value) for value in found])
+    assert len(set(found)) > 1
+
+
+def searching(folder: Path, name: str, space: str) -> Config:
+    path = folder / name
+    path.write_text(f"from ray import tune\nSPACE = {{{space}}}\n")
+    return settings("demo", "dmat", output=str(folder), tune={"space": str(path)})
+
+
+def test_a_space_that_the_searcher_cannot_draw_is_refused_first(tmp_path):
+    config = searching(tmp_path, "steps.py", f'"{KEY}": tune.qloguniform(1e-4, 1e-2, 1e-4)')
+    with pytest.raises(UserError, match=r"steps\.py': tune\.searcher tpe cannot draw .*; give --tune\.searcher random, or list"):
+        Plan(config, print)
