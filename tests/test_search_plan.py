@@ -1,5 +1,6 @@
 """What is drawn for a search, and what is refused before Ray starts. Ray Tune's searchers are asked themselves, without a Ray."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,15 @@ def test_a_space_that_the_searcher_cannot_draw_is_refused_first(tmp_path):
     config = searching(tmp_path, "steps.py", f'"{KEY}": tune.qloguniform(1e-4, 1e-2, 1e-4)')
     with pytest.raises(UserError, match=r"steps\.py': tune\.searcher tpe cannot draw .*; give --tune\.searcher random, or list"):
         Plan(config, print)
+
+
+@pytest.mark.parametrize("name", ["my space (1).py", "_draft.py", ".py", "Bäume.py"])
+def test_a_file_whose_name_no_search_can_have_needs_another(tmp_path, name):
+    config = searching(tmp_path, name, f'"{KEY}": tune.uniform(0, 1e-3)')
+    with pytest.raises(
+        UserError, match=rf"/{re.escape(name)}' cannot name the search: a name has letters, .*; give --tune\.name$"
+    ):
+        Plan(config, print)
+    named = config.model_copy(update={"tune": config.tune.model_copy(update={"name": "mine"})})
+    with pytest.raises(UserError, match="there is no on-manifold set"):
+        Plan(named, print)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import uuid
 from collections.abc import Callable
 from functools import cached_property
@@ -14,6 +15,7 @@ from dmat_ray import classifiers, cli, evaluation, suites, trials
 from dmat_ray.cluster import spaces
 from dmat_ray.cluster.trial import Work
 from dmat_ray.config import ClassifierConfig, Config, EvaluationConfig
+from dmat_ray.config.base import NAME
 from dmat_ray.data import set_reader
 from dmat_ray.errors import UserError
 from dmat_ray.files import read_json, write_json
@@ -22,7 +24,7 @@ from dmat_ray.models import untrained
 from dmat_ray.storage import local_output, set_folder
 from dmat_ray.trained_settings import relevant
 from dmat_ray.trainer import check_inputs
-from dmat_ray.wording import number_of
+from dmat_ray.wording import PATTERNS, number_of
 from dmat_ray.yardstick import columns
 
 SEARCH, RESULT = "search.json", "result.json"
@@ -30,8 +32,11 @@ FORCED = ("training.patience",)  # what trials are given, whatever was recorded 
 
 
 def search_folder(config: Config) -> Path:
-    """Where a search keeps everything but the models it publishes."""
-    return local_output(config, "jobs/tune.py") / "tune" / (config.tune.name or Path(config.tune.space).stem)
+    """Where a search keeps everything but the models it publishes. Raises UserError if its space's file cannot name it."""
+    name = config.tune.name or Path(config.tune.space).stem
+    if not re.fullmatch(NAME, name):
+        raise UserError(f"tune.space '{config.tune.space}' cannot name the search: a name has {PATTERNS[NAME]}; give --tune.name")
+    return local_output(config, "jobs/tune.py") / "tune" / name
 
 
 class Plan:
