@@ -1,16 +1,19 @@
-"""What is drawn for a search, and what is refused before Ray starts. Ray Tune's searchers are asked themselves, without a Ray."""
+"""Searches without a Ray: what is drawn, what is refused before one starts, what trials of one that goes on are given."""
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ray import tune
+from ray.tune.experiment.trial import Trial as TuneTrial
 
 from dmat_ray import settings
-from dmat_ray.cluster import search_domains, searchers, spaces
+from dmat_ray.cluster import search_domains, searchers, spaces, trial_watch
 from dmat_ray.cluster.search_plan import Plan
 from dmat_ray.config import Config, TuneConfig
 from dmat_ray.errors import UserError
+from dmat_ray.trials_table import LiveTable
 
 pytestmark = pytest.mark.slow
 KEY = "training.weight_decay"
@@ -78,3 +81,17 @@ def test_a_file_whose_name_no_search_can_have_needs_another(tmp_path, name):
     named = config.model_copy(update={"tune": config.tune.model_copy(update={"name": "mine"})})
     with pytest.raises(UserError, match="there is no on-manifold set"):
         Plan(named, print)
+
+
+@pytest.mark.parametrize("retries", [0, 5])
+def test_trials_that_tune_restores_are_tried_as_often_as_is_said_now(tmp_path, retries):
+    began = TuneTrial("stub", stub=True, trial_id="one", max_failures=2)
+    began.placement_group_factory = tune.PlacementGroupFactory([{"CPU": 1}])
+    restored = TuneTrial.from_json_state(began.get_json_state()[0], stub=True)
+    config = settings("demo", output=str(tmp_path), tune={"retries": retries})
+    plan = SimpleNamespace(folder=tmp_path, config=config)
+    with trial_watch.watched(trial_watch.Watcher(plan, None, print, LiveTable((), "search"))):
+        trial_watch.Tell().on_step_begin(1, [restored])
+    for failures in range(1, 8):
+        restored.run_metadata.num_failures = failures
+        assert restored.should_recover() == (failures <= retries)

@@ -200,6 +200,11 @@ class BudgetUsedUpError(Exception):
 class Tell(ray.tune.Callback):  # type: ignore[misc]  # ray is untyped
     """Hands Tune's calls to the watcher that is `watched`. Tune pickles its callbacks, so this holds nothing."""
 
+    def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+        if _WATCHER is not None:
+            for trial in trials:  # those of a search that goes on have the number that it began with
+                trial.max_failures = _WATCHER.search.config.tune.retries
+
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         if _WATCHER is not None:
             _WATCHER.started(trial)

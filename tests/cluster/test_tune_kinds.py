@@ -146,12 +146,14 @@ def test_a_trial_of_two_workers_is_a_ray_train_run(finished, tmp_path, say, line
 
 
 def test_a_budget_ends_a_search_which_can_go_on(finished, tmp_path, say, lines, monkeypatch):
-    """The driver's clock is put forward by an hour after the first epoch."""
+    """The driver's clock is put forward by an hour after the first epoch. Where it goes on a trial is killed, and tried again as
+    often as is said by then.
+    """
     more = ["--tune.searcher", "random", "--tune.num_samples", 3, "--tune.epochs", 2, "--tune.max_concurrent", 1]
     more += ["--cluster.train_workers", 1, "--tune.evaluate", False, "--tune.scheduler", "median"]
     finished.copy_set(tmp_path)
     config = tuned(tmp_path, *more)
-    short = config.model_copy(update={"tune": config.tune.model_copy(update={"max_wall_minutes": 50.0})})
+    short = config.model_copy(update={"tune": config.tune.model_copy(update={"max_wall_minutes": 50.0, "retries": 0})})
 
     def say_and_wait(line: str) -> None:
         say(line)
@@ -165,7 +167,17 @@ def test_a_budget_ends_a_search_which_can_go_on(finished, tmp_path, say, lines, 
     assert [(t.name, t.status, t.epochs) for t in found.trials] == [("little_000", "stopped", 1)]
     assert tune.search(short, say).ended_by, "what there is is a result"
 
-    whole = tune.search(config, say, resume=True)
+    killed: list[str] = []
+
+    def say_and_kill(line: str) -> None:
+        say(line)
+        if not killed and "little_001: epoch 1/2" in line:
+            killed.append(line)
+            max(processes_below(os.getpid(), "ImplicitFunc"), key=lambda process: process.create_time()).kill()
+
+    whole = tune.search(config, say_and_kill, resume=True)
+    assert killed
+    assert any(line.startswith("warning: little_001 has failed") and "tried again" in line for line in lines)
     assert not whole.ended_by
     assert [(t.name, t.status, t.epochs) for t in whole.trials] == [(f"little_{n:03d}", "finished", 2) for n in range(3)]
 
