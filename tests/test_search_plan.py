@@ -8,11 +8,12 @@ import pytest
 from ray import tune
 from ray.tune.experiment.trial import Trial as TuneTrial
 
-from dmat_ray import settings
-from dmat_ray.cluster import search_domains, searchers, spaces, trial_watch
+from dmat_ray import cli, presets, settings
+from dmat_ray.cluster import champion, search_domains, searchers, spaces, trial_watch
 from dmat_ray.cluster.search_plan import Plan
 from dmat_ray.config import Config, TuneConfig
 from dmat_ray.errors import UserError
+from dmat_ray.trials import Trial
 from dmat_ray.trials_table import LiveTable
 
 pytestmark = pytest.mark.slow
@@ -95,3 +96,18 @@ def test_trials_that_tune_restores_are_tried_as_often_as_is_said_now(tmp_path, r
     for failures in range(1, 8):
         restored.run_metadata.num_failures = failures
         assert restored.should_recover() == (failures <= retries)
+
+
+@pytest.mark.parametrize(("seed", "expected"), [(0, [1, 2, 3]), (2, [1, 3, 4]), (3, [1, 2, 4]), (7, [1, 2, 3])])
+def test_what_confirms_a_search_has_other_seeds_than_it(tmp_path, seed, expected):
+    config = searching(tmp_path, "decay.py", f'"{KEY}": tune.uniform(0, 1e-3)')
+    config = cli.validate(presets.merge(config.to_json(), {"training": {"seed": seed}, "tune": {"confirm_seeds": 3}}))
+    space, base = spaces.load(config.tune.space, config)
+    plan = SimpleNamespace(config=config, base=base, space=space, folder=tmp_path / "decay")
+    best = Trial("decay_000", "finished", {KEY: 1e-4}, 1, 0.0, {})
+    made = champion.anew(plan, best)
+    assert {kind: [one.training.seed for one in configs.values()] for kind, configs in made.items()} == {
+        "best": expected, "start": expected
+    }  # fmt: skip
+    assert list(made["best"]) == [f"decay_best_seed{one}" for one in expected]
+    assert spaces.trial_config(base, best.knobs, "trial", 1).training.seed == seed

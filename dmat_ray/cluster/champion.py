@@ -1,5 +1,6 @@
 """After a search: its best models published, judged on test images, trained anew with other seeds, registered and shown."""
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -155,13 +156,18 @@ def _judge(
 
 
 def anew(search: Plan, best: Trial) -> dict[str, dict[str, Config]]:
-    """The best settings and those the search began from, each by name with several seeds, for all of training.epochs."""
+    """The best settings and those the search began from, each by name with several seeds other than theirs, for all of
+    training.epochs.
+    """
     config, epochs = search.config, search.base["training"]["epochs"]
     found = spaces.stretched({**search.space.constants, **best.knobs}, epochs / config.tune.epochs)
     settings = {"best": found, "start": {}}
     made: dict[str, dict[str, Config]] = {}
+    # by the search's own seed the best of its trials were found
+    others = (seed for seed in itertools.count(1) if seed != search.base["training"]["seed"])
+    seeds = list(itertools.islice(others, config.tune.confirm_seeds))
     for kind, given in settings.items():
-        for seed in range(1, config.tune.confirm_seeds + 1):
+        for seed in seeds:
             name = f"{search.folder.name}_{kind}_seed{seed}"
             one = spaces.trial_config(search.base, {**given, "training.seed": seed}, name, epochs)
             made.setdefault(kind, {})[name] = one
