@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 import yaml
@@ -67,7 +66,7 @@ def stages(
     if models:  # none of which need be there
         likely = [passes(method) for method in train] + [passes(corner) for corner in corners if trials]
         network = max(likely or [one], key=lambda of: of.classifier_back)
-        found.append(estimate.evaluate(config, network, counts["test"], models))
+        found.append(estimate.evaluate(config, [network] * models, counts["test"]))
     return found
 
 
@@ -77,13 +76,12 @@ def evaluation_stage(config: Config, folders: Mapping[str, Place]) -> estimate.S
     generator = generators.load_configured(config.generator, "cpu")
     shape = [generator.channels, generator.resolution, generator.resolution]
     one = estimate.passes(config, generator, classes)
-    each = []
+    networks = []
     for name, folder in folders.items():
         network, run = load_classifier(folder)
         require_fit(run, {"shapes": {"on_manifold": shape}, "class_names": run["class_names"]}, name, config.evaluation)
-        each.append(estimate.evaluate(config, estimate.with_classifier(one, network), counts["test"], 1))
-    every = estimate.evaluate(config, one, counts["test"], len(folders))
-    return replace(every, flops=sum(stage.flops for stage in each))
+        networks.append(estimate.with_classifier(one, network))
+    return estimate.evaluate(config, networks, counts["test"])
 
 
 def generator_stages(config: Config) -> list[estimate.Stage]:

@@ -3,26 +3,27 @@
 Passes of the networks are counted from the settings, and the operations of a pass by PyTorch, on tensors without data. All
 numbers are upper bounds, but for FAB's and for terms that are sampled, of which it is the mean: searches that stop early, and
 rows that meet only what others have left, take less. What is not multiplied with matrices (decoding, rendering of unseen threats,
-batch norm) is not counted, nor are an evaluation's checks and transfer.
+batch norm) is not counted, nor are the images of a report.
 """
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dmat_ray import classifiers, objectives, validation
+from dmat_ray import classifiers, objectives, probes, validation
 from dmat_ray.config import (
     ON_MANIFOLD,
     AttackConfig,
+    AttackRow,
     AutoAttackRow,
-    CleanRow,
     Config,
-    CorruptionRow,
+    EvaluationConfig,
     PerceptualThreat,
     ProjectionConfig,
     Row,
@@ -31,7 +32,9 @@ from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.discriminator import GROUP, Discriminator
 from dmat_ray.manifold.encoder import untrained
 from dmat_ray.manifold.stylegan2 import StyleGAN2
+from dmat_ray.search import STRAYS
 from dmat_ray.types import Generator
+from dmat_ray.units import applies, rows_to_run
 from dmat_ray.wording import number_of
 
 # passes an image, forward and back, and forward alone, of AutoAttack's parts: their usual steps, ten classes; FAB's are rough
@@ -44,6 +47,7 @@ AUTOATTACK = {
     "square": (0, 5000),
 }
 # passes forward of the network of a perceptual attack, of a step and of a search besides: most are its way back into the ball
+NOISE, DISTANCE = 12, 2  # the same of a random start, and of a distance
 PERCEPTUAL = {"pgd": (36, 14), "momentum": (36, 14), "apgd": (48, 14), "lagrange": (5, 26), "lpa": (5, 26), "random": (12, 14)}
 
 
@@ -148,10 +152,14 @@ def _judged(net: str, image: tuple[int, ...]) -> int:
     return counted(lambda x: torch.cat([m.flatten() for m in network.maps(x)]), (1, image[0], *sides))
 
 
+def _render(one: Passes, row: AttackConfig) -> int:
+    return one.generator if isinstance(row, ON_MANIFOLD) else 0
+
+
 def attack(one: Passes, row: AttackConfig) -> int:
-    """An image under one attack, the image that it ends with included; at another eps it costs as much again."""
+    """An image under one attack at one eps, the image that it ends with included."""
     on_manifold = isinstance(row, ON_MANIFOLD)
-    render = one.generator if on_manifold else 0
+    render = _render(one, row)
     gradient = row.method not in ("square", "random")
     step = one.classifier_back + (one.generator_back if on_manifold else 0) if gradient else one.classifier + render
     besides = 0
@@ -159,10 +167,11 @@ def attack(one: Passes, row: AttackConfig) -> int:
         a_step, besides = (passes * _judged(row.net, one.image) for passes in PERCEPTUAL[row.method])
         step += a_step
     targets = row.targets if isinstance(row, Row) else 0
-    points = 1 + len(row.curve) if isinstance(row, Row) else 1
-    # what is looked at once more: the image that it ends with, APGD's last candidate, the clean image for its likeliest classes
-    looks = 1 + (row.method == "apgd") + (targets > 0)
-    return points * row.restarts * max(1, targets) * (row.steps * step + besides + looks * (render + one.classifier))
+    # what is looked at once more: the image that it ends with, APGD's last candidate
+    looks = 1 + (row.method == "apgd")
+    searches = row.restarts * max(1, targets)
+    likeliest = (searches + 1) * one.classifier if targets else 0  # classes of the clean image
+    return searches * (row.steps * step + besides + looks * (render + one.classifier)) + likeliest
 
 
 def train_generator(config: Config, images: int) -> Stage:
@@ -223,21 +232,57 @@ def train(config: Config, one: Passes, generator: Generator, images: int) -> Sta
     return Stage(name, images, number_of(settings.epochs, "epoch"), settings.epochs * epoch, config.cluster.train_workers)
 
 
-def evaluate(config: Config, one: Passes, images: int, models: int) -> Stage:
-    """Every row on every image of every set, of every model."""
-    settings, each = config.evaluation, 0
+def evaluate(config: Config, networks: Sequence[Passes], images: int) -> Stage:
+    """Every row on every image of every set, of every model, one of `networks` each; with the checks and what is transferred."""
+    settings, flops = config.evaluation, 0
     images = min(images, settings.limit or images)
-    for row in settings.attacks:
-        sets = 1 if isinstance(row, ON_MANIFOLD) else len(settings.sets)
-        if isinstance(row, AutoAttackRow):
-            back, forward = AUTOATTACK[row.part]
-            each += sets * (back * one.classifier_back + forward * one.classifier)
-        elif isinstance(row, CleanRow | CorruptionRow):
-            each += sets * one.classifier
-        else:
-            each += sets * attack(one, row)
-    work = f"{len(settings.attacks)} rows, {models} model{'s' if models > 1 else ''}"
-    return Stage("evaluate", images, work, images * models * each, config.cluster.evaluation_actors)
+    looked_at = len(probes.examples(settings, np.arange(images)))
+    for one in networks:
+        for set_name in settings.sets:
+            rows = [row for row in rows_to_run(settings).values() if applies(row, set_name)]
+            flops += images * sum(_of_row(settings, one, row, len(networks)) for row in rows)
+        flops += looked_at * _checks(settings, one)
+    work = f"{number_of(len(settings.attacks), 'row')}, {number_of(len(networks), 'model')}"
+    return Stage("evaluate", images, work, flops, config.cluster.evaluation_actors)
+
+
+def _of_row(settings: EvaluationConfig, one: Passes, row: AttackRow, models: int) -> int:
+    """An image under one row, and what a model says of it and of the clean image.
+
+    Where images are transferred, each model says so of those of all `models`.
+    """
+    flops = 2 * one.classifier * (models if row.name in settings.transfer else 1)
+    if settings.lpips != "none":
+        flops += DISTANCE * _judged(settings.lpips, one.image)
+    if isinstance(row, AutoAttackRow):
+        back, forward = AUTOATTACK[row.part]
+        return flops + back * one.classifier_back + forward * one.classifier
+    if not isinstance(row, Row):
+        return flops
+    if isinstance(row, PerceptualThreat):
+        flops += DISTANCE * _judged(row.net, one.image)
+    return flops + attack(one, row)
+
+
+def _checks(settings: EvaluationConfig, one: Passes) -> int:
+    """An image in all that `probes` measures of a model and of the attacks on it."""
+    # two answers, two ranges, other images in the batch, a step to either side; the gradients of two losses of one answer
+    flops = 6 * one.classifier + 2 * one.classifier_back + attack(one, probes.LARGE_ATTACK)
+    for row in probes.attacks(settings).values():
+        flops += _course(one, row)
+        if probes.has_restarts(row):
+            flops += probes.RESTARTS * attack(one, row.model_copy(update={"restarts": 1}))
+    return flops
+
+
+def _course(one: Passes, row: Row) -> int:
+    """An image in one search of a row, of which every query is noted, and under noise of its budget."""
+    noise = _render(one, row) + one.classifier
+    flops = attack(one, row.model_copy(update={"restarts": 1, "targets": 0})) + (row.targets > 0) * one.classifier
+    if isinstance(row, PerceptualThreat):
+        noise += NOISE * _judged(row.net, one.image)
+        flops += (row.method in STRAYS) * (row.steps + 1) * DISTANCE * _judged(row.net, one.image)
+    return flops + probes.RESTARTS * noise
 
 
 def search(config: Config, each: Stage, trials: int) -> Stage:

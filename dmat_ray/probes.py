@@ -21,17 +21,33 @@ from dmat_ray.units import Unit, applies, is_on_curve, rows_to_run
 RESTARTS = 4  # starts that are compared, and draws of noise
 STEP = 1e-4  # of the finite difference along the gradient's sign
 LARGE = 0.5  # every pixel can become grey
+LARGE_ATTACK = ImageRow(name="large", eps=LARGE, steps=30, method="apgd")
 RANGES = {"[-1, 1]": (2.0, -1.0), "[0, 255]": (255.0, 0.0)}
 
 
 def units(models: Sequence[str], config: EvaluationConfig, positions: np.ndarray) -> list[Unit]:
-    """What is to be measured: each model, and each attack on it, on some examples of the first test set, drawn by lot."""
-    count, set_name = min(config.check_examples, config.batch_size), config.sets[0]
+    """What is to be measured: each model, and each attack on it, on `examples` of the first test set."""
+    some, names = examples(config, positions), ["", *attacks(config)]
+    return [Unit(model, config.sets[0], name, some, checks=True) for model in models for name in names if some]
+
+
+def examples(config: EvaluationConfig, positions: np.ndarray) -> tuple[int, ...]:
+    """Which of some positions are looked at, drawn by lot."""
+    count = min(config.check_examples, config.batch_size)
     order = np.random.default_rng(derive(config.seed, "checks/examples")).permutation(len(positions))
-    some = tuple(sorted(positions[order[:count]].tolist()))
-    attacks = [name for name, row in rows_to_run(config).items() if isinstance(row, Row) and applies(row, set_name)]
-    names = ["", *(name for name in attacks if not is_on_curve(name))]
-    return [Unit(model, set_name, name, some, checks=True) for model in models for name in names if some]
+    return tuple(sorted(positions[order[:count]].tolist()))
+
+
+def attacks(config: EvaluationConfig) -> dict[str, Row]:
+    """The rows that are looked at, by name."""
+    rows = rows_to_run(config).items()
+    found = {name: row for name, row in rows if isinstance(row, Row) and applies(row, config.sets[0])}
+    return {name: row for name, row in found.items() if not is_on_curve(name)}
+
+
+def has_restarts(row: Row) -> bool:
+    """Whether several starts of a row are compared."""
+    return isinstance(row, ImageRow | LatentRow) and row.steps > 1 and not row.group
 
 
 @tf32(False)
@@ -42,15 +58,14 @@ def probe(evaluator: Evaluator, unit: Unit) -> dict[str, Any]:
         row = evaluator.rows[unit.attack]
         assert isinstance(row, Row)
         found = _of_attack(evaluator, unit, row, batch)
-        if isinstance(row, ImageRow | LatentRow) and row.steps > 1 and not row.group:
+        if has_restarts(row):
             found["restarts"] = _of_restarts(evaluator, unit, row, batch)
         return found
     network = evaluator.network(unit.model)
     with frozen(network):
         found = {"examples": len(batch), **_of_outputs(evaluator, unit.model, batch), **_of_gradients(network, batch)}
-    large = ImageRow(name="large", eps=LARGE, steps=30, method="apgd")
-    threat = threats.build(large, None)
-    standing = ~attack(network, threat, batch, large, seed=evaluator.config.seed, purpose="checks/large").broken_B
+    threat = threats.build(LARGE_ATTACK, None)
+    standing = ~attack(network, threat, batch, LARGE_ATTACK, seed=evaluator.config.seed, purpose="checks/large").broken_B
     return {**found, "large": standing.float().mean().item()}
 
 

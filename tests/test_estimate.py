@@ -16,16 +16,19 @@ import yaml
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dmat_ray import checkpoint, classifiers, dry_run, estimate, model_import, models, threats
+from dmat_ray import checkpoint, classifiers, dry_run, estimate, model_import, models, probes, threats
 from dmat_ray.attack import attack
 from dmat_ray.config import Config, ImageRow, LatentRow, PerceptualRow
+from dmat_ray.data.manifold_set import open_set
 from dmat_ray.errors import UserError
+from dmat_ray.evaluation import Evaluator, evaluate_here
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import encoder_trainer, gan_trainer
 from dmat_ray.manifold.projection import Projector
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.training_step import TrainingStep
 from dmat_ray.types import Batch
+from dmat_ray.units import chosen
 
 pytestmark = pytest.mark.slow
 
@@ -178,6 +181,49 @@ def test_a_split_without_usable_images_is_one_of_none(make_config: MakeConfig, s
     assert [stage.images for stage in dry_run.stages(config, train=[config], models=1)] == [manifest["usable"]["train"], 0]
 
 
+PIXEL_ROWS: list[dict[str, Any]] = [
+    {"threat": "clean"},
+    {"threat": "image", "name": "FGSM", "eps": 0.1, "steps": 1},
+    {"threat": "image", "name": "PGD", "eps": 0.1, "steps": 5, "restarts": 2, "curve": [0.2, 0.1, 0.3]},
+    {"threat": "image", "name": "T", "eps": 0.1, "steps": 4, "method": "apgd", "targets": 2},
+    {"threat": "latent", "name": "OM", "eps": 0.1, "steps": 5},
+    {"threat": "fog", "name": "fog", "eps": 0.1, "steps": 3},
+]
+SEEN_ROWS = [
+    {"threat": "perceptual", "name": method, "eps": 0.5, "steps": 3, "method": method, "weights": "random"}
+    for method in ("pgd", "lagrange")
+]
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes"),
+    [
+        (PIXEL_ROWS, {"check_examples": 3}),
+        (PIXEL_ROWS[:3], {"check_examples": 0, "transfer": ["clean", "FGSM"], "sets": ["natural"]}),
+        (SEEN_ROWS, {"check_examples": 9, "limit": 2, "sets": ["natural"]}),
+    ],
+    ids=["pixels and w", "transferred", "perceptual"],
+)
+def test_an_evaluation_is_counted(
+    make_config: MakeConfig, generator: StyleGAN2, set_folder: Path, rows: list[dict[str, Any]], changes: dict[str, Any]
+) -> None:
+    """With what is measured for the checks, and what each model says of the other's images."""
+    suite = {"attacks": rows, "batch_size": 4, "limit": 4, **changes}
+    config = make_config(projection={"lpips": 0, "l1": 1}, evaluation=suite)
+    data = open_set(set_folder, "test")
+    networks = {name: classifiers.build(config.classifier, channels=1, num_classes=3).eval() for name in ("one", "other")}
+    evaluator = Evaluator(config.evaluation, data, generator, networks.__getitem__, list(networks), torch.device("cpu"))
+    where = chosen(data.id, config.evaluation)
+    with counting() as counter:
+        evaluate_here(evaluator)
+        for unit in probes.units(list(networks), config.evaluation, where):
+            probes.probe(evaluator, unit)
+    one = estimate.passes(config, generator, 3)
+    found = estimate.evaluate(config, [one] * 2, len(data))
+    # the rest is the look at two images that a copy for attacks is made with, once a model
+    assert counter.get_total_flops() == pytest.approx(found.flops, rel=0.05)
+
+
 def test_an_evaluation_adds_up(make_config: MakeConfig, generator: StyleGAN2) -> None:
     rows = [
         {"threat": "clean"},
@@ -185,12 +231,13 @@ def test_an_evaluation_adds_up(make_config: MakeConfig, generator: StyleGAN2) ->
         {"threat": "latent", "name": "OM", "eps": 0.1, "steps": 5},
         {"threat": "corruption", "name": "fog", "kind": "fog", "severity": 1},
     ]
-    config = make_config(evaluation={"attacks": rows, "limit": 7})
+    config = make_config(evaluation={"attacks": rows, "limit": 7, "check_examples": 0})
     one = estimate.passes(config, generator, 4)
     image, latent = (estimate.attack(one, row) for row in config.evaluation.attacks[1:3])  # type: ignore[arg-type]
-    # two sets; natural images have no w; three budgets
-    assert image == 3 * (5 * one.classifier_back + one.classifier)
-    assert estimate.evaluate(config, one, 100, 2).flops == 7 * 2 * (2 * 2 * one.classifier + 2 * image + latent)
+    assert image == 5 * one.classifier_back + one.classifier
+    # two sets, natural images have no w; three budgets; what the model says of each row's image, and of the clean one
+    looks = 2 * (2 * 5 + 1) * one.classifier
+    assert estimate.evaluate(config, [one, one], 100).flops == 7 * 2 * (2 * 3 * image + latent + looks)
 
 
 def test_models_that_are_there_are_counted_with_their_own_networks(
@@ -205,7 +252,7 @@ def test_models_that_are_there_are_counted_with_their_own_networks(
         of = make_config(classifier={"name": network})
         built, about = classifiers.build(of.classifier, 1, 3).eval(), checkpoint.describe_run(of, CLASSES, 1, 8, None, None)
         checkpoint.save(tmp_path / "models" / name, built, {**about, "finished": True, "history": []})
-        costs[name] = estimate.evaluate(config, estimate.passes(of, generator, 3), 12, 1).flops
+        costs[name] = estimate.evaluate(config, [estimate.passes(of, generator, 3)], 12).flops
     torch.jit.trace(built, torch.zeros(2, 1, 8, 8)).save(str(tmp_path / "large.pt"))
     program = model_import.read_model(tmp_path / "large.pt", config.classifier, None, 1, 8, 3)
     model_import.save_model(program, tmp_path / "large.pt", config, CLASSES, 1, 8, tmp_path / "models" / "program")
