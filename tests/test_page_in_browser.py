@@ -1,4 +1,5 @@
-"""The page in a real browser: nothing overflows a phone, text can be read in light and dark, pictures have a size, no errors.
+"""The page in a real browser: nothing overflows a phone, numbers have room beside long names, text can be read in light and dark,
+pictures have a size, no errors.
 
 The page is opened in a frame of the wanted width, since a browser's own window does not get as narrow as a phone. A script that
 is added to a copy of the page measures it and tells the document around it, whose text the browser then prints.
@@ -20,8 +21,9 @@ from tiny_page import EVALUATION, MODELS, TITLE, write_page
 
 from dmat_ray.config import Config
 
-WIDTHS = {"desktop": 1280, "phone": 390}
+WIDTHS = {"desktop": 1280, "phone": 360}
 HEIGHT = 2400
+NAMES = [*MODELS, "dmat_fog_recolor_stadv"]  # the last's is one long word
 SCHEMES = {"light": 1, "dark": 0}  # what blink calls them
 
 EARLY = """<script>
@@ -60,11 +62,14 @@ addEventListener("load", () => {
   const column = (k) => [...table.tBodies[0].rows].map((row) => row.cells[k].textContent);
   const sorted = [column(1)];
   for (let k = 0; k < 2; k += 1) { table.querySelectorAll("thead th")[1].firstChild.click(); sorted.push(column(1)); }
+  const scrollers = [...document.querySelectorAll(".scroll")].filter((e) => e.scrollWidth > e.clientWidth + 1);
   parent.postMessage({
     errors, texts, wide, sorted, inner: innerWidth, scroll: document.documentElement.scrollWidth,
     sizes: [...document.querySelectorAll("img, svg")].map(size),
     loaded: [...document.images].every((image) => image.complete && image.naturalWidth > 0),
-    scrollers: [...document.querySelectorAll(".scroll")].filter((e) => e.scrollWidth > e.clientWidth + 1).length,
+    scrollers: scrollers.length,
+    heads: scrollers.flatMap((e) => [...e.querySelectorAll("tbody th, .corner")].map((head) =>
+      [head.getBoundingClientRect().width / e.clientWidth, head.textContent])),
   }, "*");
 });
 </script>"""
@@ -108,7 +113,7 @@ def measured(
     folder = tmp_path_factory.mktemp("browser")
     config = make_config(evaluation=EVALUATION, tracking={"experiment": TITLE})
     if request.param == "report":
-        text = write_page(folder, config, set_folder, MODELS).html
+        text = write_page(folder, config, set_folder, NAMES).html
     else:
         text = tiny_search.write_page(folder, config).read_text()
     path = folder / f"{request.param}.html"
@@ -141,6 +146,9 @@ def test_page_can_be_looked_at(measured: Path, tmp_path: Path, width: str, schem
     assert found["wide"] == []
     assert found["scroll"] <= found["inner"]
     assert found["scrollers"] > 0 or (width, measured.stem) == ("desktop", "search"), "which has room for all"
+
+    # what stays in place as a table scrolls leaves room for its numbers
+    assert [text for share, text in found["heads"] if share >= 0.6] == []
 
     # pictures are there
     assert found["loaded"]
