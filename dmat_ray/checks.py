@@ -190,12 +190,10 @@ def _judge_black_box(results: Results, model: str) -> list[Finding]:
         at = next((k for k, name in enumerate(parts) if _is_black_box(results.suite[name])), 0)
         for set_name in results.config.sets if at else ():
             looked, standing = True, results.correct(model, set_name, results.clean)
-            ids = results.ids(model, set_name)
             for k, name in enumerate(parts[: at + 1]):
                 before = standing
-                met, right = results.met(model, set_name, name)
-                standing = standing & ~np.isin(ids, met[~right])
-                if k == at and (before.sum() - standing.sum()) > 0.002 * len(ids):
+                standing = standing & ~results.broken(model, set_name, name)
+                if k == at and (before.sum() - standing.sum()) > 0.002 * len(standing):
                     wrong.append(
                         f"{name}, which sees no gradient, took {group} from {before.mean():.1%} to {standing.mean():.1%}"
                     )

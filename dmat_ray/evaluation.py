@@ -23,6 +23,7 @@ from dmat_ray.data.manifold_set import ManifoldSet
 from dmat_ray.data.set_reader import lost_classes, named_classes
 from dmat_ray.errors import NotFiniteError, UserError
 from dmat_ray.rng import Draws
+from dmat_ray.row_order import in_order
 from dmat_ray.types import Batch, Generator
 from dmat_ray.units import Unit, chosen, group_of, rounds, rows_to_run, still_standing, units
 
@@ -50,7 +51,6 @@ SCHEMA = pa.schema(
         ("seconds", pa.float32()),  # the time of the batch, shared out over its examples
     ]
 )
-SORT = [(name, "ascending") for name in ("model", "source", "set", "attack", "id")]
 
 
 @dataclass(frozen=True)
@@ -266,4 +266,4 @@ def evaluate_here(evaluator: Evaluator, positions: np.ndarray | None = None) -> 
     for names in rounds(config):
         work = units(evaluator.models, names, config, still_standing(rows, config, ids, where))
         rows = pa.concat_tables([rows, *(evaluator.table(unit) for unit in work)])
-    return rows.sort_by(SORT)
+    return in_order(rows)

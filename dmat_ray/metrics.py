@@ -10,8 +10,11 @@ import pyarrow.compute as pc
 from dmat_ray.config import CleanRow, EvaluationConfig
 from dmat_ray.errors import UserError
 from dmat_ray.intervals import Accuracy, Difference, Estimate, estimate, estimate_apart, paired, wilson
+from dmat_ray.row_order import Ordered, ordered
 from dmat_ray.units import applies, curve_name, group_of, rows_to_run
 from dmat_ray.wording import did_you_mean
+
+NONE = slice(0, 0)  # the rows of an attack that there are none of
 
 
 class Results:
@@ -32,13 +35,24 @@ class Results:
         return sorted(pc.unique(self.rows["model"]).to_pylist())
 
     @cached_property
-    def _own(self) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]:
-        """(model, set, attack) -> ids, sorted, and whether each was right, of attacks on the model itself."""
-        return _split(self.rows.filter(pc.equal(self.rows["model"], self.rows["source"])))
+    def _ordered(self) -> Ordered:
+        return ordered(self.rows)
+
+    @cached_property
+    def _right(self) -> np.ndarray:
+        """Whether each row is right, (N) bool, in order."""
+        right: np.ndarray = self.rows["correct"].to_numpy(zero_copy_only=False).astype(bool)[self._ordered.order]
+        return right
+
+    def _of(self, model: str, set_name: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the examples that an attack on the model itself met, ascending, and whether each was right."""
+        span = self._ordered.spans[model, model, set_name, name]
+        return self._ordered.examples[span], self._right[span]
 
     def ids(self, model: str, set_name: str) -> np.ndarray:
         """The examples of a test set."""
-        return self._own[model, set_name, self.clean][0]
+        ids: np.ndarray = self._ordered.ids[self._of(model, set_name, self.clean)[0]]
+        return ids
 
     def correct(self, model: str, set_name: str, name: str) -> np.ndarray:
         """For each example whether it is right under an attack, or under all of a group and on the clean image, (N) bool.
@@ -47,19 +61,28 @@ class Results:
         """
         if name not in self.groups:
             self._require_whole(name)
-            return self._own[model, set_name, name][1]
+            return self._of(model, set_name, name)[1]
         if (model, set_name, name) not in self._of_groups:
-            ids, standing = self._own[model, set_name, self.clean]
+            standing = self._of(model, set_name, self.clean)[1]
             for part in self.groups[name]:
-                met, right = self.met(model, set_name, part)
-                broken = pc.is_in(pa.array(ids, pa.string()), value_set=pa.array(met[~right], pa.string()))
-                standing = standing & ~broken.to_numpy(zero_copy_only=False)
+                standing = standing & ~self.broken(model, set_name, part)
             self._of_groups[model, set_name, name] = standing
         return self._of_groups[model, set_name, name]
 
     def met(self, model: str, set_name: str, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Ids of the examples that a row of a group met, which may be none, and whether each was right."""
-        return self._own.get((model, set_name, name), (np.array([], dtype=object), np.array([], dtype=bool)))
+        if (model, model, set_name, name) not in self._ordered.spans:
+            return np.array([], dtype=object), np.array([], dtype=bool)
+        examples, right = self._of(model, set_name, name)
+        return self._ordered.ids[examples], right
+
+    def broken(self, model: str, set_name: str, name: str) -> np.ndarray:
+        """For each example whether a row of a group met it and it was not right, (N) bool."""
+        every, _ = self._of(model, set_name, self.clean)
+        if (model, model, set_name, name) not in self._ordered.spans:
+            return np.zeros(len(every), bool)
+        examples, right = self._of(model, set_name, name)
+        return np.isin(every, examples[~right])
 
     def columns(self, set_name: str) -> list[str]:
         """What the table of a test set shows: rows, each group in place of its rows, and summaries."""
@@ -107,7 +130,7 @@ class Results:
 
     def _require(self, model: str, set_name: str, column: str) -> None:
         self._require_whole(column)
-        if (model, set_name, column) in self._own:
+        if (model, model, set_name, column) in self._ordered.spans:
             return
         columns = self.columns(set_name) if set_name in self.config.sets else []
         for what, name, known in (
@@ -145,7 +168,7 @@ class Results:
         """`per_example` of models, once for each; raises UserError if they were evaluated on different images."""
         for model in models:
             self._require(model, set_name, column)
-            if not np.array_equal(self.ids(models[0], set_name), self.ids(model, set_name)):
+            if not np.array_equal(*(self._of(one, set_name, self.clean)[0] for one in (models[0], model))):
                 raise UserError(f"'{models[0]}' and '{model}' were evaluated on different images of '{set_name}'")
         return [self.per_example(model, set_name, column) for model in models]
 
@@ -206,10 +229,7 @@ class Results:
 
     def transferred(self, source: str, model: str, set_name: str, name: str) -> np.ndarray:
         """For each example whether `model` is right on the image that an attack on `source` made, (N) bool."""
-        wanted = (("source", source), ("model", model), ("set", set_name), ("attack", name))
-        rows = _where(self.rows, wanted).sort_by("id")
-        right: np.ndarray = rows["correct"].to_numpy(zero_copy_only=False)
-        return right
+        return self._right[self._ordered.spans.get((model, source, set_name, name), NONE)]
 
     def transfer(self, set_name: str, attack: str) -> dict[tuple[str, str], Accuracy]:
         """(attacked model, judging model) -> accuracy on the images of that attack."""
@@ -222,8 +242,8 @@ class Results:
 
         Without `classes` as many as there are labels and answers of.
         """
-        rows = _where(self.rows, (("model", model), ("source", model), ("set", set_name), ("attack", attack)))
-        pairs = rows["label"].to_numpy(), rows["prediction"].to_numpy()
+        where = pa.array(self._ordered.order[self._ordered.spans.get((model, model, set_name, attack), NONE)])
+        pairs = tuple(self.rows[name].take(where).to_numpy() for name in ("label", "prediction"))
         classes = 1 + max(int(values.max()) for values in pairs) if classes is None else classes
         counts = np.zeros((classes, classes), int)
         np.add.at(counts, pairs, 1)
@@ -235,24 +255,3 @@ def _require_trainings(models: Sequence[str]) -> None:
         raise UserError(f"'{models}' is one name; give the trainings of a method as a list of names")
     if not models or len(set(models)) < len(models):
         raise UserError(f"{', '.join(models) or 'nothing'} is no list of trainings, each of them once")
-
-
-def _where(rows: pa.Table, wanted: Iterable[tuple[str, str]]) -> pa.Table:
-    """The rows with these values."""
-    for name, value in wanted:
-        rows = rows.filter(pc.equal(rows[name], value))
-    return rows
-
-
-def _split(rows: pa.Table) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]:
-    """Ids and correctness of each (model, set, attack), both in the order of ids."""
-    keys = [rows[name].dictionary_encode().combine_chunks() for name in ("model", "set", "attack")]
-    ids, right = rows["id"].to_numpy(zero_copy_only=False), rows["correct"].to_numpy(zero_copy_only=False)
-    codes = np.stack([key.indices.to_numpy() for key in keys])
-    found = {}
-    for code in np.unique(codes, axis=1).T if rows.num_rows else ():
-        at = np.flatnonzero((codes == code[:, None]).all(axis=0))
-        at = at[np.argsort(ids[at])]
-        model, set_name, attack = (key.dictionary[int(c)].as_py() for key, c in zip(keys, code, strict=True))
-        found[model, set_name, attack] = ids[at], right[at].astype(bool)
-    return found

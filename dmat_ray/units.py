@@ -113,13 +113,16 @@ def units(
 ) -> list[Unit]:
     """The units of a round. `standing(model, set, attack)` gives the positions that the attack meets."""
     rows, work = rows_to_run(config), []
+    of, parts = np.array([], dtype=int), list[tuple[int, ...]]()
     for model in models:
         for set_name in config.sets:
             for name in names:
                 if applies(rows[name], set_name):
-                    positions = standing(model, set_name, name).tolist()
-                    parts = (positions[i : i + config.batch_size] for i in range(0, len(positions), config.batch_size))
-                    work += [Unit(model, set_name, name, tuple(part)) for part in parts]
+                    positions = standing(model, set_name, name)
+                    if positions is not of:  # rows of no group meet the same ones, of which there may be millions
+                        of, numbers = positions, positions.tolist()
+                        parts = [tuple(numbers[i : i + config.batch_size]) for i in range(0, len(numbers), config.batch_size)]
+                    work += [Unit(model, set_name, name, part) for part in parts]
     return work
 
 

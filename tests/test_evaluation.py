@@ -36,6 +36,7 @@ SUITE = EvaluationConfig.model_validate(
         ],
     }
 )
+SORT = [(name, "ascending") for name in ("model", "source", "set", "attack", "id")]
 GROUP = [
     {"threat": "image", "name": "weak", "eps": 0.02, "steps": 1, "group": "both"},
     {"threat": "image", "name": "strong", "eps": 0.1, "steps": 5, "group": "both"},
@@ -102,8 +103,8 @@ def test_rows_do_not_depend_on_the_split_of_the_work(make: Make, rows: pa.Table)
     evaluator = make()
     parts = units.units(["tiny"], [*evaluator.rows], SUITE, lambda *_: np.arange(12))
     assert [u.positions for u in parts if (u.set, u.attack) == ("natural", "PGD")] == [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9), (10, 11)]
-    split = pa.concat_tables([evaluator.table(unit) for unit in reversed(parts)]).sort_by(evaluation.SORT)
-    whole = rows.sort_by(evaluation.SORT)
+    split = pa.concat_tables([evaluator.table(unit) for unit in reversed(parts)]).sort_by(SORT)
+    whole = rows.sort_by(SORT)
     for name in rows.column_names:
         if name == "seconds":
             continue

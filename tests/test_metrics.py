@@ -1,6 +1,8 @@
 """Numbers from rows, against scipy and against counting by hand."""
 
+import tracemalloc
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from dmat_ray import row_order
 from dmat_ray.config import EvaluationConfig
 from dmat_ray.errors import UserError
 from dmat_ray.intervals import paired, wilson
@@ -72,6 +75,67 @@ def test_wilson_at_the_ends(correct: int, count: int) -> None:
 def test_no_examples_have_no_accuracy() -> None:
     with pytest.raises(ValueError, match="no examples"):
         wilson(0, 0)
+
+
+NAMED = st.sampled_from(["at", "ä", "\U0001f600", "\uffff"])
+ROWS = st.lists(
+    st.fixed_dictionaries(dict.fromkeys(("model", "source", "set", "attack"), NAMED) | {"id": st.text(max_size=2)}), max_size=60
+)
+
+
+@given(rows=ROWS, cut=st.integers(0, 30))
+def test_rows_are_found_and_sorted_as_pyarrow_does(rows: list[dict[str, Any]], cut: int) -> None:
+    """In pieces that have texts of their own, too; rows that are alike stay in the order that they came in."""
+    columns = ["model", "source", "set", "attack", "id"]
+    numbers = [("label", pa.int64()), ("prediction", pa.int64()), ("correct", pa.bool_())]
+    kind = pa.schema([*((name, pa.string()) for name in columns), *numbers])
+    rows = [row | {"label": k % 3, "prediction": k, "correct": k % 3 == 0} for k, row in enumerate(rows)]
+    whole = pa.concat_tables([pa.Table.from_pylist(part, kind) for part in (rows[:cut], [], rows[cut:])])
+    expected = whole.sort_by([(name, "ascending") for name in columns])
+    with mock.patch.object(row_order, "PART", 7):
+        assert row_order.in_order(whole).to_pylist() == expected.to_pylist()
+    results = Results(whole, EvaluationConfig(sets=("natural",)))
+    for model, source, set_name, attack in {tuple(row[name] for name in columns[:4]) for row in rows}:
+        mine = [row for row in expected.to_pylist() if [row[n] for n in columns[:4]] == [model, source, set_name, attack]]
+        assert results.transferred(source, model, set_name, attack).tolist() == [row["correct"] for row in mine]
+        if model == source:
+            ids, right = results.met(model, set_name, attack)
+            assert list(zip(ids, right, strict=True)) == [(row["id"], row["correct"]) for row in mine]
+            counts = results.confusion(model, set_name, attack)
+            assert all(counts[row["label"], row["prediction"]] == 1 for row in mine)
+            assert counts.sum() == len(mine)
+    assert results.transferred("nobody", "at", "natural", "PGD").tolist() == []
+    assert results.confusion("nobody", "natural", "PGD", 3).sum() == 0
+
+
+def test_many_small_tables_become_few_pieces() -> None:
+    parts = [pa.table({"id": [f"{k}"]}) for k in range(2500)]
+    whole = pa.concat_tables(row_order.pieces(iter(parts)))
+    assert whole.equals(pa.concat_tables(parts))
+    assert whole["id"].num_chunks == 3
+
+
+def test_a_row_takes_few_bytes() -> None:
+    """Beside the table itself: an evaluation has millions, and no text of theirs is wanted."""
+    count, names = 20_000, ["clean", "PGD", "PGD @ 0.05", "PGD @ 0.2", "fog"]
+    ids, zeros = pa.array([f"image-{k:08d}" for k in range(count)]), pa.array([0] * count)
+
+    def of(name: str) -> pa.Table:
+        texts = {
+            key: pa.repeat(text, count) for key, text in (("model", "at"), ("source", "at"), ("set", "natural"), ("attack", name))
+        }
+        return pa.table({**texts, "id": ids, "label": zeros, "prediction": zeros, "correct": pa.repeat(True, count)})
+
+    attacks = [row for row in SUITE["attacks"] if "group" not in row]
+    results = Results(
+        pa.concat_tables(map(of, names)), EvaluationConfig.model_validate({"sets": ["natural"], "attacks": attacks})
+    )
+    tracemalloc.start()
+    found = results.accuracies()
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert {accuracy.value for accuracy in found.values()} == {1.0}
+    assert most < 80 * results.rows.num_rows
 
 
 @given(answers=ANSWERS)

@@ -29,6 +29,7 @@ from dmat_ray.files import Found, awaited
 from dmat_ray.lease import Lease
 from dmat_ray.manifold import generators
 from dmat_ray.metrics import Results
+from dmat_ray.row_order import PIECE, in_order, pieces
 from dmat_ray.storage import Location, Place, at
 from dmat_ray.units import Unit
 from dmat_ray.wording import duration
@@ -193,6 +194,11 @@ class _Work:
             )
         return [found[unit] for unit in done]
 
+    def tables(self, done: Sequence[Unit]) -> Iterator[pa.Table]:
+        """The rows of units that are done, as `all_of`, of which few are held at a time."""
+        for begin in range(0, len(done), PIECE):
+            yield from self.all_of(done[begin : begin + PIECE], self.table)
+
     def run(self, todo: Sequence[Unit]) -> Iterator[Unit]:
         """Units as they are done, in no order."""
         cluster = self.config.cluster
@@ -253,9 +259,9 @@ def evaluate(
             say(f"{what}{len(both) - len(todo)} of {len(both)} batches are there")
         if todo:
             _run_all(work, todo, what, say)
-        rows = pa.concat_tables([rows, *work.all_of(attacks, work.table)])
+        rows = pa.concat_tables([rows, *pieces(work.tables(attacks))])
         work.all_of(first if number == 0 else [], work.values)
-    rows = rows.sort_by(evaluation.SORT)
+    rows = in_order(rows)
     measurements = probes.joined(zip(looks, work.all_of(looks, work.values), strict=True))
     findings = checks.judge(Results(rows, settings), measurements)
     if fingerprint(config, set_path, models) != work.made_for:
