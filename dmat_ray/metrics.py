@@ -168,7 +168,7 @@ class Results:
         """`per_example` of models, once for each; raises UserError if they were evaluated on different images."""
         for model in models:
             self._require(model, set_name, column)
-            if not np.array_equal(*(self._of(one, set_name, self.clean)[0] for one in (models[0], model))):
+            if not np.array_equal(self._of(models[0], set_name, self.clean)[0], self._of(model, set_name, self.clean)[0]):
                 raise UserError(f"'{models[0]}' and '{model}' were evaluated on different images of '{set_name}'")
         return [self.per_example(model, set_name, column) for model in models]
 

@@ -116,8 +116,11 @@ def evaluate(
             told = (page, *report.siblings(page))
             rows, findings = stage.evaluate(config, set_folder(config), models, folder, say, lease, pictures=True, of_rows=told)
         results = Results(rows, config.evaluation)
-        for (model, set_name, column), accuracy in results.accuracies().items():
-            run.metrics({f"{model}/{set_name}/{column}": accuracy.value}, step=0)
+        found = results.accuracies()
+        called = tracking.names(map("/".join, found))
+        for (model, set_name, column), accuracy in found.items():
+            # each by itself: a name that MLflow refuses must not take the others with it
+            run.metrics({called[f"{model}/{set_name}/{column}"]: accuracy.value}, step=0)
             gauges.tested(model, set_name, column, accuracy.value)
         lease.check()
         say("writing the report")

@@ -1,13 +1,15 @@
 """MLflow: one experiment, every stage a run, found again by its key when work is resumed."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from dmat_ray.cluster.nodes import mark_of
 from dmat_ray.cluster.outbox import Outbox, new_handle, now_ms
 from dmat_ray.config import ClusterConfig, Config, TrackingConfig
+from dmat_ray.files import text_digest
 from dmat_ray.storage import Place, at, tracking_uri
 from dmat_ray.trained_settings import flatten_config
 
@@ -42,8 +44,9 @@ class Run:
         self._outbox.put({"do": do, "run": self.handle, **values})
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log numbers at `step`."""
-        self._put("metrics", values={_name(k): float(v) for k, v in values.items()}, step=step, time=now_ms())
+        """Log numbers at `step`. Of those that other calls log `names` tells apart what would be one."""
+        called = names(values)
+        self._put("metrics", values={called[k]: float(v) for k, v in values.items()}, step=step, time=now_ms())
 
     def artifact(self, place: Place, folder: str | None = None) -> None:
         """Copy a file or a folder into the run's artifacts; it must stay until it is sent."""
@@ -85,6 +88,15 @@ def _artifacts(config: Config) -> str | None:
         return None
     folder = at(config.output) / "mlartifacts"
     return str(folder) if folder.local is None else folder.local.as_uri()
+
+
+def names(texts: Iterable[str]) -> dict[str, str]:
+    """Each of some names as MLflow takes it; of those that would be one, all have a digest but one that it takes as it is."""
+    called = {text: _name(text) for text in texts}
+    taken = Counter(called.values())
+    return {
+        text: name if taken[name] == 1 or name == text else f"{name}_{text_digest(text)[:8]}" for text, name in called.items()
+    }
 
 
 def identity(config: Config) -> str:
