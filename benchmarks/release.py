@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import yaml
-from study_methods import KEPT_VERSIONS, OF_MODEL, told_by, version_of
+from study_methods import OF_MODEL, are_kept, told_by
 
 from dmat_ray import checkpoint, cli, model_export
 from dmat_ray.config import CleanRow, Config
@@ -84,7 +84,7 @@ def released(study: Path, config: Config, folder: Path, names: list[str]) -> lis
 
 def _require_kept(rows: Path, model: Path) -> str:
     """The model's digest. Raises UserError for rows of older attacks, and of other weights where they say of which."""
-    if version_of(rows) not in KEPT_VERSIONS:
+    if not are_kept(rows):
         raise UserError(f"'{rows}' is of older attacks than these of version {VERSION}; run benchmarks/study.py again")
     digest = checkpoint.digest(model)
     if told_by(rows).get(OF_MODEL, digest) != digest:

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
-from study_methods import ABLATIONS, KEPT_VERSIONS, KINDS, METHODS, OF_MODEL, OF_SET, OF_VERSION, told_by, version_of, worst_case
+from study_methods import ABLATIONS, KINDS, METHODS, OF_MODEL, OF_SET, OF_VERSION, are_kept, told_by, worst_case
 
 from dmat_ray import checkpoint, cli, evaluation, suites, trained_settings, yaml_file
 from dmat_ray.config import Config
@@ -271,7 +271,7 @@ def evaluations(config: Config, given: argparse.Namespace, name: str) -> dict[st
 def _is_kept(config: Config, rows: Path, name: str) -> bool:
     """Whether rows are of these attacks, this model and this set; those that say of no model are taken for this one's."""
     told = told_by(rows)
-    return version_of(rows) in KEPT_VERSIONS and (OF_MODEL not in told or told.items() >= _digests(config, name).items())
+    return are_kept(rows) and (OF_MODEL not in told or told.items() >= _digests(config, name).items())
 
 
 def _digests(config: Config, name: str) -> dict[str, str]:

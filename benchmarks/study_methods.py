@@ -48,7 +48,7 @@ ABLATIONS = {
 """Title -> the methods that a table sets side by side."""
 
 KEPT_VERSIONS = frozenset({7, VERSION})
-"""Versions whose rows are kept. Version 8 differs from 7 for networks that are surer than these (docs/evaluation.md)."""
+"""Versions whose rows are kept. Version 8 differs from 7 for networks that are surer than both studies' (docs/evaluation.md)."""
 
 KINDS = ("rows", "clean", "worst", "autoattack")
 """Folders of rows in a study's."""
@@ -63,10 +63,14 @@ def told_by(rows: Path) -> dict[str, str]:
     return {key.decode(): value.decode() for key, value in (found or {}).items()}
 
 
-def version_of(rows: Path) -> int | None:
-    """That of a file of rows; None if it does not say, or is not there."""
-    found = told_by(rows).get(OF_VERSION)
-    return None if found is None else int(found)
+def versions_of(rows: Path) -> frozenset[int]:
+    """Those of a file of rows, several of one that is packed; none if it does not say, or is not there."""
+    return frozenset(int(version) for version in told_by(rows).get(OF_VERSION, "").split(",") if version)
+
+
+def are_kept(rows: Path) -> bool:
+    """Whether all that a file of rows holds are of versions that are kept."""
+    return bool(versions_of(rows)) and versions_of(rows) <= KEPT_VERSIONS
 
 
 WORST = "worst"

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 from study_claims import Claim
-from study_methods import KEPT_VERSIONS, KINDS, OF_VERSION, TABLE, WORST, version_of, worst_case
+from study_methods import KEPT_VERSIONS, KINDS, OF_VERSION, TABLE, WORST, are_kept, versions_of, worst_case
 
 from dmat_ray import cli
 from dmat_ray.data.sources import NAMED
@@ -110,17 +110,21 @@ def pack(folder: Path, target: Path) -> None:
         if files := sorted((folder / kind).glob("*.parquet")):
             (target / kind).mkdir(parents=True, exist_ok=True)
             rows = pa.concat_tables([pq.read_table(file).select(KEPT) for file in files])
-            if odd := {version_of(file) for file in files} - KEPT_VERSIONS:
-                told = ", ".join("older" if version is None else f"of version {version}" for version in odd)
+            if any(not are_kept(file) for file in files):
+                odd = frozenset().union(*map(versions_of, files)) - KEPT_VERSIONS
+                told = f"of version {', '.join(map(str, sorted(odd)))}" if odd else "older"
                 raise UserError(
                     f"some rows in '{folder / kind}' are {told}; run benchmarks/study.py again, which makes them anew"
                 )
+            held = list(files)
             if (packed := target / kind / "all.parquet").is_file():
                 old = pq.read_table(packed)
-                others = pc.invert(pc.is_in(old["source"], value_set=pc.unique(rows["source"])))
-                rows = pa.concat_tables([old.filter(others), rows])
+                others = old.filter(pc.invert(pc.is_in(old["source"], value_set=pc.unique(rows["source"]))))
+                rows = pa.concat_tables([others, rows])
+                held += [packed] if others.num_rows else []
             # of many models, of which each file said its own
-            about = {key: value for key, value in (rows.schema.metadata or {}).items() if key == OF_VERSION.encode()}
+            said = [versions_of(file) for file in held]
+            about = {OF_VERSION: ",".join(map(str, sorted(frozenset().union(*said))))} if all(said) else {}
             pq.write_table(rows.replace_schema_metadata(about), packed, compression="zstd")
     before.write_text(yaml.safe_dump(slim))
     notes = {name: note for name, note in read_json(folder / "study.json").items() if name != "generator"}

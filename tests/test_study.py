@@ -389,6 +389,36 @@ def test_rows_of_an_older_version_are_made_anew(tmp_path: Path) -> None:
     assert list(study_script.evaluations(config, given, "at-0")) == ["rows", "clean"]
 
 
+def test_what_is_packed_names_the_versions_of_all_its_rows(tmp_path: Path) -> None:
+    """Also of those that were packed before, as long as there are any."""
+    studied, target = tmp_path / "study", tmp_path / "packed"
+
+    def pack(**versions: str) -> frozenset[int]:
+        shutil.rmtree(studied, ignore_errors=True)
+        studied.mkdir()
+        (studied / "settings.yaml").write_text(yaml.safe_dump(Config().to_json()))
+        (studied / "study.json").write_text("{}")
+        for model, version in versions.items():
+            of_model = {name: [model if name in ("model", "source") else "x"] for name in study_rows.KEPT}
+            (studied / "rows").mkdir(exist_ok=True)
+            rows = pa.table(of_model).replace_schema_metadata({"rows_version": version} if version else {})
+            pq.write_table(rows, studied / "rows" / f"{model}.parquet")
+        study_rows.pack(studied, target)
+        return study_methods.versions_of(target / "rows" / "all.parquet")
+
+    assert pack(at="7", dmat="8") == {7, 8}
+    assert study_methods.are_kept(target / "rows" / "all.parquet")
+    assert pack(dmat="8") == {7, 8}
+    assert pack(at="8", dmat="8") == {8}
+    assert pack(om_at="7") == {7, 8}
+    for odd, told in (("6", "of version 6"), ("", "older")):
+        with pytest.raises(UserError, match=f"are {told}; run"):
+            pack(at=odd, dmat="8")
+    assert pq.read_table(target / "rows" / "all.parquet")["model"].to_pylist() == ["at", "dmat", "om_at"]
+    for kind in ("rows", "clean"):  # what was packed before there was a second version
+        assert study_methods.versions_of(ROOT / "benchmarks" / "results" / "mnist" / kind / "all.parquet") == {7}
+
+
 def test_rows_of_another_model_or_set_are_made_anew(tmp_path: Path, set_folder: Path, make_config: Callable[..., Config]) -> None:
     given = argparse.Namespace(worst_case=False, autoattack=None)
     suite = {"attacks": [{"threat": "clean"}], "sets": ["natural"], "limit": 3}
