@@ -8,7 +8,7 @@ processes=${PROCESSES:-2}
 study=(benchmarks/study.py --preset demo benchmarks/studies/mnist.yaml)
 
 older() { # rows of another suite, or version, are not mixed with these; git has them
-    (cd "$1" && rm -rf rows clean worst autoattack settings.yaml study.json)
+    [ ! -d "$1" ] || (cd "$1" && rm -rf rows clean worst autoattack settings.yaml study.json)
 }
 
 "$python" "${study[@]}" --processes "$processes" --seeds 3

@@ -304,6 +304,8 @@ def wrong_file(folder: Path, content: bytes, parts: list[str], option: str) -> N
             "mysql://me@db/mlflow?passwd=hunter2#x",
             "mssql+pyodbc://me@db/mlflow?driver=x&PWD=hunter2",
             "mysql://db/x?%70asswd=hunter2",
+            "mssql+pyodbc:///?odbc_connect=DRIVER%3D%7BODBC%7D%3BUID%3Dsa%3BPWD%3Dhunter2",
+            "postgresql+psycopg2://me:hunter/2@db/mlflow",
         ),
     ],
 )

@@ -136,6 +136,20 @@ def test_a_database_that_cannot_be_opened_is_named_with_the_way_out(tmp_path, mo
     assert "\n" not in str(told.value)
 
 
+def test_a_database_that_another_process_holds_is_not_called_broken(tmp_path, monkeypatch):
+    answering_client(uri(tmp_path), at(tmp_path))
+    monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 1)
+    monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
+    holder = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    try:
+        with pytest.raises(UserError, match=r"mlflow\.db' does not answer: .*locked.*; another process may hold it") as told:
+            answering_client(uri(tmp_path), at(tmp_path))
+    finally:
+        holder.close()
+    assert "move it away" not in str(told.value)
+
+
 def test_a_folder_that_cannot_hold_a_database_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 1)
     with pytest.raises(UserError, match=r"MLflow's database '.*/none/mlflow\.db' cannot be made: .*; give an --output that"):

@@ -70,6 +70,10 @@ def test_a_space_that_the_searcher_cannot_draw_is_refused_first(tmp_path):
     config = searching(tmp_path, "steps.py", f'"{KEY}": tune.qloguniform(1e-4, 1e-2, 1e-4)')
     with pytest.raises(UserError, match=r"steps\.py': tune\.searcher tpe cannot draw .*; give --tune\.searcher random, or list"):
         Plan(config, print)
+    (tmp_path / "tune" / "steps").mkdir(parents=True)
+    (tmp_path / "tune" / "steps" / "search.json").write_text("{}")
+    with pytest.raises(UserError, match="there is no on-manifold set"):  # one that was begun before goes on as it drew
+        Plan(config, print)
 
 
 @pytest.mark.parametrize("name", ["my space (1).py", "_draft.py", ".py", "Bäume.py"])

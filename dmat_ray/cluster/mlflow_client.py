@@ -21,6 +21,7 @@ from dmat_ray.storage import DATABASE
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+BUSY = ("locked", "unable to open", "disk i/o", "disk is full", "readonly")  # sqlite's words for what passes or can be freed
 OLD_S = 3600.0  # since somebody was at work on a database, after which he is taken to have been killed
 
 
@@ -58,6 +59,11 @@ def _refusal(uri: str, own: Path | None, error: Exception) -> str:
         place = f"'{own}'" if own is not None else f"the database at tracking.uri '{uri}'"
         return (
             f"{place} has the tables of another version of MLflow; copy it, then: python -m mlflow db upgrade {shlex.quote(uri)}"
+        )
+    if own is not None and any(word in str(error).lower() for word in BUSY):
+        return (
+            f"MLflow's database '{own}' does not answer: {reason_of(error)}; another process may hold it, or its disk "
+            "may be full or not to be written to"
         )
     if own is not None:
         return (

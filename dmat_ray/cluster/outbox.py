@@ -1,6 +1,7 @@
 """What is told to MLflow: in order, by a thread, and kept while a server does not answer.
 
-MLflow's own asynchronous logging gives up what it could not send. Here nothing is given up but what a server refuses: a stage
+MLflow's own asynchronous logging gives up what it could not send. Here nothing is given up but what a server refuses, and
+files that it fails at again and again while it answers: a stage
 never waits for its server while it computes, and what is left at its end is written to a file, which the next job sends.
 """
 
@@ -113,7 +114,7 @@ class Outbox:
                 self._send(entry)
             except Exception as error:  # nothing that happens here may end a training
                 refused, tries = _refused(entry, error), entry.get("tries", 0)
-                if refused is None and _is_unable(error) and not self._answers():
+                if refused is None and _is_unable(error) and not self._is_alone_in_it(entry):
                     refused = False  # what stands before a server that is not there says the same as one that cannot do this
                 if refused is None:
                     tries += 1
@@ -137,6 +138,13 @@ class Outbox:
                 if not self._entries:
                     self._remove_files()
                 self._change.notify_all()
+
+    def _is_alone_in_it(self, entry: Entry) -> bool:
+        """Whether a server that cannot take this entry can do other things, so that it would hold up the rest for nothing.
+
+        Only of files: a server, or a database, that is full or locked takes nothing else either, and is still read.
+        """
+        return entry["do"] in STORED and self._answers()
 
     def _answers(self) -> bool:
         """Whether the server does something small."""

@@ -46,7 +46,8 @@ class Plan:
         self.config = config.model_copy(update={"output": str(local_output(config, "jobs/tune.py"))})
         self.folder = search_folder(config)
         self.space, self.base = spaces.load(config.tune.space, self.config)
-        self.space.require_drawn_by(config.tune.searcher)
+        if not (self.folder / SEARCH).is_file():  # one that was begun before may draw as it did
+            self.space.require_drawn_by(config.tune.searcher)
         probe = self._probe = spaces.trial_config(self.base, self.space.constants, "probe", config.tune.epochs)
         if not probe.training.val_examples:
             raise UserError("a search judges trials by held-out images; training.val_examples is 0")

@@ -3,15 +3,16 @@
 import re
 from collections.abc import Sequence
 from typing import Literal
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import unquote_plus, urlsplit
 
 from pydantic import Field, model_validator
 
 from dmat_ray.config.base import MOST_SEED, Section
 
-PASSWORD = re.compile(r"(?!file:|sqlite:)[a-z+]+://[^/@]+:[^@]+@", re.IGNORECASE)
+PASSWORD = re.compile(r"(?!file:|sqlite:)[a-z][a-z0-9+.-]*://[^/@]+:[^@]+@", re.IGNORECASE)
 TOKEN = re.compile(r"https?://[^/@]*@", re.IGNORECASE)  # servers take one as a user's name, too
-SECRETS = {"password", "passwd", "pwd", "token", "sslpassword"}  # of a database, or of a server, in what follows the ?
+# of a database, or of a server, in what follows the ?, where a driver's own words may be one value of many
+SECRET = re.compile(r"\b(password|passwd|pwd|token|sslpassword)\s*=", re.IGNORECASE)
 
 
 def of_levels(mean: Sequence[float], std: Sequence[float]) -> bool:
@@ -218,9 +219,9 @@ class TrackingConfig(Section):
     def _check(self) -> "TrackingConfig":
         if self.uri is None:
             return self
-        asked = {key.strip().lower() for key, _ in parse_qsl(self.uri.partition("?")[2], keep_blank_values=True)}
+        asked = unquote_plus(self.uri.partition("?")[2])
         # a password may hold a slash, which ends what urlsplit looks at
-        if urlsplit(self.uri).password or PASSWORD.match(self.uri) or asked & SECRETS:
+        if urlsplit(self.uri).password or PASSWORD.match(self.uri) or SECRET.search(asked):
             what = "a password"
         elif TOKEN.match(self.uri):
             what = "a user's name or a token"
