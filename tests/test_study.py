@@ -464,3 +464,16 @@ def test_the_page_says_of_which_versions_rows_are() -> None:
         "Rows are of version 7, some older than version 7 ("
     )
     assert study_report.rows_versions({"c-0 rows": {}}).startswith(f"Rows are older than version {study_report.VERSION} (")
+
+
+def test_rows_of_before_are_cleared_from_a_folder_that_need_not_be_there(tmp_path: Path) -> None:
+    """What benchmarks/results.sh does before it packs, hours after it has begun."""
+    for kept in ("rows/all.parquet", "notes.md", "looks.yaml"):
+        (tmp_path / "there" / kept).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "there" / kept).write_text("x")
+    script = (ROOT / "benchmarks" / "results.sh").read_text()
+    function = script[script.index("older() {") : script.index("\n}\n") + 3]
+    command = f'set -euo pipefail\n{function}older "$1/there"\nolder "$1/not there"\necho done'
+    said = subprocess.run(["bash", "-c", command, "bash", str(tmp_path)], capture_output=True, text=True, check=True).stdout
+    assert said == "done\n"
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["looks.yaml", "notes.md"]
