@@ -1,4 +1,4 @@
-"""Files as other projects write them, for tests/test_checkpoints.py and tests/test_foreign.py."""
+"""Files as other projects write them, for the tests of all that reads such files."""
 
 import io
 import pickle

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from foreign_files import write
-from test_foreign import ros
+from foreign_networks import ros
 from test_gan_images import photo_folder, photo_settings
 from torch import Tensor, nn
 

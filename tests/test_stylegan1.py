@@ -1,4 +1,4 @@
-"""StyleGAN 1 against the formulas of its paper (arXiv 1812.04948). Whole images are compared in test_foreign.py."""
+"""StyleGAN 1 against the formulas of its paper (arXiv 1812.04948). Whole images are compared in test_foreign_stylegan1.py."""
 
 from pathlib import Path
 
