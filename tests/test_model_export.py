@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torchvision
+from imported_models import CLASSES, program, small, unsettle
 from installed import install
 from rendered import Rendered
 from safetensors.torch import load_file
-from test_model_import import CLASSES, program, small, unsettle
 from torch import Tensor
 
 from dmat_ray import checkpoint, classifiers, model_export, model_import, train, units
