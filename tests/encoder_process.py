@@ -1,4 +1,4 @@
-"""What test_encoder.py starts, by torchrun or alone, and kills: one encoder training, each report a line of JSON."""
+"""What test_encoder_resuming.py starts, by torchrun or alone, and kills: one encoder training, each report a line of JSON."""
 
 import json
 import sys
