@@ -15,9 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # file of dmat_ray/, what stands there once, what takes its place, and the tests that look at it
 MUTATIONS = [
-    ("threats/balls.py", "        return gradient.sign()\n    if norm", "        return -gradient.sign()\n    if norm", "attack"),
+    ("threats/balls.py", "        return gradient.sign()\n    if norm", "        return -gradient.sign()\n    if norm", "pgd"),
     ("threats/balls.py", "return theta.clamp(-eps, eps)", "return theta.clamp(-1.05 * eps, 1.05 * eps)", "balls"),
-    ("threats/image.py", "(theta, self.norm, self.eps)).clamp(0.0, 1.0) - x", "(theta, self.norm, self.eps)) - x", "attack"),
+    ("threats/image.py", "(theta, self.norm, self.eps)).clamp(0.0, 1.0) - x", "(theta, self.norm, self.eps)) - x", "pgd"),
     ("threats/latent.py", "_codes(batch) + theta * self.unit", "_codes(batch) + theta", "threats"),
     ("threats/weather.py", "(brightest + self.eps)", "(brightest + 0.9)", "published_attacks"),
     ("attack.py", "(b.loss_B > a.loss_B)", "(b.loss_B < a.loss_B)", "attack"),
