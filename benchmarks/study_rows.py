@@ -64,7 +64,7 @@ class Study:
     def cell(self, method: str, set_name: str, column: str, seeds: Sequence[int] | None = None) -> Estimate:
         """Of all models of a method, or of some."""
         chosen = self.seeds[method] if seeds is None else seeds
-        return estimate([self.of_examples(method, seed, set_name, column) for seed in chosen])
+        return estimate([self.of_examples(method, seed, set_name, column) for seed in chosen], share=True)
 
     def columns(self, set_name: str) -> list[str]:
         """Those whose cells are means over examples."""

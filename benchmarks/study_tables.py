@@ -98,7 +98,8 @@ def worst_cases(study: Study) -> list[str]:
     for method in methods:
         cells = []
         for set_name in sets:
-            cells.append(str(estimate([study.worst_of_others(method, seed, set_name) for seed in seeds[method]])))
+            right = [study.worst_of_others(method, seed, set_name) for seed in seeds[method]]
+            cells.append(str(estimate(right, share=True)))
             for others in beside.values():
                 than = others.get(method, method)
                 one = found.get((method, set_name, than))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 NORMAL = 1.959963984540054  # the 0.975 quantile of the normal distribution
+ROUNDING = 1e-12  # a standard deviation of values in [-1, 1] below this is of their roundings alone
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,10 @@ def points(share: float) -> float:
     return round(100 * share, 9)
 
 
-def estimate(trainings: Sequence[np.ndarray]) -> Estimate:
+def estimate(trainings: Sequence[np.ndarray], *, share: bool = False) -> Estimate:
     """The mean of values in [-1, 1], a row a training of (N) examples, which are the same for all, with an interval over both.
+
+    `share`: they are accuracies, in [0, 1], and not differences.
 
     The N images and the n trainings are taken for random draws, and the interval is about other images and other trainings of
     the same settings. With the variance over images of the means over trainings, and that over trainings of the means over
@@ -118,17 +121,19 @@ def estimate(trainings: Sequence[np.ndarray]) -> Estimate:
 
     f is Satterthwaite's (Biometrics Bulletin 2, 1946) and Welch's (Biometrika 34, 1947). What one training makes of one image
     counts in a and in b, so that the interval is a little wide (Owen, Annals of Applied Statistics 1, 2007). It is short where b
-    is most of the error and trainings are few, whose spread is little known: a simulation is in tests/test_intervals.py. Of one
-    training that is right (1) or wrong (0) the half is that of Wilson's interval. Raises ValueError for fewer than two examples.
+    is most of the error and trainings are few, whose spread is little known: a simulation is in tests/test_intervals.py. Of a
+    share of one training, whose values are 0 or 1, the half is that of Wilson's interval. Raises ValueError for fewer than two
+    examples.
     """
     values = np.stack([np.asarray(row, np.float64) for row in trainings])
     count, examples = values.shape
     _require_two(examples)
     of_trainings = [(_variance(values.mean(axis=1)) / count, count - 1)] if count > 1 else []
     found = _of_parts(values.mean(axis=0), float(values.mean()), of_trainings, count)
-    if count == 1 and found.error and np.isin(values, (0.0, 1.0)).all():  # of which Student's t covers too little near the ends
-        share = wilson(int(values.sum()), examples)
-        return Estimate(found.value, (share.high - share.low) / 2, 1, found.error, found.freedom)
+    # of which Student's t covers too little near the ends
+    if share and count == 1 and found.error and np.isin(values, (0.0, 1.0)).all():
+        right = wilson(int(values.sum()), examples)
+        return Estimate(found.value, (right.high - right.low) / 2, 1, found.error, found.freedom)
     return found
 
 
@@ -153,7 +158,8 @@ def _require_two(examples: int) -> None:
 
 
 def _variance(values: np.ndarray) -> float:
-    return float(values.std(ddof=1) ** 2)
+    spread = float(values.std(ddof=1))
+    return spread**2 if spread >= ROUNDING else 0.0
 
 
 def _of_parts(images_N: np.ndarray, value: float, of_trainings: Sequence[tuple[float, int]], trainings: int) -> Estimate:

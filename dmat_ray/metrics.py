@@ -179,7 +179,7 @@ class Results:
         and like `difference`.
         """
         _require_trainings(models)
-        return estimate(self._of_same_images(models, set_name, column))
+        return estimate(self._of_same_images(models, set_name, column), share=True)
 
     def difference_over_trainings(
         self, first: Sequence[str], second: Sequence[str], set_name: str, column: str, *, paired: bool = True

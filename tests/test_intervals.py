@@ -1,5 +1,7 @@
 """Means over trainings with intervals over images and seeds, against scipy and against draws whose truth is known."""
 
+import itertools
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -19,16 +21,19 @@ def test_the_tails_of_students_t_are_scipys(t: float, freedom: float) -> None:
     assert student_chance(t, freedom) == pytest.approx(2 * scipy.stats.t.sf(abs(t), freedom), rel=1e-7, abs=1e-250)
 
 
-def test_an_interval_of_one_pair_of_models_is_that_of_its_mean() -> None:
-    better = np.random.default_rng(0).integers(-1, 2, 300)
+@pytest.mark.parametrize("least", [-1, 0])
+def test_an_interval_of_one_pair_of_models_is_that_of_its_mean(least: int) -> None:
+    better = np.random.default_rng(0).integers(least, 2, 300)
     found = estimate([better.astype(float)])
     assert found.value == pytest.approx(better.mean())
     low, high = scipy.stats.t.interval(0.95, len(better) - 1, better.mean(), scipy.stats.sem(better))
     assert (found.low, found.high) == pytest.approx((low, high))
+    back = estimate([-better.astype(float)])
+    assert (back.low, back.high) == pytest.approx((-high, -low)), "the other way round"
 
 
 def test_an_interval_of_one_model_is_as_wide_as_wilsons() -> None:
-    found = estimate([(np.arange(300) < 291).astype(float)])
+    found = estimate([(np.arange(300) < 291).astype(float)], share=True)
     low, high = scipy.stats.binomtest(291, 300).proportion_ci(method="wilson")
     assert (found.value, found.half) == (pytest.approx(0.97), pytest.approx((high - low) / 2))
 
@@ -36,7 +41,7 @@ def test_an_interval_of_one_model_is_as_wide_as_wilsons() -> None:
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.8, 0.95, 0.97, 0.99])
 def test_an_interval_of_one_model_covers_the_truth_near_the_ends_too(share: float) -> None:
     """Exactly: the probability of every number of right answers among 100 whose interval has the truth."""
-    every = [estimate([(np.arange(100) < right).astype(float)]) for right in range(101)]
+    every = [estimate([(np.arange(100) < right).astype(float)], share=True) for right in range(101)]
     has = [found.low <= share <= found.high for found in every]
     assert scipy.stats.binom.pmf(np.arange(101), 100, share)[has].sum() >= 0.93
 
@@ -93,9 +98,12 @@ def test_a_p_value_is_that_of_students_test_and_below_5_percent_where_the_interv
     assert found.chance(found.value - found.half) == pytest.approx(0.05)
 
 
-def test_what_is_always_the_same_may_still_differ_once_in_a_third_of_the_images() -> None:
-    found = estimate([np.ones(50), np.ones(50)])
-    assert (found.low, found.chance(0.0)) == (pytest.approx(1 - 3 / 50), 1.0)
+@pytest.mark.parametrize("value", [1.0, 1 / 3, 0.1, -0.7])
+def test_what_is_always_the_same_may_still_differ_once_in_a_third_of_the_images(value: float) -> None:
+    """Also where the mean of equal values is not quite any of them."""
+    for trainings, images in itertools.product((1, 2, 3, 7), (10, 50, 301)):
+        found = estimate([np.full(images, value)] * trainings, share=value > 0)
+        assert (found.low, found.chance(0.0)) == (pytest.approx(value - 3 / images), 1.0)
 
 
 def test_what_has_no_spread_is_refused() -> None:
