@@ -55,10 +55,16 @@ def seed_of(run: Mapping[str, Any]) -> int:
 
 
 def but_for_seed(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run.json says that its weights depend on beside the seed: the same of all trainings of one method."""
-    lineage = [{name: value for name, value in before.items() if name != "name"} for before in run.get("lineage", [])]
-    settings = {name: value for name, value in _recorded(run["config"]).items() if name != SEED}
-    return {"settings": settings, "given": {key: run.get(key) for key in GIVEN}, "lineage": lineage}
+    """What a run.json says that its weights depend on beside the seed: the same of all trainings of one method.
+
+    Nor does the seed count of those whose weights it went on from, which they name only where it is another than its own.
+    """
+    lineage = [{**before, "name": "", "settings": _but_seed(before["settings"])} for before in run.get("lineage", [])]
+    return {"settings": _but_seed(_recorded(run["config"])), "given": {key: run.get(key) for key in GIVEN}, "lineage": lineage}
+
+
+def _but_seed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != SEED}
 
 
 def ancestor(run: dict[str, Any], config: Config) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import scipy.stats
 from rendered import Rendered
 from tiny_page import EVALUATION, Written, write_page
 
-from dmat_ray import checkpoint, methods, presets, report, report_methods, report_text, report_values
+from dmat_ray import checkpoint, methods, presets, report, report_methods, report_text, report_values, trained_settings
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.methods import Method
 from dmat_ray.metrics import Results
@@ -48,6 +48,19 @@ def test_models_that_differ_in_their_seeds_alone_are_trainings_of_one_method(con
     before = run(config, 1)
     del before["config"]["training"]["flip"]  # of a version that had no such setting
     assert methods.among({"a-0": run(config), "a-1": before}) == [Method("a", {0: "a-0", 1: "a-1"})]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_models_that_went_on_from_trainings_of_one_method_are_trainings_of_one_method(config: Config, shared: bool) -> None:
+    """From one of them, or each from its own, which its lineage says the seed of only if it is another."""
+
+    def went_on(seed: int, epochs: int) -> dict[str, Any]:
+        of, base = run(config, seed, {"training": {"lr_values": [0.01] * 2}}), run(config, 0 if shared else seed + 1)
+        line = trained_settings.ancestor({**base, "epoch": epochs}, Config.model_validate(of["config"]))
+        return {**of, "lineage": [{**line, "name": f"base-{seed}"}]}
+
+    found = methods.among({**{f"ft-{seed}": went_on(seed, 3) for seed in range(3)}, "longer-3": went_on(3, 4)})
+    assert found == [Method("ft", {seed: f"ft-{seed}" for seed in range(3)}), Method("longer-3", {3: "longer-3"})]
 
 
 @pytest.mark.parametrize(
