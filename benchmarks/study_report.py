@@ -5,9 +5,9 @@
 
 No number is typed by hand. A cell is the mean over the models of a method and the half of its 95 % interval, which counts both
 draws: that of the test images (by the spread over images of the mean over models) and that of the seeds (by the spread of the
-models' accuracies, few as they are: Student's t by Welch and Satterthwaite; of three seeds that differ much it covers 92 %, says
-the simulation in tests/test_intervals.py). Of one model it is the half of Wilson's
-interval. A difference of two methods is taken image by image and seed by seed, on the same images.
+models' accuracies, few as they are: Student's t by Welch and Satterthwaite; of three seeds that differ much it covers 91 %, says
+the simulation in tests/test_intervals.py). Of one model it is the half of Wilson's interval.
+A difference of two methods is taken image by image and seed by seed, on the same images.
 --page writes the whole page, --headline the short table between the marks of a file. --pack keeps what the page is made of,
 without the models, in a folder that this script reads as it reads the study's own.
 """
