@@ -11,7 +11,7 @@ from typing import Any
 from dmat_ray import trained_settings
 
 # between a method and the number of its training, as in dmat-0, dmat_seed1
-SEPARATOR = re.compile(r"(?:[-_. ]+(?:seed|run|s))?[-_. =]*$", re.IGNORECASE)
+SEPARATOR = re.compile(r"(?:[-_]+seed)?[-_]*$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,16 @@ def among(runs: Mapping[str, Mapping[str, Any]]) -> list[Method]:
 
 
 def _common(models: Sequence[str]) -> str:
-    """What names begin with, without the number that tells them apart and what leads to it; the whole of one alone."""
+    """What names begin with, without the number that tells them apart and what leads to it; the whole of one alone.
+
+    Nothing where they part within a word or a number, as eps1.0 and eps1.5 do.
+    """
     if len(models) == 1:
         return models[0]
     head = "".join(each[0] for each in takewhile(lambda each: len(set(each)) == 1, zip(*models, strict=False)))
     if any(name[len(head) : len(head) + 1].isdigit() for name in models):  # dmat-10, dmat-11
         head = head.rstrip("0123456789")
-    return SEPARATOR.sub("", head)
+    rest = [name.removeprefix(head) for name in models]
+    parted = head.endswith(("-", "_")) or all(not end or end[0] in "-_" for end in rest)
+    numbered = head[-1:].isalpha() and all(not end or end.isdigit() for end in rest)
+    return SEPARATOR.sub("", head) if parted or numbered else ""
