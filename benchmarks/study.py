@@ -194,7 +194,8 @@ class _Study:
                 return
             asked = ["--autoattack", self.given.autoattack] if self.given.autoattack else []
             asked += ["--worst-case"] if self.given.worst_case else []
-            asked += ["--autoattack-limit", str(self.given.autoattack_limit), "--evaluate", name]
+            asked += ["--first-seed", str(self.given.first_seed), "--autoattack-limit", str(self.given.autoattack_limit)]
+            asked += ["--evaluate", name]
             evaluated = self._run([str(HERE / "study.py"), "--preset", str(self.settings), *asked], f"{name}-evaluation")
             told = {"seconds": evaluated, "processes": self.given.processes, "rows_version": VERSION}
             self.note(f"{name} {'+'.join(kinds)}", told, kinds)
@@ -261,7 +262,7 @@ def evaluations(config: Config, given: argparse.Namespace, name: str) -> dict[st
     }
     if given.worst_case:
         kinds["worst"] = {**kinds["clean"], "attacks": worst_case(config.evaluation)}
-    if given.autoattack and name.endswith("-0"):
+    if given.autoattack and name.endswith(f"-{given.first_seed}"):
         suite = {"suites": [given.autoattack], "sets": ["natural"], "limit": given.autoattack_limit}
         kinds["autoattack"] = {**kinds["clean"], **suite}
     folder = Path(config.output).resolve()

@@ -419,6 +419,25 @@ def test_what_is_packed_names_the_versions_of_all_its_rows(tmp_path: Path) -> No
         assert study_methods.versions_of(ROOT / "benchmarks" / "results" / "mnist" / kind / "all.parquet") == {7}
 
 
+@pytest.mark.parametrize("first", [0, 5])
+def test_autoattack_is_of_the_first_seed_also_in_the_process_that_runs_it(tmp_path: Path, first: int) -> None:
+    one, commands = object.__new__(study_script._Study), list[list[str]]()
+    parser = argparse.ArgumentParser()
+    study_script._arguments(parser)
+    asked = ["--first-seed", str(first), "--seeds", "2", "--trained", "at", "--autoattack", "digits_autoattack"]
+    one.folder, one.lock, one.device, one.own_methods = tmp_path, threading.Lock(), CPU, {}
+    one.given, one.config = parser.parse_args(asked), cli.validate({"output": str(tmp_path)})
+    one.settings = tmp_path / "settings.yaml"
+    one._run = lambda command, log: commands.append(command) or 1.0  # type: ignore[method-assign, func-returns-value]
+    one.models()
+    found = {}
+    for command in commands:
+        given, _ = parser.parse_known_args(command)
+        if given.evaluate:
+            found[given.evaluate] = list(study_script.evaluations(one.config, given, given.evaluate))
+    assert found == {f"at-{first}": ["rows", "clean", "autoattack"], f"at-{first + 1}": ["rows", "clean"]}
+
+
 def test_rows_of_another_model_or_set_are_made_anew(tmp_path: Path, set_folder: Path, make_config: Callable[..., Config]) -> None:
     given = argparse.Namespace(worst_case=False, autoattack=None)
     suite = {"attacks": [{"threat": "clean"}], "sets": ["natural"], "limit": 3}
