@@ -18,7 +18,7 @@ from dmat_ray import cli
 from dmat_ray.data.sources import NAMED
 from dmat_ray.errors import UserError
 from dmat_ray.files import read_json
-from dmat_ray.intervals import Estimate, estimate
+from dmat_ray.intervals import Estimate
 from dmat_ray.metrics import Results
 
 KEPT = ["model", "source", "set", "attack", "id", "label", "prediction", "correct"]
@@ -58,13 +58,15 @@ class Study:
 
     def of_examples(self, method: str, seed: int, set_name: str, column: str) -> np.ndarray:
         """Right or not, of each example; `clean` of all test images."""
-        results = self.clean if column == "clean" else self.results
-        return results.per_example(f"{method}-{seed}", set_name, column)
+        return self._results(column).per_example(f"{method}-{seed}", set_name, column)
+
+    def _results(self, column: str) -> Results:
+        return self.clean if column == "clean" else self.results
 
     def cell(self, method: str, set_name: str, column: str, seeds: Sequence[int] | None = None) -> Estimate:
-        """Of all models of a method, or of some."""
+        """Of all models of a method, or of some. Raises UserError if they were evaluated on different images."""
         chosen = self.seeds[method] if seeds is None else seeds
-        return estimate([self.of_examples(method, seed, set_name, column) for seed in chosen], share=True)
+        return self._results(column).over_trainings([f"{method}-{seed}" for seed in chosen], set_name, column)
 
     def columns(self, set_name: str) -> list[str]:
         """Those whose cells are means over examples."""
@@ -75,12 +77,10 @@ class Study:
         return sorted(set(self.seeds.get(claim.better, ())) & set(self.seeds.get(claim.than, ())))
 
     def difference(self, claim: Claim, set_name: str) -> Estimate | None:
-        """Of two methods, on the seeds that both have; None if there are none."""
+        """Of two methods, on the seeds that both have; None if there are none. Raises UserError like `cell`."""
         both = self.shared(claim)
-        better, than = (
-            [self.of_examples(method, seed, set_name, claim.column) for seed in both] for method in (claim.better, claim.than)
-        )
-        return estimate([a - b for a, b in zip(better, than, strict=True)]) if both else None
+        better, than = ([f"{method}-{seed}" for seed in both] for method in (claim.better, claim.than))
+        return self._results(claim.column).difference_over_trainings(better, than, set_name, claim.column) if both else None
 
     def worst_of_others(self, method: str, seed: int, set_name: str) -> np.ndarray:
         """What stands every attack, of the test images that `results` has not."""
@@ -97,9 +97,12 @@ def pack(folder: Path, target: Path) -> None:
     What the target has of other models stays, if it is of the same settings, else UserError.
     """
     values = yaml.safe_load((folder / "settings.yaml").read_text())
+    data = {"source": values["data"]["source"]} if values["data"]["source"] in NAMED else {}
+    if seed := values["data"].get("seed"):  # all that tells a study from one that is done again
+        data["seed"] = seed
     slim = {
         "evaluation": values["evaluation"],
-        "data": {"source": values["data"]["source"]} if values["data"]["source"] in NAMED else {},
+        "data": data,
         "training": values["training"],
         "objective": values["objective"],
     }

@@ -393,10 +393,10 @@ def test_what_is_packed_names_the_versions_of_all_its_rows(tmp_path: Path) -> No
     """Also of those that were packed before, as long as there are any."""
     studied, target = tmp_path / "study", tmp_path / "packed"
 
-    def pack(**versions: str) -> frozenset[int]:
+    def pack(seed: int = 0, **versions: str) -> frozenset[int]:
         shutil.rmtree(studied, ignore_errors=True)
         studied.mkdir()
-        (studied / "settings.yaml").write_text(yaml.safe_dump(Config().to_json()))
+        (studied / "settings.yaml").write_text(yaml.safe_dump(cli.validate({"data": {"seed": seed}}).to_json()))
         (studied / "study.json").write_text("{}")
         for model, version in versions.items():
             of_model = {name: [model if name in ("model", "source") else "x"] for name in study_rows.KEPT}
@@ -414,9 +414,26 @@ def test_what_is_packed_names_the_versions_of_all_its_rows(tmp_path: Path) -> No
     for odd, told in (("6", "of version 6"), ("", "older")):
         with pytest.raises(UserError, match=f"are {told}; run"):
             pack(at=odd, dmat="8")
+    with pytest.raises(UserError, match="rows of other settings"):
+        pack(seed=1, at="8")  # of another draw of images
+    assert yaml.safe_load((target / "settings.yaml").read_text())["data"] == {"source": "mnist5k"}
     assert pq.read_table(target / "rows" / "all.parquet")["model"].to_pylist() == ["at", "dmat", "om_at"]
     for kind in ("rows", "clean"):  # what was packed before there was a second version
         assert study_methods.versions_of(ROOT / "benchmarks" / "results" / "mnist" / kind / "all.parquet") == {7}
+
+
+def test_models_of_other_images_are_not_counted_together() -> None:
+    study = study_rows.Study(ROOT / "benchmarks" / "results" / "mnist")
+    rows = study.results.rows
+    one = rows["id"][pc.index(rows["model"], "at-1").as_py()]
+    odd = pc.and_(pc.equal(rows["source"], "at-1"), pc.equal(rows["id"], one))
+    ids = pc.if_else(odd, "another", rows["id"])
+    study.results = Results(rows.set_column(rows.schema.get_field_index("id"), "id", ids), study.results.config)
+    claim = study_claims.Claim("", "dmat", "at", "PGD-50")
+    assert study.cell("at", "natural", "PGD-50", [0, 2]).trainings == 2
+    for counted in (lambda: study.cell("at", "natural", "PGD-50"), lambda: study.difference(claim, "natural")):
+        with pytest.raises(UserError, match="'at-1' were evaluated on different images of 'natural'"):
+            counted()
 
 
 @pytest.mark.parametrize("first", [0, 5])
