@@ -113,6 +113,37 @@ def test_a_test_part_without_labels_is_left_for_one_that_has_the_classes(tmp_pat
         assert f"the folder '{part}' (data.official_split)" in listing.ignored
 
 
+ACCENT = ("caf\u00e9", "cafe\u0301")  # composed, and as macOS writes it
+
+
+@pytest.mark.parametrize(
+    ("test", "classes"),
+    [
+        (("cat", "dog"), {"cat": [["n01", "cat"]], "dog": [[ACCENT[0], "dog"]]}),
+        (("n01", ACCENT[1]), {"a": ["n01"], "b": [ACCENT[0]]}),
+        (("other", ACCENT[1]), {"a": ["n01", "other"], "b": [ACCENT[0]]}),
+    ],
+)
+def test_classes_that_are_called_otherwise_in_the_test_part_are_found_there(
+    tmp_path: Path, test: tuple[str, str], classes: dict[str, Any]
+) -> None:
+    tree(tmp_path, "train/n01", f"train/{ACCENT[0]}", *(f"val/{name}" for name in test))
+    for official in (None, True):
+        listing = listed(tmp_path, classes=classes, official_split=official)
+        assert (tops(listing, "train"), tops(listing, "test"), listing.found) == ({"train"}, {"val"}, 16)
+
+
+def test_accents_of_a_test_part_may_be_written_apart(tmp_path: Path) -> None:
+    tree(tmp_path, f"train/{ACCENT[0]}", f"test/{ACCENT[1]}")
+    refused(tmp_path, "give --data.official_split true to take its own test part, or false", labelled=False)
+    (tmp_path / "train" / "dog").mkdir()
+    (tmp_path / "test" / "dog").mkdir()
+    for part in ("train", "test"):
+        (tmp_path / part / "dog" / "0.png").write_bytes(png(0))
+    listing = listed(tmp_path, official_split=True)
+    assert (listing.class_names, tops(listing, "test"), listing.found) == ((ACCENT[0], "dog"), {"test"}, 10)
+
+
 def test_parts_that_hold_images_directly_are_no_classes(tmp_path: Path) -> None:
     tree(tmp_path, "Train", "val")
     told = (

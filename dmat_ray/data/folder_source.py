@@ -27,14 +27,16 @@ def folder_items(root: Location, files: list[str], folders: list[str], config: D
     images = [path for path in files if is_image(path)]
     above, test, unused = _parts(root, folders, images, config, labelled)
     inside = [folder[len(part) :] for part in above for folder in folders if folder.startswith(part)]
-    classes = sorted({path for path in inside if path and "/" not in path})
+    called = _as_in_training(above, {path for path in inside if path and "/" not in path}, folders)
+    classes = sorted(set(called.values()))
     if not classes and not labelled and images:
         images = [path for path in images if path.startswith(above)]
         labels, names = [0] * len(images), [root.name]
     elif not classes:
         raise UserError(f"data.source '{root}' holds no sub-folders; put the images of each class into one of its own")
     else:
-        number = {name: label for label, name in enumerate(classes)}
+        place = {name: label for label, name in enumerate(classes)}
+        number = {name: place[own] for name, own in called.items()}
         depth = above[0].count("/")
         images = [path for path in images if path.startswith(above) and path.count("/") > depth]
         labels, names = [number[path.split("/", depth + 1)[depth]] for path in images], classes
@@ -73,9 +75,9 @@ def _parts(
     alike = [] if named or config.official_split is not None else _alike(images)
     flat = not labelled and not any(_has_folders(part, folders) for part in called)  # they hold images, and need no classes
     offered = [part for part in (*found.test, *found.validation) if flat or _has_folders(part, folders)] if found else []
-    own = _inside(found.train[0], folders) if found and found.train else set()
+    own = _classes_in(found.train[0], folders, config) if found and found.train else set()
     # not a folder of unlabelled images, as test/unknown is and test/images
-    tested = [part for part in offered if not own or own & _inside(part, folders)]
+    tested = [part for part in offered if not own or own & _classes_in(part, folders, config)]
     if found and not found.train:
         all_of_it = not labelled and config.official_split is False
         if not named and not all_of_it and (flat or not found.rest or any(_has_folders(part, folders) for part in called)):
@@ -148,9 +150,23 @@ def folder_with_more(paths: Sequence[str]) -> str:
     return "" if common in folders else common
 
 
-def _inside(part: str, folders: list[str]) -> set[str]:
-    """The names of the folders that lie directly in this one."""
-    return {folder[len(part) + 1 :] for folder in folders if folder.startswith(f"{part}/") and folder.count("/") == 1}
+def _as_in_training(above: tuple[str, ...], names: set[str], folders: list[str]) -> dict[str, str]:
+    """Each name of a class folder as the first part writes it: macOS writes accents apart from their letters."""
+    there = names.intersection(folder[len(above[0]) :] for folder in folders if folder.startswith(above[0]))
+    alike = {composed(name): name for name in there}
+    return {name: name if name in there else alike.get(composed(name), name) for name in names}
+
+
+def _classes_in(part: str, folders: list[str], config: DataConfig) -> set[str]:
+    """What the folders directly in this one are: names as they are compared, or those of `data.classes` that have them.
+
+    A class may be called otherwise in each part: n02085620 in one, Chihuahua in the other.
+    """
+    inside = [folder[len(part) + 1 :] for folder in folders if folder.startswith(f"{part}/") and folder.count("/") == 1]
+    called = {composed(name) for name in inside}
+    if not config.classes:
+        return called
+    return {one.name for one in config.classes if any(composed(name) in called for names in one.members for name in names)}
 
 
 def _has_folders(part: str, folders: list[str]) -> bool:
