@@ -39,7 +39,7 @@ def text_of(place: Place) -> str:
     """A place as settings write it. Raises UserError for what is neither a path nor a URL: a network, or None."""
     if not isinstance(place, str | os.PathLike):
         raise UserError(f"a {type(place).__name__} names no folder or file; give a path or URL, as text or a pathlib.Path")
-    return str(place)
+    return str(place) if isinstance(place, str | Location) else os.fsdecode(place)
 
 
 def at(place: Place) -> Location:

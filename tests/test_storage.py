@@ -66,6 +66,15 @@ def program(code: str, *arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
 
 
+def test_an_entry_of_a_folder_is_its_path(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for folder in (tmp_path, os.fsencode(tmp_path)):
+        (entry,) = os.scandir(folder)
+        assert at(entry) == at(tmp_path / "run")
+        assert settings(output=entry).output == str(tmp_path / "run")
+    assert settings(output=Location("s3", "bucket/run")).output == "s3://bucket/run"
+
+
 def test_a_place_of_this_machine_is_a_path(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     assert Path(at(tmp_path)) / "file" == tmp_path / "file"

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator, model_validator
 
+from dmat_ray.errors import UserError
+
 MOST_SEED = 2**63 - 1  # that a torch.Generator takes
 NAME = r"^([A-Za-z0-9][A-Za-z0-9_.-]*)?$"  # what folders may be called
 
@@ -49,7 +51,13 @@ def _truths_as_text(value: Any) -> Any:
 
 
 def _path_as_text(value: Any) -> Any:
-    return str(value) if isinstance(value, os.PathLike) else value
+    """A path as text; of a Location of an object store, which has none on this machine, its URL."""
+    if not isinstance(value, os.PathLike):
+        return value
+    try:
+        return os.fsdecode(value)
+    except UserError:
+        return str(value)
 
 
 class Section(BaseModel):
