@@ -316,6 +316,10 @@ def test_images_of_other_names_are_known_by_their_pixels(
     monkeypatch.setattr(trained_on, "LOOKED_AT", 3)
     assert said(other) == []
     assert len(decoded) == 3
+    monkeypatch.setattr(trained_on, "read_pixels", unreadable)
+    monkeypatch.setattr(trained_on, "_compared", {})
+    (line,) = said(other)
+    assert "warning: test images may be among" in line
 
 
 def unreadable(rows: pa.Table, data: DataConfig) -> list[np.ndarray | str]:

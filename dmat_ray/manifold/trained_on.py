@@ -189,8 +189,9 @@ def _seen_elsewhere(config: Config, listing: Listing, card: dict[str, Any], thei
         return _same(config, card, theirs, here, then), renamed
     test, digests = rows.filter(in_test), set(known["pixels_sha256"].to_pylist())
     some = np.unique(np.linspace(0, test.num_rows - 1, min(LOOKED_AT, test.num_rows)).astype(np.int64))
-    if len(digests) == 0 or not _same(config, card, theirs, test.take(pa.array(some)), digests):
-        return 0, True
+    found = _same(config, card, theirs, test.take(pa.array(some)), digests) if digests else 0
+    if not found:
+        return found, True
     return _same(config, card, theirs, test, digests), True
 
 
