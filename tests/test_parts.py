@@ -2,6 +2,7 @@
 
 import io
 import os
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -345,6 +346,15 @@ def test_parts_without_labels(tmp_path: Path) -> None:
 )
 def test_a_part_is_told_by_the_name_of_the_file_then_by_those_of_folders(path: str, part: str) -> None:
     assert parts.part_of(path, exactly=False) == part
+
+
+def test_many_digits_in_a_name_take_no_time() -> None:
+    names = [f"x-{word}-{'1' * 60}{end}" for word in ("train", "test") for end in ("-abc.parquet", ".parquet")]
+    began = time.monotonic()
+    found = parts.by_part(names)
+    assert time.monotonic() - began < 1
+    assert found is not None
+    assert (found.train, found.test) == ([names[1]], [names[3]])
 
 
 def test_a_folder_whose_name_begins_like_a_part_is_none(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ NAMES = "(train|training|test|testing|val|valid|validation|dev|eval|evaluation)(
 FOLDER = re.compile(NAMES + r"(\.parquet)?", re.IGNORECASE)  # Spark writes a folder of this name
 FILE = re.compile(NAMES + r"([-_.].*)?", re.IGNORECASE)
 # the word last, before what only counts; of folders, too, where others are called so up to that word and are of another part
-LAST = re.compile(r"(.*[-_. ])" + NAMES + r"(?:[-_.]?(?:of[-_.])?\d+)*(?:\.parquet)?", re.IGNORECASE)
+LAST = re.compile(r"(.*[-_. ])" + NAMES + r"(?:[-_.]?(?:of[-_.])?\d++)*(?:\.parquet)?", re.IGNORECASE)
 OF = {"train": "train", "training": "train", "test": "test", "testing": "test"}  # all others are the validation part
 
 
