@@ -189,6 +189,10 @@ LAYOUTS = {
     ),
     "test/cat test/dog val/cat val/dog": "'test', 'val'" + NO_TRAINING,
     "test val": "'test', 'val'" + NO_TRAINING,
+    "a_train/cat a_train/dog a_val/cat a_val/dog b_train/cat b_train/dog b_test/cat b_test/dog": (
+        "'a_train', 'a_val', 'b_test', 'b_train', which hold no images but sub-folders of the same names, as parts of a data set "
+        "do; give one of them as data.source, or --data.official_split false if they are classes"
+    ),
     "a/cat a/dog b/cat b/dog b/hen": (
         "'a', 'b', which hold no images but sub-folders of the same names, as parts of a data set do; give one of them as "
         "data.source, or --data.official_split false if they are classes"
@@ -202,8 +206,8 @@ def test_parts_of_any_name_are_no_classes(tmp_path: Path, layout: str, labelled:
     folders = layout.split()
     tree(tmp_path, *folders)
     refused(tmp_path, f"has the folders {LAYOUTS[layout]}", labelled=labelled)
-    first, other = sorted({folder.split("/")[0] for folder in folders})
-    named = listed(tmp_path, labelled=labelled, classes={"one": [first], "two": [other]})
+    first, other, *more = sorted({folder.split("/")[0] for folder in folders})
+    named = listed(tmp_path, labelled=labelled, classes={"one": [first], "two": [other, *more]})
     assert named.found == 4 * len(folders), "the way out of the message"
     if NO_TRAINING in LAYOUTS[layout]:
         way = (
@@ -222,7 +226,7 @@ def test_parts_of_any_name_are_no_classes(tmp_path: Path, layout: str, labelled:
         assert (tops(official, "train"), tops(official, "test")) == ({train}, {first, other} - {train})
         assert official.class_names == ("cat", "dog")
     elif "official_split false if" in LAYOUTS[layout]:
-        assert listed(tmp_path, labelled=labelled, official_split=False).class_names == (first, other)
+        assert listed(tmp_path, labelled=labelled, official_split=False).class_names == (first, other, *more)
     elif "official_split false" in LAYOUTS[layout]:
         own = listed(tmp_path, labelled=labelled, official_split=False)
         assert (tops(own, "train"), own.class_names) == ({"train"}, ("cat", "dog"))
@@ -267,10 +271,14 @@ def test_classes_with_folders_inside_are_classes(tmp_path: Path, layout: str, cl
 )
 def test_parts_of_any_name_in_parquet_are_not_pooled(tmp_path: Path, names: tuple[str, str], train: bool) -> None:
     shards(tmp_path, *names)
-    way = "true to take its own" if train else "false to take all of them, or one of them as data.source$"
+    alone = train and any(parts.part_of(name, exactly=False) for name in names)
+    way = "true to take its own test part, or false to split its training" if alone else "true .* false to take and split all of"
+    if not train:
+        way = "false to take all of them, or one of them as data.source$"
     refused(tmp_path, f"such as '{names[0]}' and '{names[1]}'; give --data.official_split {way}")
     own = listed(tmp_path, official_split=False)
-    assert {id.split("#")[0] for id in own.table["id"].to_pylist()} == ({names[0]} if train else {*names})
+    assert {id.split("#")[0] for id in own.table["id"].to_pylist()} == ({names[0]} if alone else {*names})
+    assert own.ignored == ("1 Parquet files of other parts, the first: 'X' (data.official_split)".replace("X", names[1]) * alone)
     if train:
         official = listed(tmp_path, official_split=True)
         assert {id.split("#")[0] for id in official.rows("test")["id"].to_pylist()} == {names[1]}
@@ -297,7 +305,12 @@ def test_parts_in_parquet_are_not_pooled_unasked(tmp_path: Path, other: str, lab
 
 @pytest.mark.parametrize(
     "names",
-    ["train-0.parquet train-1.parquet 2.parquet", "a-train.parquet b-test.parquet", "x_train/0.parquet y_val/1.parquet"],
+    [
+        "train-0.parquet train-1.parquet 2.parquet",
+        "a-train.parquet b-test.parquet",
+        "x_train/0.parquet y_val/1.parquet",
+        "a-train.parquet a-test.parquet b-train.parquet b-test.parquet",
+    ],
 )
 def test_files_of_no_two_parts_are_one_source(tmp_path: Path, names: str) -> None:
     shards(tmp_path, *names.split())
@@ -346,6 +359,12 @@ def test_parts_without_labels(tmp_path: Path) -> None:
 )
 def test_a_part_is_told_by_the_name_of_the_file_then_by_those_of_folders(path: str, part: str) -> None:
     assert parts.part_of(path, exactly=False) == part
+
+
+def test_numbers_before_the_word_are_no_other_data_set() -> None:
+    found = parts.by_part([f"data/{k:04}.{word}.parquet" for word in ("train", "test") for k in range(2)])
+    assert found is not None
+    assert (len(found.train), len(found.test)) == (2, 2)
 
 
 def test_many_digits_in_a_name_take_no_time() -> None:

@@ -391,6 +391,29 @@ def test_a_set_of_before_its_source_looked_like_parts_is_gone_on_with(
         set_settings.begin(others, set_maker.settings_of(config, list_examples(config.data)))
 
 
+def test_a_set_of_before_its_parquet_looked_like_parts_is_gone_on_with(make: Make, tmp_path: Path) -> None:
+    """Of all files, which the listing that is asked for with false has as well."""
+    source = tmp_path / "files"
+    source.mkdir()
+    for name in ("x-1", "x-2"):
+        encoded = []
+        for shade in range(10):
+            Image.new("L", (8, 8), shade).save(buffer := io.BytesIO(), "png")
+            encoded.append(buffer.getvalue())
+        columns = {"image": encoded, "label": [0, 1] * 5, "key": [f"{name} {i}" for i in range(10)]}
+        pq.write_table(pa.table(columns), source / f"{name}.parquet")
+    config = make(None, source=str(source), id_column="key")
+    listing, folder = list_examples(config.data), Location(None, f"{config.output}/on_manifold_set")
+    before = set_maker.settings_of(config, listing)
+    for old, new in (("x-1", "x-test"), ("x-2", "x-train")):
+        (source / f"{old}.parquet").rename(source / f"{new}.parquet")
+    with pytest.raises(UserError, match="or false to take and split all of them, as sets that were begun without a word of it"):
+        list_examples(config.data)
+    set_settings.begin(folder, before)
+    now = make(None, source=str(source), id_column="key", official_split=False)
+    assert set_maker.make(now, torch.device("cpu"), print)["count"] == 20
+
+
 def test_a_class_whose_images_are_all_lost_is_told(make: Make, photos: Path) -> None:
     config = make(None, official_split=True, max_rejected=0.5)
     lines: list[str] = []

@@ -196,11 +196,18 @@ def _parts(root: Location, names: list[str], config: DataConfig, labelled: bool)
         first, *others = [part[0] for part in (found.train, found.test, found.validation) if part]
         if others:
             ways = "true to take its own test part, or false to split its training part"
+            if found.by_last_words:
+                ways = (
+                    "true to take its own test part, or false to take and split all of them, as sets that were begun without a "
+                    "word of it do; to split one alone, give it as data.source"
+                )
             raise UserError(
                 f"'{root}' has Parquet files of parts of a data set, such as '{text(first)}' and '{text(others[0])}'; give "
                 f"--data.official_split {ways if found.train else 'false to take all of them, or one of them as data.source'}"
             )
-    if found and (not found.train or (config.official_split is None and not config.classes)):
+    # what such names say was not asked about once: sets of all files are gone on with
+    pooled = found and found.by_last_words and config.official_split is False
+    if found and (not found.train or pooled or (config.official_split is None and not config.classes)):
         found = None
     test = []
     if found and config.official_split is not False:
