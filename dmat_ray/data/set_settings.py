@@ -1,20 +1,14 @@
 """With which settings an on-manifold set was begun: `settings.json`, and in a finished one the manifest."""
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from dmat_ray.data import set_format
-from dmat_ray.data.folder_source import text
 from dmat_ray.data.set_format import MANIFEST
 from dmat_ray.errors import UserError
 from dmat_ray.storage import Location
 
 SETTINGS = "settings.json"
-FILES = "files.json"  # beside it: digests of the source's files of many images
 MAX_PIXELS = "data.max_pixels"
 LISTING, BY_LISTING = "listing_sha256", {"data.official_split", "data.classes"}  # the former tells all that the latter do
 COUNT = "examples"
@@ -43,35 +37,6 @@ def begin(folder: Location, settings: dict[str, Any]) -> None:
         raise UserError(f"the on-manifold set '{folder}' was begun with {_told(before, now, changed)}, or remove the folder")
     if old != settings or not path.is_file():
         path.write_json(settings)
-
-
-def same_files(folder: Location, source: Location, rows: pa.Table) -> str:
-    """Note the digests of the source's files that hold many images each, of `Listing.table`, or check that those that were noted
-    are the same.
-
-    An image is known by its place in such a file, so that two halves of a set would be of two files. Returns what is to be said
-    of one in an object store, whose digest tells the time at which it was put there; empty if nothing is. Raises UserError for
-    another one on this machine. A set begun before this was noted is not compared.
-    """
-    path, many = folder / FILES, rows.filter(pc.is_valid(rows["file_digest"])).group_by(["file", "file_digest"]).aggregate([])
-    files = {text(os.fsdecode(row["file"])): row["file_digest"] for row in many.to_pylist()}
-    if not files:
-        return ""
-    try:
-        before = path.read_json()
-    except FileNotFoundError:
-        path.write_json(files)
-        return ""
-    other = [name for name, digest in sorted(files.items()) if isinstance(before, dict) and before.get(name, digest) != digest]
-    if not other:
-        return ""
-    told = f"'{source / other[0] if other[0] else source}' is another file than when the on-manifold set '{folder}' was begun"
-    if source.scheme:
-        return f"warning: {told}, or was put there again: if its images are not the same, remove the set's folder and begin anew"
-    raise UserError(
-        f"{told}, which knows images by their places in it; put the file of then back, give another --output, or remove "
-        "the folder"
-    )
 
 
 def _told(before: dict[str, Any], now: dict[str, Any], changed: Sequence[str]) -> str:

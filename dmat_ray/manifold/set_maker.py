@@ -17,6 +17,7 @@ from dmat_ray.config import Config, ProjectionConfig
 from dmat_ray.data import first_look, set_format, set_settings, set_writer, sources
 from dmat_ray.data.apart import require_apart
 from dmat_ray.data.pixels import quantise
+from dmat_ray.data.same_files import require_same_files
 from dmat_ray.data.set_format import MANIFEST, SHARDS
 from dmat_ray.data.set_reader import read_manifest, warning_of_copies, warning_of_given_up, warnings_of_lost
 from dmat_ray.data.set_writer import Record, Shard
@@ -26,7 +27,7 @@ from dmat_ray.files import sha256, text_digest
 from dmat_ray.lease import Lease, exclusive
 from dmat_ray.manifold import encoder, generators, trained_on
 from dmat_ray.manifold.projection import Projector
-from dmat_ray.storage import Location, at, set_folder
+from dmat_ray.storage import Location, set_folder
 from dmat_ray.weights import locate_lpips
 
 # What may change over a half-finished set: the quality of results does not depend on it. (w itself may, where rounding decides
@@ -196,8 +197,7 @@ def begun(config: Config, say: Callable[[str], None], listing: Listing | None = 
         try:
             lease = stack.enter_context(exclusive(folder))
             set_settings.begin(folder, settings)
-            if warning := set_settings.same_files(folder, at(config.data.source), listing.table):
-                say(warning)
+            require_same_files(folder, listing.table, config.data)
             (folder / MANIFEST).unlink()
             (folder / SHARDS).sweep()
         except OSError as error:
