@@ -67,9 +67,7 @@ def make(photos: Path, tmp_path: Path, generator_folder: Path) -> Make:
 
 def said(config: Config) -> list[str]:
     """The warnings of a projection before it begins."""
-    lines: list[str] = []
-    set_maker.prepare(config, lines.append)
-    return [line for line in lines if line.startswith("warning")]
+    return set_maker.warnings_before(config, set_maker.prepare(config, print))
 
 
 def test_test_images_that_the_generator_was_trained_on_are_told(make: Make) -> None:
@@ -698,6 +696,12 @@ def test_images_that_cannot_be_read_are_told_before_the_search(make: Make, photo
             "warning: 2 of 20 images cannot be read, more than data.max_rejected = 0.05, so that the set will not be finished; "
         )
         assert lines[-1].startswith(f"{told}the first: 'train/class0/04.png' cannot be read as an image: it begins with b'text'")
+    monkeypatch.setattr(first_look, "SOME", 10)
+    monkeypatch.setattr(first_look, "MOST_SECONDS", 0.0)
+    with set_maker.begun(config, lines.append) as work:
+        assert work is not None
+        assert lines[-1] == "looking at 20 images", "for no longer than it may take"
+    monkeypatch.undo()
     with pytest.raises(UserError, match=r"2 of 20 images were rejected, more than data\.max_rejected = 0\.05"):
         set_maker.make(config, torch.device("cpu"), lines.append)
     lines.clear()
@@ -712,3 +716,30 @@ def test_images_that_cannot_be_read_are_told_before_the_search(make: Make, photo
     lines.clear()
     assert set_maker.make(config, torch.device("cpu"), lines.append)["count"] == 20
     assert not any(line.startswith("warning") for line in lines)
+
+
+def test_little_of_a_large_file_is_read_before_the_search(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row group is read from its beginning only; where a set is whole nothing is looked at."""
+    source = tmp_path / "photos.parquet"
+    images = [Image.fromarray(np.full((8, 8), k, np.uint16)) for k in range(1000)]
+    encoded = []
+    for image in images:
+        image.save(buffer := io.BytesIO(), "png")
+        encoded.append(buffer.getvalue())
+    pq.write_table(pa.table({"image": encoded, "label": [0, 1] * 500}), source, row_group_size=100)
+    config = make(None, source=str(source), train_limit=900)
+    table = list_examples(config.data).table
+    row = first_look.early(table, config.data, 64)["row"].to_numpy()
+    assert len(row) == 64
+    assert len({*row // 100}) == 8
+    assert {0, 9} < {*row // 100}, "from the first group to the last"
+    assert (row % 100).max() < 30, "of each the first few"
+    assert "nearly black: the highest level of 64 images" in first_look.warning_of_dark(table, config.data)
+    few = make(None, source=str(source), train_limit=10, test_limit=4)
+    lines: list[str] = []
+    set_maker.make(few, torch.device("cpu"), lines.append)
+    assert sum("nearly black" in line for line in lines) == 1
+    monkeypatch.setattr(first_look, "read", unreadable)
+    lines.clear()
+    set_maker.make(few, torch.device("cpu"), lines.append)
+    assert lines[-1] == "the on-manifold set is whole and unchanged, nothing to do"

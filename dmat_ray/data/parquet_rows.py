@@ -106,6 +106,14 @@ class Reader:
             yield from ((int(row), reason(error, self.place)) for row in wanted[wanted >= end])
 
 
+def group_starts(place: Location) -> np.ndarray:
+    """The rows of a file at which its row groups begin, int64 (groups). Raises like `Location.open` and pyarrow."""
+    with place.open() as content:
+        metadata = pq.ParquetFile(content).metadata
+    groups = [metadata.row_group(k).num_rows for k in range(metadata.num_row_groups)]
+    return np.cumsum([0, *groups], dtype=np.int64)[:-1]
+
+
 _OF_THREAD = threading.local()
 
 

@@ -84,10 +84,13 @@ def prepare(config: Config, say: Callable[[str], None]) -> Listing:
         say(f"taking {taken} of {listing.found} images ({', '.join(f'data.{name}' for name in why)})")
     if listing.ignored:
         say(f"not taken: {listing.ignored}")
-    for warning in (first_look.warning_of_dark(listing.table, config.data), trained_on.warning_of_seen(config, listing)):
-        if warning:
-            say(warning)
     return listing
+
+
+def warnings_before(config: Config, listing: Listing) -> list[str]:
+    """What is to be said of the images before they are projected. Some are read and decoded for it."""
+    found = (first_look.warning_of_dark(listing.table, config.data), trained_on.warning_of_seen(config, listing))
+    return [warning for warning in found if warning]
 
 
 def _require_room(config: Config, listing: Listing) -> None:
@@ -207,7 +210,10 @@ def begun(config: Config, say: Callable[[str], None], listing: Listing | None = 
         shards, records = set_writer.plan(listing, config.projection.shard_size), set_writer.read_records(folder)
         todo = set_writer.unfinished(shards, records)
         rest = pa.concat_tables([shard.rows for shard in todo] or [listing.table.slice(0, 0)])
-        if warning := first_look.warning_of_unreadable(rest, config.data, listing.table.num_rows):
+        if todo:
+            for warning in warnings_before(config, listing):
+                say(warning)
+        if warning := first_look.warning_of_unreadable(rest, config.data, listing.table.num_rows, say):
             say(warning)
         yield Begun(folder, settings, listing, lease, shards, records, todo)
 

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from dmat_ray.config import Config, DataConfig
 from dmat_ray.data import sources
+from dmat_ray.data.first_look import early
 from dmat_ray.data.folder_source import text
 from dmat_ray.data.sources import Listing, read_pixels, versions_of_images
 from dmat_ray.errors import DmatRayError
@@ -188,8 +189,7 @@ def _seen_elsewhere(config: Config, listing: Listing, card: dict[str, Any], thei
         here, then = rows.filter(wanted), known.take(place.filter(wanted))["pixels_sha256"].to_pylist()
         return _same(config, card, theirs, here, then), renamed
     test, digests = rows.filter(in_test), set(known["pixels_sha256"].to_pylist())
-    some = np.unique(np.linspace(0, test.num_rows - 1, min(LOOKED_AT, test.num_rows)).astype(np.int64))
-    found = _same(config, card, theirs, test.take(pa.array(some)), digests) if digests else 0
+    found = _same(config, card, theirs, early(test, config.data, LOOKED_AT), digests) if digests else 0
     if not found:
         return found, True
     return _same(config, card, theirs, test, digests), True
