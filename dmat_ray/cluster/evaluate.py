@@ -37,6 +37,7 @@ from dmat_ray.wording import duration
 ROWS, DONE, CHECKS, UNITS = "rows.parquet", "evaluation.json", "checks.json", "units"
 LEFT_OUT = "left_out"  # what DONE says for readers beside what the rows depend on
 SAY_EVERY_S = 5.0
+LEAST_SHARE = 0.05  # of the work, before which it is not told how long the rest will take
 READERS = 16  # files read at a time: an object store answers slowly, and many at once
 
 
@@ -297,20 +298,40 @@ def read_pictures(
 def _run_all(work: _Work, todo: Sequence[Unit], what: str, say: Callable[[str], None]) -> None:
     """Do these units, and say how far it is."""
     session.await_machines(work.config.cluster, say)
-    whole, done = sum(map(work.cost, todo)), 0.0
+    pace = _Pace(sum(map(work.cost, todo)))
     began = said = time.monotonic()
     say(f"{what}{len(todo)} batches for {min(work.config.cluster.evaluation_actors, len(todo))} actors")
     with breaking_silence("batch", say) as heard:
         for number, unit in enumerate(work.run(todo), 1):
             heard()
-            done += work.cost(unit)
             gauges.evaluated(unit.model)
             now = time.monotonic()
+            pace.done(work.cost(unit), now)
             if now - said >= SAY_EVERY_S or number == len(todo):
                 said = now
-                seconds = now - began
-                left = f", about {duration(seconds * (whole - done) / done)} to go" if number < len(todo) else ""
-                say(f"{what}{number}/{len(todo)} batches, {seconds:.0f} s{left}; last {_told(unit)} on {unit.model}")
+                far = f"{number}/{len(todo)} batches, {now - began:.0f} s{pace.to_go(now)}"
+                say(f"{what}{far}; last {_told(unit)} on {unit.model}")
+
+
+class _Pace:
+    """How long work of a given cost will take from here. The first that is done says nothing: actors were starting."""
+
+    def __init__(self, whole: float) -> None:
+        self._left, self._since, self._measured = whole, 0.0, 0.0
+
+    def done(self, cost: float, now: float) -> None:
+        """So much more of it is done."""
+        self._left -= cost
+        if self._since:
+            self._measured += cost
+        else:
+            self._since = now
+
+    def to_go(self, now: float) -> str:
+        """To stand behind a report; nothing at the end, and while too little was done to say."""
+        if self._left <= 0 or self._measured < LEAST_SHARE * (self._left + self._measured):
+            return ""
+        return f", about {duration((now - self._since) * self._left / self._measured)} to go"
 
 
 def _told(unit: Unit) -> str:

@@ -114,6 +114,8 @@ def evaluate(
             stack.enter_context(connected(config.cluster, config.output, say, (EVALUATE,)))
             run = stack.enter_context(tracking.tracked(config, "", "evaluate", parent, key=key))
             told = (page, *report.siblings(page))
+            if page.is_file():
+                say(f"'{page}' is of other rows: this evaluation's takes its place when it is done, and MLflow keeps the former")
             rows, findings = stage.evaluate(config, set_folder(config), models, folder, say, lease, pictures=True, of_rows=told)
         results = Results(rows, config.evaluation)
         found = results.accuracies()

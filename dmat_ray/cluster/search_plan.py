@@ -50,7 +50,9 @@ class Plan:
             self.space.require_drawn_by(config.tune.searcher)
         probe = self._probe = spaces.trial_config(self.base, self.space.constants, "probe", config.tune.epochs)
         if not probe.training.val_examples:
-            raise UserError("a search judges trials by held-out images; training.val_examples is 0")
+            raise UserError(
+                "a search judges trials by held-out images; training.val_examples is 0; give --training.val_examples, how many"
+            )
         if config.tune.max_gpu_hours is not None and not config.cluster.gpus_per_worker:
             raise UserError("tune.max_gpu_hours counts GPUs, and cluster.gpus_per_worker is 0; give --max-wall-time")
         if config.tune.scheduler == "pbt" and (odd := [k for k in self.space.names if k.startswith("classifier.")]):

@@ -246,8 +246,16 @@ def _start(config: ClusterConfig, counts: Sequence[str]) -> None:
     import ray
 
     cpus = _local_cpus(config, counts)
-    with _native_stderr_held(), _groups_of_their_own():
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **COMMON)
+    try:
+        with _native_stderr_held(), _groups_of_their_own():
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **COMMON)
+    except Exception as error:  # Ray has no kind of its own for a start that takes too long
+        if "timed out during startup" not in str(error):
+            raise
+        raise UserError(
+            "Ray did not come up on this machine in half a minute: it is busy with other work, or short of memory; give the same "
+            "command again when it is less so"
+        ) from error
 
 
 def _join(address: str, told: str) -> None:

@@ -186,6 +186,8 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
         lease.check()
         if asked.is_set() and any(Leftover(folder).final(c) is None for c in configs):
             publish_finished()  # of several models some may be done
+            if done := [name for name, place in final.items() if place is not None]:
+                say(f"finished and stored: {', '.join(done)}")
             say("stopped; the same command goes on from the checkpoint")
             return  # which is where the signal takes effect
         publish_finished()

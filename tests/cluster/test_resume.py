@@ -133,6 +133,7 @@ def test_what_a_group_has_finished_is_kept_and_the_next_goes_on_in_another_group
     with pytest.raises(ray.train.TrainingFailedError if ends == "it fails" else SystemExit):
         jobs.train([standard, dmat], say)
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["standard"]
+    assert ("finished and stored: standard" in lines) == (ends == "it is stopped")
     trained, calm = (load_file(place / "models" / "standard" / "model.safetensors") for place in (tmp_path, finished.output))
     assert all(torch.allclose(trained[name], calm[name], rtol=1e-3, atol=1e-5) for name in calm)
     assert [path.name[:9] for path in (tmp_path / "train").iterdir()] == ["2_models-"]

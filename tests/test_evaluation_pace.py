@@ -1,0 +1,29 @@
+"""How long the rest of an evaluation is said to take."""
+
+import pytest
+
+from dmat_ray.cluster.evaluate import _Pace
+
+
+def test_the_rest_takes_as_long_as_what_was_done_by_cost_without_the_start():
+    """Actors take 40 s to start; then a unit of cost c takes c / 10 seconds."""
+    costs, now, said = [1.0, 100.0, 100.0, 200.0, 600.0, 1000.0], 40.0, []
+    pace = _Pace(sum(costs))
+    for cost in costs:
+        now += cost / 10
+        pace.done(cost, now)
+        said.append(pace.to_go(now))
+    assert said[:2] == ["", ", about 3 minutes to go"]
+    assert said[-1] == ""
+    left = [sum(costs[i + 1 :]) / 10 for i in range(len(costs))]
+    told = [float(text.split()[1]) * (60 if "minutes" in text else 1) for text in (t.removeprefix(", ") for t in said) if text]
+    assert told == pytest.approx(left[1:-1], abs=30)
+
+
+def test_nothing_is_said_while_next_to_nothing_is_done():
+    pace = _Pace(1000.0)
+    pace.done(1.0, 100.0)
+    pace.done(1.0, 100.2)
+    assert pace.to_go(100.2) == ""
+    pace.done(60.0, 106.4)
+    assert pace.to_go(106.4) == ", about 2 minutes to go", "938 at 61 in 6.4 s"
