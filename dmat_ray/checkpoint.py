@@ -260,10 +260,10 @@ def load_classifier(folder: Place, device: torch.device | str = "cpu") -> tuple[
 
 
 def settings_of(run: dict[str, Any]) -> Config:
-    """The settings by which a run.json's network was trained. How it was to be evaluated, and searched for, is left out: a later
-    version may refuse a row of these that it once had.
+    """The settings by which a run.json's network was trained. How it was to be evaluated, searched for and tracked is left out: a
+    later version may refuse a row of these, or an address, that it once had.
     """
-    return validate({name: section for name, section in run["config"].items() if name not in ("evaluation", "tune")})
+    return validate({name: section for name, section in run["config"].items() if name not in ("evaluation", "tune", "tracking")})
 
 
 def save_program(folder: Path, content: bytes, kind: str, network: classifiers.Classifier, run: dict[str, Any]) -> None:

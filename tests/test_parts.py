@@ -394,3 +394,15 @@ def test_what_is_left_aside_is_named_in_characters_that_print(tmp_path: Path) ->
         ignored = listed(tmp_path / source, official_split=True).ignored
         assert "'vid\\xe9os" in ignored
         ignored.encode()
+
+
+@pytest.mark.parametrize("shape", ["part-{k}-{word}", "{k:04}.{word}", "all/x_{k}_{word}", "set {k} {word}"])
+def test_numbered_files_are_of_one_data_set_however_many_a_part_has(shape: str) -> None:
+    names = [shape.format(word=word, k=k) + ".parquet" for word, count in (("train", 3), ("test", 1)) for k in range(count)]
+    found = parts.by_part(names)
+    assert found is not None
+    assert (found.train, found.test, found.rest) == (names[:3], names[3:], [])
+
+
+def test_a_number_in_a_word_tells_data_sets_apart() -> None:
+    assert parts.by_part([f"cifar{k}_{word}.parquet" for k in (10, 100) for word in ("train", "test")]) is None

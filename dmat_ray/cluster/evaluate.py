@@ -298,7 +298,7 @@ def read_pictures(
 def _run_all(work: _Work, todo: Sequence[Unit], what: str, say: Callable[[str], None]) -> None:
     """Do these units, and say how far it is."""
     session.await_machines(work.config.cluster, say)
-    pace = _Pace(sum(map(work.cost, todo)))
+    pace = _Pace(sum(map(work.cost, todo)), min(work.config.cluster.evaluation_actors, len(todo)))
     began = said = time.monotonic()
     say(f"{what}{len(todo)} batches for {min(work.config.cluster.evaluation_actors, len(todo))} actors")
     with breaking_silence("batch", say) as heard:
@@ -314,22 +314,22 @@ def _run_all(work: _Work, todo: Sequence[Unit], what: str, say: Callable[[str], 
 
 
 class _Pace:
-    """How long work of a given cost will take from here. The first that is done says nothing: actors were starting."""
+    """How long work of a given cost will take from here, by what is done after the first of every actor."""
 
-    def __init__(self, whole: float) -> None:
-        self._left, self._since, self._measured = whole, 0.0, 0.0
+    def __init__(self, whole: float, actors: int) -> None:
+        self._left, self._starting, self._since, self._measured = whole, actors, 0.0, 0.0
 
     def done(self, cost: float, now: float) -> None:
         """So much more of it is done."""
         self._left -= cost
-        if self._since:
-            self._measured += cost
+        if self._starting:
+            self._starting, self._since = self._starting - 1, now
         else:
-            self._since = now
+            self._measured += cost
 
     def to_go(self, now: float) -> str:
         """To stand behind a report; nothing at the end, and while too little was done to say."""
-        if self._left <= 0 or self._measured < LEAST_SHARE * (self._left + self._measured):
+        if self._left <= 0 or not self._measured or self._measured < LEAST_SHARE * (self._left + self._measured):
             return ""
         return f", about {duration((now - self._since) * self._left / self._measured)} to go"
 

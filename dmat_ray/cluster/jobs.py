@@ -115,7 +115,7 @@ def evaluate(
             run = stack.enter_context(tracking.tracked(config, "", "evaluate", parent, key=key))
             told = (page, *report.siblings(page))
             if page.is_file():
-                say(f"'{page}' is of other rows: this evaluation's takes its place when it is done, and MLflow keeps the former")
+                say(f"'{page}' will be replaced by that of this evaluation when it is done")
             rows, findings = stage.evaluate(config, set_folder(config), models, folder, say, lease, pictures=True, of_rows=told)
         results = Results(rows, config.evaluation)
         found = results.accuracies()

@@ -92,8 +92,9 @@ def warning_of_unreadable(rows: pa.Table, config: DataConfig, total: int, say: C
         bad = [one for part in pool.map(look, range(0, rows.num_rows, CHUNK)) for one in part]
     if len(bad) <= config.max_rejected * total:
         return ""
+    known = f"{'at least ' if time.monotonic() > end else ''}{len(bad)} of {total} images"
     return (
-        f"warning: {len(bad)} of {total} images cannot be read, more than data.max_rejected = {config.max_rejected}, so that the "
-        f"set will not be finished; the first: '{bad[0][0]}' {bad[0][1]}. Repair the files, or raise data.max_rejected, "
+        f"warning: {known} cannot be read, more than data.max_rejected = {config.max_rejected}, so that the set will "
+        f"not be finished; the first: '{bad[0][0]}' {bad[0][1]}. Repair the files, or raise data.max_rejected, "
         "and run again: what has been projected by then is kept"
     )

@@ -12,7 +12,9 @@ FOLDER = re.compile(NAMES + r"(\.parquet)?", re.IGNORECASE)  # Spark writes a fo
 FILE = re.compile(NAMES + r"([-_.].*)?", re.IGNORECASE)
 # the word last, before what only counts; of folders, too, where others are called so up to that word and are of another part
 LAST = re.compile(r"(.*[-_. ])" + NAMES + r"(?:[-_.]?(?:of[-_.])?\d++)*(?:\.parquet)?", re.IGNORECASE)
-NUMBERED = re.compile(r"(^|/)[\d._ -]+(?=/|$)")  # of 0000.train.parquet and 0001.train.parquet: no data sets of their own
+NUMBERED = re.compile(
+    r"(?<![^/._ -])\d++(?=[/._ -]|$)"
+)  # of 0000.train.parquet and part-1-train.parquet: no data sets of their own
 OF = {"train": "train", "training": "train", "test": "test", "testing": "test"}  # all others are the validation part
 
 
@@ -57,14 +59,13 @@ def _by_last_words(paths: Sequence[str]) -> dict[str, str]:
         names = path.split("/")
         for depth in range(len(names), 0, -1):
             if match := LAST.fullmatch(names[depth - 1]):
-                found[path] = "/".join([*names[: depth - 1], match[1]]), _part(match[2])
+                found[path] = NUMBERED.sub("", "/".join([*names[: depth - 1], match[1]])), _part(match[2])
                 break
     parts_of: dict[str, set[str]] = {}
     for before, part in found.values():
         parts_of.setdefault(before, set()).add(part)
     known = {before for before, several in parts_of.items() if len(several) > 1}
-    titles = {NUMBERED.sub(r"\1", before) for before in known}
-    return {path: part for path, (before, part) in found.items() if before in known} if len(titles) == 1 else {}
+    return {path: part for path, (before, part) in found.items() if before in known} if len(known) == 1 else {}
 
 
 def by_part(paths: Sequence[str], *, exactly: bool = False) -> Parts | None:

@@ -17,7 +17,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.storage import Location, at
 
 FILES = "files.json"  # in the set's folder: digests of the source's files of many images
-LOOKED_INTO, FEW = 8, 8  # finished shards of a file's images, and rows at most of each of them
+LOOKED_INTO, EACH, FEW = 64, 8, 8  # finished shards in all (one a file at least) and of a file's images; rows at most of each
 
 
 def require_same_files(folder: Location, rows: pa.Table, config: DataConfig) -> None:
@@ -42,9 +42,12 @@ def require_same_files(folder: Location, rows: pa.Table, config: DataConfig) -> 
     others = [
         file for file in sorted(now) if isinstance(before, dict) and before.get(text(os.fsdecode(file)), now[file]) != now[file]
     ]
-    records = set_writer.read_records(folder) if others else {}
+    finished = _shards_of(set_writer.read_records(folder), rows) if others else {}
     for file in others:
-        if not _holds_the_same(folder, records, rows.filter(pc.equal(rows["file"], pa.scalar(file, pa.binary()))), config):
+        shards = finished.get(file, [])
+        looked = min(EACH, max(1, LOOKED_INTO // len(others)), len(shards))
+        some = [shards[k] for k in np.unique(np.linspace(0, len(shards) - 1, looked).astype(np.int64))]
+        if not _holds_the_same(folder, some, rows.filter(pc.equal(rows["file"], pa.scalar(file, pa.binary()))), config):
             place = at(config.source) / os.fsdecode(file)
             raise UserError(
                 f"'{place}' is another file than when the on-manifold set '{folder}' was begun, which knows images by their "
@@ -55,18 +58,25 @@ def require_same_files(folder: Location, rows: pa.Table, config: DataConfig) -> 
         path.write_json(files)
 
 
-def _holds_the_same(folder: Location, records: dict[str, Record], rows: pa.Table, config: DataConfig) -> bool:
-    """Whether these images have the bytes that finished rows of the set have, as far as a few rows tell, if there are any."""
+def _holds_the_same(folder: Location, shards: list[str], rows: pa.Table, config: DataConfig) -> bool:
+    """Whether these images have the bytes that finished rows of the set have, as far as a few rows of shards tell, if any."""
     stored: dict[str, bytes] = {}
-    finished = [name for name, record in sorted(records.items()) if _any_of(rows, record.ids)]
-    for place in np.unique(np.linspace(0, len(finished) - 1, min(LOOKED_INTO, len(finished))).astype(np.int64)):
-        stored |= _stored(folder / SHARDS / finished[place], rows["id"])
+    for name in shards:
+        stored |= _stored(folder / SHARDS / name, rows["id"])
     here = rows.filter(pc.is_in(rows["id"], value_set=pa.array(list(stored), pa.string())))
     return all(stored[id] == content for id, content in zip(here["id"].to_pylist(), read(here, config), strict=True))
 
 
-def _any_of(rows: pa.Table, ids: tuple[str, ...]) -> bool:
-    return bool(pc.any(pc.is_in(pa.array(ids, pa.string()), value_set=rows["id"])).as_py())
+def _shards_of(records: dict[str, Record], rows: pa.Table) -> dict[bytes, list[str]]:
+    """The finished shards that hold images of each file, in their order."""
+    shards = [(name, id) for name, record in sorted(records.items()) for id in record.ids]
+    places = pc.index_in(pa.array([id for _, id in shards], pa.string()), value_set=rows["id"].combine_chunks())
+    files = rows["file"].take(places).to_pylist()
+    found: dict[bytes, dict[str, None]] = {}
+    for (name, _), file in zip(shards, files, strict=True):
+        if file is not None:
+            found.setdefault(file, {})[name] = None
+    return {file: list(names) for file, names in found.items()}
 
 
 def _stored(shard: Location, ids: pa.ChunkedArray) -> dict[str, bytes]:
