@@ -52,6 +52,7 @@ def test_rows_that_are_refused_by_now_do_not_keep_a_model_from_being_loaded(save
         {"threat": "autoattack", "name": "AA", "part": "square", "eps": 8, "group": "g"}
     ]
     description["config"]["tune"] = {"searcher": "of another time"}
+    description["config"]["tracking"] = {"uri": "http://me:secret@of-another-time"}
     del description["sha256"]
     checkpoint.seal(saved, "run.json", description)
     network, run = checkpoint.load_classifier(saved)
