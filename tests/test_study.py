@@ -247,9 +247,17 @@ def test_what_the_readme_says_of_the_study_in_colour_is_what_the_rows_say() -> N
         f"DMAT is {clean} points more accurate than AT on clean natural images, after correction, and {latent} points more "
         "robust on the manifold, by its own interval" in text
     )
+    notes = " ".join((study.folder / "notes.md").read_text(encoding="utf-8").split())
+    wide = study.difference(study_claims.Claim("", "dmat_trades_wide", "at", "clean"), "natural")
+    assert f"(`dmat_trades_wide`) has {wide} points more on clean natural images than AT" in notes
     told = {s: [line for line in study_tables.verdicts(study, s) if "DMAT" in line] for s in ("natural", "on_manifold")}
     assert [line.count("**confirmed**") for line in told["natural"] if "better clean accuracy than AT" in line] == [1]
     assert [line.count("| confirmed |") for line in told["on_manifold"] if "AT is not robust on the manifold" in line] == [1]
+    study.looks = 1
+    (of_one_look,) = [line for line in study_tables.verdicts(study, "on_manifold") if "AT is not robust on the manifold" in line]
+    assert f"the gain on the manifold would not (p {of_one_look.split('|')[-2].strip()})" in notes
+    (row,) = [line for line in study_tables.worst_cases(study) if line.startswith("| dmat_fog_recolor_stadv |")]
+    assert row.split("|")[8].strip().startswith("**+"), "which that of best_color over AT would"
 
 
 def test_what_was_done_again_is_told_beside_what_the_first_said(tmp_path: Path) -> None:
@@ -299,7 +307,9 @@ def test_what_the_readme_says_of_unseen_attacks_on_digits_is_what_the_rows_say()
     by_looks = [[study.of_examples(m, seed, "natural", "unseen mean") for seed in (1, 2)] for m in ("dmat_eps_20", "at_eps_20")]
     new = estimate([a - b for a, b in zip(*by_looks, strict=True)])
     notes = " ".join((study.folder / "notes.md").read_text(encoding="utf-8").split())
-    assert f"By those two alone it gains {new} and " in notes
+    by_looks = [[study.of_examples(m, k, "on_manifold", "unseen mean") for k in (1, 2)] for m in ("dmat_eps_20", "at_eps_20")]
+    too = estimate([a - b for a, b in zip(*by_looks, strict=True)])
+    assert f"By those two alone it gains {new} and {too} points over unseen attacks" in notes
     near = study.difference(study_claims.Claim("", "dmat", "at", "PGD-50"), "natural")
     assert near is not None
     assert near.value - near.half > -study_claims.NEAR

@@ -19,6 +19,7 @@ import torch
 from dmat_ray import checkpoint, checks, evaluation, gallery, probes, units
 from dmat_ray.checks import Finding
 from dmat_ray.cluster import gauges, pools, session
+from dmat_ray.cluster.forecast import Forecast
 from dmat_ray.cluster.silence import breaking_silence
 from dmat_ray.config import AutoAttackRow, Config
 from dmat_ray.data import manifold_set, set_reader
@@ -32,12 +33,10 @@ from dmat_ray.metrics import Results
 from dmat_ray.row_order import PIECE, in_order, pieces
 from dmat_ray.storage import Location, Place, at
 from dmat_ray.units import Unit
-from dmat_ray.wording import duration
 
 ROWS, DONE, CHECKS, UNITS = "rows.parquet", "evaluation.json", "checks.json", "units"
 LEFT_OUT = "left_out"  # what DONE says for readers beside what the rows depend on
 SAY_EVERY_S = 5.0
-LEAST_SHARE = 0.05  # of the work, before which it is not told how long the rest will take
 READERS = 16  # files read at a time: an object store answers slowly, and many at once
 
 
@@ -298,40 +297,20 @@ def read_pictures(
 def _run_all(work: _Work, todo: Sequence[Unit], what: str, say: Callable[[str], None]) -> None:
     """Do these units, and say how far it is."""
     session.await_machines(work.config.cluster, say)
-    pace = _Pace(sum(map(work.cost, todo)), min(work.config.cluster.evaluation_actors, len(todo)))
+    actors = min(work.config.cluster.evaluation_actors, len(todo))
+    forecast = Forecast(sum(map(work.cost, todo)), actors)
     began = said = time.monotonic()
-    say(f"{what}{len(todo)} batches for {min(work.config.cluster.evaluation_actors, len(todo))} actors")
+    say(f"{what}{len(todo)} batches for {actors} actors")
     with breaking_silence("batch", say) as heard:
         for number, unit in enumerate(work.run(todo), 1):
             heard()
             gauges.evaluated(unit.model)
             now = time.monotonic()
-            pace.done(work.cost(unit), now)
+            forecast.done(work.cost(unit), now)
             if now - said >= SAY_EVERY_S or number == len(todo):
                 said = now
-                far = f"{number}/{len(todo)} batches, {now - began:.0f} s{pace.to_go(now)}"
+                far = f"{number}/{len(todo)} batches, {now - began:.0f} s{forecast.to_go(now)}"
                 say(f"{what}{far}; last {_told(unit)} on {unit.model}")
-
-
-class _Pace:
-    """How long work of a given cost will take from here, by what is done after the first of every actor."""
-
-    def __init__(self, whole: float, actors: int) -> None:
-        self._left, self._starting, self._since, self._measured = whole, actors, 0.0, 0.0
-
-    def done(self, cost: float, now: float) -> None:
-        """So much more of it is done."""
-        self._left -= cost
-        if self._starting:
-            self._starting, self._since = self._starting - 1, now
-        else:
-            self._measured += cost
-
-    def to_go(self, now: float) -> str:
-        """To stand behind a report; nothing at the end, and while too little was done to say."""
-        if self._left <= 0 or not self._measured or self._measured < LEAST_SHARE * (self._left + self._measured):
-            return ""
-        return f", about {duration((now - self._since) * self._left / self._measured)} to go"
 
 
 def _told(unit: Unit) -> str:

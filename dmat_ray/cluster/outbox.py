@@ -114,7 +114,7 @@ class Outbox:
                 self._send(entry)
             except Exception as error:  # nothing that happens here may end a training
                 refused, tries = _refused(entry, error), entry.get("tries", 0)
-                if refused is None and _is_unable(error) and not self._is_alone_in_it(entry):
+                if refused is None and _is_unable(error) and not self._answers_otherwise(entry):
                     refused = False  # what stands before a server that is not there says the same as one that cannot do this
                 if refused is None:
                     tries += 1
@@ -139,7 +139,7 @@ class Outbox:
                     self._remove_files()
                 self._change.notify_all()
 
-    def _is_alone_in_it(self, entry: Entry) -> bool:
+    def _answers_otherwise(self, entry: Entry) -> bool:
         """Whether a server that cannot take this entry can do other things, so that it would hold up the rest for nothing.
 
         Only of files: a server, or a database, that is full or locked takes nothing else either, and is still read.

@@ -13,6 +13,7 @@ import ray.data
 
 from dmat_ray.checkpoint import versions
 from dmat_ray.cluster import environment, gauges, pools, session
+from dmat_ray.cluster.forecast import Forecast
 from dmat_ray.cluster.shard_projector import ShardProjector
 from dmat_ray.cluster.shard_tasks import as_bytes, read_shard, write_shard
 from dmat_ray.cluster.silence import breaking_silence
@@ -48,7 +49,7 @@ def project(config: Config, work: Begun, say: Callable[[str], None]) -> dict[str
         size = number_of(max(shard.rows.num_rows for shard in todo), "image")
         say(f"starting {number_of(actors, 'actor', least)} for {number_of(len(todo), 'shard')} of {size} at most")
         rejected, seen = 0, False
-        for summary in _progress(run_shards(config, folder, listing.class_names, todo), todo, say):
+        for summary in _progress(run_shards(config, folder, listing.class_names, todo), todo, actors, say):
             work.lease.check()
             if summary["written"] and not seen:
                 _require_visible(folder, summary["name"])
@@ -68,11 +69,13 @@ def _require_visible(folder: Location, name: str) -> None:
         )
 
 
-def _progress(summaries: Iterator[dict[str, Any]], todo: list[Shard], say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+def _progress(
+    summaries: Iterator[dict[str, Any]], todo: list[Shard], actors: int, say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
     """Passes the summaries through, and says how far they are."""
     total = sum(shard.rows.num_rows for shard in todo)
     began = time.monotonic()
-    done, rejected, spoke, first, after_first = 0, 0, began, 0, began
+    done, rejected, spoke, forecast = 0, 0, began, Forecast(total, actors)
     with breaking_silence("shard", say) as heard:
         for summary in summaries:
             heard()
@@ -80,16 +83,13 @@ def _progress(summaries: Iterator[dict[str, Any]], todo: list[Shard], say: Calla
             rejected += summary["rejected"]
             gauges.projected(summary["rows"], summary["rejected"])
             now = time.monotonic()
+            forecast.done(summary["rows"] + summary["rejected"], now)
             if now - spoke > SAY_EVERY_S or done == total:
                 spoke = now
                 speed = f", {duration(now - began)}" if done == total else ""
-                if first and done < total and now > after_first + 1:
-                    # the first shard's time is that of starting actors, too
-                    rate = (done - first) / (now - after_first)
-                    speed = f", {rate:.1f} images/s, about {duration((total - done) / rate)} to go"
+                if done < total and (rate := forecast.rate(now)):
+                    speed = f", {rate:.1f} images/s{forecast.to_go(now)}"
                 say(f"projected {done}/{total} images{f', {rejected} rejected' if rejected else ''}{speed}")
-            if not first:
-                first, after_first = done, now
             yield summary
 
 
