@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@$(BIN)/python jobs/pipeline.py --preset demo
 
-# What tests/test_page_in_browser.py opens the page in; the test is skipped without one.
+# What tests/reports/test_page_in_browser.py opens the page in; the test is skipped without one.
 $(CHROMIUM_STAMP): | $(STAMP)
 	@for name in "$$CHROMIUM" chromium chromium-browser google-chrome; do command -v "$$name" >/dev/null 2>&1 && exit 0; done; \
 	command -v apt-get >/dev/null && test "$$(id -u)" = 0 || exit 0; \

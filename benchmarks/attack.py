@@ -41,11 +41,11 @@ import torch.nn.functional as F
 from generator import alternate, prepared, quartiles, record, stopwatch
 from torch import Tensor, nn
 
-from dmat_ray import classifiers
 from dmat_ray.attack import attack, frozen
-from dmat_ray.attack_view import AttackView
 from dmat_ray.config import ClassifierConfig, ImageTerm
 from dmat_ray.errors import UserError
+from dmat_ray.networks import classifiers
+from dmat_ray.networks.attack_view import AttackView
 from dmat_ray.threats.image import ImageBall
 from dmat_ray.types import Batch
 

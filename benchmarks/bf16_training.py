@@ -17,14 +17,15 @@ from pathlib import Path
 
 import torch
 
-from dmat_ray import checkpoint, presets, suites, threats
+from dmat_ray import presets, suites, threats
 from dmat_ray.attack import attack
 from dmat_ray.config import AttackRow, CleanRow, Config
 from dmat_ray.data import manifold_set
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators
+from dmat_ray.models import checkpoint
 from dmat_ray.storage import at
-from dmat_ray.trainer import train
+from dmat_ray.training.trainer import train
 
 SIDES = {
     "float32": {},

@@ -40,9 +40,9 @@ from torch import Tensor, nn
 
 from dmat_ray import threats
 from dmat_ray.attack import attack
-from dmat_ray.attack_view import AttackView
 from dmat_ray.config import FogRow, ImageRow, Row
 from dmat_ray.errors import UserError
+from dmat_ray.networks.attack_view import AttackView
 from dmat_ray.types import Batch
 
 GOAL = 1.5

@@ -17,11 +17,13 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dmat_ray import checks, cli, evaluation, report_values, units
+from dmat_ray import cli
 from dmat_ray.cluster import evaluate
 from dmat_ray.config import EvaluationConfig
-from dmat_ray.metrics import Results
-from dmat_ray.row_order import in_order, pieces
+from dmat_ray.evaluation import checks, evaluation, units
+from dmat_ray.evaluation.metrics import Results
+from dmat_ray.evaluation.row_order import in_order, pieces
+from dmat_ray.reports import report_values
 
 
 def answers(unit: units.Unit, ids: np.ndarray, labels: np.ndarray, classes: int, rng: np.random.Generator) -> pa.Table:

@@ -24,9 +24,9 @@ from torch import Tensor
 from dmat_ray import cli
 from dmat_ray.data.pixels import to_unit
 from dmat_ray.data.sources import list_examples, read_pixels
-from dmat_ray.files import write_json
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators, quality, set_maker
+from dmat_ray.storage.files import write_json
 
 
 @torch.no_grad()

@@ -13,10 +13,13 @@ import numpy as np
 import torch
 import yaml
 
-from dmat_ray import checkpoint, cli, evaluation
+from dmat_ray import cli
 from dmat_ray.data import manifold_set
+from dmat_ray.evaluation import evaluation
+from dmat_ray.evaluation.units import applies
 from dmat_ray.manifold import generators
-from dmat_ray.units import applies
+from dmat_ray.models import checkpoint
+from dmat_ray.validated import validate
 
 SHOWN = {
     "clean": "g(w)", "PGD-50": "L∞", "PGD-50 L2": "L2", "OM-PGD-50": "on the\nmanifold", "joint": "both", "fog": "fog",
@@ -32,7 +35,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, nargs="+", default=[2, 7], help="an image of each")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    config = cli.validate(yaml.safe_load((given.study / "settings.yaml").read_text()))
+    config = validate(yaml.safe_load((given.study / "settings.yaml").read_text()))
     data = manifold_set.open_set(given.study / "on_manifold_set", "test")
     cpu = torch.device("cpu")
 

@@ -8,7 +8,7 @@ reader's own, no part of dmat_ray. Both ask for CUDA wherever they make a tensor
 
 renders.npz holds parameters and the images (or parts of them, see `RENDERS`) that their code renders of these, in [0, 1].
 strength.json holds the rows of `ROWS`, each with how many of 200 digits a classifier under tests/classifiers still gets right
-under the published attack. tests/test_published_attacks.py holds ours against both.
+under the published attack. tests/threats/test_published_attacks.py holds ours against both.
 """
 
 import argparse

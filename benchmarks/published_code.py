@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmat_ray import checkpoint, classifiers
 from dmat_ray.config import ClassifierConfig, FogRow, ImageRow, Row
 from dmat_ray.config.evaluation import ROWS
 from dmat_ray.errors import UserError
+from dmat_ray.models import checkpoint
+from dmat_ray.networks import classifiers
 from dmat_ray.types import Batch
 
 ElasticRow, GaborRow, JpegRow, SnowRow = (ROWS[name] for name in ("elastic", "gabor", "jpeg", "snow"))

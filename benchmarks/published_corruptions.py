@@ -1,4 +1,4 @@
-"""What the published code makes of one image: the numbers that tests/test_corruptions.py holds dmat_ray.corruptions against.
+"""What the published code makes of one image: what tests/threats/test_corruptions.py holds dmat_ray.corruptions against.
 
     python benchmarks/published_corruptions.py --robustness DIR --output tests/published/corruptions.npz
 

@@ -4,7 +4,7 @@
 
 DIR is a clone of cassidylaidlaw/perceptual-advex. Its attacks are imported and run in this process, on the network that ours
 judge by: they are the reader's own, no part of dmat_ray. What they end with is put into the budget by our projection, for theirs
-ends a little outside. tests/test_published_attacks.py holds ours against perceptual.json.
+ends a little outside. tests/threats/test_published_attacks.py holds ours against perceptual.json.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python benchmarks/published_recolor.py --recoloradv DIR [--output tests/published]
 
 DIR is a clone of cassidylaidlaw/ReColorAdv (the code of arXiv 1906.00001). It is imported and run in this process: it is the
-reader's own, no part of dmat_ray. tests/test_published_attacks.py holds ours against recolor.npz, and against stadv.json: how
-many of 200 digits stand under its StAdv as arXiv 2006.12655 calls it, a margin of the logits less a share of the flow's
+reader's own, no part of dmat_ray. tests/threats/test_published_attacks.py holds ours against recolor.npz, and against stadv.json:
+how many of 200 digits stand under its StAdv as arXiv 2006.12655 calls it, a margin of the logits less a share of the flow's
 roughness.
 """
 

@@ -19,17 +19,19 @@ from typing import Any
 
 import torch
 
-from dmat_ray import classifiers, cli, estimate, presets, threats
+from dmat_ray import estimate, presets, threats
 from dmat_ray.attack import attack
-from dmat_ray.attack_view import AttackView
 from dmat_ray.config import Config, ImageRow, LatentRow, StyleGAN1Config
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import fast
 from dmat_ray.manifold.gan_trainer import _Training
 from dmat_ray.manifold.projection import Projector
 from dmat_ray.manifold.stylegan1 import StyleGAN1
-from dmat_ray.training_step import TrainingStep
+from dmat_ray.networks import classifiers
+from dmat_ray.networks.attack_view import AttackView
+from dmat_ray.training.step import TrainingStep
 from dmat_ray.types import Batch
+from dmat_ray.validated import validate
 
 STEPS = 8  # of a projection or an attack that is timed
 CLASSES = 10
@@ -156,7 +158,7 @@ class _Here(LocalContext):
 
 
 def _config(layers: list[str], projection: dict[str, Any], **sections: dict[str, Any]) -> Config:
-    return cli.validate(presets.merge(presets.load(layers), {"projection": projection, **sections}))
+    return validate(presets.merge(presets.load(layers), {"projection": projection, **sections}))
 
 
 def main() -> None:

@@ -17,17 +17,19 @@ import pyarrow.parquet as pq
 import yaml
 from study_methods import OF_MODEL, are_kept, told_by
 
-from dmat_ray import checkpoint, cli, model_export
+from dmat_ray import cli
 from dmat_ray.config import CleanRow, Config
 from dmat_ray.data import set_reader
 from dmat_ray.errors import UserError
-from dmat_ray.evaluation import left_out
-from dmat_ray.files import sha256, write_json
-from dmat_ray.folders import replace_folder
-from dmat_ray.metrics import Results
-from dmat_ray.report_values import SET_NAMES
+from dmat_ray.evaluation.evaluation import left_out
+from dmat_ray.evaluation.metrics import Results
+from dmat_ray.evaluation.units import VERSION
+from dmat_ray.models import checkpoint, model_export
+from dmat_ray.reports.report_values import SET_NAMES
 from dmat_ray.storage import set_folder
-from dmat_ray.units import VERSION
+from dmat_ray.storage.files import sha256, write_json
+from dmat_ray.storage.folders import replace_folder
+from dmat_ray.validated import validate
 
 COLUMNS = ("clean", "PGD-50", "OM-PGD-50", "L2", "unseen mean", "worst")
 PAGE = """\
@@ -142,7 +144,7 @@ def main() -> None:
     parser.add_argument("methods", nargs="+")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    config = cli.validate(yaml.safe_load((given.study / "settings.yaml").read_text()))
+    config = validate(yaml.safe_load((given.study / "settings.yaml").read_text()))
     found = released(given.study, config, given.folder, given.methods)
     (given.folder / "README.md").write_text(page(config, given.folder, found), encoding="utf-8")
 

@@ -17,12 +17,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from dmat_ray import checkpoint, cli
+from dmat_ray import cli
 from dmat_ray.data import set_format, set_reader, set_settings, set_writer
 from dmat_ray.data.pixels import quantise, to_unit
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import generators
 from dmat_ray.manifold.base import LatentGenerator
+from dmat_ray.models import checkpoint
 from dmat_ray.storage import at
 
 

@@ -174,7 +174,7 @@ def trained(config: Config, args: argparse.Namespace, workers: int, place: str) 
 def sleepy_worker(told: dict[str, Any]) -> None:
     """What every worker runs: the real loop, whose steps sleep first."""
     from dmat_ray.cluster import train
-    from dmat_ray.training_step import TrainingStep
+    from dmat_ray.training.step import TrainingStep
 
     plain = TrainingStep.__call__
 

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmat_ray.attack import frozen
-from dmat_ray.attack_view import AttackView
 from dmat_ray.config import Config
 from dmat_ray.local import LocalContext
+from dmat_ray.networks.attack_view import AttackView
 from dmat_ray.rng import Draws
-from dmat_ray.training_step import TrainingStep
+from dmat_ray.training.step import TrainingStep
 from dmat_ray.types import Batch, Generator
 
 EPS, STEP, ETA, LATENT_STEP, STEPS = 4 / 255, 1 / 255, 0.02, 0.005, 5

@@ -30,20 +30,23 @@ import torch
 import yaml
 from study_methods import ABLATIONS, KINDS, METHODS, OF_MODEL, OF_SET, OF_VERSION, are_kept, told_by, worst_case
 
-from dmat_ray import checkpoint, cli, evaluation, suites, trained_settings, yaml_file
+from dmat_ray import cli, suites, yaml_file
 from dmat_ray.config import Config
 from dmat_ray.data import manifold_set, set_reader
 from dmat_ray.data.set_format import MANIFEST
 from dmat_ray.data.sources import list_examples, read_pixels
 from dmat_ray.errors import UserError
-from dmat_ray.files import read_json, write_json
+from dmat_ray.evaluation import evaluation
+from dmat_ray.evaluation.units import VERSION
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators, set_maker
 from dmat_ray.manifold.gan_progress import result_of
 from dmat_ray.manifold.gan_trainer import train_generator
 from dmat_ray.manifold.samples import sample_grid
+from dmat_ray.models import checkpoint, trained_settings
 from dmat_ray.storage import at, set_folder
-from dmat_ray.units import VERSION
+from dmat_ray.storage.files import read_json, write_json
+from dmat_ray.validated import validate
 
 HERE = Path(__file__).resolve().parent
 STAGES = ("generator", "projection", "models")
@@ -239,7 +242,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Settings by their dotted names that differ; what `before` does not say has its default. Where the study and its generator
     lie is none: the set knows its generator by the content.
     """
-    flat = [trained_settings.flatten_config(cli.validate(values)) for values in (before, now)]
+    flat = [trained_settings.flatten_config(validate(values)) for values in (before, now)]
     names = [name for name in dict.fromkeys([*flat[1], *flat[0]]) if name not in ("output", "generator.path")]
     return [name for name in names if flat[0].get(name, "absent") != flat[1].get(name, "absent")]
 
@@ -286,7 +289,7 @@ def _evaluate(config: Config, kind: str, settings: dict[str, Any], name: str, de
     folder = Path(config.output).resolve()
     if settings:
         rows = {**config.evaluation.model_dump(mode="json"), "summaries": [], "transfer": [], **settings}
-        config = cli.validate({**config.to_json(), "evaluation": rows})
+        config = validate({**config.to_json(), "evaluation": rows})
         config = config.model_copy(update={"evaluation": suites.resolved(config.evaluation)})
     data = manifold_set.open_set(set_folder(config), "test")
     generator = generators.load_configured(config.generator, device)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dmat_ray.intervals import Estimate
+from dmat_ray.evaluation.intervals import Estimate
 
 NEAR = 0.02  # of accuracies that count as comparable
 UNSEEN = ("L2", "fog", "snow", "elastic", "gabor", "jpeg L1", "L1", "stadv")

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from dmat_ray.config import EvaluationConfig
-from dmat_ray.units import VERSION, group_of
+from dmat_ray.evaluation.units import VERSION, group_of
 
 METHODS = (
     "standard",

@@ -6,7 +6,7 @@
 No number is typed by hand. A cell is the mean over the models of a method and the half of its 95 % interval, which counts both
 draws: that of the test images (by the spread over images of the mean over models) and that of the seeds (by the spread of the
 models' accuracies, few as they are: Student's t by Welch and Satterthwaite; of three seeds that differ much it covers 91 %, says
-the simulation in tests/test_intervals.py). Of one model it is the half of Wilson's interval.
+the simulation in tests/evaluation/test_intervals.py). Of one model it is the half of Wilson's interval.
 A difference of two methods is taken image by image and seed by seed, on the same images.
 --page writes the whole page, --headline the short table between the marks of a file. --pack keeps what the page is made of,
 without the models, in a folder that this script reads as it reads the study's own.
@@ -23,9 +23,9 @@ from study_rows import Study, pack
 from study_tables import BESIDE, ablations, again, autoattack, headline, table, verdicts, worst_cases
 
 from dmat_ray import cli
-from dmat_ray.intervals import points
-from dmat_ray.report_values import SET_NAMES, columns_described, in_levels
-from dmat_ray.units import VERSION
+from dmat_ray.evaluation.intervals import points
+from dmat_ray.evaluation.units import VERSION
+from dmat_ray.reports.report_values import SET_NAMES, columns_described, in_levels
 
 HERE = Path(__file__).resolve().parent
 STUDIES = {

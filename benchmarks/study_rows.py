@@ -14,12 +14,12 @@ import yaml
 from study_claims import Claim
 from study_methods import KEPT_VERSIONS, KINDS, OF_VERSION, TABLE, WORST, are_kept, versions_of, worst_case
 
-from dmat_ray import cli
 from dmat_ray.data.sources import NAMED
 from dmat_ray.errors import UserError
-from dmat_ray.files import read_json
-from dmat_ray.intervals import Estimate
-from dmat_ray.metrics import Results
+from dmat_ray.evaluation.intervals import Estimate
+from dmat_ray.evaluation.metrics import Results
+from dmat_ray.storage.files import read_json
+from dmat_ray.validated import validate
 
 KEPT = ["model", "source", "set", "attack", "id", "label", "prediction", "correct"]
 
@@ -31,7 +31,7 @@ class Study:
         if not (folder / "rows").is_dir():
             raise UserError(f"there are no rows in '{folder}'; run benchmarks/study.py")
         self.folder, self.notes = folder, read_json(folder / "study.json")
-        self.config = cli.validate(yaml.safe_load((folder / "settings.yaml").read_text()))
+        self.config = validate(yaml.safe_load((folder / "settings.yaml").read_text()))
         self.results = self._read("rows", {})
         self.clean = self._read("clean", {"suites": [], "attacks": [{"threat": "clean", "name": "clean"}]})
         self.worst: Results | None = None
@@ -48,7 +48,7 @@ class Study:
             raise UserError(f"there are no rows in '{self.folder / kind}'; run benchmarks/study.py")
         evaluation = self.config.evaluation.model_dump(mode="json")
         evaluation |= {**({"summaries": [], "transfer": []} if settings else {}), **settings}
-        config = cli.validate({**self.config.to_json(), "evaluation": evaluation}).evaluation
+        config = validate({**self.config.to_json(), "evaluation": evaluation}).evaluation
         return Results(pa.concat_tables([pq.read_table(file) for file in files]), config)
 
     @cached_property
@@ -107,7 +107,7 @@ def pack(folder: Path, target: Path) -> None:
         "objective": values["objective"],
     }
     before = target / "settings.yaml"
-    if before.is_file() and cli.validate(yaml.safe_load(before.read_text())) != cli.validate(slim):
+    if before.is_file() and validate(yaml.safe_load(before.read_text())) != validate(slim):
         raise UserError(f"'{target}' holds rows of other settings; pack into another folder")
     for kind in KINDS:
         if files := sorted((folder / kind).glob("*.parquet")):

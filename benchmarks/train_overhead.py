@@ -28,7 +28,7 @@ from dmat_ray.cluster.environment import prepare_environment
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
-from dmat_ray.training_step import TrainingStep
+from dmat_ray.training.step import TrainingStep
 
 RAY_GOAL = 1.05
 SKIPPED = 20  # first steps of an epoch
@@ -58,7 +58,7 @@ def train_here(config: Config, file: Path) -> None:
     """A training in this process."""
     from dmat_ray.data import manifold_set
     from dmat_ray.manifold import generators
-    from dmat_ray.trainer import train
+    from dmat_ray.training.trainer import train
 
     context = LocalContext(file.with_suffix(""))
     context.device = torch.device("cuda" if config.cluster.gpus_per_worker else "cpu")

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dmat_ray.api import attack_images, build_threat, evaluate, project
-    from dmat_ray.checkpoint import load_classifier
     from dmat_ray.cli import settings
     from dmat_ray.data.manifold_set import open_set
     from dmat_ray.image_files import load_images, predict
     from dmat_ray.local_stages import make_set, train
     from dmat_ray.manifold.generators import load_generator
-    from dmat_ray.report import terminal_table
+    from dmat_ray.models.checkpoint import load_classifier
+    from dmat_ray.reports.report import terminal_table
 
 __version__ = "0.1.0"
 
@@ -23,7 +23,7 @@ _HOMES = {
     "attack_images": "api",
     "build_threat": "api",
     "evaluate": "api",
-    "load_classifier": "checkpoint",
+    "load_classifier": "models.checkpoint",
     "load_generator": "manifold.generators",
     "load_images": "image_files",
     "make_set": "local_stages",
@@ -31,7 +31,7 @@ _HOMES = {
     "predict": "image_files",
     "project": "api",
     "settings": "cli",
-    "terminal_table": "report",
+    "terminal_table": "reports.report",
     "train": "local_stages",
 }
 

@@ -13,19 +13,22 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dmat_ray import attack as attacks
-from dmat_ray import checkpoint, cli, evaluation, inputs, suites, threats
+from dmat_ray import cli, inputs, suites, threats
 from dmat_ray.attack import Attacked
+from dmat_ray.attack.search import require_reach
 from dmat_ray.config import ON_MANIFOLD, THREATS, Config, EvaluationConfig, ProjectionConfig, Row
 from dmat_ray.config.threats import named
 from dmat_ray.data import set_reader
 from dmat_ray.data.manifold_set import ManifoldSet
 from dmat_ray.errors import UserError
+from dmat_ray.evaluation import evaluation
+from dmat_ray.evaluation.metrics import Results
 from dmat_ray.manifold import encoder, generators
 from dmat_ray.manifold.projection import Projection, Projector
-from dmat_ray.metrics import Results
-from dmat_ray.search import require_reach
+from dmat_ray.models import checkpoint
 from dmat_ray.storage import Place
 from dmat_ray.types import Batch, Generator, Threat
+from dmat_ray.validated import describe
 from dmat_ray.wording import did_you_mean
 
 _THREATS = {named(kind): kind for kind in THREATS}
@@ -195,7 +198,7 @@ def evaluate(
     try:
         settings = cli.with_absolute_weights(suites.resolved(settings))
     except ValidationError as error:
-        raise UserError(f"evaluation: {cli.describe(error)}") from None
+        raise UserError(f"evaluation: {describe(error)}") from None
     inputs.require_model_names(models)
     inputs.require_kinds(data, settings.sets)
     g = _loaded(generator)

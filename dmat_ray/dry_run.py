@@ -9,14 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from dmat_ray import estimate
-from dmat_ray.checkpoint import load_classifier
 from dmat_ray.config import Config
 from dmat_ray.data.set_format import MANIFEST
 from dmat_ray.data.set_reader import read_manifest
 from dmat_ray.data.sources import list_examples
-from dmat_ray.evaluation import require_fit
+from dmat_ray.evaluation.evaluation import require_fit
 from dmat_ray.manifold import encoder_trainer, generators
 from dmat_ray.manifold.gan_trainer import check_images, check_workers
+from dmat_ray.models.checkpoint import load_classifier
 from dmat_ray.storage import Place, set_folder
 
 

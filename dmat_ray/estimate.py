@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dmat_ray import classifiers, objectives, probes, validation
+from dmat_ray.attack.search import STRAYS
 from dmat_ray.config import (
     ON_MANIFOLD,
     AttackConfig,
@@ -28,13 +28,15 @@ from dmat_ray.config import (
     ProjectionConfig,
     Row,
 )
+from dmat_ray.evaluation import probes
+from dmat_ray.evaluation.units import applies, rows_to_run
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.discriminator import GROUP, Discriminator
 from dmat_ray.manifold.encoder import untrained
 from dmat_ray.manifold.stylegan2 import StyleGAN2
-from dmat_ray.search import STRAYS
+from dmat_ray.networks import classifiers
+from dmat_ray.training import objectives, validation
 from dmat_ray.types import Generator
-from dmat_ray.units import applies, rows_to_run
 from dmat_ray.wording import number_of
 
 # passes an image, forward and back, and forward alone, of AutoAttack's parts: their usual steps, ten classes; FAB's are rough

@@ -8,12 +8,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from dmat_ray import checkpoint, inputs, prediction
+from dmat_ray import inputs
 from dmat_ray.config import DataConfig
 from dmat_ray.data import sources
 from dmat_ray.data.pixels import to_unit
 from dmat_ray.devices import device_of
 from dmat_ray.errors import UserError
+from dmat_ray.models import checkpoint, prediction
 from dmat_ray.storage import Place, at, text_of
 from dmat_ray.types import Batch
 

@@ -10,14 +10,14 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from dmat_ray.arithmetic import tf32
 from dmat_ray.attack import frozen
-from dmat_ray.classifiers import HEEDS_OTHERS, heeds_others
-from dmat_ray.cli import describe
 from dmat_ray.config import Config, Section
 from dmat_ray.data.manifold_set import ManifoldSet
+from dmat_ray.devices import tf32
 from dmat_ray.errors import UserError
+from dmat_ray.networks.classifiers import HEEDS_OTHERS, heeds_others
 from dmat_ray.types import Generator
+from dmat_ray.validated import describe
 from dmat_ray.wording import did_you_mean
 
 Kind = TypeVar("Kind", bound=Section)

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dmat_ray.checkpoint import is_whole
-from dmat_ray.files import make_lasting
-from dmat_ray.folders import copy_files
+from dmat_ray.models.checkpoint import is_whole
+from dmat_ray.storage.files import make_lasting
+from dmat_ray.storage.folders import copy_files
 
 # what torch 2.13 deprecates and what it puts in its place, which differ in whether buffers, equal here, are sent once at first
 _ARGUMENTS = signature(DistributedDataParallel.__init__).parameters

@@ -7,17 +7,18 @@ from contextlib import nullcontext
 import torch
 import torch.distributed
 
-from dmat_ray import inputs, models
+from dmat_ray import inputs
 from dmat_ray.config import Config
 from dmat_ray.data import manifold_set
 from dmat_ray.errors import UserError
-from dmat_ray.lease import sole
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators, set_maker
+from dmat_ray.models import trained_models
 from dmat_ray.rng import kept_apart
 from dmat_ray.storage import Location, local_output, set_folder
-from dmat_ray.trainer import describe
-from dmat_ray.trainer import train as training_loop
+from dmat_ray.storage.lease import sole
+from dmat_ray.training.trainer import describe
+from dmat_ray.training.trainer import train as training_loop
 
 
 def make_set(config: Config) -> Location:
@@ -67,10 +68,10 @@ def train(config: Config, *, heed_sigterm: bool = False) -> Location:
     context = LocalContext(
         folder, lambda metrics: context.say(describe(config.name, metrics, config.training.epochs)), heed_sigterm=heed_sigterm
     )
-    model = models.model_folder(config)
+    model = trained_models.model_folder(config)
     with kept_apart(context.device), torch.enable_grad():  # also within a caller's no_grad
-        if models.untrained([config], context.say, context.world_size):
-            models.tell_of_older(config, context.say)
+        if trained_models.untrained([config], context.say, context.world_size):
+            trained_models.tell_of_older(config, context.say)
             data = manifold_set.open_set(set_folder(config), "train", images=config.training.images)
             generator = generators.load_configured(config.generator, context.device)
             # another training of this name would put its checkpoints in the place of ours
@@ -78,7 +79,7 @@ def train(config: Config, *, heed_sigterm: bool = False) -> Location:
                 folder.mkdir(parents=True, exist_ok=True)
                 training_loop(config, data, generator, generators.fingerprint(config.generator.path), context)
                 if context.rank == 0:
-                    models.publish(context.checkpoints()[0], model)
+                    trained_models.publish(context.checkpoints()[0], model)
                     shutil.rmtree(folder)
                     context.say(f"model in {model}")
             if context.world_size > 1:

@@ -1,6 +1,6 @@
 """Writes the tables of settings in docs/configuration.md and docs/evaluation.md anew: python docs/tables.py
 
-They are made of the models in dmat_ray/config, the presets and the jobs; tests/test_docs.py holds that they are these.
+They are made of the models in dmat_ray/config, the presets and the jobs; tests/docs/test_docs.py holds that they are these.
 """
 
 import argparse

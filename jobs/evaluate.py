@@ -21,10 +21,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     config, arguments = cli.parse(str(__doc__), preset=["demo"], add=add)
     prepare_environment(config, tracked=not arguments.dry_run)
-    from dmat_ray import dry_run, report
-    from dmat_ray.checkpoint import RUN
+    from dmat_ray import dry_run
     from dmat_ray.cluster import jobs
-    from dmat_ray.models import models_folder, named_folders
+    from dmat_ray.models.checkpoint import RUN
+    from dmat_ray.models.trained_models import models_folder, named_folders
+    from dmat_ray.reports import report
 
     root = models_folder(config)
     if arguments.dry_run and root.local is None:  # what is in an object store is not looked at

@@ -8,8 +8,8 @@ import argparse
 
 from dmat_ray import cli
 from dmat_ray.cluster.environment import prepare_environment
-from dmat_ray.folders import replace_folder
 from dmat_ray.storage import at
+from dmat_ray.storage.folders import replace_folder
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -24,12 +24,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     config, arguments = cli.parse(str(__doc__), preset=["demo"], add=add)
     prepare_environment(config, places={"to": arguments.to})
-    from dmat_ray import model_export, models
     from dmat_ray.cluster import export, jobs
+    from dmat_ray.models import model_export, trained_models
 
     root = at(config.output)
     target = at(arguments.to) if arguments.to else root / "exported"
-    found = models.named_folders(config, arguments.models)
+    found = trained_models.named_folders(config, arguments.models)
     export.require_loggable(found, arguments.register, arguments.alias)
     say = jobs.Speaker().stage("export")
     for name, model in found.items():

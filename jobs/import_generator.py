@@ -14,8 +14,8 @@ from typing import Any
 
 from dmat_ray import cli
 from dmat_ray.errors import UserError
-from dmat_ray.folders import fetched_input, replace_folder
 from dmat_ray.storage import local_output
+from dmat_ray.storage.folders import fetched_input, replace_folder
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -26,11 +26,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def import_weights(path: Path, folder: Path) -> None:
     """Write the generator in `path`, a checkpoint or a folder of ours, into `folder`."""
-    from dmat_ray.checkpoint import versions
-    from dmat_ray.files import sha256
     from dmat_ray.manifold import generators
     from dmat_ray.manifold.formats import exported, foreign
     from dmat_ray.manifold.samples import sample_grid
+    from dmat_ray.models.checkpoint import versions
+    from dmat_ray.storage.files import sha256
 
     if path.is_dir():
         card = generators.read_card(str(path))

@@ -15,8 +15,9 @@ import argparse
 from dmat_ray import cli, presets
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
-from dmat_ray.folders import fetched_input, replace_folder
 from dmat_ray.storage import set_folder
+from dmat_ray.storage.folders import fetched_input, replace_folder
+from dmat_ray.validated import validate
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +38,7 @@ def given_normalisation(config: Config, arguments: argparse.Namespace) -> tuple[
         if vars(arguments).get(f"classifier.{key}") is not None:
             found.append(getattr(config.classifier, key))
         elif key in layers["classifier"]:
-            found.append(getattr(cli.validate(layers).classifier, key))
+            found.append(getattr(validate(layers).classifier, key))
     if len(found) == 1:
         raise UserError("give both, --classifier.mean and --classifier.std, or neither")
     return (found[0], found[1]) if found else None
@@ -45,11 +46,11 @@ def given_normalisation(config: Config, arguments: argparse.Namespace) -> tuple[
 
 def main() -> None:
     config, arguments = cli.parse(str(__doc__), add=add)
-    config = cli.validate({**config.to_json(), "name": arguments.model})
+    config = validate({**config.to_json(), "name": arguments.model})
     if not config.name:
         raise UserError("--model needs a name")
-    from dmat_ray import model_import
-    from dmat_ray.models import model_folder
+    from dmat_ray.models import model_import
+    from dmat_ray.models.trained_models import model_folder
 
     folder = model_folder(config)
     if (folder.is_dir() or folder.is_file()) and not arguments.overwrite:

@@ -53,10 +53,10 @@ def main() -> None:
         inner = folder / "on_manifold_set"
         hint = f"give --manifold_set {inner}" if inner.is_dir() else "give --output or --manifold_set"
         raise UserError(f"'{folder}' holds no on-manifold set; {hint}")
-    from dmat_ray import set_page
     from dmat_ray.data.inspection import inspect_set
     from dmat_ray.manifold import generators
     from dmat_ray.manifold.set_maker import warning_of_poor
+    from dmat_ray.reports import set_page
 
     render = not arguments.no_render
     found = inspect_set(

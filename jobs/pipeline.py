@@ -10,6 +10,7 @@ from dmat_ray import cli, presets
 from dmat_ray.cluster.environment import prepare_environment
 from dmat_ray.config import Config, ObjectiveConfig
 from dmat_ray.errors import UserError
+from dmat_ray.validated import validate
 
 WEIGHT = re.compile(r"objective\..*weight")
 APART = "is what tells methods apart; give it in a preset of your own, and that one's path in --methods"
@@ -35,11 +36,13 @@ def main() -> None:
         return
     methods = {c.name: c for c in configs}
     prepare_environment(config, images=True)
-    from dmat_ray import evaluation, models, report
     from dmat_ray.cluster import jobs, tracking
     from dmat_ray.cluster.session import connected
     from dmat_ray.data.set_format import MANIFEST
+    from dmat_ray.evaluation import evaluation
     from dmat_ray.manifold import set_maker
+    from dmat_ray.models import trained_models
+    from dmat_ray.reports import report
     from dmat_ray.storage import set_folder
 
     speaker = jobs.Speaker()
@@ -51,8 +54,8 @@ def main() -> None:
     # before Ray is started, and before hours of other stages: what the set will not allow
     listing = set_maker.prepare(config, speaker.stage("project"))
     manifest = set_maker.promised(config, listing)
-    untrained = [c for c in configs if not models.is_trained(c)]
-    models.require_fit(untrained, manifest)
+    untrained = [c for c in configs if not trained_models.is_trained(c)]
+    trained_models.require_fit(untrained, manifest)
     evaluation.require_suite(config.evaluation, manifest)
     # one Ray for all stages; what a rerun finds done needs none
     needs_ray = untrained or not (set_folder(config) / MANIFEST).is_file()
@@ -84,7 +87,7 @@ def _method(name: str, argv: Sequence[str] | None = None) -> Config:
     config, _ = cli.parse(str(__doc__), argv, preset=["demo"], over=[name], add=cli.dry_run)
     own = presets.load([name])
     _require_own_weights(name, config.objective, own.get("objective", {}))
-    return cli.validate({**config.to_json(), "name": own.get("name", Path(name).stem)})
+    return validate({**config.to_json(), "name": own.get("name", Path(name).stem)})
 
 
 def _require_own_weights(method: str, objective: ObjectiveConfig, own: dict[str, Any]) -> None:

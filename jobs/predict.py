@@ -21,10 +21,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     config, arguments = cli.parse(str(__doc__), preset=["demo"], add=add)
     prepare_environment(config, tracked=False, places={"to": arguments.to})
-    from dmat_ray import models
     from dmat_ray.cluster import jobs
+    from dmat_ray.models import trained_models
 
-    ((name, model),) = models.named_folders(config, [arguments.model]).items()
+    ((name, model),) = trained_models.named_folders(config, [arguments.model]).items()
     target = at(arguments.to or at(config.output) / "predictions" / f"{name}.parquet")
     if not target.name.endswith(".parquet"):
         raise UserError(f"--to '{target}' must end in .parquet")

@@ -16,6 +16,7 @@ from dmat_ray.cluster.environment import prepare_environment
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
 from dmat_ray.storage import local_output
+from dmat_ray.validated import validate
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +41,7 @@ def _with_shorts(config: Config, given: argparse.Namespace) -> Config:
         if found is None:
             raise UserError(f"--max-wall-time '{given.max_wall_time}' is no time; write 30m or 8h")
         values["tune"]["max_wall_minutes"] = float(found[1]) * {"s": 1 / 60, "m": 1, "h": 60, "d": 1440}[found[2]]
-    return cli.validate(values)
+    return validate(values)
 
 
 def main() -> None:
@@ -48,9 +49,10 @@ def main() -> None:
     config = _with_shorts(config, given)
     local_output(config, "jobs/tune.py")
     prepare_environment(config)
-    from dmat_ray import dry_run, trials_table
+    from dmat_ray import dry_run
     from dmat_ray.cluster import champion, jobs, search_plan, tune
     from dmat_ray.cluster.session import EVALUATE, TRAIN, connected
+    from dmat_ray.reports import trials_table
 
     if given.dry_run:
         plan = search_plan.Plan(config, print)

@@ -11,8 +11,9 @@ import torchvision
 from foreign_files import torch_saved
 from torch import Tensor, nn
 
-from dmat_ray import checkpoint, classifiers, model_import
 from dmat_ray.config import ClassifierConfig, Config
+from dmat_ray.models import checkpoint, model_import
+from dmat_ray.networks import classifiers
 
 CLASSES = ("cat", "dog", "fox", "owl")
 SIZE = 32

@@ -20,12 +20,12 @@ MUTATIONS = [
     ("threats/image.py", "(theta, self.norm, self.eps)).clamp(0.0, 1.0) - x", "(theta, self.norm, self.eps)) - x", "pgd"),
     ("threats/latent.py", "_codes(batch) + theta * self.unit", "_codes(batch) + theta", "threats"),
     ("threats/weather.py", "(brightest + self.eps)", "(brightest + 0.9)", "published_attacks"),
-    ("attack.py", "(b.loss_B > a.loss_B)", "(b.loss_B < a.loss_B)", "attack"),
-    ("objectives.py", "F.kl_div(log_p, log_q,", "F.kl_div(log_q, log_p,", "objectives"),
-    ("objectives.py", "total = total + weight * loss", "total = total + loss", "objectives"),
-    ("validation.py", "torch.stack(rows).all(dim=0)", "torch.stack(rows).any(dim=0)", "trainer"),
-    ("metrics.py", "standing = standing & self", "standing = standing | self", "metrics"),
-    ("schedules.py", "config.lr * epoch / config.lr_warmup", "config.lr * epoch", "schedules"),
+    ("attack/__init__.py", "(b.loss_B > a.loss_B)", "(b.loss_B < a.loss_B)", "attack"),
+    ("training/objectives.py", "F.kl_div(log_p, log_q,", "F.kl_div(log_q, log_p,", "objectives"),
+    ("training/objectives.py", "total = total + weight * loss", "total = total + loss", "objectives"),
+    ("training/validation.py", "torch.stack(rows).all(dim=0)", "torch.stack(rows).any(dim=0)", "trainer"),
+    ("evaluation/metrics.py", "standing = standing & self", "standing = standing | self", "metrics"),
+    ("training/schedules.py", "config.lr * epoch / config.lr_warmup", "config.lr * epoch", "schedules"),
     ("rng.py", "derive(seed, purpose, i)", "derive(seed, purpose)", "rng"),
 ]  # fmt: skip
 
@@ -42,7 +42,7 @@ def passes(tests: str, root: Path) -> bool:
         "no:cacheprovider",
         "-m",
         "not exhaustive",
-        f"tests/test_{tests}.py",
+        str(next((root / "tests").rglob(f"test_{tests}.py"))),
     ]
     environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, check=False).returncode == 0

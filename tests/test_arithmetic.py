@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dmat_ray.arithmetic import tf32
 from dmat_ray.config import Config
 from dmat_ray.data.manifold_set import open_set
+from dmat_ray.devices import tf32
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold.stylegan2 import StyleGAN2
-from dmat_ray.prediction import predict
-from dmat_ray.validation import Validator
+from dmat_ray.models.prediction import predict
+from dmat_ray.training.validation import Validator
 
 
 class Asking(nn.Sequential):

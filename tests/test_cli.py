@@ -10,6 +10,7 @@ import pytest
 from dmat_ray import cli, presets
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
+from dmat_ray.validated import validate
 
 JOBS = Path(__file__).parents[1] / "jobs"
 
@@ -383,7 +384,7 @@ def test_examples_of_help_may_be_copied(line: str) -> None:
 
 def test_validate_lists_every_wrong_setting() -> None:
     with pytest.raises(UserError) as raised:
-        cli.validate({"training": {"epochs": 0}, "data": {"channels": 2}})
+        validate({"training": {"epochs": 0}, "data": {"channels": 2}})
     assert "training.epochs" in str(raised.value)
     assert "data.channels" in str(raised.value)
 

@@ -10,14 +10,15 @@ import torch
 from torch._inductor import config as inductor
 from torch._inductor.cpp_builder import cpp_compiler_search
 
-from dmat_ray import classifiers, settings
-from dmat_ray.compilers import require_compiler
+from dmat_ray import settings
 from dmat_ray.config import Config
+from dmat_ray.devices import require_compiler
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import set_maker
 from dmat_ray.manifold.stylegan2 import StyleGAN2
-from dmat_ray.training_step import TrainingStep
+from dmat_ray.networks import classifiers
+from dmat_ray.training.step import TrainingStep
 
 DEVICES = {"cuda": ("C", "CC", "gcc"), "cpu": ("C++", "CXX", "g++")}
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import dmat_ray.config
-from dmat_ray import cli, presets
+from dmat_ray import presets
 from dmat_ray.attack import require_possible
 from dmat_ray.config import (
     ON_MANIFOLD,
@@ -35,6 +35,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.rng import Draws
 from dmat_ray.threats import PIXELS
 from dmat_ray.types import Batch
+from dmat_ray.validated import validate
 
 NAMES = presets.names()
 COMBINATIONS = [[], *[[name] for name in NAMES], *[list(pair) for pair in itertools.permutations(NAMES, 2)]]
@@ -202,8 +203,8 @@ def test_values_out_of_range_are_refused(values: dict[str, Any]) -> None:
 )
 def test_true_and_false_are_no_numbers(section: str, name: str, value: Any, told: str) -> None:
     with pytest.raises(UserError, match=rf"^{section}\.{name}(\.1)?: {re.escape(told)}$"):
-        cli.validate({section: {name: value}})
-    assert cli.validate({"data": {"official_split": True}}).data.official_split is True
+        validate({section: {name: value}})
+    assert validate({"data": {"official_split": True}}).data.official_split is True
 
 
 @pytest.mark.parametrize("section", sorted(all_sections(), key=lambda s: s.__name__), ids=lambda s: s.__name__)

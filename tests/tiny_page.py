@@ -7,13 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from dmat_ray import checkpoint, checks, classifiers, evaluation, probes, report
-from dmat_ray.checks import Finding
 from dmat_ray.config import Config
 from dmat_ray.data.manifold_set import open_set
-from dmat_ray.evaluation import Evaluator
+from dmat_ray.evaluation import checks, evaluation, probes
+from dmat_ray.evaluation.checks import Finding
+from dmat_ray.evaluation.evaluation import Evaluator
+from dmat_ray.evaluation.metrics import Results
 from dmat_ray.manifold import generators
-from dmat_ray.metrics import Results
+from dmat_ray.models import checkpoint
+from dmat_ray.networks import classifiers
+from dmat_ray.reports import report
 
 PGD, GROUP, WORST = "PGD [fast] <5>", "one|two & <more>", "worst *of* `two`"
 EVALUATION: dict[str, Any] = {

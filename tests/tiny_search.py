@@ -4,9 +4,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from dmat_ray import trials, trials_page
 from dmat_ray.config import Config
-from dmat_ray.trials import Trial
+from dmat_ray.reports import trials, trials_page
+from dmat_ray.reports.trials import Trial
 
 COLUMNS = ["clean", "linf <&>", "worst"]
 KNOBS = {"objective.image.eps": (0.02, 0.2), "objective.latent.eps": (0.01, 0.1), "training.lr": (0.01, 0.5)}

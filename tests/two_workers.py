@@ -10,14 +10,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dmat_ray import classifiers, local_stages, models
+from dmat_ray import local_stages
 from dmat_ray.config import Config
 from dmat_ray.data.manifold_set import ManifoldSet, open_set
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators
+from dmat_ray.models import trained_models
+from dmat_ray.networks import classifiers
 from dmat_ray.storage import Location, Place
-from dmat_ray.trainer import train
-from dmat_ray.training_step import TrainingStep
+from dmat_ray.training.step import TrainingStep
+from dmat_ray.training.trainer import train
 from dmat_ray.types import Batch
 
 
@@ -49,13 +51,13 @@ def one_step(config: Config, data: ManifoldSet, context: LocalContext) -> dict[s
 
 def is_there_after_a_slow_publication(folder: Path, set_folder: Path, config: Config) -> bool:
     """Whether the model is, once `train` has returned; the first worker alone publishes it."""
-    publish = models.publish
+    publish = trained_models.publish
 
     def slow(source: Place, target: Location) -> None:
         time.sleep(2)
         publish(source, target)
 
-    models.publish = slow
+    trained_models.publish = slow
     places = {"output": str(folder / "out"), "manifold_set": str(set_folder), "name": "tiny"}
     return (local_stages.train(config.model_copy(update=places)) / "run.json").is_file()
 

@@ -10,7 +10,6 @@ from typing import Any
 import ray.tune
 from ray.tune.search import BasicVariantGenerator
 
-from dmat_ray import models, trials, trials_page
 from dmat_ray.cluster import abandoned, evaluate, searchers, spaces, tracking
 from dmat_ray.cluster.holding import Holds, held
 from dmat_ray.cluster.outbox import FRONT
@@ -18,12 +17,14 @@ from dmat_ray.cluster.search_plan import RESULT, Plan
 from dmat_ray.cluster.trial import Work, keep_newest, run, state_of
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.errors import UserError
-from dmat_ray.files import read_json, write_json
-from dmat_ray.lease import Lease
-from dmat_ray.metrics import Results
+from dmat_ray.evaluation.metrics import Results
+from dmat_ray.models import trained_models
+from dmat_ray.reports import trials, trials_page
+from dmat_ray.reports.trials import Trial
+from dmat_ray.reports.trials_table import shown
 from dmat_ray.storage import Location, at, set_folder
-from dmat_ray.trials import Trial
-from dmat_ray.trials_table import shown
+from dmat_ray.storage.files import read_json, write_json
+from dmat_ray.storage.lease import Lease
 from dmat_ray.wording import number_of
 
 PAGE = "report.html"
@@ -99,7 +100,7 @@ def crown(
         say(f"not training anew with other seeds (tune.confirm_seeds): {ended_by} is used up")
     elif config.tune.confirm_seeds:
         seeds = _retrain(search, best, say, lease)
-    folders |= {name: models.model_folder(one) for kind in seeds.values() for name, one in kind.items()}
+    folders |= {name: trained_models.model_folder(one) for kind in seeds.values() for name, one in kind.items()}
     tested = _judge(config, search.judged_by, folders, search.folder / "yardstick", say, lease)
     evaluated = {}
     if config.tune.evaluate:
@@ -132,8 +133,8 @@ def crown(
 def _publish(work: Work, name: str, config: Config) -> Location:
     state = state_of(work.trial_folder(name))
     assert state is not None, f"{name} has scores, so it had a checkpoint"
-    folder = models.model_folder(config.model_copy(update={"name": name}))
-    models.publish(state["folder"], folder)
+    folder = trained_models.model_folder(config.model_copy(update={"name": name}))
+    trained_models.publish(state["folder"], folder)
     return folder
 
 

@@ -12,17 +12,16 @@ import torch
 from ray.train import CheckpointUploadMode
 from torch import Tensor, nn
 
-from dmat_ray import object_store
-from dmat_ray.checkpoint import no_space
 from dmat_ray.cluster.events import is_stopping, send
 from dmat_ray.cluster.gauges import of_machine
 from dmat_ray.cluster.nodes import require_like_driver
 from dmat_ray.cluster.session import device_of_actor
 from dmat_ray.errors import DmatRayError, StorageError, UserError
-from dmat_ray.files import is_full
-from dmat_ray.folders import put
 from dmat_ray.local import average_over_workers_, wrap_ddp
-from dmat_ray.storage import Location, Place, at
+from dmat_ray.models.checkpoint import no_space
+from dmat_ray.storage import Location, Place, at, object_store
+from dmat_ray.storage.files import is_full
+from dmat_ray.storage.folders import put
 
 WHOLE = re.compile(r"(checkpoint_[0-9][^/]*)/[^/]*\.json")
 NAMED = "checkpoint_%Y-%m-%d_%H-%M-%S.%f"  # as Ray Train names them, by the clock of rank 0's machine

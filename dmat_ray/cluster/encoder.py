@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-from dmat_ray.checkpoint import newest_of, versions
 from dmat_ray.cluster import session, tracking, workers
 from dmat_ray.cluster.context import RayContext, StoppedError, stored_checkpoints
 from dmat_ray.cluster.events import heed_stop, listen, no_retry_of_user_errors
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
-from dmat_ray.files import text_digest
-from dmat_ray.folders import replace_folder
-from dmat_ray.lease import sole
 from dmat_ray.manifold import encoder_trainer, generators
 from dmat_ray.manifold.encoder import CARD, FOLDER, load_encoder, read_card, save_encoder
+from dmat_ray.models.checkpoint import newest_of, versions
 from dmat_ray.storage import Location, at
+from dmat_ray.storage.files import text_digest
+from dmat_ray.storage.folders import replace_folder
+from dmat_ray.storage.lease import sole
 from dmat_ray.wording import to_go
 
 RUN_NAME = "encoder"

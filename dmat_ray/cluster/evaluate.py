@@ -16,8 +16,6 @@ import pyarrow.parquet as pq
 import ray.data
 import torch
 
-from dmat_ray import checkpoint, checks, evaluation, gallery, probes, units
-from dmat_ray.checks import Finding
 from dmat_ray.cluster import gauges, pools, session
 from dmat_ray.cluster.forecast import Forecast
 from dmat_ray.cluster.silence import breaking_silence
@@ -25,14 +23,18 @@ from dmat_ray.config import AutoAttackRow, Config
 from dmat_ray.data import manifold_set, set_reader
 from dmat_ray.errors import UserError
 from dmat_ray.estimate import AUTOATTACK
-from dmat_ray.evaluation import Evaluator
-from dmat_ray.files import Found, awaited
-from dmat_ray.lease import Lease
+from dmat_ray.evaluation import checks, evaluation, probes, units
+from dmat_ray.evaluation.checks import Finding
+from dmat_ray.evaluation.evaluation import Evaluator
+from dmat_ray.evaluation.metrics import Results
+from dmat_ray.evaluation.row_order import PIECE, in_order, pieces
+from dmat_ray.evaluation.units import Unit
 from dmat_ray.manifold import generators
-from dmat_ray.metrics import Results
-from dmat_ray.row_order import PIECE, in_order, pieces
+from dmat_ray.models import checkpoint
+from dmat_ray.reports import gallery
 from dmat_ray.storage import Location, Place, at
-from dmat_ray.units import Unit
+from dmat_ray.storage.files import Found, awaited
+from dmat_ray.storage.lease import Lease
 
 ROWS, DONE, CHECKS, UNITS = "rows.parquet", "evaluation.json", "checks.json", "units"
 LEFT_OUT = "left_out"  # what DONE says for readers beside what the rows depend on

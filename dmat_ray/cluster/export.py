@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from dmat_ray import checkpoint, model_export
 from dmat_ray.cluster import tracking
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
-from dmat_ray.folders import fetched
+from dmat_ray.models import checkpoint, model_export
 from dmat_ray.storage import Place, tracking_uri
+from dmat_ray.storage.folders import fetched
 
 NAME = "model"  # of the model in its run
 TOLERANCE = 1e-4  # of the largest logit

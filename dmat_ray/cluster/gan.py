@@ -9,14 +9,10 @@ from typing import Any
 
 import torch
 
-from dmat_ray.checkpoint import newest_of, versions
 from dmat_ray.cluster import session, tracking, workers
 from dmat_ray.cluster.context import RayContext, StoppedError, stored_checkpoints
 from dmat_ray.cluster.events import heed_stop, listen, no_retry_of_user_errors, send
 from dmat_ray.config import Config
-from dmat_ray.files import read_json
-from dmat_ray.folders import replace_folder
-from dmat_ray.lease import Lease, sole
 from dmat_ray.manifold import trained_on
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.diversity import warning_of_collapse
@@ -25,7 +21,11 @@ from dmat_ray.manifold.gan_progress import PROGRESS, is_finished, result_of
 from dmat_ray.manifold.gan_trainer import DEAD_END, train_generator
 from dmat_ray.manifold.generators import save_generator
 from dmat_ray.manifold.samples import sample_grid
+from dmat_ray.models.checkpoint import newest_of, versions
 from dmat_ray.storage import local_output
+from dmat_ray.storage.files import read_json
+from dmat_ray.storage.folders import replace_folder
+from dmat_ray.storage.lease import Lease, sole
 from dmat_ray.wording import number_of, to_go
 
 SAMPLES = "samples.png"

@@ -6,7 +6,7 @@ from typing import Any
 
 import ray.tune
 
-from dmat_ray.lease import Lease
+from dmat_ray.storage.lease import Lease
 
 _LEASE: Lease | None = None
 

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from dmat_ray.cluster import tracking
 from dmat_ray.cluster.session import EVALUATE, PROJECT, TRAIN, connected
 from dmat_ray.config import Config
-from dmat_ray.files import text_digest
 from dmat_ray.storage import Location, Place, at, set_folder, tracking_uri
+from dmat_ray.storage.files import text_digest
 
 if TYPE_CHECKING:
-    from dmat_ray.checks import Finding
     from dmat_ray.data.sources import Listing
-    from dmat_ray.lease import Lease
-    from dmat_ray.metrics import Results
+    from dmat_ray.evaluation.checks import Finding
+    from dmat_ray.evaluation.metrics import Results
+    from dmat_ray.storage.lease import Lease
 
 
 class Speaker:
@@ -40,7 +40,7 @@ class Speaker:
 
 def sole_pipeline(config: Config) -> "contextlib.AbstractContextManager[Lease]":
     """Inside, no other pipeline of these settings has this output: it would go on in this one's run, and end it as failed."""
-    from dmat_ray.lease import sole
+    from dmat_ray.storage.lease import sole
 
     return sole(at(config.output) / f"pipeline-{text_digest(tracking.identity(config))[:12]}")
 
@@ -71,27 +71,27 @@ def project(
 
 def train(configs: list[Config], say: Callable[[str], None], parent: "tracking.Run | None" = None) -> list[Location]:
     """Training, tracked. Returns the folders of the models."""
-    from dmat_ray import models
     from dmat_ray.cluster import leftovers
     from dmat_ray.cluster import train as stage
+    from dmat_ray.models import trained_models
 
-    todo = models.untrained(configs, say)
+    todo = trained_models.untrained(configs, say)
     leftovers.sweep(at(configs[0].output) / "train", [c for c in configs if c not in todo])
     if todo:
         with connected(configs[0].cluster, configs[0].output, say, (TRAIN,)):
             stage.train_models(todo, say, parent)
-    return [models.model_folder(c) for c in configs]
+    return [trained_models.model_folder(c) for c in configs]
 
 
 def evaluate(
     config: Config, models: Mapping[str, Place], say: Callable[[str], None], parent: "tracking.Run | None" = None
 ) -> "tuple[Results, list[Finding]]":
     """Evaluation and report, tracked. Returns the rows, and what the checks found."""
-    from dmat_ray import report
     from dmat_ray.cluster import evaluate as stage
     from dmat_ray.cluster import gauges
-    from dmat_ray.lease import exclusive
-    from dmat_ray.metrics import Results
+    from dmat_ray.evaluation.metrics import Results
+    from dmat_ray.reports import report
+    from dmat_ray.storage.lease import exclusive
 
     folder, page = at(config.output) / "evaluation", report_page(config)
     made_for = stage.fingerprint(config, set_folder(config), models)
@@ -140,8 +140,8 @@ def report_page(config: Config) -> Location:
 
 def predict(config: Config, model: Location, images: str, target: Location, say: Callable[[str], None]) -> Any:
     """Predictions for a folder of images, written to `target`. Returns their table."""
-    from dmat_ray import prediction
     from dmat_ray.cluster import predict as stage
+    from dmat_ray.models import prediction
 
     listing, ignored = prediction.list_images(images)
     if ignored:

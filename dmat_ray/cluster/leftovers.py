@@ -7,13 +7,13 @@ from typing import Any
 
 import pydantic
 
-from dmat_ray import checkpoint
 from dmat_ray.cluster.context import stored_checkpoints
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
-from dmat_ray.lease import sole
-from dmat_ray.models import is_of, is_trained
+from dmat_ray.models import checkpoint
+from dmat_ray.models.trained_models import is_of, is_trained
 from dmat_ray.storage import Location
+from dmat_ray.storage.lease import sole
 
 GROUP = "models"  # what the folder of several models is called after their number
 

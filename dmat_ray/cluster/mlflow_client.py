@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmat_ray.errors import UserError
-from dmat_ray.files import sync
-from dmat_ray.location import NO_LINKS, Location
 from dmat_ray.storage import DATABASE
+from dmat_ray.storage.files import sync
+from dmat_ray.storage.location import NO_LINKS, Location
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -18,9 +18,9 @@ from typing import Any
 
 from dmat_ray.cluster.mlflow_client import answering_client, reason_of, status_of
 from dmat_ray.errors import StorageError, UserError
-from dmat_ray.files import text_digest
-from dmat_ray.folders import fetched
 from dmat_ray.storage import OF_THE_FILE, Location
+from dmat_ray.storage.files import text_digest
+from dmat_ray.storage.folders import fetched
 from dmat_ray.wording import number_of
 
 KEY = "dmat_ray.key"

@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 import ray.data
 import torch
 
-from dmat_ray import checkpoint, prediction
 from dmat_ray.cluster import pools, session
 from dmat_ray.cluster.shard_tasks import as_bytes, read_pictures, unpack
 from dmat_ray.config import Config
 from dmat_ray.data import set_format
 from dmat_ray.errors import UserError
+from dmat_ray.models import checkpoint, prediction
 from dmat_ray.storage import Location
 from dmat_ray.wording import number_of
 

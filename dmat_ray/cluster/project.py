@@ -11,7 +11,6 @@ from typing import Any
 
 import ray.data
 
-from dmat_ray.checkpoint import versions
 from dmat_ray.cluster import environment, gauges, pools, session
 from dmat_ray.cluster.forecast import Forecast
 from dmat_ray.cluster.shard_projector import ShardProjector
@@ -21,10 +20,11 @@ from dmat_ray.config import Config
 from dmat_ray.data import set_writer
 from dmat_ray.data.set_writer import Shard
 from dmat_ray.errors import UserError
-from dmat_ray.files import awaited
 from dmat_ray.manifold import set_maker
 from dmat_ray.manifold.set_maker import Begun, encoder_folder
+from dmat_ray.models.checkpoint import versions
 from dmat_ray.storage import Location
+from dmat_ray.storage.files import awaited
 from dmat_ray.wording import be, duration, number_of
 
 SAY_EVERY_S = 5.0

@@ -11,21 +11,24 @@ from typing import Any
 
 from ray.tune.search.sample import Categorical
 
-from dmat_ray import classifiers, cli, evaluation, suites, trials
+from dmat_ray import cli, suites
 from dmat_ray.cluster import spaces
 from dmat_ray.cluster.trial import Work
 from dmat_ray.config import ClassifierConfig, Config, EvaluationConfig
 from dmat_ray.config.base import NAME
 from dmat_ray.data import set_reader
 from dmat_ray.errors import UserError
-from dmat_ray.files import read_json, write_json
+from dmat_ray.evaluation import evaluation
 from dmat_ray.manifold import generators
-from dmat_ray.models import untrained
+from dmat_ray.models.trained_models import untrained
+from dmat_ray.models.trained_settings import relevant
+from dmat_ray.networks import classifiers
+from dmat_ray.reports import trials
 from dmat_ray.storage import local_output, set_folder
-from dmat_ray.trained_settings import relevant
-from dmat_ray.trainer import check_inputs
+from dmat_ray.storage.files import read_json, write_json
+from dmat_ray.training.trainer import check_inputs
+from dmat_ray.training.yardstick import columns
 from dmat_ray.wording import PATTERNS, number_of
-from dmat_ray.yardstick import columns
 
 SEARCH, RESULT = "search.json", "result.json"
 FORCED = ("training.patience",)  # what trials are given, whatever was recorded of a search begun before

@@ -19,9 +19,9 @@ from dmat_ray.cluster.spaces import Space
 from dmat_ray.cluster.trial import Work, state_of
 from dmat_ray.config import ClusterConfig, TuneConfig
 from dmat_ray.errors import UserError
-from dmat_ray.trials import metric, value
+from dmat_ray.reports.trials import metric, value
+from dmat_ray.training.yardstick import PREFIX
 from dmat_ray.wording import number_of
-from dmat_ray.yardstick import PREFIX
 
 TIME = "epoch"
 MOST_NESTED = 20  # trials of several workers at a time: the processes that start these all lie on the head node

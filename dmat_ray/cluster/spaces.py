@@ -29,6 +29,7 @@ from dmat_ray.cluster import search_domains
 from dmat_ray.cluster.search_domains import Simplex, Times, simplex, times
 from dmat_ray.config import Config, TuneConfig
 from dmat_ray.errors import UserError
+from dmat_ray.validated import validate
 
 __all__ = ["Space", "load", "simplex", "stretched", "times", "trial_config"]
 
@@ -168,7 +169,7 @@ def trial_config(base: Mapping[str, Any], settings: Mapping[str, Any], name: str
         **{"keep": "last", "patience": None, "checkpoint_every": 1, "checkpoint_minutes": None},
     }
     layered = presets.merge(dict(base), {"name": name, "training": shorter})
-    return cli.validate(presets.merge(layered, _nested({**settings, "training.epochs": epochs})))
+    return validate(presets.merge(layered, _nested({**settings, "training.epochs": epochs})))
 
 
 def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,7 +203,7 @@ def load(path: str, config: Config) -> tuple[Space, dict[str, Any]]:
         presets.require_own_eps(config.to_json(), below)
     except UserError as error:
         raise UserError(f"tune.space '{path}', preset {', '.join(layers)}: {error}") from None
-    base = cli.validate(presets.merge(config.to_json(), below)).to_json()
+    base = validate(presets.merge(config.to_json(), below)).to_json()
     domains, simplexes, constants = {}, {}, {}
     for key, domain in given.items():
         keys = key if isinstance(key, tuple) else (key,)

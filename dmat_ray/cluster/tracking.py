@@ -9,9 +9,9 @@ from typing import Any
 from dmat_ray.cluster.nodes import mark_of
 from dmat_ray.cluster.outbox import Outbox, new_handle, now_ms
 from dmat_ray.config import ClusterConfig, Config, TrackingConfig
-from dmat_ray.files import text_digest
+from dmat_ray.models.trained_settings import flatten_config
 from dmat_ray.storage import Place, at, tracking_uri
-from dmat_ray.trained_settings import flatten_config
+from dmat_ray.storage.files import text_digest
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # that MLflow's client takes
 _OUTBOXES: dict[tuple[str, str], Outbox] = {}

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from dmat_ray import checkpoint, trained_settings
 from dmat_ray.cluster import environment, gauges, session, tracking, workers
 from dmat_ray.cluster.context import RayContext, StoppedError
 from dmat_ray.cluster.events import heed_stop, listen, no_retry_of_user_errors
@@ -18,12 +17,13 @@ from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.data import manifold_set
 from dmat_ray.data.set_reader import read_manifest
 from dmat_ray.errors import UserError
-from dmat_ray.files import text_digest
-from dmat_ray.lease import sole
 from dmat_ray.manifold import generators
-from dmat_ray.models import is_trained, model_folder, publish, set_digest, tell_of_older
+from dmat_ray.models import checkpoint, trained_settings
+from dmat_ray.models.trained_models import is_trained, model_folder, publish, set_digest, tell_of_older
 from dmat_ray.storage import Location, at, set_folder
-from dmat_ray.trainer import describe, train
+from dmat_ray.storage.files import text_digest
+from dmat_ray.storage.lease import sole
+from dmat_ray.training.trainer import describe, train
 from dmat_ray.wording import number_of
 
 

@@ -21,7 +21,6 @@ import ray.tune
 import torch
 from torch import Tensor, nn
 
-from dmat_ray import checkpoint
 from dmat_ray.cluster import session, spaces, workers
 from dmat_ray.cluster.context import stored_checkpoints
 from dmat_ray.cluster.events import listen
@@ -29,12 +28,13 @@ from dmat_ray.cluster.train import worker
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.data import manifold_set
 from dmat_ray.errors import NotFiniteError, UserError
-from dmat_ray.files import read_json, text_digest, write_json
-from dmat_ray.folders import put
 from dmat_ray.manifold import generators
-from dmat_ray.trainer import train
-from dmat_ray.trials import metric, value
-from dmat_ray.yardstick import PREFIX, columns
+from dmat_ray.models import checkpoint
+from dmat_ray.reports.trials import metric, value
+from dmat_ray.storage.files import read_json, text_digest, write_json
+from dmat_ray.storage.folders import put
+from dmat_ray.training.trainer import train
+from dmat_ray.training.yardstick import PREFIX, columns
 
 POINTER = "pointer.json"
 DIVERGED = "diverged"

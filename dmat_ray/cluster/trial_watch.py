@@ -10,15 +10,15 @@ import ray.tune
 from pydantic import ValidationError
 from ray.tune.experiment.trial import Trial as TuneTrial
 
-from dmat_ray import trials
 from dmat_ray.cluster import gauges, spaces, tracking
 from dmat_ray.cluster.search_plan import Plan
 from dmat_ray.cluster.trial import DIVERGED, state_of
 from dmat_ray.errors import UserError
-from dmat_ray.files import read_json, write_json
-from dmat_ray.trials import Trial
-from dmat_ray.trials_table import LiveTable, shown
-from dmat_ray.yardstick import PREFIX
+from dmat_ray.reports import trials
+from dmat_ray.reports.trials import Trial
+from dmat_ray.reports.trials_table import LiveTable, shown
+from dmat_ray.storage.files import read_json, write_json
+from dmat_ray.training.yardstick import PREFIX
 
 SPENT = "spent.json"
 TICK_S = 15.0

@@ -13,9 +13,9 @@ from dmat_ray.cluster.search_plan import SEARCH, Plan
 from dmat_ray.cluster.trial import run
 from dmat_ray.cluster.trial_watch import Tell, Watcher, watched
 from dmat_ray.config import Config
-from dmat_ray.lease import Lease, sole
-from dmat_ray.trials import Trial
-from dmat_ray.trials_table import LiveTable
+from dmat_ray.reports.trials import Trial
+from dmat_ray.reports.trials_table import LiveTable
+from dmat_ray.storage.lease import Lease, sole
 
 
 @dataclass(frozen=True)

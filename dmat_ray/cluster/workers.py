@@ -7,13 +7,13 @@ import ray
 import ray.train
 import ray.train.torch
 
-from dmat_ray.checkpoint import is_whole
 from dmat_ray.cluster import environment, session
 from dmat_ray.cluster.context import stored_checkpoints
 from dmat_ray.config import ClusterConfig
 from dmat_ray.errors import UserError
-from dmat_ray.folders import fetched
+from dmat_ray.models.checkpoint import is_whole
 from dmat_ray.storage import Location, Place, at
+from dmat_ray.storage.folders import fetched
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # in which Ray Train notes the checkpoints that it knows
 

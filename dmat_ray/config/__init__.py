@@ -98,7 +98,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _validation_reaches(self) -> "Config":
-        """Held-out images are attacked by both, whatever their weight: see `dmat_ray.validation.terms`."""
+        """Held-out images are attacked by both, whatever their weight: see `dmat_ray.training.validation.terms`."""
         if self.training.val_examples == 0:
             return self
         for name in ("image", "latent") if self.training.images == "on_manifold" else ("image",):

@@ -52,7 +52,7 @@ class AttackConfig(Section):
 def require_reach(attack: AttackConfig, threat: ThreatSettings) -> None:
     """Raise ValueError for steps too short to get from the ball's middle to its border, as when a preset's meet another eps.
 
-    Those in unit boxes are held to it before they begin, by `dmat_ray.search`: models have recorded such settings.
+    Those in unit boxes are held to it before they begin, by `dmat_ray.attack.search`: models have recorded such settings.
     """
     if threat.step_in_eps:
         require_steps(attack, getattr(threat, "eps", 0.0), "eps")

@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dmat_ray.arithmetic import tf32
 from dmat_ray.corruptions import blur, digital, noise, weather
 from dmat_ray.corruptions.spatter import spatter
 from dmat_ray.corruptions.tables import TABLES
+from dmat_ray.devices import tf32
 from dmat_ray.errors import UserError
 from dmat_ray.rng import Draws
 

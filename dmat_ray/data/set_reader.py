@@ -15,13 +15,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from dmat_ray.cli import describe
 from dmat_ray.data.decoding import GREY_LEVELS, MAX_PIXELS, SIZED, decode
 from dmat_ray.data.manifest import Described
 from dmat_ray.data.set_format import COPIES, GIVEN_UP, LOST, MANIFEST, SHARDS, VERSION, different_columns, schema
 from dmat_ray.errors import UserError
-from dmat_ray.files import text_digest
 from dmat_ray.storage import Location, Place, at, require_not_of_storage
+from dmat_ray.storage.files import text_digest
+from dmat_ray.validated import describe
 from dmat_ray.wording import be
 
 READERS = 16  # files read at a time: an object store answers slowly, and many at once

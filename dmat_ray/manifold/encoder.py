@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from dmat_ray.config import EncoderConfig
 from dmat_ray.errors import UserError
-from dmat_ray.files import sha256, write_json
-from dmat_ray.folders import fetched
+from dmat_ray.manifold.weights import generator_place
 from dmat_ray.rng import kept_apart
 from dmat_ray.storage import Location, Place, at
+from dmat_ray.storage.files import sha256, write_json
+from dmat_ray.storage.folders import fetched
 from dmat_ray.types import Generator
-from dmat_ray.weights import generator_place
 
 FOLDER, WEIGHTS, CARD = "encoder", "encoder.safetensors", "encoder.json"
 VERSION = 1

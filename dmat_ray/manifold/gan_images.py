@@ -21,12 +21,12 @@ from dmat_ray.data import first_look
 from dmat_ray.data.apart import require_apart
 from dmat_ray.data.sources import read_pixels
 from dmat_ray.errors import UserError
-from dmat_ray.files import is_full, read_json, write_json
 from dmat_ray.manifold import quality, trained_on
 from dmat_ray.manifold.gan_progress import PROGRESS, is_shorter
 from dmat_ray.manifold.gan_trainer import check_images, check_workers
 from dmat_ray.manifold.generators import CARD, WEIGHTS
 from dmat_ray.manifold.trained_on import CHUNK
+from dmat_ray.storage.files import is_full, read_json, write_json
 from dmat_ray.wording import number_of
 
 PARTIAL = ".images-*.partial"  # of the decoded images, until they are whole

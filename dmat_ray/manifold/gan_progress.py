@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from dmat_ray import checkpoint
 from dmat_ray.config import GanConfig
 from dmat_ray.errors import UserError
 from dmat_ray.manifold.stylegan2 import StyleGAN2
+from dmat_ray.models import checkpoint
 from dmat_ray.storage import Place, at
 
 PROGRESS = "gan.json"

@@ -16,11 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmat_ray import checkpoint
-from dmat_ray.arithmetic import tf32
 from dmat_ray.config import GanConfig
+from dmat_ray.devices import tf32
 from dmat_ray.errors import UserError
-from dmat_ray.folders import replace_folder
 from dmat_ray.manifold import gan
 from dmat_ray.manifold.augment import adapted, augment
 from dmat_ray.manifold.discriminator import Discriminator
@@ -28,9 +26,11 @@ from dmat_ray.manifold.diversity import uneven
 from dmat_ray.manifold.gan_progress import PROGRESS, read_progress, restored
 from dmat_ray.manifold.quality import Judge
 from dmat_ray.manifold.stylegan2 import StyleGAN2
-from dmat_ray.pace import LEAST_STEPS, TELL_AFTER_S, Pace
+from dmat_ray.models import checkpoint
 from dmat_ray.rng import derive
 from dmat_ray.storage import Place
+from dmat_ray.storage.folders import replace_folder
+from dmat_ray.training.pace import LEAST_STEPS, TELL_AFTER_S, Pace
 from dmat_ray.types import RunContext
 from dmat_ray.wording import to_go
 

@@ -18,13 +18,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from dmat_ray import weights
-from dmat_ray.cli import describe
 from dmat_ray.config import GeneratorConfig, StyleGAN1Config, StyleGAN2Config
 from dmat_ray.devices import device_of
 from dmat_ray.errors import UserError
-from dmat_ray.files import read_json, sha256, text_digest, write_json
-from dmat_ray.manifold import fast
+from dmat_ray.manifold import fast, weights
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.formats import exported
 from dmat_ray.manifold.formats.layouts import listed
@@ -33,6 +30,8 @@ from dmat_ray.manifold.stylegan1 import StyleGAN1
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.rng import kept_apart
 from dmat_ray.storage import Place, text_of
+from dmat_ray.storage.files import read_json, sha256, text_digest, write_json
+from dmat_ray.validated import describe
 
 WEIGHTS, CARD = "generator.safetensors", "card.json"
 FILES = {"stylegan1": WEIGHTS, "stylegan2": WEIGHTS, **exported.FILES}

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dmat_ray.errors import UserError
+from dmat_ray.manifold.weights import locate_lpips
 from dmat_ray.rng import kept_apart
-from dmat_ray.weights import locate_lpips
 
 EPSILON = 1e-10  # the package's
 SMALLEST = 32  # pixels of an image that every backbone takes

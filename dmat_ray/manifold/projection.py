@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dmat_ray.arithmetic import tf32
-from dmat_ray.compilers import require_compiler
 from dmat_ray.config import ProjectionConfig
 from dmat_ray.data.pixels import unit
+from dmat_ray.devices import require_compiler, tf32
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import noise, starts
 from dmat_ray.manifold.axes import principal_axes

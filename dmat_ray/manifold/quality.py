@@ -17,16 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmat_ray import checkpoint, classifiers
 from dmat_ray.config import ClassifierConfig, QualityConfig
 from dmat_ray.data.pixels import unit
 from dmat_ray.errors import UserError
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.diversity import class_means, distances, pair_count, real_pairs, uneven
 from dmat_ray.manifold.samples import chunk_size, samples
+from dmat_ray.manifold.weights import locate
+from dmat_ray.models import checkpoint
+from dmat_ray.networks import classifiers
 from dmat_ray.rng import kept_apart
 from dmat_ray.types import RunContext
-from dmat_ray.weights import locate
 
 # images (B, C, H, W), float in [0, 1], on the network's device -> features (B, F)
 Features = Callable[[Tensor], Tensor]

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from dmat_ray.checkpoint import versions
 from dmat_ray.config import Config, ProjectionConfig
 from dmat_ray.data import first_look, set_format, set_settings, set_writer, sources
 from dmat_ray.data.apart import require_apart
@@ -23,12 +22,13 @@ from dmat_ray.data.set_reader import read_manifest, warning_of_copies, warning_o
 from dmat_ray.data.set_writer import Record, Shard
 from dmat_ray.data.sources import Listing
 from dmat_ray.errors import UserError
-from dmat_ray.files import sha256, text_digest
-from dmat_ray.lease import Lease, exclusive
 from dmat_ray.manifold import encoder, generators, trained_on
 from dmat_ray.manifold.projection import Projector
+from dmat_ray.manifold.weights import locate_lpips
+from dmat_ray.models.checkpoint import versions
 from dmat_ray.storage import Location, set_folder
-from dmat_ray.weights import locate_lpips
+from dmat_ray.storage.files import sha256, text_digest
+from dmat_ray.storage.lease import Lease, exclusive
 
 # What may change over a half-finished set: the quality of results does not depend on it. (w itself may, where rounding decides
 # into which of two valleys a search goes. The encoder counts by its weights, not by its folder.)

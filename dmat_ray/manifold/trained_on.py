@@ -22,9 +22,9 @@ from dmat_ray.data.first_look import early
 from dmat_ray.data.folder_source import text
 from dmat_ray.data.sources import Listing, read_pixels, versions_of_images
 from dmat_ray.errors import DmatRayError
-from dmat_ray.files import sha256, text_digest
 from dmat_ray.manifold import generators
 from dmat_ray.storage import Location, at
+from dmat_ray.storage.files import sha256, text_digest
 from dmat_ray.wording import be
 
 IMAGES = "images.parquet"

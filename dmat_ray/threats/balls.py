@@ -6,7 +6,7 @@ from torch import Tensor
 from dmat_ray.rng import Draws
 from dmat_ray.types import Batch
 
-SPARSE = 0.01  # share of the coordinates that a step in L1 moves; 0.05 is far weaker (tests/test_attack_strength.py)
+SPARSE = 0.01  # share of the coordinates that a step in L1 moves; 0.05 is far weaker (tests/attack/test_attack_strength.py)
 BISECTIONS = 50  # of a threshold: float64 is exhausted by then
 
 

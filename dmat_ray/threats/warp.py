@@ -61,7 +61,7 @@ class StAdv(Ball):
 
     Each pixel is displaced by itself. Where it has come to lie in a flat part of the image it feels no slope, and would stay: it
     goes back to its place, from where it may get to the other side. Without that a search is far weaker than the published one
-    (tests/test_published_attacks.py): where a pixel starts decides to which side it can go.
+    (tests/threats/test_published_attacks.py): where a pixel starts decides to which side it can go.
     """
 
     def __init__(self, config: StAdvThreat) -> None:

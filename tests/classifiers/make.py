@@ -13,14 +13,16 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dmat_ray import checkpoint, classifiers, threats
+from dmat_ray import threats
 from dmat_ray.attack import attack
 from dmat_ray.config import AttackConfig, ClassifierConfig, Config, DataConfig, ImageThreat
 from dmat_ray.data.sources import list_examples, read_pixels
-from dmat_ray.files import write_json
 from dmat_ray.local import LocalContext
-from dmat_ray.schedules import learning_rate
-from dmat_ray.training_step import TrainingStep
+from dmat_ray.models import checkpoint
+from dmat_ray.networks import classifiers
+from dmat_ray.storage.files import write_json
+from dmat_ray.training.schedules import learning_rate
+from dmat_ray.training.step import TrainingStep
 from dmat_ray.types import Batch
 
 SEED = 0

@@ -8,7 +8,7 @@ from mlflow.entities import Run
 from small import settings
 
 from dmat_ray.config import Config
-from dmat_ray.trials import Trial
+from dmat_ray.reports.trials import Trial
 
 SPACE = """
 from ray import tune

@@ -21,11 +21,11 @@ from dmat_ray import cli
 from dmat_ray.cluster import encoder as stage
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
-from dmat_ray.lease import sole
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators
 from dmat_ray.manifold.encoder import Encoder, load_encoder, locate_encoder
 from dmat_ray.manifold.encoder_trainer import train_encoder
+from dmat_ray.storage.lease import sole
 
 pytestmark = [pytest.mark.cluster, pytest.mark.exhaustive, pytest.mark.usefixtures("ray_session")]
 ROOT = Path(__file__).parents[2]

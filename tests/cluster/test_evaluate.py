@@ -16,13 +16,14 @@ import pytest
 import ray
 from small import settings, start_job, wait_for
 
-from dmat_ray import evaluation, files, report
 from dmat_ray.cluster import evaluate as stage
 from dmat_ray.cluster import jobs
 from dmat_ray.errors import UserError
-from dmat_ray.lease import FILE, exclusive
-from dmat_ray.storage import at
-from dmat_ray.units import Unit
+from dmat_ray.evaluation import evaluation
+from dmat_ray.evaluation.units import Unit
+from dmat_ray.reports import report
+from dmat_ray.storage import at, files
+from dmat_ray.storage.lease import FILE, exclusive
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session", "impatient")]
 

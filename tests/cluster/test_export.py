@@ -10,10 +10,11 @@ import torch
 from mlflow import MlflowClient
 from small import settings
 
-from dmat_ray import checkpoint, classifiers, model_export, model_import
 from dmat_ray.cluster import export, tracking
 from dmat_ray.config import ClassifierConfig, Config
 from dmat_ray.errors import UserError
+from dmat_ray.models import checkpoint, model_export, model_import
+from dmat_ray.networks import classifiers
 
 pytestmark = pytest.mark.cluster
 CLASSES = ("cat", "dog", "fox", "owl")

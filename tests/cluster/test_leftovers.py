@@ -19,24 +19,25 @@ from ray.train.v2._internal.execution.training_report import _TrainingReport
 from searches import tuned
 from small import settings
 
-from dmat_ray import checkpoint, lease, models, trainer
 from dmat_ray.cluster import jobs, leftovers, train, tune, workers
 from dmat_ray.cluster.context import RayContext, next_name, stored_checkpoints
 from dmat_ray.cluster.leftovers import Leftover, left_by_others
 from dmat_ray.config import Config
 from dmat_ray.data.manifold_set import open_set
 from dmat_ray.errors import UserError
-from dmat_ray.lease import sole
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators
-from dmat_ray.storage import at
+from dmat_ray.models import checkpoint, trained_models
+from dmat_ray.storage import at, lease
+from dmat_ray.storage.lease import sole
+from dmat_ray.training import trainer
 
 pytestmark = pytest.mark.cluster
 
 
 def trained(config: Config, folder: Path, group: Path) -> None:
     """A training in this process, whose last checkpoint is put where Ray Train keeps them; and one of the epoch before."""
-    data, sha = open_set(models.set_folder(config), "train"), generators.fingerprint(config.generator.path)
+    data, sha = open_set(trained_models.set_folder(config), "train"), generators.fingerprint(config.generator.path)
     folder.mkdir()
     trainer.train(config, data, generators.load_configured(config.generator, "cpu"), sha, LocalContext(folder))
     for second in (1, 2):
@@ -83,7 +84,7 @@ def test_a_training_that_another_run_has_taken_over_ends(tmp_path, finished, ray
     with pytest.raises(UserError, match=r"another run has taken over '.*' while this one did not answer; this one ends"):
         train.train_models([config], say)
     assert not any("epoch 199/200" in line for line in lines)
-    assert not models.model_folder(config).is_dir()
+    assert not trained_models.model_folder(config).is_dir()
     (found,) = (tmp_path / "train").glob(f"{config.name}-*")
     assert Leftover(at(found)).of(config), "the other one goes on from there"
 
@@ -149,7 +150,7 @@ def test_a_model_finds_its_checkpoints_in_the_folder_of_any_group(tmp_path, fini
             pass  # nor is its own training kept from it
 
     assert not found.is_used_up(str(tmp_path))
-    models.publish(newest, models.model_folder(mine))
+    trained_models.publish(newest, trained_models.model_folder(mine))
     assert found.is_used_up(str(tmp_path))
 
     kept = shutil.copytree(group, tmp_path / "kept")

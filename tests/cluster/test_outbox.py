@@ -13,8 +13,8 @@ from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 
 from dmat_ray.cluster import outbox
 from dmat_ray.cluster.outbox import Outbox
-from dmat_ray.files import text_digest
 from dmat_ray.storage import at
+from dmat_ray.storage.files import text_digest
 
 pytestmark = pytest.mark.cluster
 URI = "http://server"

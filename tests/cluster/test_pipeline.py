@@ -17,8 +17,8 @@ from small import DMAT, settings
 from dmat_ray.cluster import jobs, tracking
 from dmat_ray.data.sources import list_examples
 from dmat_ray.errors import UserError
-from dmat_ray.metrics import Results
-from dmat_ray.units import rows_to_run
+from dmat_ray.evaluation.metrics import Results
+from dmat_ray.evaluation.units import rows_to_run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from small import ROOT, SMALL
 
-from dmat_ray import checkpoint, classifiers
 from dmat_ray.config import ClassifierConfig, Config
-from dmat_ray.files import sha256
+from dmat_ray.models import checkpoint
+from dmat_ray.networks import classifiers
+from dmat_ray.storage.files import sha256
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("impatient")]
 CLASSES = ("a", "b", "c", "d", "e", "f", "g")

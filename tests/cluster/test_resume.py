@@ -21,7 +21,7 @@ from dmat_ray.cluster import jobs, tune
 from dmat_ray.cluster.search_plan import Plan
 from dmat_ray.cluster.train import training_folder
 from dmat_ray.errors import UserError
-from dmat_ray.lease import sole
+from dmat_ray.storage.lease import sole
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 

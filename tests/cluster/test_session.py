@@ -18,14 +18,14 @@ from PIL import Image
 from ray._private.runtime_env import packaging
 from small import settings
 
-from dmat_ray import models
 from dmat_ray.cluster import encoder, environment, evaluate, gan, jobs, session, train
 from dmat_ray.cluster.environment import is_own, prepare_environment
 from dmat_ray.cluster.session import connected
 from dmat_ray.config import ClusterConfig
 from dmat_ray.errors import UserError
+from dmat_ray.evaluation.units import Unit
+from dmat_ray.models import trained_models
 from dmat_ray.storage import at
-from dmat_ray.units import Unit
 
 pytestmark = pytest.mark.cluster
 
@@ -178,7 +178,7 @@ ONE_WORKER = ("--cluster.gpus_per_worker", "1", "--cluster.train_workers", "1")
 def test_a_stage_asks_a_machine_for_gpus_of_its_own_workers_alone(monkeypatch, tmp_path):
     """Both numbers of actors are 2 by default, and a training starts no actors."""
     config = settings(tmp_path, *ONE_WORKER, "--cluster.projection_actors", 2, "--cluster.evaluation_actors", 2)
-    monkeypatch.setattr(models, "untrained", lambda configs, say: configs)
+    monkeypatch.setattr(trained_models, "untrained", lambda configs, say: configs)
     with pytest.raises(_StartedError):
         jobs.train([config], print)
     script = Path(__file__).parents[2] / "jobs" / "train_generator.py"

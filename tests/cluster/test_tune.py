@@ -21,7 +21,6 @@ from ray.tune.schedulers import TrialScheduler
 from searches import ONE_BY_ONE, SPACE, options, runs_of, told, tuned
 from small import MlflowServer, PostgresServer, finish, processes_below, start_job, wait_for
 
-from dmat_ray import checkpoint, trainer
 from dmat_ray.cluster import champion, searchers, tune
 from dmat_ray.cluster.search_plan import Plan
 from dmat_ray.config import Config
@@ -29,7 +28,9 @@ from dmat_ray.data.manifold_set import open_set
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators
-from dmat_ray.trials import metric, value
+from dmat_ray.models import checkpoint
+from dmat_ray.reports.trials import metric, value
+from dmat_ray.training import trainer
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 

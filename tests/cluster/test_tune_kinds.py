@@ -14,11 +14,11 @@ import torch
 from searches import SPACE, options, runs_of, told, tuned
 from small import processes_below, start_job, wait_for
 
-from dmat_ray import checkpoint
 from dmat_ray.cluster import champion, trial_watch, tune
 from dmat_ray.config import Config
 from dmat_ray.data.epochs import held_out_positions
 from dmat_ray.data.manifold_set import open_set
+from dmat_ray.models import checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.exhaustive, pytest.mark.usefixtures("ray_session")]
 

@@ -11,13 +11,14 @@ from ray.tune.experiment.trial import Trial as TuneTrial
 from searches import ONE_BY_ONE, SPACE, tuned
 from small import database
 
-from dmat_ray import cli, presets
+from dmat_ray import presets
 from dmat_ray.cluster import champion, searchers, trial_watch, tune
 from dmat_ray.cluster.search_plan import Plan
 from dmat_ray.config import ClusterConfig, TuneConfig
 from dmat_ray.errors import UserError
-from dmat_ray.trials import Trial
-from dmat_ray.trials_table import LiveTable
+from dmat_ray.reports.trials import Trial
+from dmat_ray.reports.trials_table import LiveTable
+from dmat_ray.validated import validate
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 
@@ -121,7 +122,7 @@ def test_terms_and_networks_that_only_trials_have_tell_searches_apart(finished, 
 
     def plan(eps: float) -> Plan:
         term = {"objective": {"more": {"jpg": {"threat": "jpeg", "eps": eps}}}}
-        return Plan(cli.validate(presets.merge(tuned(tmp_path, "--tune.space", space).to_json(), term)), say)
+        return Plan(validate(presets.merge(tuned(tmp_path, "--tune.space", space).to_json(), term)), say)
 
     one, other = plan(0.1), plan(0.2)
     assert {key for key in one.identity | other.identity if one.identity.get(key) != other.identity.get(key)} == {

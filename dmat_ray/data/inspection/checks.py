@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
-from dmat_ray.cli import describe
 from dmat_ray.data.manifest import Count, Described
 from dmat_ray.data.set_reader import manifest_as_it_is
 from dmat_ray.storage import Location
+from dmat_ray.validated import describe
 from dmat_ray.wording import number_of
 
 MOST_DEFECTS = 20  # lines of one check

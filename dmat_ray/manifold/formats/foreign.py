@@ -12,7 +12,6 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from dmat_ray.cli import describe
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import generators
 from dmat_ray.manifold.formats import checkpoints, layouts_stylegan2
@@ -22,6 +21,7 @@ from dmat_ray.manifold.formats.layouts_stylegan2 import RECORDED, Attributes
 from dmat_ray.manifold.formats.stored import Module, RefusedError, Storage, Stored, TensorFlowNetwork, shown
 from dmat_ray.manifold.stylegan1 import StyleGAN1
 from dmat_ray.manifold.stylegan2 import StyleGAN2
+from dmat_ray.validated import describe
 
 KNOWN = (
     "StyleGAN 1 of InterFaceGAN, HiGAN and GenForce; StyleGAN 2 of rosinality's stylegan2-pytorch and of NVlabs' "

@@ -1,0 +1,1 @@
+"""Evaluation: units of attacks, their rows, and the numbers and intervals that come of them."""

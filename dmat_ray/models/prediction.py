@@ -1,0 +1,111 @@
+"""What a classifier says of images that have no labels: the list of a folder's images, and rows of predictions."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from dmat_ray.devices import tf32
+from dmat_ray.models.checkpoint import UNSEEN
+from dmat_ray.config import DataConfig
+from dmat_ray.config.data import LATER
+from dmat_ray.data.folder_source import EXTENSIONS
+from dmat_ray.data.pixels import to_unit
+from dmat_ray.data.set_reader import named_classes
+from dmat_ray.errors import UserError
+from dmat_ray.storage import at
+from dmat_ray.wording import number_of
+
+MOST = 5  # classes in the column `top5`; fewer if the model knows fewer
+GUESS = pa.struct([("prediction", pa.int64()), ("class_name", pa.string()), ("probability", pa.float32())])
+# one row an image; of one that cannot be read, `reason` says why, and all else but its path is null
+SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("prediction", pa.int64()),
+        ("class_name", pa.string()),
+        ("probability", pa.float32()),
+        ("top5", pa.list_(GUESS)),
+        ("reason", pa.string()),
+    ]
+)
+
+
+def list_images(place: str) -> tuple[pa.Table, str]:
+    """All images below a folder or URL, and which files are none ('' = all are).
+
+    The table has the columns that `data.sources.read_pixels` wants: id, the path relative to the folder, file, and row (null).
+    Raises UserError for a folder that is not there, cannot be listed, or holds no image.
+    """
+    root = at(place)
+    try:
+        if root.is_file():
+            raise UserError(f"'{root}' is a file; give the folder of images that it lies in")
+        files, folders = root.tree()
+        if not files and not folders and not root.is_dir():
+            raise UserError(f"'{root}' is no folder that exists; give a folder of images")
+    except OSError as error:
+        raise UserError(f"the images in '{root}' cannot be listed: {error.strerror} ('{error.filename}')") from None
+    files.sort(key=lambda path: path.replace("/", "\0"))
+    images = [path for path in files if os.path.splitext(path)[1].lower() in EXTENSIONS]
+    if not images:
+        raise UserError(f"'{root}' holds no images ({', '.join(sorted(EXTENSIONS))})")
+    others = sorted(set(files) - set(images))
+    ignored = f"{number_of(len(others), 'file')} of no extension of images, the first: '{_text(others[0])}'" if others else ""
+    table = pa.table(
+        {
+            "id": pa.array([_text(path) for path in images], pa.string()),
+            "file": pa.array([os.fsencode(path) for path in images], pa.binary()),
+            "row": pa.nulls(len(images), pa.int64()),
+        }
+    )
+    return table, ignored
+
+
+def _text(path: str) -> str:
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def read_as(run: dict[str, Any], data: DataConfig, images: str) -> DataConfig:
+    """How the images of a place are read for a model, of which `run` is run.json: as those that it has learned from."""
+    said = run["config"]["data"]
+    how = {name: said.get(name, LATER[name]) for name in ("resize", "grey_levels")}
+    shape = {"channels": run["channels"], "resolution": run["resolution"]}
+    return data.model_copy(update={"source": images, "id_column": None, **shape, **how})
+
+
+def warning_of_unseen(run: dict[str, Any]) -> str:
+    """What is to be said of a model, of which `run` is run.json, that has seen no image of some class; '' if it has of all."""
+    names = run.get(UNSEEN, [])
+    return f"warning: the model was trained without an image of {named_classes(names)}, which it cannot know" if names else ""
+
+
+@torch.no_grad()
+@tf32(False)
+def predict(
+    network: nn.Module, class_names: Sequence[str], paths: Sequence[str], pixels_NCHW: np.ndarray, device: torch.device
+) -> pa.Table:
+    """Rows of SCHEMA for uint8 images. Raises UserError if the network's output is not finite."""
+    if not len(paths):
+        return SCHEMA.empty_table()
+    logits = network(to_unit(pixels_NCHW).to(device)).float()
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError("the model puts out values that are not finite")
+    best = logits.softmax(dim=1).topk(min(MOST, len(class_names)), dim=1)
+    rows = []
+    for path, probabilities, labels in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True):
+        top = [
+            {"prediction": label, "class_name": class_names[label], "probability": probability}
+            for label, probability in zip(labels, probabilities, strict=True)
+        ]
+        rows.append({"path": path, **top[0], "top5": top})
+    return pa.Table.from_pylist(rows, SCHEMA)
+
+
+def unreadable(reasons: dict[str, str]) -> pa.Table:
+    """Rows of SCHEMA for images that cannot be read, by path."""
+    return pa.Table.from_pylist([{"path": path, "reason": reason} for path, reason in reasons.items()], SCHEMA)

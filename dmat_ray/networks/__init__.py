@@ -1,0 +1,1 @@
+"""Classifiers: their networks, batch norm over several terms, and the folded copies that attacks see."""

@@ -1,0 +1,1 @@
+"""Training: objectives, one step, the loop, and what is looked at on the way."""
