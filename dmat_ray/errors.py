@@ -18,3 +18,8 @@ class StorageError(DmatRayError):
 
 class NotFiniteError(UserError):
     """A loss or an output that is infinite or not a number: the network has diverged."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or, of one that says nothing, its type."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -14,7 +14,7 @@ from dmat_ray.attack import frozen
 from dmat_ray.config import Config, Section
 from dmat_ray.data.manifold_set import ManifoldSet
 from dmat_ray.devices import tf32
-from dmat_ray.errors import UserError
+from dmat_ray.errors import UserError, first_line
 from dmat_ray.networks.classifiers import HEEDS_OTHERS, heeds_others
 from dmat_ray.types import Generator
 from dmat_ray.validated import describe
@@ -97,7 +97,7 @@ def require_classifier(network: Any, x_BCHW: Tensor, name: str = "the network") 
         with frozen(network), torch.no_grad():
             logits = network(x_BCHW[:1])
     except Exception as error:  # of whatever type its author thinks right
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise UserError(f"{name} cannot take images of {_by(x_BCHW.shape[1:])}: {reason}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
         found = shape_of(logits) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"

@@ -23,6 +23,7 @@ from dmat_ray.config import (
     AutoAttackRow,
     Config,
     EvaluationConfig,
+    GanConfig,
     ImageThreat,
     ObjectiveConfig,
     Section,
@@ -227,6 +228,15 @@ def test_settings_cannot_be_changed() -> None:
     config = Config()
     with pytest.raises(ValidationError, match="frozen"):
         config.objective.image.eps = 0.5  # type: ignore[misc]
+
+
+def test_what_an_older_version_recorded_has_what_came_since_at_its_default() -> None:
+    now = GanConfig(kimg=3).model_dump(mode="json")
+    then = {key: value for key, value in now.items() if key != "mode_seeking"}
+    then["architecture"] = {key: value for key, value in now["architecture"].items() if key != "w_dim"}
+    assert GanConfig.recorded(then) == now
+    for other in ({**now, "of_a_later_version": 1}, {"kimg": "many"}, None, [1]):
+        assert GanConfig.recorded(other) == other
 
 
 def test_fingerprint_changes_with_any_setting() -> None:

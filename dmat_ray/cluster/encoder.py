@@ -10,7 +10,7 @@ import torch
 from dmat_ray.cluster import session, tracking, workers
 from dmat_ray.cluster.context import RayContext, StoppedError, stored_checkpoints
 from dmat_ray.cluster.events import heed_stop, listen, no_retry_of_user_errors
-from dmat_ray.config import Config
+from dmat_ray.config import Config, EncoderConfig
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import encoder_trainer, generators
 from dmat_ray.manifold.encoder import CARD, FOLDER, load_encoder, read_card, save_encoder
@@ -57,7 +57,8 @@ def is_trained(config: Config, folder: Location) -> bool:
         return False
     card = read_card(folder)
     sha = generators.fingerprint(config.generator.path)
-    if card.get("training") == config.encoder.model_dump(mode="json") and card.get("generator_sha256") == sha:
+    same = EncoderConfig.recorded(card.get("training")) == config.encoder.model_dump(mode="json")
+    if same and card.get("generator_sha256") == sha:
         load_encoder(folder, sha)
         return True
     raise UserError(

@@ -10,7 +10,7 @@ import torch
 
 from dmat_ray.cluster import tracking
 from dmat_ray.config import Config
-from dmat_ray.errors import UserError
+from dmat_ray.errors import UserError, first_line
 from dmat_ray.models import checkpoint, model_export
 from dmat_ray.storage import Place, tracking_uri
 from dmat_ray.storage.folders import fetched
@@ -107,7 +107,7 @@ def _log(
         if register and alias:
             mlflow.MlflowClient().set_registered_model_alias(register, alias, version)
     except MlflowException as error:
-        raise UserError(f"MLflow refuses model '{name}': {str(error).splitlines()[0]}") from None
+        raise UserError(f"MLflow refuses model '{name}': {first_line(error)}") from None
     where = f", version {version} of '{register}'{f' ({alias})' if alias else ''}" if register else ""
     say(f"{name}: {info.model_uri}{where}")
     return str(info.model_uri)
@@ -121,6 +121,6 @@ def _require_equal(name: str, network: torch.nn.Module, read_back: torch.nn.Modu
     try:
         found = read_back(x)
     except Exception as error:  # whatever torch says of a size that it took for a constant
-        raise UserError(f"model '{name}' was exported for a fixed batch ({str(error).splitlines()[0]})") from None
+        raise UserError(f"model '{name}' was exported for a fixed batch ({first_line(error)})") from None
     if not torch.allclose(found, expected, atol=TOLERANCE * float(expected.abs().max()), rtol=0):
         raise UserError(f"model '{name}' comes back from MLflow with other logits; its network depends on more than its input")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dmat_ray.cluster import nodes
 from dmat_ray.cluster.environment import LOGICAL, cluster_address, prepare_environment
 from dmat_ray.config import ClusterConfig
-from dmat_ray.errors import UserError
+from dmat_ray.errors import UserError, first_line
 from dmat_ray.storage import at
 
 if TYPE_CHECKING:
@@ -265,6 +265,6 @@ def _join(address: str, told: str) -> None:
         with _native_stderr_held():
             ray.init(address=address, runtime_env={"env_vars": {nodes.EXPECTED: told}}, **COMMON)
     except ray.exceptions.AuthenticationError as error:
-        raise UserError(f"the cluster at '{address}' does not let us in: {str(error).splitlines()[0]}") from None
+        raise UserError(f"the cluster at '{address}' does not let us in: {first_line(error)}") from None
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"cluster.address '{address}' cannot be reached: {str(error).splitlines()[0]}") from None
+        raise UserError(f"cluster.address '{address}' cannot be reached: {first_line(error)}") from None

@@ -6,7 +6,7 @@ import json
 import os
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator, model_validator
 
 from dmat_ray.errors import UserError
 
@@ -83,6 +83,16 @@ class Section(BaseModel):
         if isinstance(value, str) and "\0" in value:
             raise ValueError(f"{value!r} holds a NUL, which no text of settings may")
         return value
+
+    @classmethod
+    def recorded(cls, values: Any) -> Any:
+        """Values that `model_dump` of an older version gave, as this one gives them: what they lack came later, with what was
+        done before as its default. Those that this version does not take are given back as they are.
+        """
+        try:
+            return cls.model_validate(values).model_dump(mode="json")
+        except ValidationError:
+            return values
 
     def fingerprint(self) -> str:
         """Twelve hex digits that change whenever any setting changes."""

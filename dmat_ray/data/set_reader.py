@@ -18,9 +18,9 @@ from pydantic import ValidationError
 from dmat_ray.data.decoding import GREY_LEVELS, MAX_PIXELS, SIZED, decode
 from dmat_ray.data.manifest import Described
 from dmat_ray.data.set_format import COPIES, GIVEN_UP, LOST, MANIFEST, SHARDS, VERSION, different_columns, schema
-from dmat_ray.errors import UserError
+from dmat_ray.errors import UserError, first_line
 from dmat_ray.storage import Location, Place, at, require_not_of_storage
-from dmat_ray.storage.files import text_digest
+from dmat_ray.storage.files import parse_json, text_digest
 from dmat_ray.validated import describe
 from dmat_ray.wording import be
 
@@ -50,10 +50,7 @@ def manifest_as_it_is(place: Place) -> dict[str, Any]:
         raise UserError(
             f"the on-manifold set '{folder}' is unfinished: it has no {MANIFEST}; run jobs/project.py again"
         ) from None
-    try:
-        manifest: dict[str, Any] = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"'{folder / MANIFEST}' is damaged: {error}") from None
+    manifest = parse_json(content, folder / MANIFEST)
     if not isinstance(manifest, dict):
         raise UserError(f"'{folder / MANIFEST}' is damaged: it holds a {type(manifest).__name__}, not an object")
     if manifest.get("version") != VERSION:
@@ -89,7 +86,7 @@ def read_shard(
         raise UserError(f"the set '{folder}' lacks its shard {name}; run jobs/project.py again") from None
     except (pa.ArrowException, OSError) as error:
         require_not_of_storage(error, folder / SHARDS / name)
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise UserError(f"shard {name} of '{folder}' is damaged ({reason}); remove it and run jobs/project.py again") from None
 
 

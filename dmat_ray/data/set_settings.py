@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from dmat_ray.config import ProjectionConfig
 from dmat_ray.data import set_format
 from dmat_ray.data.set_format import MANIFEST
 from dmat_ray.errors import UserError
@@ -28,7 +29,7 @@ def begin(folder: Location, settings: dict[str, Any]) -> None:
     if old is None:
         path.write_json(settings)
         return
-    before, now = _known_alike(_flat(old), _flat(settings))
+    before, now = _known_alike(_flat(_as_now(old, settings)), _flat(settings))
     then, most = before.get(MAX_PIXELS), now.get(MAX_PIXELS)
     if isinstance(then, int) and isinstance(most, int) and then < most:
         before[MAX_PIXELS] = most
@@ -72,7 +73,7 @@ def _begun_with(folder: Location, settings: dict[str, Any]) -> dict[str, Any] | 
 
 def are_of(manifest: dict[str, Any], settings: dict[str, Any]) -> bool:
     """Whether a finished set was made with these settings: none that makes another set differs."""
-    before, now = _known_alike(_flat(_settings_in(manifest, settings)), _flat(settings))
+    before, now = _known_alike(_flat(_as_now(_settings_in(manifest, settings), settings)), _flat(settings))
     return before == now
 
 
@@ -84,6 +85,15 @@ def _settings_in(manifest: dict[str, Any], settings: dict[str, Any]) -> dict[str
 def _shown(flat: dict[str, Any], key: str) -> Any:
     """The value of a setting, of which some are recorded only where they are not what they were before they could be set."""
     return flat.get(key, "its default" if key.startswith("data.") else None)
+
+
+def _as_now(old: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """What an older version recorded, with the settings of the projection that have come since at their defaults."""
+    was, now = old.get("projection"), settings.get("projection", {})
+    if not isinstance(was, dict):
+        return old
+    filled = ProjectionConfig.recorded(was)
+    return {**old, "projection": {key: value for key, value in filled.items() if key in was or key in now}}
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

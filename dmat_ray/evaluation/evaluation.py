@@ -20,7 +20,7 @@ from dmat_ray.config import ON_CURVE, AttackRow, AutoAttackRow, CleanRow, Corrup
 from dmat_ray.data.manifold_set import ManifoldSet
 from dmat_ray.data.set_reader import lost_classes, named_classes
 from dmat_ray.devices import tf32
-from dmat_ray.errors import NotFiniteError, UserError
+from dmat_ray.errors import NotFiniteError, UserError, first_line
 from dmat_ray.evaluation.row_order import in_order
 from dmat_ray.evaluation.units import Unit, chosen, group_of, rounds, rows_to_run, still_standing, units
 from dmat_ray.networks.attack_view import view_of
@@ -227,7 +227,7 @@ def require_suite(config: EvaluationConfig, manifest: Mapping[str, Any]) -> None
         try:
             _try(row, one, count, config.seed)
         except (UserError, RuntimeError) as error:
-            raise UserError(f"attack '{row.name}' on {size} images of {count} classes: {str(error).splitlines()[0]}") from None
+            raise UserError(f"attack '{row.name}' on {size} images of {count} classes: {first_line(error)}") from None
     if config.lpips != "none":
         from dmat_ray.manifold.perceptual import SMALLEST
 

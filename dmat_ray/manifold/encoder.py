@@ -133,10 +133,7 @@ def read_card(folder: Place) -> dict[str, Any]:
         raise UserError(f"there is no encoder at '{folder}'; {HOW_TO_GET_ONE}")
     if not path.is_file():
         raise UserError(f"'{folder}' holds no encoder, or an unfinished one (no {CARD}); {HOW_TO_GET_ONE}")
-    try:
-        card = path.read_json()
-    except RecursionError:
-        raise UserError(f"'{path}' is damaged: it is nested too deep") from None
+    card = path.read_json()
     if not isinstance(card, dict):
         raise UserError(f"'{path}' is damaged: a {type(card).__name__}, not a JSON object")
     if card.get("version") != VERSION:

@@ -159,7 +159,7 @@ def _read_checkpoint(folder: Place, about: dict[str, Any]) -> tuple[int, dict[st
     progress = path.read_json()
     if progress["generator_sha256"] != about["generator_sha256"]:
         raise UserError(f"'{folder}' was trained for another generator; give another --output or remove it")
-    if progress["config"] != about["config"]:
+    if EncoderConfig.recorded(progress["config"]) != about["config"]:
         raise UserError(f"'{folder}' was trained with other settings under encoder.*; give another --output or remove it")
     return int(progress["step"]), checkpoint.load_state(folder)
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from dmat_ray.config import Config, DataConfig
+from dmat_ray.config import Config, DataConfig, GanConfig
 from dmat_ray.data import first_look
 from dmat_ray.data.apart import require_apart
 from dmat_ray.data.sources import read_pixels
@@ -252,7 +252,7 @@ def _different(config: Config, folder: Path, card: dict[str, Any]) -> str:
     """What of a generator's training, of which `card` tells, is not what it would be now; empty if nothing is."""
     if "training" not in card or not (folder / WEIGHTS).is_file():
         return "it was not trained here, or is not whole"
-    if other := _first_difference(card["training"], config.gan.model_dump(mode="json"), "gan"):
+    if other := _first_difference(GanConfig.recorded(card["training"]), config.gan.model_dump(mode="json"), "gan"):
         return other
     rows, digest, _ = _listed(config)
     if card.get("images_sha256") == digest:

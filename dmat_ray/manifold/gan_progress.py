@@ -22,8 +22,8 @@ def restored(config: GanConfig, state: Any, device: torch.device) -> StyleGAN2:
 
 def is_shorter(settings: dict[str, Any], config: GanConfig) -> bool:
     """Whether these, of a generator's training, are `config` but for fewer `kimg`."""
-    now = config.model_dump(mode="json")
-    return {**settings, "kimg": config.kimg} == now and settings["kimg"] < config.kimg
+    then, now = GanConfig.recorded(settings), config.model_dump(mode="json")
+    return {**then, "kimg": config.kimg} == now and then["kimg"] < config.kimg
 
 
 def read_progress(folder: Place, config: GanConfig, *, shorter: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -35,7 +35,8 @@ def read_progress(folder: Place, config: GanConfig, *, shorter: bool = False) ->
     if not path.is_file():
         raise UserError(f"'{folder}' is no checkpoint of a generator training (no {PROGRESS})")
     progress: dict[str, Any] = path.read_json()
-    known = is_shorter(progress["config"], config) if shorter else progress["config"] == config.model_dump(mode="json")
+    then = GanConfig.recorded(progress["config"])
+    known = is_shorter(then, config) if shorter else then == config.model_dump(mode="json")
     if not known:
         raise UserError(f"'{folder}' was trained with other settings under gan.*; give another --output or remove it")
     return progress, checkpoint.load_state(folder)

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dmat_ray.config import GeneratorConfig, StyleGAN1Config, StyleGAN2Config
 from dmat_ray.devices import device_of
-from dmat_ray.errors import UserError
+from dmat_ray.errors import UserError, first_line
 from dmat_ray.manifold import fast, weights
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.formats import exported
@@ -41,10 +41,7 @@ UNSHAPED = ("mapping_rate", "fused_from", "conv_clamp")  # settings that change 
 
 
 def _card(folder: Path, path: str) -> dict[str, Any]:
-    try:
-        card = read_json(folder / CARD)
-    except RecursionError:
-        raise UserError(f"'{folder / CARD}' is damaged: it is nested too deep") from None
+    card = read_json(folder / CARD)
     if not isinstance(card, dict):
         raise UserError(f"the card of generator '{path}' is a {type(card).__name__}, not a JSON object with kind")
     return card
@@ -165,7 +162,7 @@ def load_stylegan(path: str) -> StyleGAN1 | StyleGAN2:
             generator = build(card["kind"], shape)
         generator.load_state_dict(load_file(folder / WEIGHTS))
     except (RuntimeError, SafetensorError) as error:
-        raise UserError(f"{what} do not fit its card: {shown(str(error).splitlines()[0], MOST)}") from None
+        raise UserError(f"{what} do not fit its card: {shown(first_line(error), MOST)}") from None
     for key, value in generator.state_dict().items():
         if not bool(torch.isfinite(value).all()):
             raise UserError(f"{what} are not finite: {key}")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dmat_ray.errors import UserError
+from dmat_ray.errors import UserError, first_line
 from dmat_ray.manifold.weights import locate_lpips
 from dmat_ray.rng import kept_apart
 
@@ -88,7 +88,7 @@ class Perceptual(torch.nn.Module):
             filled = {key: layers[key.split(".", 1)[1]] for key in own}
             self.metric.net.load_state_dict(filled)
         except (KeyError, RuntimeError) as error:
-            raise UserError(f"'{path}' does not hold the weights of {net}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"'{path}' does not hold the weights of {net}: {first_line(error)}") from None
 
     def lowered(self, dtype: torch.dtype) -> "Perceptual":
         """A copy whose backbone computes in `dtype`; distances stay float32."""

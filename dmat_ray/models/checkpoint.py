@@ -26,7 +26,7 @@ from dmat_ray.networks import classifiers
 from dmat_ray.validated import validate
 from dmat_ray.config import Config
 from dmat_ray.devices import device_of
-from dmat_ray.errors import UserError
+from dmat_ray.errors import UserError, first_line
 from dmat_ray.storage.files import is_full, read_json, sha256, text_digest, write_json
 from dmat_ray.storage.folders import fetched
 from dmat_ray.rng import kept_apart
@@ -179,7 +179,7 @@ def write_state(folder: Path, name: str, progress: dict[str, Any], state: dict[s
 
 def no_space(error: BaseException, kept: Sequence[Path | str]) -> str:
     """What the user is told when a checkpoint cannot be written."""
-    said = f"a checkpoint cannot be written ({str(error).splitlines()[0]}): is the disk full?"
+    said = f"a checkpoint cannot be written ({first_line(error)}): is the disk full?"
     if not kept:
         return f"{said} There is none before it"
     return f"{said} The last good one is '{kept[0]}'; free space and run again to go on from it"

@@ -16,7 +16,7 @@ from dmat_ray.config import Config, TrainingConfig
 from dmat_ray.data import set_reader
 from dmat_ray.data.epochs import held_out_positions
 from dmat_ray.data.manifold_set import steps_per_epoch
-from dmat_ray.errors import UserError
+from dmat_ray.errors import UserError, first_line
 from dmat_ray.storage.folders import fetched, replace_folder
 from dmat_ray.manifold import generators
 from dmat_ray.rng import Draws
@@ -180,7 +180,7 @@ def _require_terms(config: Config, channels: int, resolution: int) -> None:
                 require_possible(term, blank, Draws(config.training.seed, blank.id, "train/try"))
             except (UserError, RuntimeError) as error:
                 size = f"{channels} x {resolution} x {resolution}"
-                raise UserError(f"objective term {name} on {size} images: {str(error).splitlines()[0]}") from None
+                raise UserError(f"objective term {name} on {size} images: {first_line(error)}") from None
 
 
 def tell_of_older(config: Config, say: Callable[[str], None]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dmat_ray.config import ClassifierConfig
-from dmat_ray.errors import UserError
+from dmat_ray.errors import UserError, first_line
 from dmat_ray.networks import batch_norm, wide_resnet
 from dmat_ray.rng import kept_apart
 from dmat_ray.storage.files import sha256
@@ -175,7 +175,8 @@ def origin(name: str) -> dict[str, str] | None:
 
 
 def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    kind, said = type(error).__name__, first_line(error)
+    return kind if said == kind else f"{kind}: {said}"
 
 
 def _own(name: str, channels: int, num_classes: int) -> nn.Module:

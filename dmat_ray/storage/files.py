@@ -67,16 +67,28 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def as_json(value: Any) -> str:
+    """A value as our files have it."""
+    return json.dumps(value, indent=1, sort_keys=True) + "\n"
+
+
+def parse_json(content: str | bytes, name: object) -> Any:
+    """What `as_json` wrote; raises UserError for the content of a damaged file, which `name` is the name of."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise UserError(f"'{name}' is damaged: it is nested too deep") from None
+    except ValueError as error:
+        raise UserError(f"'{name}' is damaged: {error}") from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """JSON written whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    partial.write_text(as_json(value))
     partial.replace(path)
 
 
 def read_json(path: Path) -> Any:
     """What `write_json` wrote; raises UserError for a damaged file."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"'{path}' is damaged: {error}") from None
+    return parse_json(path.read_bytes(), path)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from dmat_ray.errors import UserError
+from dmat_ray.errors import UserError, first_line
 from dmat_ray.storage import Place, at
 from dmat_ray.storage.files import is_full, make_lasting, sync, text_digest
 from dmat_ray.storage.location import Location
@@ -152,7 +152,7 @@ def replace_folder(place: Place, write: Callable[[Path], None]) -> None:
     except Exception as error:
         if not is_full(error):
             raise
-        said = str(error).splitlines()[0]
+        said = first_line(error)
         raise UserError(
             f"'{place}' cannot be written ({said}): is the disk full? Free space and run the same command again"
         ) from error

@@ -5,7 +5,6 @@ pyarrow's file systems do the work. What is written here appears whole or not at
 
 import contextlib
 import errno
-import json
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ from pyarrow import fs
 
 from dmat_ray.errors import StorageError, UserError
 from dmat_ray.storage import object_store
+from dmat_ray.storage.files import as_json, parse_json
 
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 PARTIAL = re.compile(r"\.[0-9a-f]{16}\.partial")
@@ -281,15 +281,11 @@ class Location:
 
     def read_json(self) -> Any:
         """What `write_json` wrote; raises UserError for a damaged file."""
-        content = self.read_bytes()
-        try:
-            return json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"'{self}' is damaged: {error}") from None
+        return parse_json(self.read_bytes(), self)
 
     def write_json(self, value: Any) -> None:
         """JSON, written whole or not at all."""
-        self.write_bytes((json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+        self.write_bytes(as_json(value).encode())
 
     @property
     def filesystem(self) -> fs.FileSystem:

@@ -14,8 +14,9 @@ import s3
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dmat_ray.config import ProjectionConfig
 from dmat_ray.data import set_format, set_reader, set_writer
-from dmat_ray.data.set_settings import begin
+from dmat_ray.data.set_settings import are_of, begin
 from dmat_ray.data.set_writer import Shard, finish, is_finished, plan, read_records, unfinished, write_shard
 from dmat_ray.data.sources import Listing
 from dmat_ray.errors import StorageError, UserError
@@ -296,6 +297,17 @@ def test_other_settings_are_named(folder: Location) -> None:
     (folder / "settings.json").write_json([1])
     with pytest.raises(UserError, match=r"settings\.json' is damaged: it holds a list"):
         begin(folder, SETTINGS)
+
+
+def test_a_setting_of_the_projection_that_came_later_is_at_its_default(folder: Location) -> None:
+    begin(folder, SETTINGS)
+    default = ProjectionConfig().l1_smooth
+    with pytest.raises(UserError, match=rf"projection\.l1_smooth = {default}, now it is {default + 1}"):
+        begin(folder, {**SETTINGS, "projection": {**SETTINGS["projection"], "l1_smooth": default + 1}})
+    now = {**SETTINGS, "projection": {**SETTINGS["projection"], "l1_smooth": default}}
+    begin(folder, now)
+    assert json.loads((Path(folder.key) / "settings.json").read_text()) == now
+    assert are_of({**SETTINGS}, now)
 
 
 IMAGES = {**SETTINGS, "data": {"seed": 0}, "examples": 8, "listing_sha256": "aa"}

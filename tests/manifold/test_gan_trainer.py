@@ -194,7 +194,13 @@ def test_a_finished_training_is_not_trained_again(tmp_path: Path) -> None:
 
 
 def test_other_settings_do_not_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    """One that the checkpoint does not know of came later, and was at its default."""
     train(settings(), tmp_path)
+    written = tmp_path / "checkpoint" / "gan.json"
+    progress = json.loads(written.read_text())
+    del progress["config"]["quality"]["epochs"]
+    written.write_text(json.dumps(progress))
+    assert result_of(written.parent, settings())[1]["diversity"] > 0
     with pytest.raises(UserError, match=r"trained with other settings under gan\.\*"):
         train(settings(r1_gamma=5), tmp_path)
     for folder in tmp_path.glob("checkpoint*"):

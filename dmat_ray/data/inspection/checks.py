@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from dmat_ray.data.manifest import Count, Described
 from dmat_ray.data.set_reader import manifest_as_it_is
+from dmat_ray.errors import first_line
 from dmat_ray.storage import Location
 from dmat_ray.validated import describe
 from dmat_ray.wording import number_of
@@ -84,11 +85,6 @@ class Check:
             yield
         except Exception as error:
             self.defect(f"{what}: {first_line(error)}")
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in a line."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def read_checked_manifest(folder: Location, check: Check) -> Manifest | None:

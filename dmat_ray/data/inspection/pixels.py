@@ -9,14 +9,14 @@ import pyarrow.compute as pc
 import torch
 
 from dmat_ray.data.decoding import decode
-from dmat_ray.data.inspection.checks import Check, Manifest, first_line
+from dmat_ray.data.inspection.checks import Check, Manifest
 from dmat_ray.data.inspection.copies import Copies
 from dmat_ray.data.inspection.rows import Rows, open_shard
 from dmat_ray.data.pixels import quantise
 from dmat_ray.data.set_format import from_lists, from_netpbm
 from dmat_ray.data.set_reader import decoding_of
 from dmat_ray.devices import tf32
-from dmat_ray.errors import UserError
+from dmat_ray.errors import UserError, first_line
 from dmat_ray.storage import Location
 from dmat_ray.types import Generator
 

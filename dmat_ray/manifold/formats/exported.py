@@ -227,10 +227,7 @@ def import_program(path: Path, card_path: Path | None, folder: Path) -> None:
     if card_path is None or not card_path.is_file():
         missing = "needs a card" if card_path is None else f"needs a card, and '{card_path}' is not there"
         raise UserError(f"'{path}' {missing}: give --card card.json with at least {EXAMPLE}, and see docs/guide.md for the rest")
-    try:
-        values = read_json(card_path)
-    except RecursionError:
-        raise UserError(f"'{card_path}' is damaged: it is nested too deep") from None
+    values = read_json(card_path)
     card = read_decoder_card({"kind": kind, **values} if isinstance(values, dict) else values, f"the card '{card_path}'")
     if card.kind != kind:
         raise UserError(f"the card '{card_path}' says kind '{card.kind}', but '{path}' is {kind}; remove kind from the card")
