@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -254,9 +255,9 @@ def run(main: Callable[[], None]) -> None:
     """Call a job's main: what the user can fix ends in one line and exit code 2, anything else keeps its traceback."""
     try:
         main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:  # of another signal than Ctrl-C's with its number
         print("interrupted; give the same command again", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
     except Exception as error:
         known = user_error_behind(error) or (error if isinstance(error, OSError) and error.filename else None)
         if known is None or os.environ.get("DMAT_RAY_TRACEBACK"):

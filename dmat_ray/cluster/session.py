@@ -3,13 +3,16 @@
 import logging
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from dmat_ray.cluster import nodes
@@ -225,7 +228,7 @@ def connected(
         yield
         return
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
-    address = cluster_address(config)
+    address, before = cluster_address(config), signal.getsignal(signal.SIGTERM)
     told = nodes.expectation(output) if address is not None or (output is not None and at(output).local is None) else ""
     if address is None:
         say("starting Ray on this machine")
@@ -234,12 +237,34 @@ def connected(
         _join(address, told)
     ray.data.DataContext.get_current().enable_progress_bars = False  # jobs print their own lines
     try:
-        if address is not None:
-            nodes.look_at_all(told, say)
-        say("Ray is up")
-        yield
+        with _ended_by_sigterm(before):
+            if address is not None:
+                nodes.look_at_all(told, say)
+            say("Ray is up")
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _ended_by_sigterm(before: Any) -> Iterator[None]:
+    """Inside, SIGTERM does what Ctrl-C does, with its own number; afterwards `before`, what it did before there was a Ray.
+
+    The handler that Ray sets exits amid the work of its threads: in a projection or an evaluation that ends in an abort and a
+    trace of pages.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _start(config: ClusterConfig, counts: Sequence[str]) -> None:

@@ -75,6 +75,17 @@ def test_killed_driver_goes_on_and_a_second_one_is_refused(tmp_path, calm):
     assert inspect_set(tmp_path / "on_manifold_set").sound
 
 
+def test_a_projection_that_is_asked_to_stop_ends_in_a_line(tmp_path):
+    """As Ray's own handler would not end it: in an abort and a trace of all threads."""
+    process = start_job("project.py", tmp_path, *OPTIONS)
+    wait_for(lambda: len(written(tmp_path)) >= 1, process)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert (process.returncode, said.splitlines()[-1]) == (128 + signal.SIGTERM, "interrupted; give the same command again")
+    assert "Traceback" not in said
+    assert "going on: " in finish(start_job("project.py", tmp_path, *OPTIONS))
+
+
 def test_other_settings_are_refused_over_what_is_there(calm, tmp_path):
     for options, words in (
         (("--projection.lr", "0.5"), "projection.lr = 0.1, now it is 0.5"),
