@@ -130,8 +130,9 @@ def parse(
 ) -> tuple[Config, argparse.Namespace]:
     """The Config that a command line describes, and the job's own arguments that `add` put on the parser.
 
-    `preset` names the layers used when none are given; those of `over` lie on them, below what the command line sets. Raises
-    UserError for a wrong value, exits with 2 for an unknown option.
+    `preset` names the layers used when none are given; those of `over` lie on them, below what the command line sets.
+    `tracking.uri` may also come from the environment, as MLflow's own programs have it. Raises UserError for a wrong value, exits
+    with 2 for an unknown option.
     """
     parser = _Parser(
         description=description,
@@ -153,6 +154,8 @@ def parse(
     namespace = parser.parse_args(argv)
     namespace.preset = namespace.preset or list(preset)  # no default of the parser, which those given would be added to
     layers = _layers(namespace.preset, over)
+    if (server := os.environ.get("MLFLOW_TRACKING_URI")) and not (layers.get("tracking") or {}).get("uri"):
+        layers = presets.merge(layers, {"tracking": {"uri": server}})
 
     class Layered(arguments):  # type: ignore[misc, valid-type]
         @classmethod

@@ -323,6 +323,21 @@ def test_a_tracking_uri_without_a_password_is_taken(uri: str) -> None:
     assert parsed("--tracking.uri", uri).tracking.uri == uri
 
 
+def test_the_tracking_uri_of_the_environment_is_below_every_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5001")
+    assert parsed().tracking.uri == "http://127.0.0.1:5001"
+    assert parsed("--tracking.uri", "http://127.0.0.1:5002").tracking.uri == "http://127.0.0.1:5002"
+    (tmp_path / "server.yaml").write_text("tracking: {uri: 'http://127.0.0.1:5003', experiment: mine}")
+    found = parsed("--preset", str(tmp_path / "server.yaml")).tracking
+    assert (found.uri, found.experiment) == ("http://127.0.0.1:5003", "mine")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@127.0.0.1:5001")
+    with pytest.raises(UserError, match=r"tracking: uri holds a password") as told:
+        parsed()
+    assert "hunter" not in str(told.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert parsed().tracking.uri is None
+
+
 def test_empty_file_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "nothing.yaml"
     path.write_text("# only a comment\n")

@@ -1,5 +1,6 @@
 """Exported classifiers in MLflow: a model of its PyTorch flavour, with signature and example, registered if asked."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,12 +28,14 @@ def _server(uri: str) -> Iterator[None]:
     """
     import mlflow
 
-    before = mlflow.get_tracking_uri()
+    before, variable = mlflow.get_tracking_uri(), os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)
     try:
         yield
     finally:
         mlflow.set_tracking_uri(before)
+        if variable is None:  # MLflow sets it beside, and jobs that this process starts would speak to that server
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 def require_loggable(models: Mapping[str, Place], register: str | None, alias: str | None) -> None:

@@ -12,6 +12,7 @@ import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from dmat_ray.errors import UserError
 from dmat_ray.storage import DATABASE
@@ -69,6 +70,12 @@ def _refusal(uri: str, own: Path | None, error: Exception) -> str:
         return (
             f"'{own}' cannot be opened as MLflow's database: {reason_of(error)}; results are not in it: move it away, and a new "
             "one is made"
+        )
+    if "Invalid Host header" in str(error):
+        host = urlsplit(uri).netloc.rpartition("@")[2]
+        return (
+            f"MLflow at tracking.uri '{uri}' answers under other names only: start it with --allowed-hosts {host} (several by "
+            "commas)"
         )
     if status_of(error) in (401, 403):
         return (

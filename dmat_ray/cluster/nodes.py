@@ -21,7 +21,7 @@ from dmat_ray.storage import Location, at
 
 EXPECTED = "DMAT_RAY_EXPECTED"
 MARK = ".dmat_ray"  # in an output folder: by its content the folder is known on other machines
-PACKAGES = ("torch", "torchvision", "lpips", "numpy", "pyarrow", "safetensors")
+PACKAGES = ("torch", "torchvision", "lpips", "numpy", "pyarrow", "safetensors", "pyautoattack", "timm")
 SKEW_S, FREE_BYTES, PATIENCE_S = 60.0, 1 << 30, 120.0
 SETTLING_S = 5.0  # how long another machine's file system may take to show a file that has just been made
 

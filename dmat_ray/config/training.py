@@ -207,7 +207,11 @@ class ClusterConfig(Section):
 class TrackingConfig(Section):
     """Where MLflow keeps runs, their params, metrics and files."""
 
-    uri: str | None = Field(None, description="tracking URI; null = sqlite in the output folder, which then is no URL")
+    uri: str | None = Field(
+        None,
+        description="tracking URI; null = what MLFLOW_TRACKING_URI says to a job, else sqlite in the output folder, which then "
+        "is no URL",
+    )
     experiment: str = Field("dmat_ray", min_length=1, description="name of the experiment in MLflow")
     patience_s: float = Field(
         60.0,

@@ -47,6 +47,13 @@ def impatient() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_address_in_the_environment() -> Iterator[None]:
+    """MLflow leaves one there when a test names a server; jobs would take it."""
+    yield
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
 @dataclass(frozen=True)
 class Finished:
     """A whole pipeline: its settings, its models, and what was said."""

@@ -3,10 +3,12 @@
 import contextlib
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ import ray
 import torch
 from PIL import Image
 from ray._private.runtime_env import packaging
-from small import settings
+from small import ROOT, settings
 
 from dmat_ray.cluster import encoder, environment, evaluate, gan, jobs, session, train
 from dmat_ray.cluster.environment import is_own, prepare_environment
@@ -122,6 +124,20 @@ def test_images_in_the_copied_working_directory_of_a_submitted_job_are_refused(m
         prepare_environment(settings(tmp_path, "--data.source", "photos"), images=True)
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
     prepare_environment(settings(tmp_path, "--data.source", "photos"), images=True)
+
+
+def test_what_the_documented_servers_leave_here_does_not_travel_with_a_job(tmp_path):
+    """Nor are their users' passwords sent to all machines. Told by Ray's own walk, of our ignore files."""
+    for name in (".gitignore", ".rayignore"):
+        shutil.copy(ROOT / name, tmp_path)
+    left = ("basic_auth.db", "mlflow.db", "artifacts/1/a", "mlartifacts/1/a", "mlruns/1/a", "runs/demo/set", ".venv/bin/python")
+    for name in (*left, "jobs/train.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    packed = tmp_path.parent / "packed.zip"
+    packaging.create_package(str(tmp_path), packed, include_gitignore=True, include_parent_dir=False)
+    with zipfile.ZipFile(packed) as package:
+        assert {name for name in package.namelist() if not name.endswith("/")} == {".gitignore", ".rayignore", "jobs/train.py"}
 
 
 @pytest.mark.parametrize(("exported", "asked", "own"), [

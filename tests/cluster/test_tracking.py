@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import socket
 import subprocess
 import sys
 import time
@@ -179,6 +180,15 @@ def test_a_run_that_the_server_refuses_to_make_is_not_waited_for(server, tmp_pat
 def test_a_server_that_is_not_there_at_the_start_is_named(tmp_path):
     uri = f"http://127.0.0.1:{free_ports(1)[0]}"
     with pytest.raises(UserError, match=f"MLflow at tracking.uri '{uri}' does not answer: .*; start it, correct the address"):
+        Outbox(uri, tmp_path, 1.0)
+
+
+def test_a_server_that_refuses_its_name_is_told_of_the_option_for_it(server, tmp_path, monkeypatch):
+    """As MLflow does with all names but addresses of loopback and private networks, unless it is told of them."""
+    look = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *more, **how: look(host.replace("mlflow", "127.0.0.1"), *more, **how))
+    uri = server.url.replace("127.0.0.1", "mlflow")
+    with pytest.raises(UserError, match=f"tracking.uri '{uri}' answers under other names only: .*--allowed-hosts {uri[7:]} "):
         Outbox(uri, tmp_path, 1.0)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dmat_ray import cli, presets
+from dmat_ray import cli, presets, suites
 from dmat_ray.config import Config, StyleGAN1Config
 from dmat_ray.errors import UserError
 from dmat_ray.training.schedules import learning_rate
@@ -96,6 +96,24 @@ def test_the_evaluation_has_the_papers_attacks() -> None:
     named = {row.name for row in resolved("mixed10").evaluation.attacks}
     assert named >= {"clean", "FGSM", "PGD-50", "MIA-50", "OM-FGSM", "OM-PGD-50", "fog", "snow", "elastic", "gabor", "jpeg L1"}
     assert set(resolved("mixed10").evaluation.sets) == {"on_manifold", "natural"}
+
+
+def test_a_generator_of_ones_own_changes_the_unit_of_w_and_nothing_else() -> None:
+    """In every method and suite: no radius of the published W is left, and steps are the same share of theirs."""
+    published = [resolved("mixed10", *names) for names in ([], ["mixed10_om_fgsm"], ["mixed10_om_at"], ["dmat"])]
+    own = [resolved("mixed10", "mixed10_own", *names) for names in ([], ["mixed10_own_om_fgsm"], ["mixed10_om_at"], ["dmat"])]
+    for before, now in zip(published, own, strict=True):
+        was, latent = before.objective.latent, now.objective.latent
+        assert (latent.scale, latent.eps, latent.steps) == ("std", 0.1, was.steps)
+        assert latent.step_size / latent.eps == pytest.approx(was.step_size / was.eps)
+        rows = [(row.name, row.threat, row.steps) for row in now.evaluation.attacks]
+        assert rows == [(row.name, row.threat, row.steps) for row in before.evaluation.attacks]
+        trials = suites.resolved(now.evaluation.model_copy(update={"attacks": (), "suites": now.tune.suites})).attacks
+        found = [row for row in (*now.evaluation.attacks, *trials) if row.threat == "latent"]
+        assert [(row.scale, row.eps) for row in found] == [("std", 0.1)] * 3
+        changed = {"evaluation", "methods", "objective", "tune", "name"}
+        assert now.model_dump(exclude=changed) == before.model_dump(exclude=changed)
+    assert resolved("mixed10", "mixed10_own").methods[2] == "mixed10_own_om_fgsm"
 
 
 def test_includes_come_first_and_files_beside_the_one_that_names_them(tmp_path: Path) -> None:

@@ -189,3 +189,6 @@ def test_what_the_role_that_ray_makes_lacks_is_said() -> None:
     lacking = {action for action in asked_of_amazon() if not any(fnmatch(action, pattern) for pattern in allowed)}
     (told,) = re.findall(r"it lacks (.+?), so", PERMISSIONS)
     assert set(re.findall(r"`(.+?)`", told)) == lacking
+    recipes = ((ROOT / "README.md").read_text().split("## A cluster")[1], (ROOT / "docs" / "cluster.md").read_text())
+    before_it_starts = [recipe.split("ray up ray_cluster.yaml")[0] for recipe in recipes]
+    assert all("IamInstanceProfile" in told for told in before_it_starts) or not lacking
