@@ -149,6 +149,13 @@ def test_models_that_a_search_trains_anew_are_listed() -> None:
     assert {re.sub(r"\d$", "K", name) for kind in made.values() for name in kind} <= set(rows)
 
 
+@pytest.mark.exhaustive
+def test_the_hours_of_mixed10_are_those_that_are_counted() -> None:
+    command = [sys.executable, "benchmarks/mixed10_hours.py", "--tflops", "60"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert told.strip() in (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+
+
 def test_the_plans_are_those_of_the_measured_rates() -> None:
     told = subprocess.run(
         [sys.executable, "benchmarks/plan.py", "--price", "3"], cwd=ROOT, capture_output=True, text=True, check=True
