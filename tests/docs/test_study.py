@@ -237,20 +237,30 @@ def test_what_the_readme_says_of_the_study_in_colour_is_what_the_rows_say() -> N
     (row,) = [line for line in study_tables.worst_cases(study) if line.startswith("| dmat_fog_recolor_stadv |")]
     _, _, _, _, projected, _, _, natural, than_at, *_ = (cell.strip() for cell in row.split("|"))
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    notes = " ".join((study.folder / "notes.md").read_text(encoding="utf-8").split())
     assert natural.startswith("**+"), "what differs among all is bold"
     assert not projected.startswith("**")
     assert not than_at.startswith("**")
+    fixed = yaml.safe_load((ROOT / "benchmarks" / "studies" / "cifar5_claims.yaml").read_text())["claims"]
+    table = study_tables.again(study, study_rows.Study(study.folder / "again"), fixed)[2:]
+    rows = [[cell.strip().lstrip("+") for cell in line.strip("| ").split(" | ")] for line in table]
+    (clean, clean_too), (projected, projected_too), (latent, latent_too), (dmat, dmat_too), (at, at_too) = (r[2:4] for r in rows)
+    assert [row[4] for row in rows] == ["5"] * 5
+    assert [(row[5], row[6]) for row in rows[3:]] == [("**confirmed**", "< 0.001")] * 2
+    assert {row[5] for row in rows[:3]} == {"open"}
     assert (
-        f"worst case over all attacks is {natural.strip('*+')} points above DMAT's on natural images, after correction, and "
-        f"{than_at.strip('+')} above AT's, by its own interval" in text
+        f"by {dmat_too} points than DMAT's and by {at_too} than AT's (p < 0.001 each, all five claims together; in the first "
+        f"study {dmat} and {at})" in text
     )
-    clean = study.difference(study_claims.Claim("", "dmat", "at", "clean"), "natural")
-    latent = study.difference(study_claims.Claim("", "dmat", "at", "OM-PGD-50"), "on_manifold")
-    assert (
-        f"DMAT is {clean} points more accurate than AT on clean natural images, after correction, and {latent} points more "
-        "robust on the manifold, by its own interval" in text
-    )
-    notes = " ".join((study.folder / "notes.md").read_text(encoding="utf-8").split())
+    assert f"On clean natural images {clean} points in the first study, after correction, and {clean_too} in the second" in text
+    assert f"on the manifold {latent} and {latent_too} points of robustness" in text
+    assert f"by {dmat_too} and {at_too} points on natural images, p < 0.001 each" in notes
+    gained = f"{clean_too} points on clean natural images, {projected_too} on clean projections and {latent_too} on the manifold"
+    assert gained in notes
+    for first, second in ((clean, clean_too), (projected, projected_too), (latent, latent_too)):
+        (value, half), (before, _) = ([float(part) for part in one.split(" ± ")] for one in (second, first))
+        assert value - half < 0 < before < value + half, "each interval holds both nothing and what the first study had"
+        assert 0.35 < value / before < 0.6, "about half"
     wide = study.difference(study_claims.Claim("", "dmat_trades_wide", "at", "clean"), "natural")
     assert f"(`dmat_trades_wide`) has {wide} points more on clean natural images than AT" in notes
     told = {s: [line for line in study_tables.verdicts(study, s) if "DMAT" in line] for s in ("natural", "on_manifold")}
