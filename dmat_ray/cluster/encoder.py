@@ -7,18 +7,17 @@ from typing import Any
 
 import torch
 
-from dmat_ray.cluster import session, tracking, workers
-from dmat_ray.cluster.context import RayContext, StoppedError, stored_checkpoints
-from dmat_ray.cluster.events import heed_stop, listen, no_retry_of_user_errors
+from dmat_ray.cluster import one_training, session
+from dmat_ray.cluster.context import RayContext, StoppedError
+from dmat_ray.cluster.events import no_retry_of_user_errors
 from dmat_ray.config import Config, EncoderConfig
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import encoder_trainer, generators
 from dmat_ray.manifold.encoder import CARD, FOLDER, load_encoder, read_card, save_encoder
-from dmat_ray.models.checkpoint import newest_of, versions
+from dmat_ray.models.checkpoint import versions
 from dmat_ray.storage import Location, at
 from dmat_ray.storage.files import text_digest
-from dmat_ray.storage.folders import replace_folder
-from dmat_ray.storage.lease import sole
+from dmat_ray.storage.lease import Lease, sole
 from dmat_ray.wording import to_go
 
 RUN_NAME = "encoder"
@@ -75,85 +74,60 @@ def _label(config: Config) -> str:
 
 
 def _sweep(config: Config) -> None:
-    """Remove what trainings have left that were killed in their last moment, when the encoder was there; not of one at work."""
+    """Remove what trainings have left that were killed in their last moment, when the encoder was there. Under the lease of the
+    encoder's folder.
+    """
     for left in (at(config.output) / "train").folders():
         if left.name.startswith(_label(config)):
-            with suppress(UserError), sole(left):
-                left.remove()
+            left.remove()
 
 
 def train(config: Config, folder: Location, command: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """Train an encoder for `config.generator` and write it to `folder`; returns its card. Ray must be connected.
+    """Train an encoder for `config.generator`, with its session, and write it to `folder`; returns its card.
 
     A rerun after a crash goes on from the latest checkpoint. Asked to stop (SIGTERM, Ctrl-C) it has one written, and raises
-    SystemExit.
+    SystemExit. Raises UserError while another training, of whatever settings, writes to `folder`.
     """
-    storage = at(config.output) / "train"
-    sha = generators.fingerprint(config.generator.path)
-    name = f"{_label(config)}{config.cluster.train_workers}"
-    others = [p.name for p in storage.folders() if p.name.startswith("encoder-") and p.name != name]
-    if others:
-        say(f"'{storage}' holds unfinished trainings of other settings, which this one leaves: " + ", ".join(others))
-    began, told = time.monotonic(), 0.0
-    with sole(storage / name) as lease, tracking.tracked(config, "", "train_encoder") as run, heed_stop() as asked:
+    with sole(folder) as lease, session.connected(config.cluster, config.output, say, (session.TRAIN,)):
+        return _train(config, folder, lease, command, say)
 
-        def handle(event: dict[str, Any]) -> None:
-            nonlocal told
-            if "text" in event:
-                say(event["text"])
-                return
-            metrics = event["metrics"]
-            if metrics["kimg"] > told:  # else workers that were started anew have come there again
-                told = metrics["kimg"]
-                run.metrics(metrics, step=round(told * 1000))
-            say(describe(metrics, config.encoder.kimg))
 
-        lease.when_lost(asked.set)  # the other goes on with this
-        with listen(handle, asked) as mailbox:
-            session.await_machines(config.cluster, say, config.cluster.train_workers)
-            settings = {"config": config.to_json(), "mailbox": mailbox}
-            result = workers.fit(worker, settings, config.cluster, storage / name, say, keep=2)
-        lease.check()
-        if asked.is_set() and result.return_value is None:
-            say("stopped; the same command goes on from the checkpoint")
+def _train(config: Config, folder: Location, lease: Lease, command: str, say: Callable[[str], None]) -> dict[str, Any]:
+    sha, settings, began = generators.fingerprint(config.generator.path), config.encoder, time.monotonic()
+    place = at(config.output) / "train" / f"{_label(config)}{config.cluster.train_workers}"
+    with one_training.tracked(config, "train_encoder", place, lease, say) as training:
+        found = training.fit(worker, dict, encoder_trainer.PROGRESS, lambda metrics: [describe(metrics, settings.kimg)])
+        if found is None:
             return {}  # which is where the signal takes effect
-        generator = generators.load_configured(config.generator)
-        # not the one that Ray Train knows of: it has not heard of the last, if this process was killed just then
-        last = newest_of(stored_checkpoints(storage / name), encoder_trainer.PROGRESS, say)
-        assert last is not None
-        encoder = encoder_trainer.result_of(last, config.encoder, generator, sha)
-        errors = result.return_value
+        last, errors = found
+        encoder = encoder_trainer.result_of(last, settings, generators.load_configured(config.generator), sha)
         card = {
             "command": command,
             "generator": config.generator.model_dump(mode="json"),
             "generator_sha256": sha,
-            "training": config.encoder.model_dump(mode="json"),
+            "training": settings.model_dump(mode="json"),
             "workers": config.cluster.train_workers,
             "seconds": round(time.monotonic() - began),
             "fresh_samples": errors,
             "versions": versions(),
         }
-        lease.check()
-        replace_folder(folder, lambda fresh: save_encoder(fresh, encoder, card))
-        run.done = True
-        run.artifact(folder, "encoder")
-        run.metrics({f"fresh_{key}": value for key, value in errors.items()}, step=round(config.encoder.kimg * 1000))
-        (storage / name).remove()
+        values = {f"fresh_{key}": value for key, value in errors.items()}
+        training.publish(folder, "encoder", lambda fresh: save_encoder(fresh, encoder, card), values, settings.kimg)
+        place.remove()
     return card
 
 
 def train_encoder(config: Config, overwrite: bool, command: str, say: Callable[[str], None]) -> Location:
-    """Encoder training with its session, tracked, unless the encoder is there. Returns its folder."""
+    """Encoder training, tracked, unless the encoder is there. Returns its folder."""
     folder = at(config.output) / FOLDER
     encoder_trainer.check_workers(config.encoder, config.cluster.train_workers)
     if not overwrite and is_trained(config, folder):
-        _sweep(config)
+        with suppress(UserError), sole(folder):  # nothing of a training that is at work
+            _sweep(config)
         say("is trained already and unchanged, nothing to do")
         return folder
     generators.load_configured(config.generator)  # a bad generator ends here, before Ray starts
-    with session.connected(config.cluster, config.output, say, (session.TRAIN,)):
-        card = train(config, folder, command, say)
-    found = card["fresh_samples"]
+    found = train(config, folder, command, say)["fresh_samples"]
     say(f"on fresh samples mean |g(E(x)) - x| is {found['l1']:.4f}, {found['l1_of_mean']:.4f} for the mean of w")
     if found["l1"] > USEFUL * found["l1_of_mean"]:
         say("warning: that is hardly better than to start at the mean of w; raise encoder.kimg, encoder.width and width_max")

@@ -1,6 +1,7 @@
 """Generator training on Ray Train: workers on parts of each batch, checkpoints, samples in MLflow."""
 
 import contextlib
+import functools
 import math
 import shutil
 from collections.abc import Callable
@@ -9,22 +10,21 @@ from typing import Any
 
 import torch
 
-from dmat_ray.cluster import session, tracking, workers
+from dmat_ray.cluster import one_training, session
 from dmat_ray.cluster.context import RayContext, StoppedError, stored_checkpoints
-from dmat_ray.cluster.events import heed_stop, listen, no_retry_of_user_errors, send
+from dmat_ray.cluster.events import no_retry_of_user_errors, send
 from dmat_ray.config import Config
 from dmat_ray.manifold import trained_on
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.diversity import warning_of_collapse
 from dmat_ray.manifold.gan_images import TRUNK, ImageCache, card_of, check, extends, settle, sweep, training_name, trunk_of
-from dmat_ray.manifold.gan_progress import PROGRESS, is_finished, result_of
+from dmat_ray.manifold.gan_progress import PROGRESS, result_of
 from dmat_ray.manifold.gan_trainer import DEAD_END, train_generator
 from dmat_ray.manifold.generators import save_generator
 from dmat_ray.manifold.samples import sample_grid
-from dmat_ray.models.checkpoint import newest_of, versions
-from dmat_ray.storage import local_output
+from dmat_ray.models.checkpoint import versions
+from dmat_ray.storage import Location, at, local_output
 from dmat_ray.storage.files import read_json
-from dmat_ray.storage.folders import replace_folder
 from dmat_ray.storage.lease import Lease, sole
 from dmat_ray.wording import number_of, to_go
 
@@ -99,58 +99,24 @@ def _train(
     if cache.rejected:
         name, reason = next(iter(cache.rejected.items()))
         say(f"{number_of(len(cache.rejected), 'image')} cannot be read, left out; the first: '{name}' {reason}")
-    name = training_name(config, cache.digest)
-    others = [p.name for p in storage.glob("generator-*") if p.name != name]
-    if others:
-        say(
-            f"'{storage}' holds unfinished trainings of other settings, images or workers, which this one leaves: "
-            + ", ".join(others)
-        )
-    grids, told = folder.with_name(f"{folder.name}_samples") / name, 0.0
-    with tracking.tracked(config, "", "train_generator") as run, heed_stop() as asked:
+    place = at(storage) / training_name(config, cache.digest)
+    grids = folder.with_name(f"{folder.name}_samples") / place.name
 
-        def handle(event: dict[str, Any]) -> None:
-            nonlocal told
-            if "text" in event:
-                say(event["text"])
-                return
-            if "samples" in event:
-                grids.mkdir(parents=True, exist_ok=True)
-                file = grids / f"samples-{round(event['kimg'] * 1000):09d}.png"
-                file.write_bytes(event["samples"])
-                run.artifact(file, "samples")
-                return
-            metrics = event["metrics"]
-            if metrics["kimg"] > told:  # else workers that were started anew have come there again
-                told = metrics["kimg"]
-                run.metrics(metrics, step=round(told * 1000))
-            for line in [describe(metrics, config.gan.kimg), *_warnings(metrics, config)]:
-                say(line)
+    def keep_samples(event: dict[str, Any]) -> None:
+        grids.mkdir(parents=True, exist_ok=True)
+        file = grids / f"samples-{round(event['kimg'] * 1000):09d}.png"
+        file.write_bytes(event["samples"])
+        training.run.artifact(file, "samples")
 
-        lease.when_lost(asked.set)  # the other goes on with this
-        with listen(handle, asked) as mailbox:
-            session.await_machines(config.cluster, say, config.cluster.train_workers)
-            say(
-                f"training on {len(cache.open()[1])} images, of which {config.gan.kimg:g} thousand are shown in all: a line "
-                f"every {config.gan.report_kimg:g} thousand, a snapshot every "
-                f"{config.gan.snapshot_kimg:g} thousand (on CPUs that may be hours)"
-            )
-            paths = {"images": str(cache.folder), "trunk": str(storage / name / TRUNK), "shorter": None}
-            if not anew and extends(config, folder):
-                paths["shorter"] = str(trunk_of(folder))
-                if not stored_checkpoints(storage / name):
-                    many = read_json(trunk_of(folder) / PROGRESS)["history"][-1]["kimg"]
-                    say(f"going on from the training of '{folder}', with its first {many:.3g} thousand images")
-            settings = {"config": config.to_json(), "mailbox": mailbox, **paths}
-            workers.fit(worker, settings, config.cluster, storage / name, say, keep=2)
-        lease.check()
-        # not the one that Ray Train knows of: it has not heard of the last, if this process was killed just then
-        last = newest_of(stored_checkpoints(storage / name), PROGRESS, say)
-        assert last is not None
-        if asked.is_set() and not is_finished(last):
-            say("stopped; the same command goes on from the checkpoint")
+    def lines(metrics: dict[str, float]) -> list[str]:
+        return [describe(metrics, config.gan.kimg), *_warnings(metrics, config)]
+
+    with one_training.tracked(config, "train_generator", place, lease, say) as training:
+        prepare = functools.partial(_prepare, config, folder, place, cache, say, anew)
+        found = training.fit(worker, prepare, PROGRESS, lines, keep_samples)
+        if found is None:
             return folder  # which is where the signal takes effect
-        generator, kept = result_of(last, config.gan)
+        generator, kept = result_of(found[0], config.gan)
         fid = f", FID {kept['fid']:.3g}" if "fid" in kept else ""
         say(f"keeping the snapshot of {kept['kimg']:.3g} thousand images (gan.keep {config.gan.keep}){fid}")
         if warning := warning_of_collapse(kept, f"in the snapshot that is kept; {COLLAPSED}"):
@@ -172,13 +138,26 @@ def _train(
             save_generator(fresh, generator, card)
             shutil.copyfile(cache.folder / trained_on.IMAGES, fresh / trained_on.IMAGES)
             (fresh / SAMPLES).write_bytes(sample_grid(generator, config.gan.seed))
-            lease.check()
 
         shutil.rmtree(trunk_of(folder), ignore_errors=True)  # first: it must never be that of another generator
-        replace_folder(folder, write)
-        run.done = True
-        run.artifact(folder, "generator")
-        run.metrics({f"kept_{key}": float(value) for key, value in kept.items()}, step=round(kept["kimg"] * 1000))
+        values = {f"kept_{key}": float(value) for key, value in kept.items()}
+        training.publish(folder, "generator", write, values, kept["kimg"])
         settle(config, folder, storage)
         shutil.rmtree(cache.folder, ignore_errors=True)
     return folder
+
+
+def _prepare(
+    config: Config, folder: Path, place: Location, cache: ImageCache, say: Callable[[str], None], anew: bool
+) -> dict[str, Any]:
+    """What the workers are told of where their images are, and what they go on from; says how long that will be."""
+    say(
+        f"training on {len(cache.open()[1])} images, of which {config.gan.kimg:g} thousand are shown in all: a line "
+        f"every {config.gan.report_kimg:g} thousand, a snapshot every "
+        f"{config.gan.snapshot_kimg:g} thousand (on CPUs that may be hours)"
+    )
+    shorter = None if anew or not extends(config, folder) else str(trunk_of(folder))
+    if shorter is not None and not stored_checkpoints(place):
+        many = read_json(trunk_of(folder) / PROGRESS)["history"][-1]["kimg"]
+        say(f"going on from the training of '{folder}', with its first {many:.3g} thousand images")
+    return {"images": str(cache.folder), "trunk": str(place / TRUNK), "shorter": shorter}

@@ -42,12 +42,6 @@ def read_progress(folder: Place, config: GanConfig, *, shorter: bool = False) ->
     return progress, checkpoint.load_state(folder)
 
 
-def is_finished(folder: Place) -> bool:
-    """Whether a checkpoint is a training's last."""
-    progress = (at(folder) / PROGRESS).read_json()
-    return bool(progress["step"] == progress["of"])
-
-
 def result_of(folder: Place, config: GanConfig) -> tuple[StyleGAN2, dict[str, Any]]:
     """The generator that a finished training's last checkpoint holds, and its quality and `diverged`."""
     progress, state = read_progress(folder, config)

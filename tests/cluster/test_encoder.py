@@ -145,7 +145,7 @@ def test_an_encoder_that_is_there_is_trained_once_and_not_replaced_unasked(
     another = output / "train" / "encoder-0123456789ab-1"
     for place in (left, another):
         (place / "checkpoint_0").mkdir(parents=True)
-    with sole(left):
+    with sole(output / "encoder"):
         run_job(monkeypatch, *arguments(output, generator_folder))
         assert left.is_dir(), "another job is at work there"
     run_job(monkeypatch, *arguments(output, generator_folder))

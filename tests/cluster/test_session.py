@@ -20,7 +20,7 @@ from PIL import Image
 from ray._private.runtime_env import packaging
 from small import ROOT, settings
 
-from dmat_ray.cluster import encoder, environment, evaluate, gan, jobs, session, train
+from dmat_ray.cluster import encoder, environment, evaluate, gan, jobs, one_training, session, train
 from dmat_ray.cluster.environment import is_own, prepare_environment
 from dmat_ray.cluster.session import connected
 from dmat_ray.config import ClusterConfig
@@ -231,7 +231,7 @@ def test_every_stage_waits_for_a_machine_no_longer_than_it_is_told(monkeypatch, 
 
     monkeypatch.setattr(session, "await_machines", await_machines)
     monkeypatch.setattr(session, "connected", lambda *_: contextlib.nullcontext())
-    for stage in (encoder, gan, train):
+    for stage in (one_training, train):
         monkeypatch.setattr(stage, "listen", lambda *_: contextlib.nullcontext("mailbox"))
         monkeypatch.setattr(stage, "heed_stop", lambda: contextlib.nullcontext(threading.Event()))
         monkeypatch.setattr(stage.tracking, "tracked", lambda *_, **__: contextlib.nullcontext())

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run as Found
 from small import MlflowServer, free_ports, settings
 
-from dmat_ray.cluster import encoder, gan, session, tracking, train, workers
+from dmat_ray.cluster import encoder, gan, one_training, session, tracking, train, workers
 from dmat_ray.cluster.outbox import Outbox
 from dmat_ray.errors import UserError
 from dmat_ray.manifold.gan_images import ImageCache
@@ -227,7 +227,7 @@ def test_what_workers_that_are_started_anew_tell_again_is_logged_once(server, tm
     monkeypatch.setattr(session, "await_machines", lambda *_, **__: None)
     monkeypatch.setattr(session, "connected", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(workers, "fit", fit)
-    for stage in (encoder, gan, train):
+    for stage in (one_training, train):
         monkeypatch.setattr(stage, "listen", listen)
     monkeypatch.setattr(train, "training_folder", lambda todo: at(tmp_path) / "train" / "dmat")
     monkeypatch.setattr(train, "is_trained", lambda config: False)

@@ -19,7 +19,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import diversity, gan, gan_trainer, quality
 from dmat_ray.manifold.discriminator import Discriminator
-from dmat_ray.manifold.gan_progress import is_finished, read_progress, result_of
+from dmat_ray.manifold.gan_progress import read_progress, result_of
 from dmat_ray.manifold.gan_trainer import _Training, train_generator
 from dmat_ray.models.checkpoint import seal
 from dmat_ray.training import pace
@@ -125,13 +125,14 @@ def test_sigterm_leaves_a_checkpoint_after_the_very_step(
     finally:
         signal.signal(signal.SIGTERM, before)
     assert ended.value.code == 143
-    assert read_progress(tmp_path / "stopped" / "checkpoint", config)[0]["step"] == stop
-    assert not is_finished(tmp_path / "stopped" / "checkpoint")
+    progress, _ = read_progress(tmp_path / "stopped" / "checkpoint", config)
+    assert progress["step"] == stop < progress["of"]
     monkeypatch.setattr(_Training, "step", step)
     state, rest = train(config, tmp_path / "stopped")
     assert timeless(told + rest) == timeless(reports)
     assert all(torch.equal(state[key], expected[key]) for key in expected)
-    assert is_finished(tmp_path / "stopped" / "checkpoint")
+    progress, _ = read_progress(tmp_path / "stopped" / "checkpoint", config)
+    assert progress["step"] == progress["of"]
 
 
 def test_a_training_that_goes_on_is_judged_by_the_network_that_judged_it_before(
