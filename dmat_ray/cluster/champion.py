@@ -10,11 +10,10 @@ from typing import Any
 import ray.tune
 from ray.tune.search import BasicVariantGenerator
 
-from dmat_ray.cluster import abandoned, evaluate, searchers, spaces, tracking
-from dmat_ray.cluster.holding import Holds, held
+from dmat_ray.cluster import evaluate, searchers, spaces, tracking, trial_runs
 from dmat_ray.cluster.outbox import FRONT
 from dmat_ray.cluster.search_plan import RESULT, Plan
-from dmat_ray.cluster.trial import Work, keep_newest, run, state_of
+from dmat_ray.cluster.trial import Work, keep_newest, state_of
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.errors import UserError
 from dmat_ray.evaluation.metrics import Results
@@ -184,26 +183,16 @@ def _retrain(search: Plan, best: Trial, say: Callable[[str], None], lease: Lease
     work = search.work.of_models({name: one.to_json() for name, one in every.items()})
     streamed = config.training.loader == "stream"
     at_once = searchers.trials_at_once(config.tune, config.cluster, alone=work.is_alone, streamed=streamed)
-    resources = searchers.resources(work.is_alone, config.cluster, at_once)
-    tuner = ray.tune.Tuner(
-        ray.tune.with_resources(ray.tune.with_parameters(run, work=work), resources),
-        param_space={"model": ray.tune.grid_search(list(every))},
-        tune_config=ray.tune.TuneConfig(
-            search_alg=BasicVariantGenerator(max_concurrent=at_once),
-            reuse_actors=work.is_alone,
-            trial_name_creator=_named_by_model,
-            trial_dirname_creator=str,
-        ),
-        run_config=ray.tune.RunConfig(
-            name="ray_confirm",
-            storage_path=str(search.folder),
-            verbose=0,
-            callbacks=[Holds(), *([] if work.is_alone else [abandoned.TakesBack()])],
-            failure_config=ray.tune.FailureConfig(max_failures=config.tune.retries),
-        ),
+    results = trial_runs.fit(
+        work,
+        search.folder / "ray_confirm",
+        searchers.resources(work.is_alone, config.cluster, at_once),
+        lease,
+        config.tune.retries,
+        {"model": ray.tune.grid_search(list(every))},
+        search_alg=BasicVariantGenerator(max_concurrent=at_once),
+        trial_name_creator=_named_by_model,
     )
-    with held(lease):
-        results = tuner.fit()
     for error in results.errors:
         say(f"warning: a training with another seed failed: {str(error).strip().splitlines()[-1]}")
     whole = [name for name in every if (state_of(work.trial_folder(name)) or {}).get("finished")]

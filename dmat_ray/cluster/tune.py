@@ -3,14 +3,13 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import ray.tune
 from ray.tune.experiment.trial import Trial as TuneTrial
 
-from dmat_ray.cluster import abandoned, champion, environment, searchers, session, tracking
-from dmat_ray.cluster.holding import Holds, held
+from dmat_ray.cluster import champion, environment, searchers, session, tracking, trial_runs
 from dmat_ray.cluster.search_plan import SEARCH, Plan
-from dmat_ray.cluster.trial import run
 from dmat_ray.cluster.trial_watch import Tell, Watcher, watched
 from dmat_ray.config import Config
 from dmat_ray.reports.trials import Trial
@@ -29,48 +28,29 @@ class _Named:
 
 
 def _fit(search: Plan, watcher: Watcher, lease: Lease, at_once: int, *, resume: bool) -> list[Trial]:
-    config, tune = search.config, search.config.tune
-    trainable = ray.tune.with_resources(
-        ray.tune.with_parameters(run, work=search.work),
-        searchers.resources(search.work.is_alone, config.cluster, at_once, turns=tune.scheduler == "pbt"),
-    )
-    path = search.folder / "ray_tune"
+    config, tune, path = search.config, search.config.tune, search.folder / "ray_tune"
+    share = searchers.resources(search.work.is_alone, config.cluster, at_once, turns=tune.scheduler == "pbt")
     # Ray takes a folder for one to go on from before it has written what there is to go on with
-    if resume and ray.tune.Tuner.can_restore(str(path)) and any(path.glob("experiment_state-*.json")):
+    goes_on = resume and ray.tune.Tuner.can_restore(str(path)) and any(path.glob("experiment_state-*.json"))
+    how: dict[str, Any] = {}
+    if goes_on:
         watcher.say("going on, with as many trials at a time as before")
-        tuner = ray.tune.Tuner.restore(str(path), trainable=trainable)
     else:
         shutil.rmtree(path, ignore_errors=True)
         watcher.say(f"{at_once} trial{'s' if at_once > 1 else ''} at a time")
-        tuner = ray.tune.Tuner(
-            trainable,
-            param_space=search.space.variables(tune),
-            tune_config=ray.tune.TuneConfig(
-                search_alg=searchers.searcher(tune, at_once),
-                scheduler=searchers.scheduler(tune, search.space, search.work),
-                num_samples=tune.samples,
-                reuse_actors=search.work.is_alone,
-                trial_name_creator=_Named(search.folder.name),
-                trial_dirname_creator=str,
-            ),
-            run_config=ray.tune.RunConfig(
-                name=path.name,
-                storage_path=str(path.parent),
-                verbose=0,
-                callbacks=[Holds(), Tell(), *([] if search.work.is_alone else [abandoned.TakesBack()])],
-                failure_config=ray.tune.FailureConfig(max_failures=tune.retries),
-                checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=search.work.keep),
-            ),
-        )
-    with watched(watcher), held(lease):
+        how = {
+            "search_alg": searchers.searcher(tune, at_once),
+            "scheduler": searchers.scheduler(tune, search.space, search.work),
+            "num_samples": tune.samples,
+            "trial_name_creator": _Named(search.folder.name),
+        }
+    variables = search.space.variables(tune)
+    with watched(watcher):
         try:
-            tuner.fit()
+            trial_runs.fit(search.work, path, share, lease, tune.retries, variables, callbacks=[Tell()], goes_on=goes_on, **how)
         except Exception:
             if not watcher.ended_by:
                 raise
-        finally:
-            if not search.work.is_alone:
-                abandoned.free()
     return watcher.settled()
 
 

@@ -9,7 +9,7 @@ from ray import tune
 from ray.tune.experiment.trial import Trial as TuneTrial
 
 from dmat_ray import presets, settings
-from dmat_ray.cluster import champion, search_domains, searchers, spaces, trial_watch
+from dmat_ray.cluster import abandoned, champion, holding, search_domains, searchers, spaces, trial_runs, trial_watch
 from dmat_ray.cluster.search_plan import Plan
 from dmat_ray.config import Config, TuneConfig
 from dmat_ray.errors import UserError
@@ -116,3 +116,41 @@ def test_what_confirms_a_search_has_other_seeds_than_it(tmp_path, seed, expected
     }  # fmt: skip
     assert list(made["best"]) == [f"decay_best_seed{one}" for one in expected]
     assert spaces.trial_config(base, best.knobs, "trial", 1).training.seed == seed
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_what_trials_of_several_workers_held_is_given_back_when_all_have_ended(tmp_path, monkeypatch, alone, goes_on):
+    """By a search and by what confirms it: the controller that dies last does so after Tune's last step."""
+    told: list[str] = []
+
+    class Tuner:
+        restore = classmethod(lambda cls, path, trainable: cls(trainable))
+
+        def __init__(self, trainable: object, *, run_config: tune.RunConfig | None = None, **_: object) -> None:
+            if run_config is not None:
+                kinds = [type(callback) for callback in run_config.callbacks]
+                assert (abandoned.TakesBack in kinds) is not alone
+
+        def fit(self) -> None:
+            assert holding._LEASE is lease
+            told.append("fit")
+            raise RuntimeError
+
+    monkeypatch.setattr(tune, "Tuner", Tuner)
+    monkeypatch.setattr(tune, "with_parameters", lambda run, work: run)
+    monkeypatch.setattr(tune, "with_resources", lambda run, share: run)
+    monkeypatch.setattr(abandoned, "free", lambda: told.append("freed"))
+    lease, work = SimpleNamespace(check=lambda: None), SimpleNamespace(is_alone=alone, keep=2)
+    with pytest.raises(RuntimeError):
+        trial_runs.fit(work, tmp_path / "ray_tune", {"CPU": 1}, lease, 0, {}, goes_on=goes_on)
+    assert told == ["fit"] + ["freed"] * (not alone)
+    assert holding._LEASE is None
+
+    config = settings("demo", output=str(tmp_path))
+    plan = SimpleNamespace(config=config, base=config.to_json(), folder=tmp_path, work=SimpleNamespace(of_models=lambda _: work))
+    monkeypatch.setattr(champion, "anew", lambda *_: {})
+    monkeypatch.setattr(searchers, "trials_at_once", lambda *_, **__: 1)
+    with pytest.raises(RuntimeError):
+        champion._retrain(plan, None, print, lease)
+    assert told == (["fit"] + ["freed"] * (not alone)) * 2
