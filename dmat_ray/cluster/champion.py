@@ -148,7 +148,7 @@ def _judge(
     """Model -> "set/column" -> accuracy on test images."""
     whole = config.model_copy(update={"evaluation": suite})
     evaluate.check(whole, set_folder(config), folders)
-    rows, _ = evaluate.evaluate(whole, set_folder(config), folders, at(where), say, lease)
+    rows, _ = evaluate.evaluate(evaluate.Work(whole, set_folder(config), folders, at(where)), say, lease)
     found: Scores = {}
     for (model, set_name, column), accuracy in Results(rows, suite).accuracies().items():
         found.setdefault(model, {})[f"{set_name}/{column}"] = accuracy.value

@@ -126,16 +126,26 @@ def check(config: Config, set_path: Location, models: Mapping[str, Place]) -> No
         evaluation.require_fit(run, manifest, name, config.evaluation)
 
 
-class _Work:
-    """The units of an evaluation and their files."""
+class Work:
+    """The units of an evaluation and their files, in `folder`; `made_for` is its `fingerprint`, if that is known.
 
-    def __init__(self, config: Config, set_path: Location, models: Mapping[str, Place], folder: Location) -> None:
-        self.config, self.set_path, self.models, self.folder = config, set_path, models, folder / UNITS
+    It lists the test split and knows the models by what is in their files, which takes a while: one serves all that is done.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        set_path: Location,
+        models: Mapping[str, Place],
+        folder: Location,
+        made_for: dict[str, Any] | None = None,
+    ) -> None:
+        self.config, self.set_path, self.models, self.folder, self.files = config, set_path, models, folder, folder / UNITS
         self.listed = manifold_set.usable(set_path, "test")
         self.ids = self.listed["id"].to_pylist()
         self.positions = units.chosen(self.ids, config.evaluation)
         self.rows = units.rows_to_run(config.evaluation)
-        self.made_for = fingerprint(config, set_path, models)
+        self.made_for = fingerprint(config, set_path, models) if made_for is None else made_for
         self.facts = {k: v for k, v in self.made_for.items() if k != "evaluation"}
 
     def name(self, unit: Unit) -> str:
@@ -162,14 +172,14 @@ class _Work:
     def table(self, unit: Unit) -> pa.Table | None:
         """A unit's rows, if they are there and whole."""
         try:
-            return _read_parquet(self.folder / self.name(unit)).cast(evaluation.SCHEMA)
+            return _read_parquet(self.files / self.name(unit)).cast(evaluation.SCHEMA)
         except (FileNotFoundError, pa.ArrowException, OSError):
             return None
 
     def values(self, unit: Unit) -> dict[str, Any] | None:
         """What a unit gave that is no rows, if it is there and whole."""
         try:
-            found: dict[str, Any] = (self.folder / self.name(unit)).read_json()
+            found: dict[str, Any] = (self.files / self.name(unit)).read_json()
         except (FileNotFoundError, UserError):
             return None
         return found
@@ -191,7 +201,7 @@ class _Work:
 
         if awaited(look) is None:
             raise UserError(
-                f"{len(set(done)) - len(found)} files that were written cannot be seen in '{self.folder}': output must be a "
+                f"{len(set(done)) - len(found)} files that were written cannot be seen in '{self.files}': output must be a "
                 "folder that all nodes share"
             )
         return [found[unit] for unit in done]
@@ -214,7 +224,7 @@ class _Work:
                     "config": self.config.to_json(),
                     "set_path": str(self.set_path),
                     "models": {k: str(v) for k, v in self.models.items()},
-                    "folder": str(self.folder),
+                    "folder": str(self.files),
                 },
                 batch_size=1,
                 num_cpus=cluster.threads_per_worker,
@@ -226,34 +236,30 @@ class _Work:
 
 
 def evaluate(
-    config: Config,
-    set_path: Location,
-    models: Mapping[str, Place],
-    folder: Location,
+    work: Work,
     say: Callable[[str], None],
     lease: Lease | None = None,
     *,
     pictures: bool = False,
     of_rows: Sequence[Location] = (),
 ) -> tuple[pa.Table, list[Finding]]:
-    """Rows of every model, test set and attack, and what the checks found, after `check`; also written to `folder`.
+    """Rows of every model, test set and attack, and what the checks found, after `check`; also written to the work's folder.
 
     What an earlier evaluation left there stays until all rows are known; then the files of `of_rows`, which must not pass for
     those of others, go with it. With `pictures` also what `read_pictures` needs, along with the rest.
     Ray must be connected. Raises UserError if another run has taken over the folder's `lease`.
     """
-    settings = config.evaluation
-    if left_out := evaluation.left_out(set_reader.read_manifest(set_path)):
+    settings, models = work.config.evaluation, list(work.models)
+    if left_out := evaluation.left_out(set_reader.read_manifest(work.set_path)):
         say(left_out)
-    work = _Work(config, set_path, models, folder)
-    rows, looks = evaluation.SCHEMA.empty_table(), probes.units(list(models), settings, work.positions)
+    rows, looks = evaluation.SCHEMA.empty_table(), probes.units(models, settings, work.positions)
     rounds, first = units.rounds(settings), [*looks, *(work.pictures() if pictures else [])]
     for set_name in settings.sets:
         if without := [row.name for row in settings.attacks if not units.applies(row, set_name)]:
             say(f"on {set_name} images, which have no w, there is no {', '.join(without)}")
     for number, names in enumerate(rounds):
         standing = units.still_standing(rows, settings, work.ids, work.positions)
-        attacks = units.units(list(models), names, settings, standing)
+        attacks = units.units(models, names, settings, standing)
         both = [*attacks, *(first if number == 0 else [])]
         todo = work.left(both)
         what = f"round {number + 1} of {len(rounds)}: " if len(rounds) > 1 else ""
@@ -266,37 +272,33 @@ def evaluate(
     rows = in_order(rows)
     measurements = probes.joined(zip(looks, work.all_of(looks, work.values), strict=True))
     findings = checks.judge(Results(rows, settings), measurements)
-    if fingerprint(config, set_path, models) != work.made_for:
+    if fingerprint(work.config, work.set_path, work.models) != work.made_for:
         raise UserError("the set or a model was replaced while it was evaluated, so its rows are of both; run the same again")
     if lease is not None:
         lease.check()
-    for file in (*of_rows, folder / DONE):
+    for file in (*of_rows, work.folder / DONE):
         file.unlink()
-    (folder / ROWS).write_bytes(_as_parquet(rows))
-    (folder / CHECKS).write_json({"measurements": measurements, "findings": [f.to_json() for f in findings]})
-    (folder / DONE).write_json({**work.made_for, LEFT_OUT: left_out})
+    (work.folder / ROWS).write_bytes(_as_parquet(rows))
+    (work.folder / CHECKS).write_json({"measurements": measurements, "findings": [f.to_json() for f in findings]})
+    (work.folder / DONE).write_json({**work.made_for, LEFT_OUT: left_out})
     return rows, findings
 
 
-def lacks_pictures(config: Config, set_path: Location, models: Mapping[str, Place], folder: Location) -> bool:
-    """Whether some of the gallery of an evaluation in `folder` is still to be made."""
-    work = _Work(config, set_path, models, folder)
+def lacks_pictures(work: Work) -> bool:
+    """Whether some of the gallery of an evaluation that is there is still to be made."""
     return bool(work.left(work.pictures()))
 
 
-def read_pictures(
-    config: Config, set_path: Location, models: Mapping[str, Place], folder: Location, say: Callable[[str], None]
-) -> dict[str, Any]:
+def read_pictures(work: Work, say: Callable[[str], None]) -> dict[str, Any]:
     """The report's gallery, of which what `lacks_pictures` is made first, for which Ray must be connected."""
-    work = _Work(config, set_path, models, folder)
     if todo := work.left(work.pictures()):
         _run_all(work, todo, "images of the report: ", say)
     shown = work.pictures()
     drawn = zip(shown, work.all_of(shown, work.values), strict=True)
-    return gallery.joined(drawn, config.evaluation, work.listed, set_reader.read_manifest(set_path))
+    return gallery.joined(drawn, work.config.evaluation, work.listed, set_reader.read_manifest(work.set_path))
 
 
-def _run_all(work: _Work, todo: Sequence[Unit], what: str, say: Callable[[str], None]) -> None:
+def _run_all(work: Work, todo: Sequence[Unit], what: str, say: Callable[[str], None]) -> None:
     """Do these units, and say how far it is."""
     session.await_machines(work.config.cluster, say)
     actors = min(work.config.cluster.evaluation_actors, len(todo))

@@ -104,9 +104,10 @@ def evaluate(
         lease = stack.enter_context(exclusive(folder))  # two evaluations must not mix their rows
         # a run that was killed after its last row, and one whose page was removed, are gone on with as the same one
         key = f"evaluate/{tracking.identity(config)}/{text_digest(json.dumps(made_for, sort_keys=True))}"
+        work = stage.Work(config, set_folder(config), models, folder, made_for)
         if stage.is_evaluated(made_for, folder):
             say("the rows are there and unchanged")
-            if stage.lacks_pictures(config, set_folder(config), models, folder):
+            if stage.lacks_pictures(work):
                 stack.enter_context(connected(config.cluster, config.output, say, (EVALUATE,)))
             run = stack.enter_context(tracking.tracked(config, "", "evaluate", parent, key=key))
             rows, findings = stage.read_rows(folder), stage.read_checks(folder)[1]
@@ -116,7 +117,7 @@ def evaluate(
             told = (page, *report.siblings(page))
             if page.is_file():
                 say(f"'{page}' will be replaced by that of this evaluation when it is done")
-            rows, findings = stage.evaluate(config, set_folder(config), models, folder, say, lease, pictures=True, of_rows=told)
+            rows, findings = stage.evaluate(work, say, lease, pictures=True, of_rows=told)
         results = Results(rows, config.evaluation)
         found = results.accuracies()
         called = tracking.names(map("/".join, found))
@@ -126,7 +127,7 @@ def evaluate(
             gauges.tested(model, set_name, column, accuracy.value)
         lease.check()
         say("writing the report")
-        shown = stage.read_pictures(config, set_folder(config), models, folder, say)
+        shown = stage.read_pictures(work, say)
         report.write(config, set_folder(config), models, results, stage.read_checks(folder), page, shown)
         for file in (folder / stage.ROWS, folder / stage.CHECKS, page, *report.siblings(page)):
             run.artifact(file)

@@ -128,13 +128,13 @@ def test_rows_of_a_model_that_was_replaced_on_the_way_are_not_taken_for_whole(
     page.write_bytes(b"of the rows that are there")
     kept = {place: place.read_bytes() for place in (page, *(folder / name for name in (stage.ROWS, stage.CHECKS, stage.DONE)))}
     config, place = settings(tmp_path, *BATCHES, preset=("demo", str(suite))), at(undisturbed[0] / "on_manifold_set")
-    facts = iter([stage.fingerprint(config, place, finished.models)])
-    monkeypatch.setattr(stage, "fingerprint", lambda *_: next(facts, {"models": "others"}))
+    work = stage.Work(config, place, finished.models, folder)
+    monkeypatch.setattr(stage, "fingerprint", lambda *_: {"models": "others"})
     with pytest.raises(UserError, match="a model was replaced while it was evaluated"):
-        stage.evaluate(config, place, finished.models, folder, say, of_rows=[page])
+        stage.evaluate(work, say, of_rows=[page])
     assert {place: place.read_bytes() for place in kept} == kept, "the earlier evaluation is whole"
     monkeypatch.undo()
-    stage.evaluate(config, place, finished.models, folder, say, of_rows=[page])
+    stage.evaluate(work, say, of_rows=[page])
     assert not page.is_file(), "a page that is of other rows must not pass for one of these"
 
 
@@ -142,12 +142,13 @@ def test_an_evaluation_that_was_taken_over_publishes_nothing(finished, undisturb
     folder = at(shutil.copytree(undisturbed[0] / "evaluation", tmp_path / "evaluation"))
     (folder / stage.ROWS).write_bytes(b"the successor's")
     config, place = settings(tmp_path, *BATCHES, preset=("demo", str(suite))), at(undisturbed[0] / "on_manifold_set")
+    work = stage.Work(config, place, finished.models, folder)
     with exclusive(folder, 0.05) as lease:
         mine = (folder / FILE).read_json()
         (folder / FILE).write_json({**mine, "owner": "the successor"})
         time.sleep(1)
         with pytest.raises(UserError, match="another run has taken over"):
-            stage.evaluate(config, place, finished.models, folder, say, lease)
+            stage.evaluate(work, say, lease)
     assert (folder / stage.ROWS).read_bytes() == b"the successor's"
 
 
@@ -189,8 +190,8 @@ def test_images_of_the_report_are_made_by_workers(finished, undisturbed, suite, 
 
 def test_files_that_a_shared_disk_shows_late_are_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "VISIBLE_S", 4.0)
-    work = object.__new__(stage._Work)
-    work.folder, work.name = at(tmp_path), lambda unit: f"{unit.attack}.json"
+    work = object.__new__(stage.Work)
+    work.files, work.name = at(tmp_path), lambda unit: f"{unit.attack}.json"
     done = [Unit("model", "natural", name, (0,), checks=True) for name in ("early", "late")]
 
     def write(unit: Unit) -> None:
