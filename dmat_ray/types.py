@@ -107,7 +107,9 @@ class Measured(Threat, Protocol):
 
 
 class RunContext(Protocol):
-    """Where a training loop runs: one process, torchrun, or a Ray Train worker. The loop knows no more than this."""
+    """Where a training loop runs: one process, torchrun, a Ray Train worker, or the process that Ray Tune gives a trial. The loop
+    knows no more than this.
+    """
 
     rank: int
     world_size: int

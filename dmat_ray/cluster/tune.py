@@ -11,7 +11,6 @@ from ray.tune.experiment.trial import Trial as TuneTrial
 from dmat_ray.cluster import champion, environment, searchers, session, tracking, trial_runs
 from dmat_ray.cluster.search_plan import SEARCH, Plan
 from dmat_ray.cluster.trial_watch import Tell, Watcher, watched
-from dmat_ray.config import Config
 from dmat_ray.reports.trials import Trial
 from dmat_ray.reports.trials_table import LiveTable
 from dmat_ray.storage.lease import Lease, sole
@@ -54,13 +53,12 @@ def _fit(search: Plan, watcher: Watcher, lease: Lease, at_once: int, *, resume: 
     return watcher.settled()
 
 
-def search(config: Config | Plan, say: Callable[[str], None], *, resume: bool = False) -> champion.Found:
+def search(plan: Plan, say: Callable[[str], None], *, resume: bool = False) -> champion.Found:
     """Run a search, or go on with it; returns its trials, and what the best of them are worth. Ray must be connected.
 
-    Raises UserError for a space, an objective or machines that do not fit, if no trial gives a result, and if another run has
-    taken over the search's folder.
+    Raises UserError for machines that do not fit, if no trial gives a result, and if another run has taken over the search's
+    folder.
     """
-    plan = config if isinstance(config, Plan) else Plan(config, say)
     with sole(plan.folder) as lease:
         return already(plan, say, resume=resume) or _search(plan, lease, say, resume=resume)
 

@@ -22,6 +22,7 @@ from small import settings
 from dmat_ray.cluster import jobs, leftovers, train, tune, workers
 from dmat_ray.cluster.context import RayContext, next_name, stored_checkpoints
 from dmat_ray.cluster.leftovers import Leftover, left_by_others
+from dmat_ray.cluster.search_plan import Plan
 from dmat_ray.config import Config
 from dmat_ray.data.manifold_set import open_set
 from dmat_ray.errors import UserError
@@ -96,7 +97,7 @@ def test_a_search_that_another_run_has_taken_over_ends(tmp_path, finished, ray_s
     lines: list[str] = []
     say = taking_over(tmp_path / "tune", "epoch 1/60", lines)
     with pytest.raises(UserError, match=r"another run has taken over '.*' while this one did not answer; this one ends"):
-        tune.search(tuned(tmp_path, *more, "--tune.evaluate", False), say)
+        tune.search(Plan(tuned(tmp_path, *more, "--tune.evaluate", False), say), say)
     assert not any("epoch 60/60" in line or "best is" in line for line in lines)
     assert not (tmp_path / "models").exists()
 
@@ -110,7 +111,7 @@ def test_a_search_that_is_taken_over_after_its_trials_publishes_nothing(tmp_path
     say = taking_over(tmp_path / "tune", "training the best settings and those of the start anew", lines)
     config = tuned(tmp_path, *more, "--tune.confirm_seeds", 1, "--training.epochs", 60, "--tune.evaluate", False)
     with pytest.raises(UserError, match=r"another run has taken over '.*' while this one did not answer; this one ends"):
-        tune.search(config, say)
+        tune.search(Plan(config, say), say)
     assert any("anew" in line for line in lines)
     assert not list((tmp_path / "models").glob("*_seed1"))
     assert not list((tmp_path / "tune").glob("*/result.json"))

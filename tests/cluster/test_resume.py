@@ -59,7 +59,7 @@ def test_a_job_that_is_submitted_twice_is_refused(tmp_path, finished, say):
     training, searching = settings(tmp_path, preset=("demo", "dmat")), tuned(tmp_path)
     for lease, again in (
         (sole(training_folder([training])), lambda: jobs.train([training], say)),
-        (sole(Plan(searching, say).folder), lambda: tune.search(searching, say)),
+        (sole(Plan(searching, say).folder), lambda: tune.search(Plan(searching, say), say)),
     ):
         with lease, pytest.raises(UserError, match=rf"is being written by process {os.getpid()} on .*; wait until it ends"):
             again()

@@ -73,7 +73,7 @@ def searched(server, finished, tmp_path_factory) -> Searched:
             (process,) = processes_below(os.getpid(), "ImplicitFunc")
             process.kill()
 
-    return Searched(config, tune.search(config, say), lines)
+    return Searched(config, tune.search(Plan(config, say), say), lines)
 
 
 def test_a_search_ranks_its_trials_and_survives_what_is_killed(searched):
@@ -184,7 +184,7 @@ def test_the_champion_can_be_downloaded_and_used(searched, server, tmp_path):
 
 
 def test_a_second_call_does_nothing(searched, say, lines):
-    found = tune.search(searched.config, say)
+    found = tune.search(Plan(searched.config, say), say)
     assert told(found.trials) == told(searched.found.trials)
     assert found.best == searched.found.best
     assert any("nothing to do" in line for line in lines)
@@ -202,14 +202,14 @@ def test_a_search_is_not_gone_on_with_as_another(searched, say, more, message):
     config = tuned(Path(searched.config.output), *ONE_BY_ONE, *more)
     for resume in (True, False):
         with pytest.raises(UserError, match=message):
-            tune.search(config, say, resume=resume)
+            tune.search(Plan(config, say), say, resume=resume)
 
 
 def test_a_search_is_not_gone_on_with_in_another_space(searched, say):
     config = tuned(Path(searched.config.output), *ONE_BY_ONE)
     Path(config.tune.space).write_text(SPACE.replace("times(0.5, 2)", "times(0.5, 3)"))
     with pytest.raises(UserError, match=r"has space: objective.image.eps = .*, now it is"):
-        tune.search(config, say, resume=True)
+        tune.search(Plan(config, say), say, resume=True)
     Path(config.tune.space).write_text(SPACE)
 
 

@@ -15,6 +15,7 @@ from searches import SPACE, options, runs_of, told, tuned
 from small import processes_below, start_job, wait_for
 
 from dmat_ray.cluster import champion, trial_watch, tune
+from dmat_ray.cluster.search_plan import Plan
 from dmat_ray.config import Config
 from dmat_ray.data.epochs import held_out_positions
 from dmat_ray.data.manifold_set import open_set
@@ -42,7 +43,7 @@ def test_a_population_carries_weights_and_changes_settings(finished, tmp_path, s
     job.send_signal(signal.SIGKILL)
     assert "takes another's weights" in job.communicate()[0]
     assert not (folder / "result.json").exists(), "it was killed in the middle"
-    found = tune.search(config, say, resume=True)
+    found = tune.search(Plan(config, say), say, resume=True)
     assert any("going on" in line for line in lines)
     assert {t.status for t in found.trials} == {"finished"}
     moved = [t for t in found.trials if t.lineage]
@@ -83,7 +84,7 @@ def test_several_objectives_give_a_front_and_what_fails_is_recorded(finished, tm
         '         "training.schedule": "cosine", "training.lr": tune.choice([0.05, 0.1, 1e12])}\n'
     )
     finished.copy_set(tmp_path)
-    found = tune.search(config, say)
+    found = tune.search(Plan(config, say), say)
     assert len(found.trials) == 8
     for trial in found.trials:
         expected = "diverged" if trial.knobs["training.lr"] > 1 else "finished"
@@ -123,7 +124,7 @@ def test_a_trial_of_two_workers_is_a_ray_train_run(finished, tmp_path, say, line
         if "epoch 1/2" in line:
             max(processes_below(os.getpid(), "TrainController"), key=lambda process: process.create_time()).kill()
 
-    found = tune.search(config, say_and_kill, resume=True)
+    found = tune.search(Plan(config, say_and_kill), say_and_kill, resume=True)
     assert any("there is no search in" in line and "yet: beginning one" in line for line in lines)
     (trial,) = found.trials
     assert (trial.status, trial.epochs, found.best, found.front) == ("finished", 2, trial.name, [trial.name])
@@ -160,12 +161,12 @@ def test_a_budget_ends_a_search_which_can_go_on(finished, tmp_path, say, lines, 
         if "little_000: epoch 1/2" in line:
             monkeypatch.setattr(trial_watch, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + 3600))
 
-    found = tune.search(short, say_and_wait)
+    found = tune.search(Plan(short, say_and_wait), say_and_wait)
     monkeypatch.undo()
     assert found.ended_by == "tune.max_wall_minutes 50"
     assert any("is used up" in line for line in lines)
     assert [(t.name, t.status, t.epochs) for t in found.trials] == [("little_000", "stopped", 1)]
-    assert tune.search(short, say).ended_by, "what there is is a result"
+    assert tune.search(Plan(short, say), say).ended_by, "what there is is a result"
 
     killed: list[str] = []
 
@@ -175,7 +176,7 @@ def test_a_budget_ends_a_search_which_can_go_on(finished, tmp_path, say, lines, 
             killed.append(line)
             max(processes_below(os.getpid(), "ImplicitFunc"), key=lambda process: process.create_time()).kill()
 
-    whole = tune.search(config, say_and_kill, resume=True)
+    whole = tune.search(Plan(config, say_and_kill), say_and_kill, resume=True)
     assert killed
     assert any(line.startswith("warning: little_001 has failed") and "tried again" in line for line in lines)
     assert not whole.ended_by
@@ -183,9 +184,9 @@ def test_a_budget_ends_a_search_which_can_go_on(finished, tmp_path, say, lines, 
 
     # what is done once all trials have ended can be asked for afterwards
     more = config.model_copy(update={"tune": config.tune.model_copy(update={"confirm_seeds": 1})})
-    assert not tune.search(more, say).confirmed
+    assert not tune.search(Plan(more, say), say).confirmed
     assert "did another tune.confirm_seeds; --resume goes on with it" in lines[-1]
-    confirmed = tune.search(more, say, resume=True)
+    confirmed = tune.search(Plan(more, say), say, resume=True)
     assert confirmed.confirmed == {"best": ["little_best_seed1"], "start": ["little_start_seed1"]}
     assert told(confirmed.trials) == told(whole.trials)
     best = whole.trial(whole.best)

@@ -27,7 +27,7 @@ def test_a_trial_that_has_no_room_is_refused_before_anything_starts(finished, tm
     finished.copy_set(tmp_path)
     config = tuned(tmp_path, *ONE_BY_ONE, "--cluster.gpus_per_worker", 1, "--cluster.train_workers", 3)
     with pytest.raises(UserError, match=r"a trial needs 3 CPU and 3 GPU \(3 workers\), the cluster has .* CPU and 0 GPU"):
-        tune.search(config, say)
+        tune.search(Plan(config, say), say)
     assert not list((tmp_path / "tune" / "little").glob("trials/*"))
 
 
@@ -68,7 +68,7 @@ def test_as_many_trials_run_as_have_room_for_all_their_workers(ray_session, monk
 def test_a_search_that_cannot_work_is_refused(finished, tmp_path, say, more, message):
     finished.copy_set(tmp_path)
     with pytest.raises(UserError, match=message):
-        tune.search(tuned(tmp_path, *more), say)
+        tune.search(Plan(tuned(tmp_path, *more), say), say)
     assert not (tmp_path / "tune" / "little").exists()
     assert (tmp_path / "mlflow.db").read_bytes() == database(), "nothing is tracked"
 

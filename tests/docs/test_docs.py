@@ -1,5 +1,6 @@
 """What the documents say of settings is what the settings are. `python docs/tables.py` writes the tables anew."""
 
+import ast
 import inspect
 import json
 import os
@@ -20,7 +21,7 @@ from dmat_ray.config import AttackRow, Config, Section
 from dmat_ray.config.attacks import AdversarialTerm
 from dmat_ray.models import trained_settings
 from dmat_ray.reports.trials import Trial
-from dmat_ray.types import Measured
+from dmat_ray.types import Measured, RunContext
 
 ROOT = Path(__file__).parents[2]
 WRITER = runpy.run_path(str(ROOT / "docs" / "tables.py"))
@@ -164,3 +165,19 @@ def test_the_plans_are_those_of_the_measured_rates() -> None:
     rates = {row["stage"]: row for row in json.loads((ROOT / "benchmarks" / "rates_h100.json").read_text())["rows"]}
     days = 1_300_000 / rates["project paper, fast"]["images_per_second"] / 86_400
     assert f"| 1,300,000 | projection, preset `paper` (1,000 steps) | {days:.0f} d |" in told.stdout
+
+
+def test_every_place_where_a_training_loop_runs_is_named() -> None:
+    """Classes that have all methods of RunContext, wherever they are."""
+    methods = {name for name in vars(RunContext) if not name.startswith("_")}
+    found = set()
+    for path in sorted((ROOT / "dmat_ray").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and methods <= {
+                part.name for part in node.body if isinstance(part, ast.FunctionDef)
+            }:
+                found.add(".".join([*path.relative_to(ROOT / "dmat_ray").with_suffix("").parts, node.name]))
+    assert "types.RunContext" in found
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (told,) = re.findall(r"knows a `RunContext` and no more.+?are the three there are\.", text, re.DOTALL)
+    assert set(re.findall(r"`([a-z_.]+\.\w+Context)`", told)) == found - {"types.RunContext"}
