@@ -4,7 +4,6 @@ A unit's file is named by all that its rows depend on, and appears whole or not 
 is not done again, whatever was killed, and an attack that is added to a suite is the only one that runs.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,8 +16,7 @@ import ray.data
 import torch
 
 from dmat_ray.cluster import gauges, pools, session
-from dmat_ray.cluster.forecast import Forecast
-from dmat_ray.cluster.silence import breaking_silence
+from dmat_ray.cluster.forecast import progress
 from dmat_ray.config import AutoAttackRow, Config
 from dmat_ray.data import manifold_set, set_reader
 from dmat_ray.errors import UserError
@@ -38,7 +36,6 @@ from dmat_ray.storage.lease import Lease
 
 ROWS, DONE, CHECKS, UNITS = "rows.parquet", "evaluation.json", "checks.json", "units"
 LEFT_OUT = "left_out"  # what DONE says for readers beside what the rows depend on
-SAY_EVERY_S = 5.0
 READERS = 16  # files read at a time: an object store answers slowly, and many at once
 
 
@@ -302,19 +299,13 @@ def _run_all(work: Work, todo: Sequence[Unit], what: str, say: Callable[[str], N
     """Do these units, and say how far it is."""
     session.await_machines(work.config.cluster, say)
     actors = min(work.config.cluster.evaluation_actors, len(todo))
-    forecast = Forecast(sum(map(work.cost, todo)), actors)
-    began = said = time.monotonic()
     say(f"{what}{len(todo)} batches for {actors} actors")
-    with breaking_silence("batch", say) as heard:
+    with progress(sum(map(work.cost, todo)), actors, "batch", say) as far:
         for number, unit in enumerate(work.run(todo), 1):
-            heard()
             gauges.evaluated(unit.model)
-            now = time.monotonic()
-            forecast.done(work.cost(unit), now)
-            if now - said >= SAY_EVERY_S or number == len(todo):
-                said = now
-                far = f"{number}/{len(todo)} batches, {now - began:.0f} s{forecast.to_go(now)}"
-                say(f"{what}{far}; last {_told(unit)} on {unit.model}")
+            if far.done(work.cost(unit)):
+                reached = f"{number}/{len(todo)} batches, {far.seconds:.0f} s{far.to_go()}"
+                say(f"{what}{reached}; last {_told(unit)} on {unit.model}")
 
 
 def _told(unit: Unit) -> str:

@@ -1,7 +1,13 @@
-"""How long the rest of a stage will take, by what its actors have done since they started."""
+"""How far a stage is, and how long the rest of it will take, by what its actors have done since they started."""
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from dmat_ray.cluster.silence import breaking_silence
 from dmat_ray.wording import duration
 
+SAY_EVERY_S = 5.0
 # of the work, or seconds: before either it is not told, for little work says little
 LEAST_SHARE, LEAST_S = 0.05, 60.0
 
@@ -33,3 +39,45 @@ class Forecast:
         """To stand behind a report; nothing at the end, and while there is no rate."""
         rate = self.rate(now)
         return f", about {duration(self._left / rate)} to go" if self._left > 0 and rate else ""
+
+
+class Progress:
+    """When to say how far a stage is, which is told of every piece that is done, and what to say of its time."""
+
+    def __init__(self, whole: float, actors: int, heard: Callable[[], None]) -> None:
+        self._forecast, self._left, self._least, self._heard = Forecast(whole, actors), whole, 1e-9 * whole, heard
+        self._began = self._said = self._now = time.monotonic()
+
+    def done(self, size: float) -> bool:
+        """A piece of it is done. Returns whether to say so: at the end, and else every `SAY_EVERY_S`."""
+        self._heard()
+        self._now = time.monotonic()
+        self._left -= size
+        self._forecast.done(size, self._now)
+        if self._now - self._said < SAY_EVERY_S and self._left > self._least:
+            return False
+        self._said = self._now
+        return True
+
+    @property
+    def seconds(self) -> float:
+        """From the beginning to the last piece."""
+        return self._now - self._began
+
+    def rate(self) -> float:
+        """See Forecast."""
+        return self._forecast.rate(self._now)
+
+    def to_go(self) -> str:
+        """See Forecast."""
+        return self._forecast.to_go(self._now)
+
+
+@contextmanager
+def progress(whole: float, actors: int, piece: str, say: Callable[[str], None]) -> Iterator[Progress]:
+    """That of a stage of this size (see Forecast), inside; it is said as well when no `piece` was done for long.
+
+    Ray must be connected.
+    """
+    with breaking_silence(piece, say) as heard:
+        yield Progress(whole, actors, heard)

@@ -1,6 +1,5 @@
 """Predictions on Ray Data: tasks read and decode, actors hold the model, rows come back to the driver."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import ray.data
 import torch
 
 from dmat_ray.cluster import pools, session
+from dmat_ray.cluster.forecast import progress
 from dmat_ray.cluster.shard_tasks import as_bytes, read_pictures, unpack
 from dmat_ray.config import Config
 from dmat_ray.data import set_format
@@ -19,7 +19,6 @@ from dmat_ray.models import checkpoint, prediction
 from dmat_ray.storage import Location
 from dmat_ray.wording import number_of
 
-SAY_EVERY_S = 5.0
 UNREADABLE_SAID = 20  # files that lines name; the rows name all
 
 
@@ -68,7 +67,7 @@ def predict(
                 compute=ray.data.ActorPoolStrategy(min_size=actors, max_size=actors, initial_size=actors),
             )
         )
-    found = _collected(predicted, listing, say)
+    found = _collected(predicted, listing, actors, say)
     sink = pa.BufferOutputStream()
     pq.write_table(found, sink, compression="zstd")
     try:
@@ -85,21 +84,20 @@ def _parts(listing: pa.Table, size: int) -> list[dict[str, Any]]:
     return [{"name": str(k), "payload": content, "rejected": "{}"} for k, content in enumerate(contents)]
 
 
-def _collected(predicted: ray.data.Dataset, listing: pa.Table, say: Callable[[str], None]) -> pa.Table:
+def _collected(predicted: ray.data.Dataset, listing: pa.Table, actors: int, say: Callable[[str], None]) -> pa.Table:
     """All rows, in the order of the listing; says how far they are."""
     tables, done, bad = [], 0, 0
-    began = spoke = time.monotonic()
-    for table in predicted.iter_batches(batch_format="pyarrow", batch_size=None):
-        tables.append(table.cast(prediction.SCHEMA))
-        done += table.num_rows
-        for row in table.filter(pc.is_valid(table["reason"])).to_pylist():
-            bad += 1
-            if bad <= UNREADABLE_SAID:
-                say(f"unreadable: '{row['path']}' {row['reason']}")
-        if (now := time.monotonic()) - spoke > SAY_EVERY_S or done == listing.num_rows:
-            spoke = now
-            unreadable = f", {bad} could not be read" if bad else ""
-            say(f"predicted {done - bad} of {listing.num_rows} images{unreadable}, {now - began:.0f} s")
+    with progress(listing.num_rows, actors, "batch", say) as far:
+        for table in predicted.iter_batches(batch_format="pyarrow", batch_size=None):
+            tables.append(table.cast(prediction.SCHEMA))
+            done += table.num_rows
+            for row in table.filter(pc.is_valid(table["reason"])).to_pylist():
+                bad += 1
+                if bad <= UNREADABLE_SAID:
+                    say(f"unreadable: '{row['path']}' {row['reason']}")
+            if far.done(table.num_rows):
+                unreadable = f", {bad} could not be read" if bad else ""
+                say(f"predicted {done - bad} of {listing.num_rows} images{unreadable}, {far.seconds:.0f} s{far.to_go()}")
     rows = pa.concat_tables(tables)
     assert rows.num_rows == listing.num_rows, "rows are missing"
     return rows.take(pc.index_in(listing["id"], value_set=rows["path"].combine_chunks()))

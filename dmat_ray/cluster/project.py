@@ -5,17 +5,15 @@ what is in them. Only names and numbers come back to the driver.
 """
 
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray.data
 
 from dmat_ray.cluster import environment, gauges, pools, session
-from dmat_ray.cluster.forecast import Forecast
+from dmat_ray.cluster.forecast import progress
 from dmat_ray.cluster.shard_projector import ShardProjector
 from dmat_ray.cluster.shard_tasks import as_bytes, read_shard, write_shard
-from dmat_ray.cluster.silence import breaking_silence
 from dmat_ray.config import Config
 from dmat_ray.data import set_writer
 from dmat_ray.data.set_writer import Shard
@@ -26,8 +24,6 @@ from dmat_ray.models.checkpoint import versions
 from dmat_ray.storage import Location
 from dmat_ray.storage.files import awaited
 from dmat_ray.wording import be, duration, number_of
-
-SAY_EVERY_S = 5.0
 
 
 def project(config: Config, work: Begun, say: Callable[[str], None]) -> dict[str, Any]:
@@ -74,21 +70,17 @@ def _progress(
 ) -> Iterator[dict[str, Any]]:
     """Passes the summaries through, and says how far they are."""
     total = sum(shard.rows.num_rows for shard in todo)
-    began = time.monotonic()
-    done, rejected, spoke, forecast = 0, 0, began, Forecast(total, actors)
-    with breaking_silence("shard", say) as heard:
+    done, rejected = 0, 0
+    with progress(total, actors, "shard", say) as far:
         for summary in summaries:
-            heard()
-            done += summary["rows"] + summary["rejected"]
+            size = summary["rows"] + summary["rejected"]
+            done += size
             rejected += summary["rejected"]
             gauges.projected(summary["rows"], summary["rejected"])
-            now = time.monotonic()
-            forecast.done(summary["rows"] + summary["rejected"], now)
-            if now - spoke > SAY_EVERY_S or done == total:
-                spoke = now
-                speed = f", {duration(now - began)}" if done == total else ""
-                if done < total and (rate := forecast.rate(now)):
-                    speed = f", {rate:.1f} images/s{forecast.to_go(now)}"
+            if far.done(size):
+                speed = f", {duration(far.seconds)}" if done == total else ""
+                if done < total and (rate := far.rate()):
+                    speed = f", {rate:.1f} images/s{far.to_go()}"
                 say(f"projected {done}/{total} images{f', {rejected} rejected' if rejected else ''}{speed}")
             yield summary
 
