@@ -15,6 +15,7 @@ from ray.tune.search.optuna import OptunaSearch
 from ray.tune.search.sample import Categorical
 
 from dmat_ray.cluster import environment, session
+from dmat_ray.cluster.room import fits, of_nodes, takes_all
 from dmat_ray.cluster.spaces import Space
 from dmat_ray.cluster.trial import Work, state_of
 from dmat_ray.config import ClusterConfig, TuneConfig
@@ -139,11 +140,11 @@ def trials_at_once(config: TuneConfig, cluster: ClusterConfig, *, alone: bool, s
     Raises UserError if not even one has. Ray must be connected.
     """
     need, workers = session.worker_resources(cluster), cluster.train_workers
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(_fit(node, need) for node in nodes) // workers
+    nodes = of_nodes()
+    room = sum(fits(node, need) for node in nodes) // workers
     largest = ray._private.state.state.get_max_resources_from_cluster_config()  # of an autoscaler; None without
     if largest:
-        room = max(room, _fit(largest, need) // workers)
+        room = max(room, fits(largest, need) // workers)
     if room == 0:
         wanted = " and ".join(f"{amount * workers:g} {name}" for name, amount in need.items())
         there = " and ".join(f"{max(sum(n.get(name, 0) for n in nodes), (largest or {}).get(name, 0)):g} {name}" for name in need)
@@ -152,7 +153,7 @@ def trials_at_once(config: TuneConfig, cluster: ClusterConfig, *, alone: bool, s
             "cluster.train_workers, cluster.gpus_per_worker or cluster.threads_per_worker"
         )
     cpus = max(sum(node.get("CPU", 0) for node in nodes), (largest or {}).get("CPU", 0))
-    while streamed and room and cpus - room * workers * need["CPU"] < 1:
+    while streamed and room and takes_all([{"CPU": cpus}], room * workers, need):
         room -= 1
     if room == 0:
         raise UserError(
@@ -171,7 +172,3 @@ def trials_at_once(config: TuneConfig, cluster: ClusterConfig, *, alone: bool, s
     if not alone:
         room = min(room, MOST_NESTED)
     return min(room, config.max_concurrent or room)
-
-
-def _fit(there: dict[str, float], need: dict[str, float]) -> int:
-    return int(min((there.get(name, 0) / amount for name, amount in need.items() if amount > 0), default=0) + 1e-9)

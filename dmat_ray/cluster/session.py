@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dmat_ray.cluster import nodes
 from dmat_ray.cluster.environment import LOGICAL, cluster_address, prepare_environment
+from dmat_ray.cluster.room import fits, of_nodes, takes_all
 from dmat_ray.config import ClusterConfig
 from dmat_ray.errors import UserError, first_line
 from dmat_ray.storage import at
@@ -58,23 +59,17 @@ def await_machines(config: ClusterConfig, say: Callable[[str], None], count: int
 
     Raises UserError if they do not come within `wait_minutes`.
     """
-    import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    need = {name: amount for name, amount in worker_resources(config).items() if amount}
-
-    def resources() -> list[dict[str, float]]:
-        return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    need = worker_resources(config)
 
     def room() -> int:
         """For how many workers."""
-        # rounded, because 0.3 is 2.9999999999999996 times 0.1
-        return sum(min(int(round(node.get(name, 0) / amount, 6)) for name, amount in need.items()) for node in resources())
+        return sum(fits(node, need) for node in of_nodes())
 
     def is_full() -> bool:
         """Whether the workers take all CPUs, and what they wait for has none."""
-        held = min(streamed, room()) * need["CPU"]
-        return bool(streamed) and sum(node.get("CPU", 0) for node in resources()) - held < 1
+        return bool(streamed) and takes_all(of_nodes(), min(streamed, room()), need)
 
     if room() >= count and not is_full():
         return
