@@ -40,15 +40,23 @@ READERS = 16  # files read at a time: an object store answers slowly, and many a
 
 
 class UnitEvaluator:
-    """An actor: attacks one model on some examples. Models and the examples of the set are read once, from their folders."""
+    """An actor: attacks one model on some examples. Models and the examples of the set are read once, from their folders.
 
-    def __init__(self, config: dict[str, Any], set_path: str, models: dict[str, str], folder: str) -> None:
+    Files are named by what these held when the work was begun (`facts`), so what was replaced since is an error, before it has
+    written any.
+    """
+
+    def __init__(
+        self, config: dict[str, Any], set_path: str, models: dict[str, str], folder: str, facts: Mapping[str, Any]
+    ) -> None:
         settings = Config.model_validate(config)
         torch.set_num_threads(settings.cluster.threads_per_worker)
         self.folder, device = at(folder), session.device_of_actor()
 
         def load(name: str) -> torch.nn.Module:
-            return checkpoint.load_classifier(models[name], device)[0]
+            network = checkpoint.load_classifier(models[name], device)[0]
+            _require_same(checkpoint.digest(models[name]), facts["models"][name])
+            return network
 
         ids = manifold_set.usable(set_path, "test")["id"].to_pylist()
         self.positions = units.chosen(ids, settings.evaluation)
@@ -56,6 +64,7 @@ class UnitEvaluator:
         data = manifold_set.open_set(
             set_path, "test", only=[ids[i] for i in self.positions], images=sets[0] if len(sets) == 1 else None
         )
+        _require_same(set_reader.digest(set_reader.read_manifest(set_path)), facts["set"])
         generator = generators.load_configured(settings.generator, device)
         self.evaluator = Evaluator(settings.evaluation, data, generator, load, list(models), device)
 
@@ -71,6 +80,11 @@ class UnitEvaluator:
             else:
                 (self.folder / name).write_bytes(_as_parquet(self.evaluator.table(unit)))
         return {"name": batch["name"]}
+
+
+def _require_same(now: Any, then: Any) -> None:
+    if now != then:
+        raise UserError("the set or a model was replaced while it was evaluated; run the same again")
 
 
 def _as_parquet(table: pa.Table) -> bytes:
@@ -222,6 +236,7 @@ class Work:
                     "set_path": str(self.set_path),
                     "models": {k: str(v) for k, v in self.models.items()},
                     "folder": str(self.files),
+                    "facts": self.facts,
                 },
                 batch_size=1,
                 num_cpus=cluster.threads_per_worker,
@@ -269,8 +284,7 @@ def evaluate(
     rows = in_order(rows)
     measurements = probes.joined(zip(looks, work.all_of(looks, work.values), strict=True))
     findings = checks.judge(Results(rows, settings), measurements)
-    if fingerprint(work.config, work.set_path, work.models) != work.made_for:
-        raise UserError("the set or a model was replaced while it was evaluated, so its rows are of both; run the same again")
+    _require_same(fingerprint(work.config, work.set_path, work.models), work.made_for)
     if lease is not None:
         lease.check()
     for file in (*of_rows, work.folder / DONE):

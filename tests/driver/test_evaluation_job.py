@@ -15,9 +15,12 @@ from dmat_ray.cluster import evaluate as stage
 from dmat_ray.cluster import gauges, jobs, session, tracking
 from dmat_ray.config import ClassifierConfig, Config
 from dmat_ray.data import manifold_set
+from dmat_ray.errors import UserError
+from dmat_ray.evaluation import probes
 from dmat_ray.evaluation.units import Unit
 from dmat_ray.models import checkpoint
 from dmat_ray.networks import classifiers
+from dmat_ray.storage import at, set_folder
 
 pytestmark = pytest.mark.slow
 ATTACKS = [{"threat": "clean", "name": "clean"}, {"threat": "image", "name": "PGD", "eps": 0.1, "steps": 2}]
@@ -48,7 +51,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     def run_all(work: stage.Work, todo: Sequence[Unit], what: str, say: Callable[[str], None]) -> None:
         before = dict(read)
         names = {name: str(place) for name, place in work.models.items()}
-        actor = stage.UnitEvaluator(work.config.to_json(), str(work.set_path), names, str(work.files))
+        actor = stage.UnitEvaluator(work.config.to_json(), str(work.set_path), names, str(work.files), work.facts)
         for unit in todo:
             actor({"name": np.array([work.name(unit)]), "unit": np.array([unit.to_json()])})
         read.clear()
@@ -80,3 +83,20 @@ def test_test_images_are_listed_and_weights_read_no_more_often_than_it_takes(
     assert lines[-1] == "the rows and the report are there and unchanged, nothing to do"
     (tmp_path / "report.html").unlink()
     assert evaluated() == {"a": 1, "b": 1, "test": 1}, "for the page"
+
+
+def test_no_rows_of_another_model_are_written_under_ones_name(
+    make_config: Callable[..., Config], models: dict[str, Path], read: Counter[str], tmp_path: Path
+) -> None:
+    """Which would be taken for its own for ever, were it to come back."""
+    config = make_config(output=str(tmp_path), evaluation={"attacks": ATTACKS, "check_examples": 4})
+    work = stage.Work(config, at(set_folder(config)), models, at(tmp_path / "evaluation"))
+    of_a, weights = probes.units(["a"], config.evaluation, work.positions), models["a"] / "model.safetensors"
+    mine = weights.read_bytes()
+    weights.write_bytes((models["b"] / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match="a model was replaced while it was evaluated"):
+        stage._run_all(work, of_a, "", print)
+    assert work.left(of_a) == list(of_a)
+    weights.write_bytes(mine)
+    stage._run_all(work, of_a, "", print)
+    assert work.left(of_a) == []
