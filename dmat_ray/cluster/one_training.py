@@ -1,6 +1,7 @@
 """A training on Ray Train whose progress is counted in thousand images, from the driver's side: a generator's or an encoder's."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from dmat_ray.cluster import session, tracking, workers
 from dmat_ray.cluster.context import stored_checkpoints
 from dmat_ray.cluster.events import Asked, heed_stop, listen
 from dmat_ray.config import Config
+from dmat_ray.errors import UserError
 from dmat_ray.models.checkpoint import newest_of
 from dmat_ray.storage import Location, Place
+from dmat_ray.storage.files import awaited
 from dmat_ray.storage.folders import replace_folder
 from dmat_ray.storage.lease import Lease
 
@@ -38,7 +41,7 @@ class Training:
 
         Workers get the settings, the mailbox and, once there are machines, what `prepare` gives. Reports are said in `lines`,
         events that neither report nor say anything go to `other`. Ray must be connected. Raises UserError once another run has
-        taken over the lease.
+        taken over the lease, and where the last checkpoint is not there after all: an earlier one must not pass for the result.
         """
 
         def handle(event: dict[str, Any]) -> None:
@@ -55,13 +58,22 @@ class Training:
             settings = {"config": self._config.to_json(), "mailbox": mailbox, **prepare()}
             result = workers.fit(worker, settings, cluster, self._place, self._say, keep=2)
         self._lease.check()
-        # not the one that Ray Train knows of: it has not heard of the last, if this process was killed just then
-        last = newest_of(stored_checkpoints(self._place), progress, self._say)
-        assert last is not None
-        if self._asked.is_set() and not _is_at_its_end((last / progress).read_json()):
+        if (last := self._last(progress)) is None and self._asked.is_set():
             self._say("stopped; the same command goes on from the checkpoint")
             return None
+        if last is None:  # a shared disk may show late what another machine has written
+            last = awaited(functools.partial(self._last, progress))
+        if last is None:
+            raise UserError(
+                f"the training has ended, but its last checkpoint in '{self._place}' is damaged or cannot be seen from here, and "
+                "nothing is published: give the same command again, which goes on from the one before"
+            )
         return last, result.return_value
+
+    def _last(self, progress: str) -> Location | None:
+        """The checkpoint of the training's end, if it is whole; where this process was killed Ray Train may not know of it."""
+        newest = newest_of(stored_checkpoints(self._place), progress, self._say)
+        return newest if newest is not None and _is_at_its_end((newest / progress).read_json()) else None
 
     def _tell(self, metrics: dict[str, float], lines: Callable[[dict[str, float]], list[str]]) -> None:
         if metrics["kimg"] > self._told:  # else workers that were started anew have come there again

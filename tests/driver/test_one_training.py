@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from dmat_ray.config import Config
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import encoder_trainer, generators
-from dmat_ray.storage import Place
+from dmat_ray.storage import Place, files
 from dmat_ray.storage.lease import FILE
 from dmat_ray.training import pace
 
@@ -141,6 +142,32 @@ def test_one_that_is_asked_to_stop_keeps_its_checkpoint_and_gives_nothing(
     assert not (tmp_path / "encoder").exists()
     assert len(list((tmp_path / "train").glob("encoder-*/checkpoint_*"))) == 1
     assert not here.run.done
+
+
+def test_an_earlier_checkpoint_does_not_pass_for_the_result(
+    here: Here, tmp_path: Path, generator_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the last one is damaged, or a shared disk shows it late."""
+    monkeypatch.setattr(files, "VISIBLE_S", 5.0)
+    fit, shown = workers.fit, iter((False, True))
+
+    def lacking(*arguments: Any, **how: Any) -> Any:
+        result, (progress,) = fit(*arguments, **how), (tmp_path / "train").glob("*/checkpoint_1/encoder_progress.json")
+        whole = json.loads(progress.read_text())
+        progress.write_text(json.dumps({**whole, "step": whole["step"] - 1}))
+        if next(shown):
+            threading.Timer(1.5, progress.write_text, [json.dumps(whole)]).start()
+        return result
+
+    monkeypatch.setattr(workers, "fit", lacking)
+    config = of(tmp_path, generator_folder)
+    with pytest.raises(UserError, match=r"its last checkpoint in '.*' is damaged or cannot be seen from here, and nothing"):
+        encoder.train_encoder(config, False, "damaged", print)
+    assert not (tmp_path / "encoder").exists()
+    (kept,) = (tmp_path / "train").glob("encoder-*/checkpoint_1")
+    shutil.rmtree(kept)
+    encoder.train_encoder(config, False, "late", print)
+    assert seed_of(tmp_path) == 0
 
 
 def test_one_whose_output_another_has_taken_over_leaves_that_as_it_is(
