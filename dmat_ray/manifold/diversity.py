@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from dmat_ray.manifold.base import class_of_z
+
 PAIRS = 30  # of every class at least, by which its diversity is judged
 
 
@@ -17,6 +19,11 @@ def of_classes(z_BZ: Tensor, class_B: Tensor, num_classes: int) -> Tensor:
     turned = z_BZ.clone()
     turned[rows, largest], turned[rows, class_B] = z_BZ[rows, class_B], z_BZ[rows, largest]
     return turned
+
+
+def of_same_class(z_BZ: Tensor, one_BZ: Tensor, num_classes: int) -> Tensor:
+    """z of the classes of `one_BZ`, with which they share nothing else; as they are for a generator without classes (0)."""
+    return of_classes(z_BZ, class_of_z(one_BZ, num_classes), num_classes) if num_classes else z_BZ
 
 
 def uneven(labels: Tensor) -> bool:

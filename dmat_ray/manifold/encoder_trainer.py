@@ -14,6 +14,7 @@ from torch import Tensor
 from dmat_ray.config import EncoderConfig
 from dmat_ray.errors import UserError
 from dmat_ray.manifold.base import LatentGenerator
+from dmat_ray.manifold.diversity import of_same_class
 from dmat_ray.manifold.encoder import Encoder, as_stored, untrained
 from dmat_ray.manifold.gan import StepDraws
 from dmat_ray.manifold.samples import chunk_size
@@ -45,7 +46,7 @@ def sample_w(generator: LatentGenerator, config: EncoderConfig, draws: StepDraws
     """Random w_BLD: mapped z, with `style_mixing` the later layers of a second z of the same class, and `spread`."""
     device, layers = generator.w_mean.device, generator.num_ws
     one, other = draws.normal(generator.z_dim), draws.normal(generator.z_dim)
-    other[:, : generator.num_classes] = one[:, : generator.num_classes]
+    other = of_same_class(other, one, generator.num_classes)
     cut, coin = draws.integers(1, max(2, layers)), draws.uniform()
     cut = torch.where(coin < config.style_mixing, cut, layers).to(device)
     first = torch.arange(layers, device=device)[None] < cut[:, None]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmat_ray.manifold.diversity import of_classes
+from dmat_ray.manifold.diversity import of_classes, of_same_class
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.rng import derive
 
@@ -83,16 +83,15 @@ def mixed_w(
 
     With `probability` the layers after a random crossover take the w of a second z (style mixing) of the same class.
     With `labels` (N) the classes are those of a random one each, else all are equally likely. With `pairs`, examples 2i and
-    2i + 1 share their class.
+    2i + 1 share their class, and nothing else.
     """
     device, classes = generator.w_mean.device, generator.num_classes
     one, other = draws.normal(generator.z_dim), draws.normal(generator.z_dim)
-    if classes:
-        if labels is not None:
-            one = of_classes(one, labels[draws.integers(0, len(labels))], classes)
-        if pairs:
-            one[1::2, :classes] = one[0 : len(one) // 2 * 2 : 2, :classes]
-        other[:, :classes] = one[:, :classes]
+    if classes and labels is not None:
+        one = of_classes(one, labels[draws.integers(0, len(labels))], classes)
+    if pairs:
+        one[1::2] = of_same_class(one[1::2], one[0 : len(one) // 2 * 2 : 2], classes)
+    other = of_same_class(other, one, classes)
     first, second = generator.mapping(one.to(device)), generator.mapping(other.to(device))
     cut, coin = draws.integers(1, generator.num_ws), draws.uniform()
     cut = torch.where(coin < probability, cut, generator.num_ws).to(device)

@@ -37,6 +37,7 @@ from dmat_ray.wording import to_go
 ADA_INTERVAL = 4
 PATH_DECAY = 0.01
 AS_IMAGES = "classes_as_images"  # key of a checkpoint's JSON: samples have the classes that images have, as often
+APART = "pairs_share_class_alone"  # another: two samples whose distance is judged have their class in common, and nothing else
 DEAD_END = "lower gan.lr_generator and gan.lr_discriminator or raise gan.r1_gamma"
 
 # the averaged generator, thousands of images so far, and the quality of its samples
@@ -229,8 +230,10 @@ def train_generator(
         training.load(state)
         first, best, best_quality, history = progress["step"], state["best"], progress["best"], progress["history"]
         judged = state.get("judge")
-        # before this was noted samples were drawn of all classes equally, and so was what they were judged by
-        comparable = drawn is None or progress.get(AS_IMAGES, False)
+        # before these were noted samples were drawn of all classes equally, and so was what they were judged by, and two of a
+        # class shared much of z
+        changes = (drawn is not None, AS_IMAGES), (config.architecture.num_classes > 0, APART)
+        comparable = all(progress.get(key, False) for matters, key in changes if matters)
         if found is None and trunk is not None and context.rank == 0:  # a little longer may fall from the same snapshot on
             renamed = {**progress, "config": config.model_dump(mode="json"), "of": training.steps}
             replace_folder(trunk, partial(checkpoint.write_state, name=PROGRESS, progress=renamed, state=state))
@@ -245,7 +248,7 @@ def train_generator(
         return {**training.state(), "best": best, "judge": judge.state}
 
     def progress_at(step: int, *, diverged: bool = False) -> dict[str, Any]:
-        about = {"config": config.model_dump(mode="json"), "step": step, "of": training.steps, AS_IMAGES: True}
+        about = {"config": config.model_dump(mode="json"), "step": step, "of": training.steps, AS_IMAGES: True, APART: True}
         return {**about, "diverged": diverged, "best": best_quality, "history": history}
 
     def leave(step: int, metrics: dict[str, float]) -> None:

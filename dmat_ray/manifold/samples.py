@@ -31,15 +31,14 @@ def samples(
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """This worker's part of `count` images in [0, 1], always of the same z: (their places, images, classes) in chunks.
 
-    `count` is even; with `pairs`, images 2i and 2i + 1 share their class, and the classes come in turn. Else they are of
-    `classes` (count), or random, all equally likely. Classes are None for an unconditional generator.
+    `count` is even; with `pairs`, images 2i and 2i + 1 share their class and nothing else, and the classes come in turn. Else
+    they are of `classes` (count), or random, all equally likely. Classes are None for an unconditional generator.
     """
     z = torch.randn(count, generator.z_dim, generator=torch.Generator().manual_seed(seed))
-    if pairs and generator.num_classes:
-        first = of_classes(z[0::2], torch.arange(count // 2) % generator.num_classes, generator.num_classes)
-        z[0::2], z[1::2, : generator.num_classes] = first, first[:, : generator.num_classes]
-    elif classes is not None and generator.num_classes:
-        z = of_classes(z, classes, generator.num_classes)
+    if generator.num_classes:
+        if pairs:
+            classes = torch.arange(count) // 2 % generator.num_classes
+        z = z if classes is None else of_classes(z, classes, generator.num_classes)
     size = chunk_size(generator.resolution)
     size += size % 2  # pairs stay together
     for start in range(rank * size, count, world_size * size):

@@ -18,12 +18,12 @@ from torch import Tensor
 from dmat_ray.config import Config, EncoderConfig, QualityConfig, StyleGAN2Config
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
-from dmat_ray.manifold import axes, diversity, quality, weights
+from dmat_ray.manifold import axes, diversity, gan, quality, weights
 from dmat_ray.manifold import samples as sampling
 from dmat_ray.manifold.axes import principal_axes
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.encoder import untrained
-from dmat_ray.manifold.encoder_trainer import fresh_errors
+from dmat_ray.manifold.encoder_trainer import fresh_errors, sample_w
 from dmat_ray.manifold.samples import sample_grid
 from dmat_ray.manifold.starts import Nearest
 from dmat_ray.manifold.stylegan2 import StyleGAN2
@@ -295,6 +295,50 @@ def test_pairs_share_their_class() -> None:
     classes = torch.cat([c for _, _, c in sampling.samples(generator, 300, pairs=True)])
     assert torch.equal(classes[0::2], classes[1::2])
     assert torch.equal(classes[0::2], torch.arange(150) % 3)
+
+
+def codes_of(draw: Callable[[StyleGAN2], object], generator: StyleGAN2) -> list[Tensor]:
+    """Every batch of z that `draw` has mapped."""
+    seen: list[Tensor] = []
+    handle = generator.map.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    draw(generator)
+    handle.remove()
+    return seen
+
+
+MIXING = EncoderConfig(style_mixing=1)
+
+
+@pytest.mark.parametrize(
+    ("draw", "within"),
+    [
+        (lambda generator: list(sampling.samples(generator, 960, pairs=True)), True),
+        (lambda generator: gan.mixed_w(generator, 0.0, gan.StepDraws(0, 1, 960), pairs=True), True),
+        (lambda generator: gan.mixed_w(generator, 1.0, gan.StepDraws(0, 1, 480)), False),
+        (lambda generator: sample_w(generator, MIXING, gan.StepDraws(0, 1, 480)), False),
+    ],
+    ids=["the judge's", "a step's", "mixed in training", "mixed for an encoder"],
+)
+def test_two_z_of_a_class_have_nothing_else_in_common(draw: Callable[[StyleGAN2], object], within: bool) -> None:
+    """Of a generator with as many classes as z has coordinates; the images lie as far apart as of z that a class was found in."""
+    torch.manual_seed(0)
+    shape = StyleGAN2Config(resolution=8, channel_base=64, channel_max=8, z_dim=16, w_dim=16, num_classes=16)
+    generator = StyleGAN2(shape).requires_grad_(False)
+    first, *more = codes_of(draw, generator)
+    one, other = (first[0::2], first[1::2]) if within else (first, more[0])
+    classes = one.argmax(dim=1)
+    assert torch.equal(classes, other.argmax(dim=1))
+    rest = torch.ones_like(one, dtype=torch.bool).scatter_(1, classes[:, None], False)
+    assert torch.corrcoef(torch.stack([one[rest], other[rest]]))[0, 1].item() == pytest.approx(0, abs=0.04)
+
+    z = torch.randn(480 * 40, 16)
+    free = {c: z[z.argmax(dim=1) == c] for c in range(16)}
+    independent = torch.stack([free[int(c)][2 * k % 960 : 2 * k % 960 + 2] for k, c in enumerate(classes)]).flatten(0, 1)
+    apart, expected = (
+        diversity.distances(generator.synthesis(generator.mapping(codes))).mean().item()
+        for codes in (torch.stack([one, other], dim=1).flatten(0, 1), independent)
+    )
+    assert apart == pytest.approx(expected, rel=0.15)
 
 
 def test_samples_are_of_the_classes_of_the_real_images(monkeypatch: pytest.MonkeyPatch) -> None:
