@@ -9,6 +9,7 @@ recognised by content. Nothing in a checkpoint is executed; of a program, only a
 
 import argparse
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dmat_ray import cli
 from dmat_ray.errors import UserError
 from dmat_ray.storage import local_output
 from dmat_ray.storage.folders import fetched_input, replace_folder
+from dmat_ray.storage.lease import sole
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -89,28 +91,48 @@ def import_program(path: Path, card: Path | None, folder: Path) -> None:
     print(f"{path.name}: {generators.read_card(str(folder))['kind']}; {shape}, W+ of {decoder.num_ws}x{decoder.w_dim}")
 
 
-def main() -> None:
-    config, arguments = cli.parse(str(__doc__), add=add)
-    folder = local_output(config, "jobs/import_generator.py") / "generator"
-    path = fetched_input(arguments.checkpoint, "checkpoint")
-    if (folder / "card.json").exists() and not arguments.overwrite:
+def require_free(folder: Path, *, overwrite: bool) -> None:
+    """Raise UserError for a folder that holds what is not to be replaced."""
+    if (folder / "card.json").exists() and not overwrite:
         raise UserError(f"'{folder}' holds a generator already; give another --output, or --overwrite")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"'{folder}' is a file; give another --output")
-    if folder.is_dir() and not arguments.overwrite and any(folder.iterdir()):
+    if folder.is_dir() and not overwrite and any(folder.iterdir()):
         raise UserError(f"'{folder}' is not empty; give another --output, or --overwrite to remove what is in it")
-    from dmat_ray.manifold.formats import exported
 
-    if path.is_file() and exported.is_program(path):
-        card = fetched_input(arguments.card, "card") if arguments.card else None
-        replace_folder(folder, lambda fresh: import_program(path, card, fresh))
-    elif arguments.card:
+
+def writer_of(path: Path, card: str | None, folder: Path) -> Callable[[Path], None]:
+    """What writes the generator in `path`, a program with its card or a checkpoint, into a fresh folder that becomes `folder`."""
+    from dmat_ray.manifold.formats import exported
+    from dmat_ray.manifold.gan_images import trunk_of
+
+    is_program = path.is_file() and exported.is_program(path)
+    if card and not is_program:
         raise UserError(
             f"--card describes exported programs only, and '{path}' is none, or a damaged one; export it again, or leave "
             "--card away for a checkpoint"
         )
-    else:
-        replace_folder(folder, lambda fresh: import_weights(path, fresh))
+    described = fetched_input(card, "card") if card else None
+
+    def write(fresh: Path) -> None:
+        if is_program:
+            import_program(path, described, fresh)
+        else:
+            import_weights(path, fresh)
+        shutil.rmtree(trunk_of(folder), ignore_errors=True)  # first: it must never be that of another generator
+
+    return write
+
+
+def main() -> None:
+    config, arguments = cli.parse(str(__doc__), add=add)
+    folder = local_output(config, "jobs/import_generator.py") / "generator"
+    path = fetched_input(arguments.checkpoint, "checkpoint")
+    require_free(folder, overwrite=arguments.overwrite)
+    write = writer_of(path, arguments.card, folder)
+    with sole(folder):
+        require_free(folder, overwrite=arguments.overwrite)  # still
+        replace_folder(folder, write)
     print(f"generator in {folder}; use it with --generator.path {folder}")
 
 

@@ -26,11 +26,12 @@ from dmat_ray.manifold.gan_progress import PROGRESS, is_shorter
 from dmat_ray.manifold.gan_trainer import check_images, check_workers
 from dmat_ray.manifold.generators import CARD, WEIGHTS
 from dmat_ray.manifold.trained_on import CHUNK
-from dmat_ray.storage.files import is_full, read_json, write_json
+from dmat_ray.storage.files import is_full, read_json, sha256, write_json
 from dmat_ray.wording import number_of
 
 PARTIAL = ".images-*.partial"  # of the decoded images, until they are whole
 TRUNK = "trunk"  # within the folder of an unfinished training, see `gan_trainer.train_generator`
+OF = "weights_sha256"  # key of its JSON, once it lies beside the generator: whose it is
 PIXELS, LABELS, REJECTED = "images.npy", "labels.npy", "rejected.json"
 WHOLE = (PIXELS, LABELS, REJECTED, trained_on.IMAGES)
 
@@ -217,6 +218,8 @@ def settle(config: Config, folder: Path, storage: Path) -> None:
     training = storage / training_name(config, str(_card(folder).get("images_sha256")))
     if (training / TRUNK).is_dir():
         shutil.rmtree(trunk_of(folder), ignore_errors=True)
+        noted = {**read_json(training / TRUNK / PROGRESS), OF: sha256(folder / WEIGHTS)}
+        write_json(training / TRUNK / PROGRESS, noted)
         (training / TRUNK).rename(trunk_of(folder))
     shutil.rmtree(training, ignore_errors=True)
 
@@ -229,8 +232,12 @@ def trunk_of(folder: Path) -> Path:
 def extends(config: Config, folder: Path) -> bool:
     """Whether these settings train the generator in `folder`, on the same images, for longer, and what it takes is there."""
     trunk, card = trunk_of(folder) / PROGRESS, _card(folder)
-    before = read_json(trunk)["config"] if trunk.is_file() else None
+    progress = read_json(trunk) if trunk.is_file() else {}
+    before = progress.get("config")
     if before is None or before != card.get("training") or not is_shorter(before, config.gan):
+        return False
+    # older ones do not say whose they are
+    if OF in progress and not ((folder / WEIGHTS).is_file() and progress[OF] == sha256(folder / WEIGHTS)):
         return False
     return not _different(config, folder, {**card, "training": config.gan.model_dump(mode="json")})
 

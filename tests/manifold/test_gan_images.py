@@ -194,6 +194,24 @@ def trained(config: Config, folder: Path) -> Path:
     return folder
 
 
+def test_a_longer_training_goes_on_from_that_of_the_very_generator(tmp_path: Path) -> None:
+    """Not from that of another, of the same settings and images, that was there before; older ones say not whose they are."""
+    photos = photo_folder(tmp_path / "photos")
+    config, longer = photo_settings(photos, tmp_path), photo_settings(photos, tmp_path, "--gan.kimg", "9000")
+    folder, storage = trained(config, tmp_path / "generator"), tmp_path / "train"
+    digest = json.loads((folder / "card.json").read_text())["images_sha256"]
+    trunk = storage / gan_images.training_name(config, digest) / "trunk" / "gan.json"
+    trunk.parent.mkdir(parents=True)
+    about = {"config": config.gan.model_dump(mode="json"), "history": [{"kimg": 1}]}
+    trunk.write_text(json.dumps(about))
+    gan_images.settle(config, folder, storage)
+    assert gan_images.extends(longer, folder)
+    (folder / "generator.safetensors").write_bytes(b"others")
+    assert not gan_images.extends(longer, folder)
+    (gan_images.trunk_of(folder) / "gan.json").write_text(json.dumps(about))
+    assert gan_images.extends(longer, folder)
+
+
 def test_the_table_beside_a_generator_tells_its_images(tmp_path: Path) -> None:
     photos = photo_folder(tmp_path / "photos", count=20)
     config = photo_settings(photos, tmp_path, "--data.max_rejected", "0.2")

@@ -17,6 +17,7 @@ from dmat_ray.data.sources import list_examples
 from dmat_ray.manifold import encoder, gan_images, generators, trained_on
 from dmat_ray.manifold.formats import foreign
 from dmat_ray.manifold.stylegan2 import StyleGAN2
+from dmat_ray.storage.lease import sole
 
 JOB = "import_generator.py"
 
@@ -141,6 +142,26 @@ def test_the_job_writes_a_program_and_leaves_nothing_of_what_was_there(
     inside = ["--checkpoint", folder / "decoder.pt", "--card", folder / "card.json", "--output", tmp_path / "x"]
     assert run_job(JOB, monkeypatch, *inside, "--overwrite") == 0
     assert generators.load_generator(str(folder)).resolution == 8
+
+
+def test_a_training_of_the_generator_that_was_there_leaves_nothing_to_go_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not while one is at work, and not by what cannot be imported."""
+    folder, trunk = tmp_path / "generator", tmp_path / "generator_training" / "gan.json"
+    trunk.parent.mkdir()
+    trunk.write_text("{}")
+    good, bad = write(tmp_path, ros()), tmp_path / "bad.pt"
+    bad.write_bytes(b"hello")
+    given = ["--output", tmp_path, "--overwrite", "--checkpoint"]
+    with sole(folder):
+        assert run_job(JOB, monkeypatch, *given, good) == 2
+    assert "is being written by process" in capsys.readouterr().err
+    assert run_job(JOB, monkeypatch, *given, bad) == 2
+    assert trunk.is_file()
+    assert not folder.exists()
+    assert run_job(JOB, monkeypatch, *given, good) == 0
+    assert names_in(tmp_path) == {"generator", "bad.pt", good.name}
 
 
 def test_the_job_does_not_fill_a_folder_of_others(
