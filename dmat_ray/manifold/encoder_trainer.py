@@ -18,7 +18,7 @@ from dmat_ray.manifold.diversity import of_same_class
 from dmat_ray.manifold.encoder import Encoder, as_stored, untrained
 from dmat_ray.manifold.gan import StepDraws
 from dmat_ray.manifold.samples import chunk_size
-from dmat_ray.models import checkpoint
+from dmat_ray.models import checkpoint, steps
 from dmat_ray.rng import derive
 from dmat_ray.storage import Place, at
 from dmat_ray.training.pace import Pace
@@ -129,7 +129,8 @@ def train_encoder(config: EncoderConfig, generator: LatentGenerator, generator_s
     about = {"config": config.model_dump(mode="json"), "generator_sha256": generator_sha256}
     first = 0
     if (found := checkpoint.newest(context, PROGRESS)) is not None:
-        first, state = _read_checkpoint(found, about)
+        progress, state = _read_checkpoint(found, about)
+        first = progress["step"]
         training.load(state)
     per_kimg = 1000 / config.batch_size
     # a last interval of a few steps would say little
@@ -152,24 +153,29 @@ def train_encoder(config: EncoderConfig, generator: LatentGenerator, generator_s
     return training.encoder.eval().requires_grad_(False)
 
 
-def _read_checkpoint(folder: Place, about: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """The step of a checkpoint and its tensors; raises UserError if it is damaged or of another training."""
+def _read_checkpoint(folder: Place, about: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a checkpoint says of itself, and its tensors; raises UserError if it is damaged or of another training."""
     path = at(folder) / PROGRESS
     if not path.is_file():
         raise UserError(f"'{folder}' is no checkpoint of an encoder training (no {PROGRESS})")
-    progress = path.read_json()
+    progress: dict[str, Any] = path.read_json()
     if progress["generator_sha256"] != about["generator_sha256"]:
         raise UserError(f"'{folder}' was trained for another generator; give another --output or remove it")
     if EncoderConfig.recorded(progress["config"]) != about["config"]:
         raise UserError(f"'{folder}' was trained with other settings under encoder.*; give another --output or remove it")
-    return int(progress["step"]), checkpoint.load_state(folder)
+    return progress, checkpoint.load_state(folder)
 
 
 def result_of(folder: Place, config: EncoderConfig, generator: LatentGenerator, generator_sha256: str) -> Encoder:
-    """The encoder of a finished training's last checkpoint, with its weights as they are stored."""
+    """The encoder of a finished training's last checkpoint, with its weights as they are stored.
+
+    Raises UserError if it is damaged, of another training, or not the last.
+    """
     about = {"config": config.model_dump(mode="json"), "generator_sha256": generator_sha256}
+    progress, state = _read_checkpoint(folder, about)
+    steps.require_last(folder, progress)
     encoder = untrained(config, generator)
-    encoder.load_state_dict(_read_checkpoint(folder, about)[1]["encoder"])
+    encoder.load_state_dict(state["encoder"])
     encoder.load_state_dict(as_stored(encoder))
     return encoder.eval().requires_grad_(False)
 

@@ -7,7 +7,7 @@ import torch
 from dmat_ray.config import GanConfig
 from dmat_ray.errors import UserError
 from dmat_ray.manifold.stylegan2 import StyleGAN2
-from dmat_ray.models import checkpoint
+from dmat_ray.models import checkpoint, steps
 from dmat_ray.storage import Place, at
 
 PROGRESS = "gan.json"
@@ -43,6 +43,10 @@ def read_progress(folder: Place, config: GanConfig, *, shorter: bool = False) ->
 
 
 def result_of(folder: Place, config: GanConfig) -> tuple[StyleGAN2, dict[str, Any]]:
-    """The generator that a finished training's last checkpoint holds, and its quality and `diverged`."""
+    """The generator that a finished training's last checkpoint holds, and its quality and `diverged`.
+
+    Raises UserError if it is damaged, of another training, or not the last.
+    """
     progress, state = read_progress(folder, config)
+    steps.require_last(folder, progress)
     return restored(config, state["best"], torch.device("cpu")), {**progress["best"], "diverged": progress["diverged"]}

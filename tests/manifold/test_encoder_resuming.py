@@ -14,9 +14,10 @@ from encoders import SHA, settings
 from torch import Tensor
 from torchrun import run_two_workers
 
+from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import encoder_trainer, generators
-from dmat_ray.manifold.encoder_trainer import sample_w, train_encoder
+from dmat_ray.manifold.encoder_trainer import result_of, sample_w, train_encoder
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.training import pace
 
@@ -88,6 +89,8 @@ def test_sigterm_leaves_a_checkpoint_after_the_very_step(
         signal.signal(signal.SIGTERM, before)
     assert ended.value.code == 143
     assert json.loads((tmp_path / "stopped" / "checkpoint" / "encoder_progress.json").read_text())["step"] == stop
+    with pytest.raises(UserError, match=rf"is of step {stop} of 30, which is no result yet; give the command again"):
+        result_of(tmp_path / "stopped" / "checkpoint", config, generator, SHA)
     monkeypatch.setattr(encoder_trainer._Training, "step", step)
     context = LocalContext(tmp_path / "stopped", lambda m: told.append(dict(m)))
     state = train_encoder(config, generator, SHA, context).state_dict()

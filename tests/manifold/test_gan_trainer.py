@@ -127,6 +127,8 @@ def test_sigterm_leaves_a_checkpoint_after_the_very_step(
     assert ended.value.code == 143
     progress, _ = read_progress(tmp_path / "stopped" / "checkpoint", config)
     assert progress["step"] == stop < progress["of"]
+    with pytest.raises(UserError, match=rf"is of step {stop} of 30, which is no result yet; give the command again"):
+        result_of(tmp_path / "stopped" / "checkpoint", config)
     monkeypatch.setattr(_Training, "step", step)
     state, rest = train(config, tmp_path / "stopped")
     assert timeless(told + rest) == timeless(reports)
