@@ -91,11 +91,7 @@ class _Run:
             self._resume(found)
         elif branch_from is not None:
             self._resume(branch_from, branch=True)
-        mine = self.progress.epoch + self.progress.done.steps / self.steps
-        together = torch.tensor(mine, dtype=torch.float64, device=context.device)
-        context.average_([together])
-        if abs(float(together) - mine) > 1e-9:
-            raise UserError("workers found different checkpoints to go on from: output must be a folder that all of them share")
+        checkpoint.require_same_position(context, self.progress.epoch + self.progress.done.steps / self.steps)
 
     def _resume(self, folder: Place, *, branch: bool = False) -> None:
         run = checkpoint.require_whole(folder, checkpoint.RUN) if branch else checkpoint.read_run(folder)
