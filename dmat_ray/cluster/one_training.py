@@ -11,6 +11,7 @@ from dmat_ray.cluster.context import stored_checkpoints
 from dmat_ray.cluster.events import Asked, heed_stop, listen
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
+from dmat_ray.models import steps
 from dmat_ray.models.checkpoint import newest_of
 from dmat_ray.storage import Location, Place
 from dmat_ray.storage.files import awaited
@@ -73,7 +74,7 @@ class Training:
     def _last(self, progress: str) -> Location | None:
         """The checkpoint of the training's end, if it is whole; where this process was killed Ray Train may not know of it."""
         newest = newest_of(stored_checkpoints(self._place), progress, self._say)
-        return newest if newest is not None and _is_at_its_end((newest / progress).read_json()) else None
+        return newest if newest is not None and steps.is_last((newest / progress).read_json()) else None
 
     def _tell(self, metrics: dict[str, float], lines: Callable[[dict[str, float]], list[str]]) -> None:
         if metrics["kimg"] > self._told:  # else workers that were started anew have come there again
@@ -96,10 +97,6 @@ class Training:
         self.run.done = True
         self.run.artifact(folder, name)
         self.run.metrics(values, step=round(1000 * kimg))
-
-
-def _is_at_its_end(progress: Mapping[str, Any]) -> bool:
-    return bool(progress["step"] == progress["of"])
 
 
 @contextlib.contextmanager
