@@ -72,8 +72,9 @@ class RayContext:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         # all workers of a machine see all of its GPUs, and Ray Train knows whose is whose
         self.device = ray.train.torch.get_device() if torch.cuda.is_available() else device_of_actor()
-        self._name, self._mailbox, self._noticed, self._wait = name, mailbox, False, wait
+        self._name, self._mailbox, self._wait = name, mailbox, wait
         self._stopping, self._newest = False, ""
+        self._leaving: set[int] = set()  # ranks on machines whose going was noticed
         of_machine(self.device)  # the load that is told is that since the last time
         storage = context.get_storage()
         self._filesystem = storage.storage_filesystem
@@ -137,7 +138,7 @@ class RayContext:
         return [str(place) for place in stored_checkpoints(self._storage)]
 
     def preempted(self) -> bool:
-        """See RunContext: true once for each notice; Ray Train starts anew from the latest checkpoint when it comes to that.
+        """See RunContext: true once for each machine; Ray Train starts anew from the latest checkpoint when it comes to that.
 
         Also true once the driver was asked to stop: the report that follows is the last, and raises StoppedError.
         """
@@ -146,10 +147,9 @@ class RayContext:
         if stop > 0:
             self._stopping = True
             return True
-        info = ray.train.get_preemption_info()
-        news = info is not None and not self._noticed
-        self._noticed = info is not None
-        return news
+        info = ray.train.get_preemption_info()  # of all machines that are to go; rank 0's, on all workers
+        before, self._leaving = self._leaving, set(info.preempted_ranks) if info is not None else set()
+        return not self._leaving <= before
 
     def say(self, text: str) -> None:
         """To the driver."""
