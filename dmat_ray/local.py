@@ -4,7 +4,8 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -54,14 +55,9 @@ def _device() -> torch.device:
 
 
 class LocalContext:
-    """Runs a training loop here. Metrics go to `on_report`, checkpoints to `folder/checkpoint`, the one before to `.before`.
+    """Runs a training loop here. Metrics go to `on_report`, checkpoints to `folder/checkpoint`, the one before to `.before`."""
 
-    With `heed_sigterm` a SIGTERM makes the loop write a checkpoint, and then ends the process with exit code 143.
-    """
-
-    def __init__(
-        self, folder: Path, on_report: Callable[[Mapping[str, float]], None] | None = None, *, heed_sigterm: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, on_report: Callable[[Mapping[str, float]], None] | None = None) -> None:
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         if self.world_size > 1 and not dist.is_initialized():
@@ -71,11 +67,24 @@ class LocalContext:
         self._sure = False  # whether what lies there is whole: of an earlier process it may not be
         self._on_report = on_report
         self._told_to_stop, self._stopping = False, False
-        if heed_sigterm:
-            signal.signal(signal.SIGTERM, self._on_sigterm)
 
-    def _on_sigterm(self, number: int, frame: object) -> None:
-        self._told_to_stop = True
+    @contextmanager
+    def heeding_sigterm(self) -> Iterator[None]:
+        """Inside, a SIGTERM makes the loop write a checkpoint, and then ends the process with exit code 143.
+
+        One that came too late for that is sent again at the end, to whoever handled it before.
+        """
+
+        def note(number: int, frame: object) -> None:
+            self._told_to_stop = True
+
+        before = signal.signal(signal.SIGTERM, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: of no Python code
+            if self._told_to_stop and not self._stopping:
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """See RunContext."""

@@ -48,9 +48,9 @@ def train(config: Config, *, heed_sigterm: bool = False) -> Location:
     the current GPU if there is one. A line for every epoch goes to standard error. A model that is there with these settings is
     not trained again, one of other settings is replaced; a training that was interrupted goes on from its newest checkpoint, in
     OUTPUT/local/NAME, a folder that is removed once the model is there. Under torchrun no process returns before that. With
-    `heed_sigterm` SIGTERM makes it write a checkpoint and end with exit code 143. Raises UserError for settings that do not fit
-    the set, or are not those of the training that was interrupted, or while another process trains this, and NotFiniteError,
-    with step and term, if training diverges.
+    `heed_sigterm` SIGTERM makes it write a checkpoint and end with exit code 143; one that comes after the last step takes effect
+    when the model is there. Raises UserError for settings that do not fit the set, or are not those of the training that was
+    interrupted, or while another process trains this, and NotFiniteError, with step and term, if training diverges.
 
     >>> from dmat_ray import load_classifier, make_set, settings, train
     >>> config = settings("demo", "dmat", "small", output="runs/small")
@@ -65,11 +65,10 @@ def train(config: Config, *, heed_sigterm: bool = False) -> Location:
     if config.training.loader != "memory":
         raise UserError("training.loader stream reads through Ray Data: use jobs/train.py, or set training.loader memory")
     folder = local_output(config, "dmat_ray.train or jobs/train_local.py") / "local" / config.name
-    context = LocalContext(
-        folder, lambda metrics: context.say(describe(config.name, metrics, config.training.epochs)), heed_sigterm=heed_sigterm
-    )
+    context = LocalContext(folder, lambda metrics: context.say(describe(config.name, metrics, config.training.epochs)))
     model = trained_models.model_folder(config)
-    with kept_apart(context.device), torch.enable_grad():  # also within a caller's no_grad
+    heeding = context.heeding_sigterm() if heed_sigterm else nullcontext()
+    with heeding, kept_apart(context.device), torch.enable_grad():  # also within a caller's no_grad
         if trained_models.untrained([config], context.say, context.world_size):
             trained_models.tell_of_older(config, context.say)
             data = manifold_set.open_set(set_folder(config), "train", images=config.training.images)

@@ -81,13 +81,11 @@ def test_sigterm_leaves_a_checkpoint_after_the_very_step(
     monkeypatch.setattr(encoder_trainer._Training, "step", signalled)
     monkeypatch.setattr(pace, "LOOK_S", 0.0)
     told: list[dict[str, float]] = []
-    try:
-        context = LocalContext(tmp_path / "stopped", lambda m: told.append(dict(m)), heed_sigterm=True)
-        with pytest.raises(SystemExit) as ended:
-            train_encoder(config, generator, SHA, context)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    context = LocalContext(tmp_path / "stopped", lambda m: told.append(dict(m)))
+    with pytest.raises(SystemExit) as ended, context.heeding_sigterm():
+        train_encoder(config, generator, SHA, context)
     assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
     assert json.loads((tmp_path / "stopped" / "checkpoint" / "encoder_progress.json").read_text())["step"] == stop
     with pytest.raises(UserError, match=rf"is of step {stop} of 30, which is no result yet; give the command again"):
         result_of(tmp_path / "stopped" / "checkpoint", config, generator, SHA)

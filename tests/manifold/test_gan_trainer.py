@@ -118,13 +118,11 @@ def test_sigterm_leaves_a_checkpoint_after_the_very_step(
     monkeypatch.setattr(_Training, "step", signalled)
     monkeypatch.setattr(pace, "LOOK_S", 0.0)
     told: list[dict[str, float]] = []
-    try:
-        context = LocalContext(tmp_path / "stopped", lambda m: told.append(dict(m)), heed_sigterm=True)
-        with pytest.raises(SystemExit) as ended:
-            train_generator(config, *some_images(), context)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    context = LocalContext(tmp_path / "stopped", lambda m: told.append(dict(m)))
+    with pytest.raises(SystemExit) as ended, context.heeding_sigterm():
+        train_generator(config, *some_images(), context)
     assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
     progress, _ = read_progress(tmp_path / "stopped" / "checkpoint", config)
     assert progress["step"] == stop < progress["of"]
     with pytest.raises(UserError, match=rf"is of step {stop} of 30, which is no result yet; give the command again"):

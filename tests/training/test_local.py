@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import resource
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,32 @@ def test_a_model_that_is_there_leaves_no_checkpoints(
     assert said[0][-1] == f"model in {model}"
     assert said[1] == ["tiny: is trained already and unchanged, nothing to do"]
     assert said[2][1] == "tiny: there is a model of this name, of other settings or another set; this one will take its place"
+
+
+@pytest.mark.parametrize("sent", [0, 1])
+def test_a_sigterm_that_comes_too_late_for_a_training_is_the_callers(
+    make_config: Callable[..., Config], set_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: int
+) -> None:
+    """While the model is published; whose SIGTERM was before has it afterwards."""
+    config = make_config(output=str(tmp_path), manifold_set=str(set_folder), name="tiny")
+    publish, models = trained_models.publish, []
+
+    def signalled(*given: Any) -> None:
+        for _ in range(sent):
+            os.kill(os.getpid(), signal.SIGTERM)
+        publish(*given)
+
+    def note(number: int, frame: object) -> None:
+        models.append([path.name for path in (tmp_path / "models").iterdir()])
+
+    monkeypatch.setattr(trained_models, "publish", signalled)
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        train(config, heed_sigterm=True)
+        assert signal.getsignal(signal.SIGTERM) is note
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert models == [["tiny"]] * sent
 
 
 def test_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
