@@ -1,6 +1,7 @@
 """RunContext inside a Ray Train worker."""
 
 import re
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -75,6 +76,7 @@ class RayContext:
         self._name, self._mailbox, self._wait = name, mailbox, wait
         self._stopping, self._newest = False, ""
         self._leaving: set[int] = set()  # ranks on machines whose going was noticed
+        self._uploading = False  # whether a checkpoint is on its way to the storage
         of_machine(self.device)  # the load that is told is that since the last time
         storage = context.get_storage()
         self._filesystem = storage.storage_filesystem
@@ -89,9 +91,13 @@ class RayContext:
         average_over_workers_(tensors, self.world_size)
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path | None = None, *, wait: bool = False) -> None:
-        """See RunContext. Without `wait` the checkpoint is copied to the storage while training goes on."""
+        """See RunContext. Without `wait` the checkpoint is copied to the storage while training goes on, if that is done with the
+        one before: Ray would let any number of them wait in the temporary folder.
+        """
         kept = None if checkpoint is None else ray.train.Checkpoint.from_directory(str(checkpoint))
-        mode = CheckpointUploadMode.SYNC if wait or self._wait else CheckpointUploadMode.ASYNC
+        waits = wait or self._wait or (kept is not None and self._uploading)
+        mode = CheckpointUploadMode.SYNC if waits else CheckpointUploadMode.ASYNC
+        self._uploading = self._uploading or kept is not None
         ray.train.report(
             dict(metrics),
             checkpoint=kept,
@@ -116,12 +122,17 @@ class RayContext:
         try:
             self._put(Path(checkpoint.path), self._storage / name)
         except (OSError, DmatRayError) as error:
+            shutil.rmtree(checkpoint.path, ignore_errors=True)  # Ray removes what was uploaded, and nobody the rest
             if not isinstance(error, DmatRayError) and not is_full(error):
                 raise
-            told = error if isinstance(error, DmatRayError) else UserError(no_space(error, self.checkpoints()))
+            told = error
+            if not isinstance(error, DmatRayError):
+                told = UserError(no_space(error, f"'{self._storage}'", self.checkpoints()))
             if isinstance(told, UserError):  # else the group is started anew, from the last one that was stored
                 ray.get(ray.get_actor(self._mailbox).put_user_error.remote(told))
             raise told from error
+        finally:
+            self._uploading = False
         return ray.train.Checkpoint((self._storage / name).key, self._filesystem)
 
     def _put(self, folder: Path, place: Location) -> None:

@@ -161,14 +161,16 @@ def hand_over(context: RunContext, metrics: dict[str, float], write: Callable[[P
         context.report(metrics)
         return
     folder = Path(tempfile.mkdtemp(prefix="dmat_ray_"))
+    place = f"'{folder.parent}'"
     try:
         write(folder)
+        place = "the output folder"
         context.report(metrics, folder, wait=wait)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         if not is_full(error):
             raise  # what may pass, such as a fault of a GPU, is for whoever starts the training anew
-        raise UserError(no_space(error, context.checkpoints())) from error
+        raise UserError(no_space(error, place, context.checkpoints())) from error
 
 
 def hand_over_state(
@@ -185,9 +187,9 @@ def write_state(folder: Path, name: str, progress: dict[str, Any], state: dict[s
     seal(folder, name, progress)
 
 
-def no_space(error: BaseException, kept: Sequence[Path | str]) -> str:
-    """What the user is told when a checkpoint cannot be written."""
-    said = f"a checkpoint cannot be written ({first_line(error)}): is the disk full?"
+def no_space(error: BaseException, place: str, kept: Sequence[Path | str]) -> str:
+    """What the user is told when a checkpoint cannot be written to a place."""
+    said = f"a checkpoint cannot be written to {place} ({first_line(error)}): is the disk full?"
     if not kept:
         return f"{said} There is none before it"
     return f"{said} The last good one is '{kept[0]}'; free space and run again to go on from it"

@@ -223,7 +223,7 @@ def refuse(*given: object) -> None:
     raise StorageError("no more")
 
 
-def test_a_store_that_stays_away_is_no_error_of_the_users(bucket: Bucket, photos: Path, monkeypatch):
+def test_a_store_that_stays_away_is_no_error_of_the_users(bucket: Bucket, photos: Path, monkeypatch, tmp_path: Path):
     uploader = context.RayContext.__new__(context.RayContext)
     uploader._storage, uploader.say = at("s3://everything/away"), print
     monkeypatch.setattr(context, "UPLOAD_PAUSES_S", ())
@@ -231,7 +231,7 @@ def test_a_store_that_stays_away_is_no_error_of_the_users(bucket: Bucket, photos
     with events.listen(print) as uploader._mailbox:
         mailbox = ray.get_actor(uploader._mailbox)
         with pytest.raises(StorageError, match="no more"):
-            uploader._upload(ray.train.Checkpoint(str(ASSETS)), "checkpoint_1")
+            uploader._upload(ray.train.Checkpoint(str(tmp_path)), "checkpoint_1")
         assert ray.get(mailbox.get_user_error.remote()) is None, "so that Ray Train starts the workers anew"
 
 

@@ -279,7 +279,7 @@ def test_a_full_disk_is_named_and_leaves_the_last_checkpoint(set_folder: Path, g
     failed = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, preexec_fn=limited)
     assert failed.returncode == 2
     assert "Traceback" not in failed.stderr
-    assert "a checkpoint cannot be written (" in failed.stderr
+    assert "a checkpoint cannot be written to " in failed.stderr
     assert "is the disk full? There is none before it" in failed.stderr
     assert not (tmp_path / "local" / "tiny" / "checkpoint").exists()
     assert not (tmp_path / "models").exists()

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import signal
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -266,8 +267,10 @@ def test_a_storage_that_is_full_is_named_and_keeps_no_half_of_a_checkpoint(tmp_p
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
 
     try:
-        with pytest.raises(UserError, match=r"a checkpoint cannot be written \(.*\): is the disk full\?"):
+        with pytest.raises(UserError, match=r"a checkpoint cannot be written to the output folder \(.*\): is the disk full\?"):
             checkpoint.hand_over(context, {}, write)
+        with pytest.raises(UserError, match=rf"a checkpoint cannot be written to '{tempfile.gettempdir()}' \(.*\): is the disk"):
+            checkpoint.hand_over(context, {}, write)  # the limit is there from the beginning
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         write(make_folder(tmp_path / "made"))
         with pytest.raises(OSError, match="File too large") as caught:
