@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,11 +16,11 @@ from dmat_ray.cluster.events import is_stopping, send
 from dmat_ray.cluster.gauges import of_machine
 from dmat_ray.cluster.nodes import require_like_driver
 from dmat_ray.cluster.session import device_of_actor
-from dmat_ray.errors import DmatRayError, StorageError, UserError
+from dmat_ray.errors import DmatRayError, UserError
 from dmat_ray.local import average_over_workers_, wrap_ddp
 from dmat_ray.models.checkpoint import no_space
 from dmat_ray.storage import Location, Place, at, object_store
-from dmat_ray.storage.files import is_full
+from dmat_ray.storage.files import is_full, tried_again
 from dmat_ray.storage.folders import put
 
 WHOLE = re.compile(r"(checkpoint_[0-9][^/]*)/[^/]*\.json")
@@ -136,13 +135,7 @@ class RayContext:
         return ray.train.Checkpoint((self._storage / name).key, self._filesystem)
 
     def _put(self, folder: Path, place: Location) -> None:
-        for pause in UPLOAD_PAUSES_S:
-            try:
-                return put(folder, place)
-            except StorageError as error:  # a day's training should not end because it is away for a minute
-                self.say(f"warning: {error}; trying again in {pause:.0f} s")
-                time.sleep(pause)
-        return put(folder, place)
+        tried_again(lambda: put(folder, place), UPLOAD_PAUSES_S, self.say)
 
     def checkpoints(self) -> Sequence[str]:
         """See RunContext. The storage is asked, for Ray tells only the worker that wrote one; it names them in order."""

@@ -46,6 +46,7 @@ class UnitEvaluator:
     written any.
     """
 
+    @pools.patient_start
     def __init__(
         self, config: dict[str, Any], set_path: str, models: dict[str, str], folder: str, facts: Mapping[str, Any]
     ) -> None:

@@ -25,6 +25,7 @@ UNREADABLE_SAID = 20  # files that lines name; the rows name all
 class Predictor:
     """An actor with the model, which is read once."""
 
+    @pools.patient_start
     def __init__(self, threads: int, model: str) -> None:
         torch.set_num_threads(threads)
         self.device = session.device_of_actor()

@@ -5,6 +5,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from dmat_ray.cluster import pools
 from dmat_ray.cluster.session import device_of_actor
 from dmat_ray.cluster.shard_tasks import pack, unpack
 from dmat_ray.config import Config, ProjectionConfig
@@ -15,6 +16,7 @@ from dmat_ray.manifold.projection import Projector
 class ShardProjector:
     """An actor: projects the images of a shard."""
 
+    @pools.patient_start
     def __init__(self, config: dict[str, Any], class_names: list[str]) -> None:
         self.config, self.class_names = Config.model_validate(config), class_names
         device = device_of_actor()

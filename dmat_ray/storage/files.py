@@ -5,13 +5,13 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from dmat_ray.errors import UserError
+from dmat_ray.errors import StorageError, UserError
 
 Found = TypeVar("Found")
 VISIBLE_S = 90.0  # a shared disk may be that late in showing a new file to another machine
@@ -45,6 +45,17 @@ def awaited(look: Callable[[], Found | None], seconds: float | None = None) -> F
     while (found := look()) is None and time.monotonic() < end:
         time.sleep(1.0)
     return found
+
+
+def tried_again(do: Callable[[], Found], pauses_s: Sequence[float], say: Callable[[str], None]) -> Found:
+    """What `do` gives, which is done again after each pause that a StorageError leaves, and then raises it."""
+    for pause in pauses_s:
+        try:
+            return do()
+        except StorageError as error:  # hours of work should not end because a store is away for a minute
+            say(f"warning: {error}; trying again in {pause:.0f} s")
+            time.sleep(pause)
+    return do()
 
 
 def make_lasting(folder: Path) -> None:

@@ -27,7 +27,7 @@ from dmat_ray.data.sources import list_examples, read_pixels
 from dmat_ray.errors import StorageError
 from dmat_ray.manifold.encoder import load_encoder, locate_encoder
 from dmat_ray.manifold.generators import fingerprint
-from dmat_ray.storage import at
+from dmat_ray.storage import at, files
 
 pytestmark = [pytest.mark.cluster, pytest.mark.exhaustive, pytest.mark.usefixtures("ray_session")]
 OUTPUT = "s3://everything/run"
@@ -208,7 +208,7 @@ def test_an_upload_is_tried_again(bucket: Bucket, photos: Path, monkeypatch, lin
     monkeypatch.setattr(context, "UPLOAD_PAUSES_S", (0.0, 0.0))
     endpoint = os.environ["AWS_ENDPOINT_URL"]
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(context.time, "sleep", lambda seconds: monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint))
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint))
     place = at("s3://everything/again")
     uploader._put(ASSETS, place)
     assert sorted(bucket.keys("again/")) == sorted(path.name for path in ASSETS.iterdir())
