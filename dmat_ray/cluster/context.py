@@ -5,8 +5,10 @@ import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import ray.train
+import ray.train.collective
 import ray.train.torch
 import torch
 from ray.train import CheckpointUploadMode
@@ -23,6 +25,7 @@ from dmat_ray.storage import Location, Place, at, object_store
 from dmat_ray.storage.files import is_full, tried_again
 from dmat_ray.storage.folders import put
 
+Value = TypeVar("Value")
 WHOLE = re.compile(r"(checkpoint_[0-9][^/]*)/[^/]*\.json")
 NAMED = "checkpoint_%Y-%m-%d_%H-%M-%S.%f"  # as Ray Train names them, by the clock of rank 0's machine
 UPLOAD_PAUSES_S = (10.0, 60.0)  # before a checkpoint is uploaded again, which the store did not take
@@ -88,6 +91,10 @@ class RayContext:
     def average_(self, tensors: Sequence[Tensor]) -> None:
         """See RunContext."""
         average_over_workers_(tensors, self.world_size)
+
+    def of_rank_zero(self, value: Value) -> Value:
+        """Rank 0's value, on all workers, which must all ask."""
+        return ray.train.collective.broadcast_from_rank_zero(value)
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path | None = None, *, wait: bool = False) -> None:
         """See RunContext. Without `wait` the checkpoint is copied to the storage while training goes on, if that is done with the

@@ -85,7 +85,9 @@ def worker(settings: dict[str, Any]) -> None:
 def _train(settings: dict[str, Any]) -> None:
     configs = [Config.model_validate(c) for c in settings["configs"]]
     names = [c.name for c in configs]
-    current = next(filter(None, map(_run_name, RayContext("", settings["mailbox"]).checkpoints())), None)
+    context = RayContext("", settings["mailbox"])
+    # a shared disk may be late in showing a worker the newest, and it would begin with another run than the others
+    current = context.of_rank_zero(next(filter(None, map(_run_name, context.checkpoints())), None))
     if current in names:  # else it is finished in another group
         # the runs before it are finished: they come in order
         configs = configs[names.index(current) :]

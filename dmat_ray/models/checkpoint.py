@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import dmat_ray
+from dmat_ray.models.agreement import seen_by_all
 from dmat_ray.networks import classifiers
 from dmat_ray.validated import validate
 from dmat_ray.config import Config
@@ -121,8 +122,11 @@ def is_whole(folder: Path) -> bool:
 
 
 def newest(context: RunContext, name: str) -> Location | None:
-    """The newest checkpoint of a run that is whole, to go on from: see `newest_of`."""
-    return newest_of(context.checkpoints(), name, context.say)
+    """The newest checkpoint of a run that is whole, to go on from: see `newest_of`. The same on all workers, which must all ask.
+
+    Raises UserError as well if workers find different ones (see `agreement.seen_by_all`).
+    """
+    return seen_by_all(lambda say: newest_of(context.checkpoints(), name, say), name, context)
 
 
 def newest_of(folders: Iterable[Place], name: str, say: Callable[[str], None]) -> Location | None:

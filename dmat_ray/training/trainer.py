@@ -91,7 +91,6 @@ class _Run:
             self._resume(found)
         elif branch_from is not None:
             self._resume(branch_from, branch=True)
-        checkpoint.require_same_position(context, self.progress.epoch + self.progress.done.steps / self.steps)
 
     def _resume(self, folder: Place, *, branch: bool = False) -> None:
         run = checkpoint.require_whole(folder, checkpoint.RUN) if branch else checkpoint.read_run(folder)

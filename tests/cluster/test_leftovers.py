@@ -242,7 +242,7 @@ def test_what_another_group_has_finished_is_no_more_trained(tmp_path, monkeypatc
     """The newest checkpoint of the group is of a, which has meanwhile ended in another group."""
     trained = []
     latest = left(tmp_path / "2_models-aaaaaaaaaaaa", 1, "a", 3)
-    context = SimpleNamespace(checkpoints=lambda: [latest], device="cpu")
+    context = SimpleNamespace(checkpoints=lambda: [latest], device="cpu", of_rank_zero=lambda value: value)
     monkeypatch.setattr(train, "RayContext", lambda *_: context)
     monkeypatch.setattr(train, "_NamedContext", lambda *_, **__: context)
     monkeypatch.setattr(train.manifold_set, "open_set", lambda *_, **__: SimpleNamespace())
