@@ -102,7 +102,7 @@ def _train(settings: dict[str, Any]) -> None:
         left = settings.get("left", {}).get(config.name, ())
         context = _NamedContext(config.name, settings["mailbox"], left, wait="judged_by" in settings)
         generator = generators.load_configured(config.generator, context.device)
-        source = Streamed(settings["set"], config.training) if data is None else data
+        source = Streamed(settings["set"], config.training, config.cluster, context.say) if data is None else data
         judged_by, branch_from = settings.get("judged_by"), settings.get("branch_from")
         train(
             config,

@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 
 from dmat_ray.cluster import ingest, shard_tasks
 from dmat_ray.cluster.ingest import Streamed
-from dmat_ray.config import TrainingConfig
+from dmat_ray.config import ClusterConfig, TrainingConfig
 from dmat_ray.data.epochs import Done, InMemory, held_out_positions
 from dmat_ray.data.manifold_set import open_set
 
@@ -33,7 +33,7 @@ def collect(config: dict[str, Any]) -> None:
     """A worker: what it is given in two epochs, what it knows after two steps of the second, and of what its rest is made."""
     rank = ray.train.get_context().get_world_rank()
     ingest.BLOCKS = 7  # of twenty shards
-    streamed = Streamed(config["place"], TRAINING)
+    streamed = Streamed(config["place"], TRAINING, ClusterConfig(), print)
     found: dict[str, Any] = {"batches": [[list(b.id) for b in streamed.batches(0, rank, 2)]]}
     begun = iter(streamed.batches(1, rank, 2))
     one = next(begun)
@@ -132,7 +132,7 @@ def test_other_workers_take_up_exactly_what_is_left(workers, place):
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_nothing_is_left_of_an_epoch_whose_last_step_has_a_checkpoint(workers, place, world_size):
     """Of two workers, whatever number goes on."""
-    streamed, steps = Streamed(str(place), TRAINING), len(workers[0]["whole"])
+    streamed, steps = Streamed(str(place), TRAINING, ClusterConfig(), print), len(workers[0]["whole"])
     for rank in range(world_size):
         assert list(streamed.batches(1, rank, world_size, Done(steps, 2, torch.ones(streamed.size)))) == []
         assert streamed.seen().tolist() == [float(rank == 0)] * streamed.size
@@ -170,7 +170,7 @@ def test_images_codes_and_labels_stay_together(workers, place):
             assert w == pytest.approx(np.sum(by_id[id]["w"]), rel=1e-3, abs=1e-3)
             assert y == by_id[id]["label"]
     # natural images, as the task reads them that all passes are made of
-    streamed = Streamed(str(place), NATURAL)
+    streamed = Streamed(str(place), NATURAL, ClusterConfig(), print)
     names = sorted(streamed.manifest["shards"])
     without = [memory.id[0], memory.id[5]]
     table = shard_tasks.read_examples(
