@@ -132,7 +132,6 @@ def train_encoder(config: EncoderConfig, generator: LatentGenerator, generator_s
         progress, state = _read_checkpoint(found, about)
         first = progress["step"]
         training.load(state)
-    checkpoint.require_same_position(context, first)
     per_kimg = 1000 / config.batch_size
     # a last interval of a few steps would say little
     report_every = math.ceil(training.steps / max(1, round(config.kimg / config.report_kimg)))

@@ -237,7 +237,6 @@ def train_generator(
         if found is None and trunk is not None and context.rank == 0:  # a little longer may fall from the same snapshot on
             renamed = {**progress, "config": config.model_dump(mode="json"), "of": training.steps}
             replace_folder(trunk, partial(checkpoint.write_state, name=PROGRESS, progress=renamed, state=state))
-    checkpoint.require_same_position(context, first)
     if first == training.steps:
         return restored(config, best, context.device)
     judge = Judge(config.quality, images, labels, context, judged, conditional=config.architecture.num_classes > 0)

@@ -148,14 +148,6 @@ def newest_of(folders: Iterable[Place], name: str, say: Callable[[str], None]) -
     return None
 
 
-def require_same_position(context: RunContext, mine: float) -> None:
-    """Raise UserError if workers go on from other places than this one: epochs or steps of a training, counted from 0."""
-    together = torch.tensor(mine, dtype=torch.float64, device=context.device)
-    context.average_([together])
-    if abs(float(together) - mine) > 1e-9:
-        raise UserError("workers found different checkpoints to go on from: output must be a folder that all of them share")
-
-
 def hand_over(context: RunContext, metrics: dict[str, float], write: Callable[[Path], None], *, wait: bool = False) -> None:
     """Report metrics, and on rank 0 the checkpoint that `write` puts into an empty folder, which the context then owns.
 
