@@ -52,7 +52,7 @@ def main() -> None:
     from dmat_ray import dry_run
     from dmat_ray.cluster import champion, jobs, search_plan, tune
     from dmat_ray.cluster.session import EVALUATE, TRAIN, connected
-    from dmat_ray.reports import trials_table
+    from dmat_ray.reports import search_result, trials_table
 
     if given.dry_run:
         plan = search_plan.Plan(config, print)
@@ -69,7 +69,7 @@ def main() -> None:
         with connected(config.cluster, config.output, say, (TRAIN, EVALUATE)):
             found = tune.search(plan, say, resume=given.resume)
     print(trials_table.text(found.trials, found.objective))
-    print(champion.summary(found))
+    print(search_result.summary(found))
     print(f"\nreport: {search_plan.search_folder(config) / champion.PAGE}")
     print(f"MLflow: {jobs.ui_command(config)}")
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from dmat_ray.config import Config
 from dmat_ray.reports import trials, trials_page
+from dmat_ray.reports.search_result import SearchResult
 from dmat_ray.reports.trials import Trial
 
 COLUMNS = ["clean", "linf <&>", "worst"]
@@ -29,8 +30,8 @@ def make_trials(count: int = 18, seed: int = 0) -> list[Trial]:
     return made
 
 
-def make_found(count: int = 18) -> dict[str, Any]:
-    """As `champion.Found.to_json` gives it."""
+def make_found(count: int = 18) -> SearchResult:
+    """Its result."""
     every = make_trials(count)
     best = trials.ranked(every, ["worst"])[0]
     every[every.index(best)] = best = Trial(**{**vars(best), "lineage": LINEAGE})
@@ -38,20 +39,20 @@ def make_found(count: int = 18) -> dict[str, Any]:
     seeds = {kind: [f"tiny_{kind}_seed{n}" for n in (1, 2, 3)] for kind in ("best", "start")}
     models = [best.name, *front, *seeds["best"], *seeds["start"]]
     tested = {name: dict.fromkeys(COLUMNS, 0.5 + 0.01 * k) for k, name in enumerate(models)}
-    return {
-        "name": "tiny <search>",
-        "objective": ["worst"],
-        "axes": ["clean", "worst"],
-        "columns": COLUMNS,
-        "epochs": 8,
-        "trials": [trial.to_json() for trial in every],
-        "best": best.name,
-        "front": front,
-        "tested": tested,
-        "evaluated": {name: {f"natural/{c}": v for c, v in scores.items()} for name, scores in tested.items()},
-        "confirmed": seeds,
-        "ended_by": "tune.max_wall_minutes 5",
-    }
+    return SearchResult(
+        "tiny <search>",
+        ["worst"],
+        ["clean", "worst"],
+        COLUMNS,
+        8,
+        every,
+        best.name,
+        front,
+        tested,
+        {name: {f"natural/{c}": v for c, v in scores.items()} for name, scores in tested.items()},
+        seeds,
+        "tune.max_wall_minutes 5",
+    )
 
 
 def write_page(folder: Path, config: Config) -> Path:

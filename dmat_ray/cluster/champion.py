@@ -3,7 +3,6 @@
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,57 +11,22 @@ from ray.tune.search import BasicVariantGenerator
 
 from dmat_ray.cluster import evaluate, searchers, spaces, tracking, trial_runs
 from dmat_ray.cluster.outbox import FRONT
-from dmat_ray.cluster.search_plan import RESULT, Plan
+from dmat_ray.cluster.search_plan import Plan
 from dmat_ray.cluster.trial import Work, keep_newest, state_of
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.errors import UserError
 from dmat_ray.evaluation.metrics import Results
 from dmat_ray.models import trained_models
-from dmat_ray.reports import trials, trials_page
+from dmat_ray.reports import search_result, trials, trials_page
+from dmat_ray.reports.search_result import Scores, SearchResult
 from dmat_ray.reports.trials import Trial
-from dmat_ray.reports.trials_table import shown
 from dmat_ray.storage import Location, at, set_folder
-from dmat_ray.storage.files import read_json, write_json
 from dmat_ray.storage.lease import Lease
 from dmat_ray.wording import number_of
 
 PAGE = "report.html"
 CHAMPION = "champion"  # alias of the best model in MLflow's registry
 MOST = 8  # models that a search publishes
-Scores = dict[str, dict[str, float]]  # model -> column -> accuracy
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a search gave. Accuracies are shares of 1."""
-
-    name: str
-    objective: list[str]
-    axes: list[str]
-    columns: list[str]
-    epochs: int  # of a trial that was not ended early
-    trials: list[Trial]
-    best: str
-    front: list[str]
-    tested: Scores = field(default_factory=dict)  # the yardstick on test images
-    evaluated: Scores = field(default_factory=dict)  # "set/column" of `evaluation` on test images
-    confirmed: dict[str, list[str]] = field(default_factory=dict)  # "best" and "start" -> models, seed by seed
-    ended_by: str = ""
-    afterwards: dict[str, Any] = field(default_factory=dict)
-
-    def trial(self, name: str) -> Trial:
-        """A trial by name."""
-        return next(trial for trial in self.trials if trial.name == name)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {**asdict(self), "trials": [trial.to_json() for trial in self.trials]}
-
-
-def read(folder: Path) -> Found:
-    """What a finished search has left in its folder."""
-    values = dict(read_json(folder / RESULT))
-    return Found(**{**values, "trials": [Trial.from_json(t) for t in values["trials"]]})
 
 
 def crown(
@@ -73,7 +37,7 @@ def crown(
     say: Callable[[str], None],
     ended_by: str,
     lease: Lease,
-) -> Found:
+) -> SearchResult:
     """Find the best trial and its neighbours on the Pareto front, and do for them what is done once.
 
     Raises UserError if no trial gave a result, and if another run has taken over the search's folder, whose `lease` this is.
@@ -104,7 +68,7 @@ def crown(
     evaluated = {}
     if config.tune.evaluate:
         evaluated = _judge(config, config.evaluation, folders, search.folder / "evaluation", say, lease)
-    result = Found(
+    result = SearchResult(
         search.folder.name,
         list(objectives),
         list(search.axes),
@@ -120,9 +84,9 @@ def crown(
         search.afterwards,
     )
     lease.check()
-    page = trials_page.write(search.folder / PAGE, result.to_json(), config)
+    page = trials_page.write(search.folder / PAGE, result, config)
     _track(search, result, folders, runs, parent, page)
-    write_json(search.folder / RESULT, result.to_json())
+    search_result.write(search.folder, result)
     if not ended_by:
         for trial in found:
             keep_newest(search.work.trial_folder(trial.name))
@@ -212,7 +176,7 @@ def _named_by_model(trial: Any) -> str:
 
 def _track(
     search: Plan,
-    found: Found,
+    found: SearchResult,
     folders: Mapping[str, Location],
     runs: Mapping[str, tracking.Run],
     parent: tracking.Run,
@@ -240,32 +204,3 @@ def _track(
     parent.metrics({f"best/{o}": trials.value(o, best.scores) for o in found.objective}, step=0)
     parent.metrics({f"best/test/{o}": trials.value(o, found.tested[found.best]) for o in found.objective}, step=0)
     parent.artifact(page)
-
-
-def summary(found: Found) -> str:
-    """What a search gave, in a few lines for the terminal."""
-    best = found.trial(found.best)
-    done = sum(len(trial.history) for trial in found.trials)
-    lines = [f"{len(found.trials)} trials, {done} epochs of {len(found.trials) * found.epochs} in all"]
-    if found.ended_by:
-        lines[0] += f"; ended early, since {found.ended_by} was used up"
-    lines += [f"best is {best.name}: " + ", ".join(f"{key} = {shown(value)}" for key, value in best.knobs.items())]
-    if best.lineage:
-        lines.append(
-            f"it went on from other trials' weights, {len(best.lineage)} times; the page has the schedule that made, of which "
-            "these settings are the end"
-        )
-    for objective in found.objective:
-        tested = 100 * trials.value(objective, found.tested[best.name])
-        lines.append(
-            f"{objective}: {100 * trials.value(objective, best.scores):.1f} % on held-out, {tested:.1f} % on test images"
-        )
-    if found.confirmed:
-        for objective in found.objective:
-            scores = {name: {objective: trials.value(objective, one)} for name, one in found.tested.items()}
-            (row,) = trials_page.comparison(scores, found.confirmed)
-            lines.append(
-                f"trained anew with {row['seeds']} seeds, {objective} on test images: {row['best']:.1f} % with the best "
-                f"settings, {row['start']:.1f} % with those of the start; better in {row['better']} of {row['seeds']}"
-            )
-    return "\n".join(lines)

@@ -23,14 +23,15 @@ from dmat_ray.manifold import generators
 from dmat_ray.models.trained_models import untrained
 from dmat_ray.models.trained_settings import relevant
 from dmat_ray.networks import classifiers
-from dmat_ray.reports import trials
+from dmat_ray.reports import search_result, trials
+from dmat_ray.reports.search_result import SearchResult
 from dmat_ray.storage import local_output, set_folder
 from dmat_ray.storage.files import read_json, write_json
 from dmat_ray.training.trainer import check_inputs
 from dmat_ray.training.yardstick import columns
 from dmat_ray.wording import PATTERNS, number_of
 
-SEARCH, RESULT = "search.json", "result.json"
+SEARCH = "search.json"
 FORCED = ("training.patience",)  # what trials are given, whatever was recorded of a search begun before
 
 
@@ -170,22 +171,22 @@ class Plan:
                     f"the search in '{self.folder}' has {name} = {before.get(name, 'absent')}, now it is "
                     f"{now.get(name, 'absent')}; go on with the old value, or {other}"
                 )
-        result = read_json(self.folder / RESULT) if (self.folder / RESULT).is_file() else None
+        result = search_result.read(self.folder)
         if result is not None and not (resume and self.left_of(result)):
             return True
         if not resume:
             raise UserError(f"there is an unfinished search in '{self.folder}'; --resume goes on with it, or {other}")
         return False
 
-    def left_of(self, result: dict[str, Any]) -> str:
+    def left_of(self, result: SearchResult) -> str:
         """What a search with this result has not done yet; empty if all is done."""
-        if result["ended_by"]:
-            return f"ended early, since {result['ended_by']} was used up"
-        new = [name for name, value in self.afterwards.items() if result["afterwards"].get(name) != value]
+        if result.ended_by:
+            return f"ended early, since {result.ended_by} was used up"
+        new = [name for name, value in self.afterwards.items() if result.afterwards.get(name) != value]
         return f"did another {' and '.join(new)}" if new else ""
 
     def begin(self) -> None:
         """Say in the folder what it is for; what it gave before is no longer all that it gives."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / SEARCH, {"id": self.id, "identity": self.identity})
-        (self.folder / RESULT).unlink(missing_ok=True)
+        (self.folder / search_result.FILE).unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """What a search's driver does as its trials go: it tracks, says, draws and counts, and ends them with the budget."""
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -149,6 +150,7 @@ class Watcher:
         last, knobs = trial.last_result or {}, self.search.space.knobs(trial.config)
         if "config" in run:  # what has been trained; the trial's own may be what it was to become
             knobs = {key: _setting(run["config"], key) for key in knobs}
+        knobs = dict(json.loads(json.dumps(knobs)))  # of a tuple a list, as a result that is read has it
         history = [{"epoch": m["epoch"], **{c: m[f"{PREFIX}{c}"] for c in self.search.columns}} for m in run["history"]]
         scores = {c: history[-1][c] for c in self.search.columns} if history else {}
         status = "failed" if trial.status == TuneTrial.ERROR else "finished" if run["finished"] else "stopped"

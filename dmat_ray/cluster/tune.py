@@ -11,6 +11,8 @@ from ray.tune.experiment.trial import Trial as TuneTrial
 from dmat_ray.cluster import champion, environment, searchers, session, tracking, trial_runs
 from dmat_ray.cluster.search_plan import SEARCH, Plan
 from dmat_ray.cluster.trial_watch import Tell, Watcher, watched
+from dmat_ray.reports import search_result
+from dmat_ray.reports.search_result import SearchResult
 from dmat_ray.reports.trials import Trial
 from dmat_ray.reports.trials_table import LiveTable
 from dmat_ray.storage.lease import Lease, sole
@@ -53,7 +55,7 @@ def _fit(search: Plan, watcher: Watcher, lease: Lease, at_once: int, *, resume: 
     return watcher.settled()
 
 
-def search(plan: Plan, say: Callable[[str], None], *, resume: bool = False) -> champion.Found:
+def search(plan: Plan, say: Callable[[str], None], *, resume: bool = False) -> SearchResult:
     """Run a search, or go on with it; returns its trials, and what the best of them are worth. Ray must be connected.
 
     Raises UserError for machines that do not fit, if no trial gives a result, and if another run has taken over the search's
@@ -63,21 +65,22 @@ def search(plan: Plan, say: Callable[[str], None], *, resume: bool = False) -> c
         return already(plan, say, resume=resume) or _search(plan, lease, say, resume=resume)
 
 
-def already(plan: Plan, say: Callable[[str], None], *, resume: bool) -> champion.Found | None:
+def already(plan: Plan, say: Callable[[str], None], *, resume: bool) -> SearchResult | None:
     """What a search gave that is there and done, which is said; None for one that is to be run. Needs no Ray.
 
     Raises UserError for another one that is there, or one that is not to go on.
     """
     if not plan.is_finished(resume=resume):
         return None
-    found = champion.read(plan.folder)
-    left = plan.left_of(found.to_json())
+    found = search_result.read(plan.folder)
+    assert found is not None, "it is finished, so it has a result"
+    left = plan.left_of(found)
     what = f"{left}; --resume goes on with it" if left else "is finished and unchanged, nothing to do"
     say(f"the search in '{plan.folder}' {what}")
     return found
 
 
-def _search(plan: Plan, lease: Lease, say: Callable[[str], None], *, resume: bool) -> champion.Found:
+def _search(plan: Plan, lease: Lease, say: Callable[[str], None], *, resume: bool) -> SearchResult:
     config, tune = plan.config, plan.config.tune
     if resume and not (plan.folder / SEARCH).is_file():
         say(f"there is no search in '{plan.folder}' yet: beginning one")

@@ -1,7 +1,6 @@
 """What a search shows: one self-contained HTML page of its trials, in the report's style."""
 
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import yaml
 from dmat_ray.config import Config
 from dmat_ray.reports import charts, figures, trials, trials_charts
 from dmat_ray.reports.charts import Axis, Series
+from dmat_ray.reports.search_result import SearchResult, comparison
 from dmat_ray.reports.trials import Trial
 from dmat_ray.reports.trials_table import short, shown
 from dmat_ray.storage import at
@@ -18,68 +18,43 @@ CURVES = 6  # trials whose course is drawn
 ACCURACY = "{} (%)"
 
 
-def comparison(scores: Mapping[str, Mapping[str, float]], confirmed: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
-    """For each column the means of the best and the start settings over seeds, their deviations, and the difference, in per cent.
-
-    `better` in how many of the seeds the best settings were, seed by seed.
-    """
-    best, start = confirmed["best"], confirmed["start"]
-    rows = []
-    for column in scores[best[0]]:
-        ours, theirs = ([100 * scores[name][column] for name in names] for names in (best, start))
-        rows.append(
-            {
-                "column": column,
-                "best": statistics.mean(ours),
-                "best_sd": statistics.stdev(ours) if len(ours) > 1 else None,
-                "start": statistics.mean(theirs),
-                "start_sd": statistics.stdev(theirs) if len(theirs) > 1 else None,
-                "difference": statistics.mean(ours) - statistics.mean(theirs),
-                "better": sum(a > b for a, b in zip(ours, theirs, strict=True)),
-                "seeds": len(ours),
-            }
-        )
-    return rows
-
-
-def write(path: Path, found: Mapping[str, Any], config: Config) -> Path:
-    """Write the page of a search's result (as `champion.Found.to_json` gives it)."""
-    every = [Trial.from_json(values) for values in found["trials"]]
-    objectives, axes = found["objective"], found["axes"]
+def write(path: Path, found: SearchResult, config: Config) -> Path:
+    """Write the page of a search's result."""
+    every, objectives, axes = found.trials, found.objective, found.axes
     ranked = trials.ranked(every, objectives)
     rows = [*ranked, *(trial for trial in every if trial not in ranked)]
-    best = next(trial for trial in every if trial.name == found["best"])
+    best = found.trial(found.best)
     knobs = list(dict.fromkeys(name for trial in every for name in trial.knobs))
     figures.write_page(
         at(path),
         "search.html",
-        title=f"Search {found['name']}",
+        title=f"Search {found.name}",
         found=found,
         best=best,
-        rows=[_row(trial, objectives, found["columns"], knobs) for trial in rows],
+        rows=[_row(trial, objectives, found.columns, knobs) for trial in rows],
         heads=[
-            *(*objectives, *(c for c in found["columns"] if c not in objectives)),
+            *(*objectives, *(c for c in found.columns if c not in objectives)),
             *("epochs", *(short(name, knobs) for name in knobs), "seconds", "status"),
         ],
         best_knobs=[(name, shown(value)) for name, value in best.knobs.items()],
         values=[(o, 100 * trials.value(o, best.scores), _tested(found, best.name, o)) for o in objectives],
         parallel=_parallel(ranked, objectives, knobs, best),
-        trade_off=_trade_off(ranked, axes, found["front"], best.name),
+        trade_off=_trade_off(ranked, axes, found.front, best.name),
         importances=[_importance(every, o, knobs) for o in objectives],
-        courses=_courses(ranked, objectives, found["columns"]),
+        courses=_courses(ranked, objectives, found.columns),
         course_names=[(charts.swatch(look), t.name) for look, t in enumerate(ranked[:CURVES]) if t.history],
-        confirmed=comparison(found["tested"], found["confirmed"]) if found["confirmed"] else [],
-        evaluated=found["evaluated"],
+        confirmed=comparison(found.tested, found.confirmed) if found.confirmed else [],
+        evaluated=found.evaluated,
         epochs=sum(len(trial.history) for trial in every),
-        most=found["epochs"] * len(every),
+        most=found.epochs * len(every),
         seconds=sum(trial.seconds for trial in every),
         settings=yaml.safe_dump(config.to_json(), sort_keys=False, allow_unicode=True),
     )
     return path
 
 
-def _tested(found: Mapping[str, Any], name: str, objective: str) -> float | None:
-    return 100 * trials.value(objective, found["tested"][name]) if name in found["tested"] else None
+def _tested(found: SearchResult, name: str, objective: str) -> float | None:
+    return 100 * trials.value(objective, found.tested[name]) if name in found.tested else None
 
 
 def _row(trial: Trial, objectives: Sequence[str], columns: Sequence[str], knobs: Sequence[str]) -> dict[str, Any]:

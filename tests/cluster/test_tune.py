@@ -29,6 +29,8 @@ from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators
 from dmat_ray.models import checkpoint
+from dmat_ray.reports import search_result
+from dmat_ray.reports.search_result import SearchResult
 from dmat_ray.reports.trials import metric, value
 from dmat_ray.training import trainer
 
@@ -40,7 +42,7 @@ class Searched:
     """A finished search."""
 
     config: Config
-    found: champion.Found
+    found: SearchResult
     lines: list[str]
 
 
@@ -120,7 +122,7 @@ def test_a_trial_is_a_training_of_its_settings(searched, tmp_path):
     assert all(torch.equal(theirs[key], alone[key]) for key in alone)
 
 
-def assert_tracked(uri: str, config: Config, found: champion.Found) -> None:
+def assert_tracked(uri: str, config: Config, found: SearchResult) -> None:
     """A tree of runs with every epoch once, and the best model in the registry."""
     client = MlflowClient(uri)
     parent, children = runs_of(uri, config)
@@ -235,7 +237,7 @@ def test_a_killed_driver_goes_on_as_if_nothing_had_been(searched, finished, tmp_
     assert "little_002: epoch" not in output
     assert {p: p.stat().st_mtime_ns for p in done} == done
     folder = tmp_path / "tune" / "little"
-    found = champion.read(folder)
+    found = search_result.read(folder)
     assert told(found.trials) == told(searched.found.trials)
     assert (found.best, found.front, found.tested) == (searched.found.best, searched.found.front, searched.found.tested)
     config = tuned(tmp_path, *ONE_BY_ONE)

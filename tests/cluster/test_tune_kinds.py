@@ -20,6 +20,7 @@ from dmat_ray.config import Config
 from dmat_ray.data.epochs import held_out_positions
 from dmat_ray.data.manifold_set import open_set
 from dmat_ray.models import checkpoint
+from dmat_ray.reports import search_result
 
 pytestmark = [pytest.mark.cluster, pytest.mark.exhaustive, pytest.mark.usefixtures("ray_session")]
 
@@ -195,5 +196,5 @@ def test_a_budget_ends_a_search_which_can_go_on(finished, tmp_path, say, lines, 
         trained = Config.model_validate(run["config"])
         assert (trained.objective.image.eps, trained.training.seed, trained.training.epochs) == (eps, 1, 2)
         assert run["finished"]
-    assert "trained anew with 1 seeds" in champion.summary(confirmed)
+    assert "trained anew with 1 seeds" in search_result.summary(confirmed)
     assert "Trained anew with 1 seeds" in (tmp_path / "tune" / "little" / champion.PAGE).read_text()

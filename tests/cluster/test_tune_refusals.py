@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from dmat_ray.cluster import champion, searchers, trial_watch, tune
 from dmat_ray.cluster.search_plan import Plan
 from dmat_ray.config import ClusterConfig, TuneConfig
 from dmat_ray.errors import UserError
+from dmat_ray.reports.search_result import SearchResult
 from dmat_ray.reports.trials import Trial
 from dmat_ray.reports.trials_table import LiveTable
 from dmat_ray.validated import validate
@@ -154,12 +156,12 @@ def test_a_space_of_what_no_trial_can_train_is_refused(finished, tmp_path, say):
 def test_another_evaluation_at_the_end_is_left_to_be_done(finished, tmp_path, say):
     finished.copy_set(tmp_path)
     plain = Plan(tuned(tmp_path), say)
-    result = {"ended_by": "", "afterwards": plain.afterwards}
+    result = SearchResult("", [], [], [], 1, [], "", [], afterwards=plain.afterwards)
     assert plain.left_of(result) == ""
     assert Plan(tuned(tmp_path, "--evaluation.limit", 7), say).left_of(result) == "did another evaluation"
     assert Plan(tuned(tmp_path, "--tune.confirm_seeds", 2), say).left_of(result) == "did another tune.confirm_seeds"
     none = Plan(tuned(tmp_path, "--tune.evaluate", "false", "--evaluation.limit", 7), say)
-    assert none.left_of({"ended_by": "", "afterwards": none.afterwards | {"evaluation": "gone"}}) == ""
+    assert none.left_of(replace(result, afterwards=none.afterwards | {"evaluation": "gone"})) == ""
 
 
 class Untracked:

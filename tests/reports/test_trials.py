@@ -15,7 +15,7 @@ from tiny_search import COLUMNS, KNOBS, make_found, make_trials, write_page
 from dmat_ray.config import Config, TuneConfig
 from dmat_ray.config.tuning import parse_objective
 from dmat_ray.errors import UserError
-from dmat_ray.reports import trials, trials_charts, trials_page, trials_table
+from dmat_ray.reports import search_result, trials, trials_charts, trials_table
 from dmat_ray.reports.trials import Trial
 
 
@@ -147,6 +147,12 @@ def test_trials_travel_as_json() -> None:
         assert Trial.from_json(trial.to_json()) == trial
 
 
+def test_a_searchs_result_is_read_as_it_was_written(tmp_path) -> None:
+    assert search_result.read(tmp_path) is None
+    search_result.write(tmp_path, make_found())
+    assert search_result.read(tmp_path) == make_found()
+
+
 def test_short_names_stay_different() -> None:
     names = ["objective.image.eps", "objective.latent.eps", "training.lr"]
     assert [trials_table.short(n, names) for n in names] == ["image.eps", "latent.eps", "lr"]
@@ -183,7 +189,7 @@ def test_a_log_has_no_live_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_comparison_is_of_means_over_seeds() -> None:
     scores = {"b1": {"w": 0.6}, "b2": {"w": 0.8}, "s1": {"w": 0.7}, "s2": {"w": 0.5}}
-    (row,) = trials_page.comparison(scores, {"best": ["b1", "b2"], "start": ["s1", "s2"]})
+    (row,) = search_result.comparison(scores, {"best": ["b1", "b2"], "start": ["s1", "s2"]})
     assert (row["best"], row["start"], row["difference"]) == pytest.approx((70.0, 60.0, 10.0))
     assert row["best_sd"] == pytest.approx(np.std([60, 80], ddof=1))
     assert (row["better"], row["seeds"]) == (1, 2)
@@ -206,7 +212,7 @@ def test_page_shows_every_trial_and_escapes_what_it_shows(tmp_path, make_config)
     config: Config = make_config()
     text = write_page(tmp_path, config).read_text()
     found = make_found()
-    assert all(trial["name"] in text for trial in found["trials"])
+    assert all(trial.name in text for trial in found.trials)
     assert "tiny &lt;search&gt;" in text
     assert "its &lt;process&gt; has died" in text
     assert "tune.max_wall_minutes 5 was used up" in text
