@@ -21,6 +21,7 @@ from dmat_ray import cli
 from dmat_ray.config import CleanRow, Config
 from dmat_ray.data import set_reader
 from dmat_ray.errors import UserError
+from dmat_ray.evaluation import evaluated
 from dmat_ray.evaluation.evaluation import left_out
 from dmat_ray.evaluation.metrics import Results
 from dmat_ray.evaluation.units import VERSION
@@ -73,12 +74,12 @@ def released(study: Path, config: Config, folder: Path, names: list[str]) -> lis
         clean = unattacked(study, config, model)
         with tempfile.TemporaryDirectory() as scratch:
             evaluation = Path(scratch)  # in the form that an evaluation has
-            shutil.copyfile(rows, evaluation / model_export.ROWS)
-            about = {"version": VERSION, "models": {f"{name}-0": digest}, model_export.LEFT_OUT: missing}
-            write_json(evaluation / model_export.DONE, {**about, "evaluation": config.evaluation.model_dump(mode="json")})
+            shutil.copyfile(rows, evaluation / evaluated.ROWS)
+            about = {"version": VERSION, "models": {f"{name}-0": digest}, evaluated.LEFT_OUT: missing}
+            write_json(evaluation / evaluated.DONE, {**about, "evaluation": config.evaluation.model_dump(mode="json")})
             write = functools.partial(model_export.export, model, f"{name}-0", evaluation, clean=clean)
             replace_folder(folder / name, write)
-            results = model_export.read_evaluation(evaluation, f"{name}-0", model)
+            results, _ = model_export.read_evaluation(evaluation, f"{name}-0", model)
         assert results is not None
         found.append((name, results, clean or results))
     return found

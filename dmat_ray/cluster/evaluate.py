@@ -23,6 +23,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.estimate import AUTOATTACK
 from dmat_ray.evaluation import checks, evaluation, probes, units
 from dmat_ray.evaluation.checks import Finding
+from dmat_ray.evaluation.evaluated import CHECKS, DONE, LEFT_OUT, ROWS, read_parquet
 from dmat_ray.evaluation.evaluation import Evaluator
 from dmat_ray.evaluation.metrics import Results
 from dmat_ray.evaluation.row_order import PIECE, in_order, pieces
@@ -34,8 +35,7 @@ from dmat_ray.storage import Location, Place, at
 from dmat_ray.storage.files import Found, awaited
 from dmat_ray.storage.lease import Lease
 
-ROWS, DONE, CHECKS, UNITS = "rows.parquet", "evaluation.json", "checks.json", "units"
-LEFT_OUT = "left_out"  # what DONE says for readers beside what the rows depend on
+UNITS = "units"
 READERS = 16  # files read at a time: an object store answers slowly, and many at once
 
 
@@ -94,10 +94,6 @@ def _as_parquet(table: pa.Table) -> bytes:
     return bytes(sink.getvalue())
 
 
-def _read_parquet(file: Location) -> pa.Table:
-    return pq.read_table(pa.BufferReader(file.read_bytes()))
-
-
 def fingerprint(config: Config, set_path: Location, models: Mapping[str, Place]) -> dict[str, Any]:
     """What the rows depend on."""
     return {
@@ -108,23 +104,6 @@ def fingerprint(config: Config, set_path: Location, models: Mapping[str, Place])
         "set": set_reader.digest(set_reader.read_manifest(set_path)),
         "models": {name: checkpoint.digest(path) for name, path in models.items()},
     }
-
-
-def is_evaluated(made_for: dict[str, Any], folder: Location) -> bool:
-    """True if `folder` holds the rows of exactly this, a `fingerprint`."""
-    path = folder / DONE
-    return path.is_file() and {key: value for key, value in path.read_json().items() if key != LEFT_OUT} == made_for
-
-
-def read_rows(folder: Place) -> pa.Table:
-    """The rows of a finished evaluation."""
-    return _read_parquet(at(folder) / ROWS)
-
-
-def read_checks(folder: Place) -> tuple[list[dict[str, Any]], list[Finding]]:
-    """Measurements and findings of a finished evaluation."""
-    content = (at(folder) / CHECKS).read_json()
-    return content["measurements"], [Finding(**finding) for finding in content["findings"]]
 
 
 def check(config: Config, set_path: Location, models: Mapping[str, Place]) -> None:
@@ -184,7 +163,7 @@ class Work:
     def table(self, unit: Unit) -> pa.Table | None:
         """A unit's rows, if they are there and whole."""
         try:
-            return _read_parquet(self.files / self.name(unit)).cast(evaluation.SCHEMA)
+            return read_parquet(self.files / self.name(unit)).cast(evaluation.SCHEMA)
         except (FileNotFoundError, pa.ArrowException, OSError):
             return None
 

@@ -89,28 +89,29 @@ def evaluate(
     """Evaluation and report, tracked. Returns the rows, and what the checks found."""
     from dmat_ray.cluster import evaluate as stage
     from dmat_ray.cluster import gauges
+    from dmat_ray.evaluation import evaluated
     from dmat_ray.evaluation.metrics import Results
     from dmat_ray.reports import report
     from dmat_ray.storage.lease import exclusive
 
     folder, page = at(config.output) / "evaluation", report_page(config)
     made_for = stage.fingerprint(config, set_folder(config), models)
-    if not stage.is_evaluated(made_for, folder):  # what was evaluated may be of rows that a later version refuses
+    if not evaluated.is_evaluated(made_for, folder):  # what was evaluated may be of rows that a later version refuses
         stage.check(config, set_folder(config), models)
-    if stage.is_evaluated(made_for, folder) and page.is_file():
+    if evaluated.is_evaluated(made_for, folder) and page.is_file():
         say("the rows and the report are there and unchanged, nothing to do")
-        return Results(stage.read_rows(folder), config.evaluation), stage.read_checks(folder)[1]
+        return Results(evaluated.read_rows(folder), config.evaluation), evaluated.read_checks(folder)[1]
     with contextlib.ExitStack() as stack:
         lease = stack.enter_context(exclusive(folder))  # two evaluations must not mix their rows
         # a run that was killed after its last row, and one whose page was removed, are gone on with as the same one
         key = f"evaluate/{tracking.identity(config)}/{text_digest(json.dumps(made_for, sort_keys=True))}"
         work = stage.Work(config, set_folder(config), models, folder, made_for)
-        if stage.is_evaluated(made_for, folder):
+        if evaluated.is_evaluated(made_for, folder):
             say("the rows are there and unchanged")
             if stage.lacks_pictures(work):
                 stack.enter_context(connected(config.cluster, config.output, say, (EVALUATE,)))
             run = stack.enter_context(tracking.tracked(config, "", "evaluate", parent, key=key))
-            rows, findings = stage.read_rows(folder), stage.read_checks(folder)[1]
+            rows, findings = evaluated.read_rows(folder), evaluated.read_checks(folder)[1]
         else:
             stack.enter_context(connected(config.cluster, config.output, say, (EVALUATE,)))
             run = stack.enter_context(tracking.tracked(config, "", "evaluate", parent, key=key))
@@ -128,8 +129,8 @@ def evaluate(
         lease.check()
         say("writing the report")
         shown = stage.read_pictures(work, say)
-        report.write(config, set_folder(config), models, results, stage.read_checks(folder), page, shown)
-        for file in (folder / stage.ROWS, folder / stage.CHECKS, page, *report.siblings(page)):
+        report.write(config, set_folder(config), models, results, evaluated.read_checks(folder), page, shown)
+        for file in (folder / evaluated.ROWS, folder / evaluated.CHECKS, page, *report.siblings(page)):
             run.artifact(file)
     return results, findings
 

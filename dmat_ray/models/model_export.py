@@ -5,9 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from dmat_ray.models import checkpoint
 from dmat_ray.networks import classifiers
@@ -17,6 +15,7 @@ from dmat_ray.data.set_reader import named_classes
 from dmat_ray.errors import UserError
 from dmat_ray.storage.files import sha256, write_json
 from dmat_ray.storage.folders import fetched, holds_anything
+from dmat_ray.evaluation import evaluated
 from dmat_ray.evaluation.intervals import Accuracy
 from dmat_ray.evaluation.metrics import Results
 from dmat_ray.reports.report_text import escaped
@@ -28,8 +27,6 @@ from dmat_ray.wording import number_of
 STANDARD = {"apgd-ce", "apgd-t", "fab-t", "square"}  # parts of AutoAttack
 CONFIG, CARD, README = "config.json", "model_card.json", "README.md"
 PREFIX = "network."  # of the architecture's own names in model.safetensors
-# what evaluation leaves (see cluster/evaluate.py)
-ROWS, DONE, LEFT_OUT = "rows.parquet", "evaluation.json", "left_out"
 CARDS_SET = "natural"  # whose accuracies the card gives: RobustBench's are of no images g(w)
 
 GREY = """\
@@ -82,21 +79,17 @@ its accuracies are.
 """
 
 
-def read_evaluation(folder: Place, name: str, model: Place) -> Results | None:
-    """What the evaluation in `folder` says of a model; nothing if it has none, or was of another model of this name."""
-    place = at(folder)
-    if not (place / DONE).is_file():
-        return None
-    about = (place / DONE).read_json()
-    if about.get("version") != VERSION or about.get("models", {}).get(name) != checkpoint.digest(model):
-        return None
-    rows = pq.read_table(pa.BufferReader((place / ROWS).read_bytes()))
-    return Results(rows.filter(pc.equal(rows["model"], name)), EvaluationConfig.model_validate(about["evaluation"]))
+def read_evaluation(folder: Place, name: str, model: Place) -> tuple[Results | None, str]:
+    """What the evaluation in `folder` says of a model; nothing if it has none, or was of another model of this name.
 
-
-def _left_out(folder: Place) -> str:
-    """What the evaluation in `folder` says of test images that its numbers are not of; '' for none, and where it does not say."""
-    return str((at(folder) / DONE).read_json().get(LEFT_OUT, ""))
+    And which test images its numbers are not of; '' for none, and where it does not say.
+    """
+    about = evaluated.made_for(folder)
+    if about is None or about.get("version") != VERSION or about.get("models", {}).get(name) != checkpoint.digest(model):
+        return None, ""
+    rows = evaluated.read_rows(folder)
+    results = Results(rows.filter(pc.equal(rows["model"], name)), EvaluationConfig.model_validate(about["evaluation"]))
+    return results, str(about.get(evaluated.LEFT_OUT, ""))
 
 
 def _autoattack(results: Results) -> tuple[str, float] | None:
@@ -252,11 +245,10 @@ def export(model: Place, name: str, evaluation: Place, folder: Path, clean: Resu
     """
     network, run = checkpoint.load_classifier(model)
     config = checkpoint.settings_of(run)
-    results = read_evaluation(evaluation, name, model)
-    missing = "" if results is None else _left_out(evaluation)
+    results, missing = read_evaluation(evaluation, name, model)
     folder.mkdir(parents=True, exist_ok=True)
-    files = [checkpoint.MODEL, *([checkpoint.PROGRAMS[run["program"]]] if "program" in run else [])]
-    for file in files:
+    copied = [checkpoint.MODEL, *([checkpoint.PROGRAMS[run["program"]]] if "program" in run else [])]
+    for file in copied:
         shutil.copyfile(fetched(model) / file, folder / file)
     about = config_json(run, config, network)
     about["sha256"] = {path.name: sha256(path) for path in sorted(folder.iterdir())}

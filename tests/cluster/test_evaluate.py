@@ -19,7 +19,7 @@ from small import settings, start_job, wait_for
 from dmat_ray.cluster import evaluate as stage
 from dmat_ray.cluster import jobs
 from dmat_ray.errors import UserError
-from dmat_ray.evaluation import evaluation
+from dmat_ray.evaluation import evaluated, evaluation
 from dmat_ray.evaluation.units import Unit
 from dmat_ray.reports import report
 from dmat_ray.storage import at, files
@@ -93,7 +93,7 @@ def test_rows_and_columns_are_whole(finished, undisturbed):
         assert met == right["clean"] & right["CE"]
         assert results.accuracy(model, "natural", "worst").value == len(right["PGD"] & right["DLR"]) / 10
     assert all(r["seconds"] > 0 for r in rows)
-    measurements, kept = stage.read_checks(output / "evaluation")
+    measurements, kept = evaluated.read_checks(output / "evaluation")
     assert {m["model"] for m in measurements} == set(finished.models)
     assert kept == findings
     assert any(line.startswith("round 3 of 3") for line in lines)
@@ -126,7 +126,8 @@ def test_rows_of_a_model_that_was_replaced_on_the_way_are_not_taken_for_whole(
     folder = at(shutil.copytree(undisturbed[0] / "evaluation", tmp_path / "evaluation"))
     page = at(tmp_path / "report.html")
     page.write_bytes(b"of the rows that are there")
-    kept = {place: place.read_bytes() for place in (page, *(folder / name for name in (stage.ROWS, stage.CHECKS, stage.DONE)))}
+    files_of_it = (page, *(folder / name for name in (evaluated.ROWS, evaluated.CHECKS, evaluated.DONE)))
+    kept = {place: place.read_bytes() for place in files_of_it}
     config, place = settings(tmp_path, *BATCHES, preset=("demo", str(suite))), at(undisturbed[0] / "on_manifold_set")
     work = stage.Work(config, place, finished.models, folder)
     monkeypatch.setattr(stage, "fingerprint", lambda *_: {"models": "others"})
@@ -140,7 +141,7 @@ def test_rows_of_a_model_that_was_replaced_on_the_way_are_not_taken_for_whole(
 
 def test_an_evaluation_that_was_taken_over_publishes_nothing(finished, undisturbed, suite, tmp_path, say):
     folder = at(shutil.copytree(undisturbed[0] / "evaluation", tmp_path / "evaluation"))
-    (folder / stage.ROWS).write_bytes(b"the successor's")
+    (folder / evaluated.ROWS).write_bytes(b"the successor's")
     config, place = settings(tmp_path, *BATCHES, preset=("demo", str(suite))), at(undisturbed[0] / "on_manifold_set")
     work = stage.Work(config, place, finished.models, folder)
     with exclusive(folder, 0.05) as lease:
@@ -149,24 +150,24 @@ def test_an_evaluation_that_was_taken_over_publishes_nothing(finished, undisturb
         time.sleep(1)
         with pytest.raises(UserError, match="another run has taken over"):
             stage.evaluate(work, say, lease)
-    assert (folder / stage.ROWS).read_bytes() == b"the successor's"
+    assert (folder / evaluated.ROWS).read_bytes() == b"the successor's"
 
 
 def test_a_finished_evaluation_is_known_whether_or_not_it_says_which_images_it_leaves_out(finished, undisturbed, suite, tmp_path):
     folder, place = at(undisturbed[0] / "evaluation"), at(undisturbed[0] / "on_manifold_set")
     made_for = stage.fingerprint(settings(tmp_path, *BATCHES, preset=("demo", str(suite))), place, finished.models)
-    done = (folder / stage.DONE).read_json()
-    assert stage.is_evaluated(made_for, folder)
+    done = (folder / evaluated.DONE).read_json()
+    assert evaluated.is_evaluated(made_for, folder)
     assert done.pop("left_out") == ""
-    (at(tmp_path) / stage.DONE).write_json(done)
-    assert stage.is_evaluated(made_for, at(tmp_path))
+    (at(tmp_path) / evaluated.DONE).write_json(done)
+    assert evaluated.is_evaluated(made_for, at(tmp_path))
 
 
 def test_images_of_the_report_are_made_by_workers(finished, undisturbed, suite, tmp_path, say, lines, monkeypatch):
     """And are those that one process makes; also where the rows are there and they are not."""
     output = shutil.copytree(undisturbed[0], tmp_path / "out")
     config, page = settings(output, *BATCHES, preset=("demo", str(suite))), output / "report.html"
-    checked, found = stage.read_checks(output / "evaluation"), undisturbed[1]
+    checked, found = evaluated.read_checks(output / "evaluation"), undisturbed[1]
     report.write(config, output / "on_manifold_set", finished.models, found, checked, tmp_path / "here.html")
     images = {place: re.findall(r'src="(data:image/png[^"]+)"', place.read_text()) for place in (page, tmp_path / "here.html")}
     assert images[page] == images[tmp_path / "here.html"]
