@@ -27,7 +27,8 @@ def main() -> None:
     prepare_environment(config, elastic=False, images=True)
     from dmat_ray.cluster import gan
     from dmat_ray.cluster.jobs import Speaker
-    from dmat_ray.manifold.gan_images import is_trained, settle, sweep
+    from dmat_ray.manifold.gan_folder import is_trained, settle
+    from dmat_ray.manifold.gan_images import sweep
     from dmat_ray.storage.lease import sole
 
     say = Speaker().stage("generator")

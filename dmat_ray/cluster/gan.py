@@ -17,7 +17,8 @@ from dmat_ray.config import Config
 from dmat_ray.manifold import trained_on
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.diversity import warning_of_collapse
-from dmat_ray.manifold.gan_images import TRUNK, ImageCache, card_of, check, extends, settle, sweep, training_name, trunk_of
+from dmat_ray.manifold.gan_folder import TRUNK, extends, settle, trunk_of
+from dmat_ray.manifold.gan_images import ImageCache, card_of, check, sweep, training_name
 from dmat_ray.manifold.gan_progress import PROGRESS, result_of
 from dmat_ray.manifold.gan_trainer import DEAD_END, train_generator
 from dmat_ray.manifold.generators import save_generator

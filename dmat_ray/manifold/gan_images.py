@@ -16,22 +16,17 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from dmat_ray.config import Config, DataConfig, GanConfig
+from dmat_ray.config import Config, DataConfig
 from dmat_ray.data import first_look
 from dmat_ray.data.apart import require_apart
 from dmat_ray.data.sources import read_pixels
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import quality, trained_on
-from dmat_ray.manifold.gan_progress import PROGRESS, is_shorter
 from dmat_ray.manifold.gan_trainer import check_images, check_workers
-from dmat_ray.manifold.generators import CARD, WEIGHTS
 from dmat_ray.manifold.trained_on import CHUNK
-from dmat_ray.storage.files import is_full, read_json, sha256, write_json
-from dmat_ray.wording import number_of
+from dmat_ray.storage.files import is_full, read_json, write_json
 
 PARTIAL = ".images-*.partial"  # of the decoded images, until they are whole
-TRUNK = "trunk"  # within the folder of an unfinished training, see `gan_trainer.train_generator`
-OF = "weights_sha256"  # key of its JSON, once it lies beside the generator: whose it is
 PIXELS, LABELS, REJECTED = "images.npy", "labels.npy", "rejected.json"
 WHOLE = (PIXELS, LABELS, REJECTED, trained_on.IMAGES)
 
@@ -64,7 +59,8 @@ class ImageCache:
         return torch.from_numpy(pixels[: len(labels)]), torch.from_numpy(labels)
 
 
-def _listed(config: Config) -> tuple[pa.Table, str, str]:
+def listed(config: Config) -> tuple[pa.Table, str, str]:
+    """The training split of these settings, as `trained_on.listed`. Raises UserError unless it is apart from the output."""
     require_apart(config, makes_set=False)
     return trained_on.listed(config.data, labelled=config.gan.architecture.num_classes > 0)
 
@@ -76,7 +72,7 @@ def prepare_images(config: Config, storage: Path) -> ImageCache:
     Raises UserError for settings that do not fit the images, before one is decoded, and if more than `data.max_rejected` of them
     cannot be read.
     """
-    rows, digest, ignored = _listed(config)
+    rows, digest, ignored = listed(config)
     blank = torch.zeros(1, config.data.channels, config.data.resolution, config.data.resolution)
     _require_fit(config, blank, torch.tensor(rows["label"].to_pylist()))
     if not (storage / training_name(config, digest)).is_dir():
@@ -121,6 +117,11 @@ def _gone_on_with(config: Config, storage: Path, rows: pa.Table) -> str:
     return ""
 
 
+def training_name(config: Config, digest: str) -> str:
+    """What the folder of an unfinished training is called, of these settings and images of this digest."""
+    return f"generator-{config.gan.fingerprint()}-{digest[:12]}-{config.cluster.train_workers}"
+
+
 def sweep(storage: Path, own: Path | None = None) -> None:
     """Remove images below `storage` that were decoded for trainings which have ended, or of files that are others now, but `own`.
 
@@ -128,7 +129,7 @@ def sweep(storage: Path, own: Path | None = None) -> None:
     """
     for left in (*storage.glob(PARTIAL), *storage.glob("images-*")):
         digest = left.name.removeprefix("images-")[:12]
-        if left != own and not any(storage.glob(f"generator-*-{digest}-*")):  # as cluster.gan calls unfinished trainings
+        if left != own and not any(storage.glob(f"generator-*-{digest}-*")):  # see `training_name`
             shutil.rmtree(left, ignore_errors=True)
 
 
@@ -190,91 +191,6 @@ def card_of(config: Config, cache: ImageCache) -> dict[str, Any]:
         "rejected": cache.rejected,
         "training": config.gan.model_dump(mode="json"),
     }
-
-
-def is_trained(config: Config, folder: Path) -> bool:
-    """True if `folder` holds the generator that these settings and this data make; False if training makes it, of another too.
-
-    Raises UserError that says what differs if it holds one that training would replace without going on from it.
-    """
-    if not folder.exists() or extends(config, folder):
-        return False
-    card = _card(folder)
-    if why := _different(config, folder, card):
-        raise UserError(f"'{folder}' holds another generator ({why}); give another --output, or --overwrite")
-    return True
-
-
-def training_name(config: Config, digest: str) -> str:
-    """What the folder of an unfinished training is called, of these settings and images of this digest."""
-    return f"generator-{config.gan.fingerprint()}-{digest[:12]}-{config.cluster.train_workers}"
-
-
-def settle(config: Config, folder: Path, storage: Path) -> None:
-    """Keep of the training of the generator in `folder` what a longer one goes on from, and remove the rest of it.
-
-    Under the lease of the generator's folder.
-    """
-    training = storage / training_name(config, str(_card(folder).get("images_sha256")))
-    if (training / TRUNK).is_dir():
-        shutil.rmtree(trunk_of(folder), ignore_errors=True)
-        noted = {**read_json(training / TRUNK / PROGRESS), OF: sha256(folder / WEIGHTS)}
-        write_json(training / TRUNK / PROGRESS, noted)
-        (training / TRUNK).rename(trunk_of(folder))
-    shutil.rmtree(training, ignore_errors=True)
-
-
-def trunk_of(folder: Path) -> Path:
-    """Where the training of the generator in `folder` keeps the state that a longer one goes on from."""
-    return folder.with_name(f"{folder.name}_training")
-
-
-def extends(config: Config, folder: Path) -> bool:
-    """Whether these settings train the generator in `folder`, on the same images, for longer, and what it takes is there."""
-    trunk, card = trunk_of(folder) / PROGRESS, _card(folder)
-    progress = read_json(trunk) if trunk.is_file() else {}
-    before = progress.get("config")
-    if before is None or before != card.get("training") or not is_shorter(before, config.gan):
-        return False
-    # older ones do not say whose they are
-    if OF in progress and not ((folder / WEIGHTS).is_file() and progress[OF] == sha256(folder / WEIGHTS)):
-        return False
-    return not _different(config, folder, {**card, "training": config.gan.model_dump(mode="json")})
-
-
-def _card(folder: Path) -> dict[str, Any]:
-    card: dict[str, Any] = read_json(folder / CARD) if (folder / CARD).is_file() else {}
-    return card
-
-
-def _first_difference(was: Any, now: Any, name: str) -> str:
-    """The first setting under `name` that differs, in words; empty if none does."""
-    if isinstance(was, dict) and isinstance(now, dict):
-        keys = dict.fromkeys([*now, *was])
-        return next(filter(None, (_first_difference(was.get(k), now.get(k), f"{name}.{k}") for k in keys)), "")
-    return "" if was == now else f"{name} was {was}, now it is {now}"
-
-
-def _different(config: Config, folder: Path, card: dict[str, Any]) -> str:
-    """What of a generator's training, of which `card` tells, is not what it would be now; empty if nothing is."""
-    if "training" not in card or not (folder / WEIGHTS).is_file():
-        return "it was not trained here, or is not whole"
-    if other := _first_difference(GanConfig.recorded(card["training"]), config.gan.model_dump(mode="json"), "gan"):
-        return other
-    rows, digest, _ = _listed(config)
-    if card.get("images_sha256") == digest:
-        return ""
-    data = config.data.model_dump(mode="json")
-    then = data | (card["data"] if isinstance(card.get("data"), dict) else {})
-    others = [f"data.{name} was {then[name]}, now it is {value}" for name, value in data.items() if then[name] != value]
-    decoded = [other for other in others if other.split()[0].removeprefix("data.") in trained_on.DECODING]
-    if decoded:
-        return decoded[0]
-    if (known := trained_on.read(folder, card)) is None:
-        return "; ".join(["its images have changed since, or their files", *others])
-    changes = trained_on.changes(known, rows, config.data)
-    words = ", ".join(f"{number_of(count, 'image')} {word}" for word, count in changes.items())
-    return "; ".join([f"{words} since", *others]) if changes else ""
 
 
 def _require_fit(config: Config, images: Tensor, labels: Tensor) -> None:

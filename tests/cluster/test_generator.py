@@ -23,7 +23,7 @@ from dmat_ray import cli
 from dmat_ray.cluster import gan
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
-from dmat_ray.manifold import gan_images, generators
+from dmat_ray.manifold import gan_folder, gan_images, generators
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 ROOT = Path(__file__).parents[2]
@@ -195,26 +195,26 @@ def test_what_only_a_user_can_mend_is_not_tried_again(tmp_path):
 
 
 def test_a_generator_that_is_there_is_not_replaced_unasked(calm, tmp_path):
-    assert gan_images.is_trained(settings(calm), calm / "generator")
-    assert not gan_images.is_trained(settings(tmp_path), tmp_path / "generator")
+    assert gan_folder.is_trained(settings(calm), calm / "generator")
+    assert not gan_folder.is_trained(settings(tmp_path), tmp_path / "generator")
     other, _ = cli.parse("test", ["--output", str(calm), *OPTIONS, "--gan.seed", "5"], preset=["mnist32_generator"])
     with pytest.raises(UserError, match=r"holds another generator \(gan.seed was 0, now it is 5\); .*--overwrite"):
-        gan_images.is_trained(other, calm / "generator")
+        gan_folder.is_trained(other, calm / "generator")
 
 
 def test_a_generator_is_trained_for_longer_from_where_its_rates_had_not_fallen(calm, tmp_path):
     shutil.copytree(calm / "generator", tmp_path / "generator")
     longer, _ = cli.parse("test", ["--output", str(tmp_path), *OPTIONS, "--gan.kimg", "0.64"], preset=["mnist32_generator"])
     with pytest.raises(UserError, match=r"holds another generator \(gan.kimg was 0.48, now it is 0.64\)"):
-        gan_images.is_trained(longer, tmp_path / "generator")
+        gan_folder.is_trained(longer, tmp_path / "generator")
     shutil.copytree(calm / "generator_training", tmp_path / "generator_training")
     for option in ("--gan.seed", "--data.seed"):
         other, _ = cli.parse(
             "test", ["--output", str(tmp_path), *OPTIONS, "--gan.kimg", "0.64", option, "5"], preset=["mnist32_generator"]
         )
         with pytest.raises(UserError, match=r"holds another generator"):
-            gan_images.is_trained(other, tmp_path / "generator")
-    assert not gan_images.is_trained(longer, tmp_path / "generator")
+            gan_folder.is_trained(other, tmp_path / "generator")
+    assert not gan_folder.is_trained(longer, tmp_path / "generator")
     lines: list[str] = []
     gan.train(longer, tmp_path / "generator", "longer", lines.append)
     assert any("with its first 0.32 thousand images" in line for line in lines)
@@ -228,7 +228,7 @@ def test_a_generator_is_trained_for_longer_from_where_its_rates_had_not_fallen(c
     killed_in_its_last_moment = tmp_path / "train" / gan_images.training_name(longer, card["images_sha256"])
     killed_in_its_last_moment.mkdir()
     (tmp_path / "generator_training").rename(killed_in_its_last_moment / "trunk")
-    gan_images.settle(longer, tmp_path / "generator", tmp_path / "train")
+    gan_folder.settle(longer, tmp_path / "generator", tmp_path / "train")
     assert (tmp_path / "generator_training" / "gan.json").is_file()
     assert not list((tmp_path / "train").iterdir())
-    assert gan_images.is_trained(longer, tmp_path / "generator")
+    assert gan_folder.is_trained(longer, tmp_path / "generator")

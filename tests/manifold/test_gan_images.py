@@ -21,7 +21,7 @@ from PIL import Image
 from dmat_ray.config import Config, DataConfig
 from dmat_ray.data.sources import list_examples, read_pixels
 from dmat_ray.errors import UserError
-from dmat_ray.manifold import gan_images, trained_on
+from dmat_ray.manifold import gan_folder, gan_images, trained_on
 
 
 def test_decoded_images_are_those_of_the_training_split(tmp_path: Path) -> None:
@@ -204,12 +204,12 @@ def test_a_longer_training_goes_on_from_that_of_the_very_generator(tmp_path: Pat
     trunk.parent.mkdir(parents=True)
     about = {"config": config.gan.model_dump(mode="json"), "history": [{"kimg": 1}]}
     trunk.write_text(json.dumps(about))
-    gan_images.settle(config, folder, storage)
-    assert gan_images.extends(longer, folder)
+    gan_folder.settle(config, folder, storage)
+    assert gan_folder.extends(longer, folder)
     (folder / "generator.safetensors").write_bytes(b"others")
-    assert not gan_images.extends(longer, folder)
-    (gan_images.trunk_of(folder) / "gan.json").write_text(json.dumps(about))
-    assert gan_images.extends(longer, folder)
+    assert not gan_folder.extends(longer, folder)
+    (gan_folder.trunk_of(folder) / "gan.json").write_text(json.dumps(about))
+    assert gan_folder.extends(longer, folder)
 
 
 def test_the_table_beside_a_generator_tells_its_images(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_a_generator_is_another_only_where_images_are(
     folder = trained(config, tmp_path / "generator")
     if not with_table:
         (folder / "images.parquet").unlink()
-    assert gan_images.is_trained(config, folder)
+    assert gan_folder.is_trained(config, folder)
     before = contents(config)
     change(photos)
     after = contents(config)
@@ -291,11 +291,11 @@ def test_a_generator_is_another_only_where_images_are(
     told = ", ".join(f"{count} image{'s'[: count - 1]} {word}" for word, count in counts.items() if count)
     assert bool(told) == (change in (add, remove, draw))
     if with_table and not told:
-        assert gan_images.is_trained(config, folder)
+        assert gan_folder.is_trained(config, folder)
         return
     why = f"{told} since" if with_table else "its images have changed since, or their files"
     with pytest.raises(UserError, match=re.escape(f"holds another generator ({why}); give another --output, or --overwrite")):
-        gan_images.is_trained(config, folder)
+        gan_folder.is_trained(config, folder)
 
 
 @pytest.mark.parametrize("change", [touch, save_otherwise, add, remove, draw])
@@ -334,7 +334,7 @@ def test_what_another_generator_was_made_with_is_named(tmp_path: Path, options: 
     photos = photo_folder(tmp_path / "photos", count=20)
     folder = trained(photo_settings(photos, tmp_path), tmp_path / "generator")
     with pytest.raises(UserError, match=words):
-        gan_images.is_trained(photo_settings(photos, tmp_path, *options), folder)
+        gan_folder.is_trained(photo_settings(photos, tmp_path, *options), folder)
 
 
 def test_only_images_whose_files_are_others_are_decoded_to_compare_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,15 +350,15 @@ def test_only_images_whose_files_are_others_are_decoded_to_compare_them(tmp_path
         return read_pixels(rows, data)
 
     monkeypatch.setattr(trained_on, "read_pixels", noting)
-    assert gan_images.is_trained(config, folder)
+    assert gan_folder.is_trained(config, folder)
     assert decoded == [name]
 
 
 def test_a_folder_that_is_no_whole_generator_is_another(tmp_path: Path) -> None:
     config = photo_settings(photo_folder(tmp_path / "photos"), tmp_path)
-    assert not gan_images.is_trained(config, tmp_path / "generator")
+    assert not gan_folder.is_trained(config, tmp_path / "generator")
     folder = trained(config, tmp_path / "generator")
     for name in ("generator.safetensors", "card.json"):
         (folder / name).unlink()
         with pytest.raises(UserError, match="it was not trained here, or is not whole"):
-            gan_images.is_trained(config, folder)
+            gan_folder.is_trained(config, folder)
