@@ -24,7 +24,7 @@ from dmat_ray.attack import attack
 from dmat_ray.config import Config, ImageRow, LatentRow, StyleGAN1Config
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import fast
-from dmat_ray.manifold.gan_trainer import _Training
+from dmat_ray.manifold.gan_step import GanTraining
 from dmat_ray.manifold.projection import Projector
 from dmat_ray.manifold.stylegan1 import StyleGAN1
 from dmat_ray.networks import classifiers
@@ -136,12 +136,12 @@ class Bench:
             settings = config.model_copy(
                 update={"architecture": shape, "precision": precision, "batch_size": self.given.gan_batch}
             )
-            training = _Training(settings, _Here(self.device))
+            training = GanTraining(settings, _Here(self.device))
             images = (torch.rand(64, shape.channels, shape.resolution, shape.resolution, device=self.device) * 255).byte()
             labels = torch.zeros(64, dtype=torch.long, device=self.device)
             count = iter(range(1, 10_000))
 
-            def steps(t: _Training = training, x: Any = images, y: Any = labels, c: Any = count) -> None:
+            def steps(t: GanTraining = training, x: Any = images, y: Any = labels, c: Any = count) -> None:
                 for _ in range(EACH):
                     t.step(next(c), x, y)
 

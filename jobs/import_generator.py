@@ -104,7 +104,7 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
 def writer_of(path: Path, card: str | None, folder: Path) -> Callable[[Path], None]:
     """What writes the generator in `path`, a program with its card or a checkpoint, into a fresh folder that becomes `folder`."""
     from dmat_ray.manifold.formats import exported
-    from dmat_ray.manifold.gan_images import trunk_of
+    from dmat_ray.manifold.gan_folder import trunk_of
 
     is_program = path.is_file() and exported.is_program(path)
     if card and not is_program:

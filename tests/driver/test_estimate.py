@@ -25,7 +25,7 @@ from dmat_ray.evaluation import probes
 from dmat_ray.evaluation.evaluation import Evaluator, evaluate_here
 from dmat_ray.evaluation.units import chosen
 from dmat_ray.local import LocalContext
-from dmat_ray.manifold import encoder_trainer, gan_trainer
+from dmat_ray.manifold import encoder_trainer, gan_step
 from dmat_ray.manifold.projection import Projector
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.models import checkpoint, model_import, trained_models
@@ -98,7 +98,7 @@ def test_a_projection_is_counted(make_config: MakeConfig, generator: StyleGAN2) 
 def test_a_step_of_a_generator_is_counted(make_config: MakeConfig, tmp_path: Path, penalties: dict[str, Any]) -> None:
     architecture = {"resolution": 16, "channels": 1, "num_classes": 4, "z_dim": 16, "w_dim": 16, "channel_max": 32}
     config = make_config(gan={"architecture": architecture, "batch_size": 8, "kimg": 0.016, "mode_seeking": 0, **penalties})
-    training = gan_trainer._Training(config.gan, LocalContext(tmp_path, print))
+    training = gan_step.GanTraining(config.gan, LocalContext(tmp_path, print))
     images, labels = torch.rand(8, 1, 16, 16), torch.arange(8) % 4
     with counting() as counter:
         training.step(1, images, labels)

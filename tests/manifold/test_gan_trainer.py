@@ -20,7 +20,8 @@ from dmat_ray.local import LocalContext
 from dmat_ray.manifold import diversity, gan, gan_trainer, quality
 from dmat_ray.manifold.discriminator import Discriminator
 from dmat_ray.manifold.gan_progress import read_progress, result_of
-from dmat_ray.manifold.gan_trainer import _Training, train_generator
+from dmat_ray.manifold.gan_step import GanTraining
+from dmat_ray.manifold.gan_trainer import train_generator
 from dmat_ray.models.checkpoint import seal
 from dmat_ray.training import pace
 
@@ -108,14 +109,14 @@ def test_sigterm_leaves_a_checkpoint_after_the_very_step(
 ) -> None:
     config = settings(ada_target=0.6, ada_kimg=0.5, path_length=2.0, kimg=0.24, report_kimg=report_kimg)
     expected, reports = train(config, tmp_path / "whole")
-    before, step = signal.getsignal(signal.SIGTERM), _Training.step
+    before, step = signal.getsignal(signal.SIGTERM), GanTraining.step
 
-    def signalled(self: _Training, i: int, *given: Any) -> None:
+    def signalled(self: GanTraining, i: int, *given: Any) -> None:
         step(self, i, *given)
         if i == stop:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(_Training, "step", signalled)
+    monkeypatch.setattr(GanTraining, "step", signalled)
     monkeypatch.setattr(pace, "LOOK_S", 0.0)
     told: list[dict[str, float]] = []
     context = LocalContext(tmp_path / "stopped", lambda m: told.append(dict(m)))
@@ -127,7 +128,7 @@ def test_sigterm_leaves_a_checkpoint_after_the_very_step(
     assert progress["step"] == stop < progress["of"]
     with pytest.raises(UserError, match=rf"is of step {stop} of 30, which is no result yet; give the command again"):
         result_of(tmp_path / "stopped" / "checkpoint", config)
-    monkeypatch.setattr(_Training, "step", step)
+    monkeypatch.setattr(GanTraining, "step", step)
     state, rest = train(config, tmp_path / "stopped")
     assert timeless(told + rest) == timeless(reports)
     assert all(torch.equal(state[key], expected[key]) for key in expected)
@@ -140,17 +141,17 @@ def test_a_training_that_goes_on_is_judged_by_the_network_that_judged_it_before(
 ) -> None:
     config = settings(kimg=0.24, quality={"network": "classifier", "epochs": 1})
     _, reports = train(config, tmp_path / "whole")
-    step = _Training.step
+    step = GanTraining.step
 
-    def failing(self: _Training, i: int, *given: Any) -> None:
+    def failing(self: GanTraining, i: int, *given: Any) -> None:
         if i == 15:
             raise ConnectionError
         step(self, i, *given)
 
-    monkeypatch.setattr(_Training, "step", failing)
+    monkeypatch.setattr(GanTraining, "step", failing)
     with pytest.raises(ConnectionError):
         train(config, tmp_path / "stopped")
-    monkeypatch.setattr(_Training, "step", step)
+    monkeypatch.setattr(GanTraining, "step", step)
     monkeypatch.setattr(quality, "train_classifier", lambda *_: pytest.fail("it is trained anew, and its FIDs do not compare"))
     _, rest = train(config, tmp_path / "stopped")
     assert timeless(rest) == timeless(reports)[-len(rest) :]
@@ -180,7 +181,7 @@ def test_two_workers_on_different_parts_of_a_batch_stay_equal(tmp_path: Path) ->
     run_two_workers("gan_process.py", str(tmp_path / "two"))
     one, two = (torch.load(tmp_path / "two" / f"result{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(one[key], two[key]) for key in one)
-    untrained = _Training(config, LocalContext(tmp_path)).average.state_dict()
+    untrained = GanTraining(config, LocalContext(tmp_path)).average.state_dict()
     assert not torch.equal(one["synth.const"], untrained["synth.const"])
 
 
@@ -311,14 +312,14 @@ def test_the_best_snapshot_is_the_result(
 
 def test_a_training_that_diverges_late_ends_with_its_best_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     averages: list[dict[str, Tensor]] = []
-    step = _Training.step
+    step = GanTraining.step
 
-    def spoiled(self: _Training, i: int, images: Tensor, labels: Tensor) -> None:
+    def spoiled(self: GanTraining, i: int, images: Tensor, labels: Tensor) -> None:
         step(self, i, images, labels)
         if i == 25:
             self.generator.synth.const.data.fill_(float("nan"))
 
-    monkeypatch.setattr(_Training, "step", spoiled)
+    monkeypatch.setattr(GanTraining, "step", spoiled)
     reports: list[Mapping[str, float]] = []
     generator = train_generator(
         settings(), *some_images(), LocalContext(tmp_path, reports.append),
@@ -362,7 +363,7 @@ def test_adaptive_augmentation_moves_towards_its_target(tmp_path: Path) -> None:
 
 def test_path_length_penalty_of_the_paper(tmp_path: Path) -> None:
     """(|J^T y| - a)^2 with a the running mean (decay 0.99), by the weight and the interval, on half of the batch."""
-    training = _Training(settings(path_length=2.0, path_interval=4), LocalContext(tmp_path))
+    training = GanTraining(settings(path_length=2.0, path_interval=4), LocalContext(tmp_path))
     means = []
     for step in (1, 2):
         found = training._path_penalty(gan.StepDraws(0, step, 8))
