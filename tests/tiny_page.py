@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from galleries import gallery_here
 
 from dmat_ray.config import Config
 from dmat_ray.data.manifold_set import open_set
@@ -86,5 +87,5 @@ def write_page(
     measurements = probes.joined((unit, probes.probe(evaluator, unit)) for unit in looks)
     findings = [WARNING, *checks.judge(results, measurements)] if check else []
     path = folder / "page" / "report.html"
-    report.write(config, set_folder, models, results, (measurements, findings), path)
+    report.write(config, set_folder, models, results, (measurements, findings), path, gallery_here(config, set_folder, models))
     return Written(path, results, findings, measurements, models)

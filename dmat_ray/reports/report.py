@@ -2,26 +2,20 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from dmat_ray.config import Config
-from dmat_ray.data import manifold_set, set_reader
+from dmat_ray.data import set_reader
 from dmat_ray.errors import UserError
 from dmat_ray.evaluation import evaluation, intervals
 from dmat_ray.evaluation.checks import Finding
-from dmat_ray.evaluation.evaluation import Evaluator
 from dmat_ray.evaluation.metrics import Results
-from dmat_ray.evaluation.units import chosen
-from dmat_ray.manifold import generators
 from dmat_ray.models import checkpoint, methods
-from dmat_ray.reports import charts, figures, gallery, report_methods, report_text, report_values
+from dmat_ray.reports import charts, figures, report_methods, report_text, report_values
 from dmat_ray.reports.report_values import interval, per_cent, points
 from dmat_ray.storage import Location, Place, at
 from dmat_ray.wording import number_of
@@ -127,12 +121,12 @@ def write(
     results: Results,
     checked: tuple[list[dict[str, Any]], list[Finding]],
     page: Place,
-    shown: dict[str, Any] | None = None,
+    shown: dict[str, Any],
 ) -> None:
     """Write the page of these results, and its `siblings`; the page comes last.
 
     `models` maps names to folders, in the order of the table; `checked` is what the checks measured, and what they found;
-    `shown` is the gallery, as `gallery.joined` has it, which else is made here: attacks on a few images for every model.
+    `shown` is the gallery, attacks on a few images for every model, as `gallery.joined` has it.
     """
     import yaml
 
@@ -176,7 +170,7 @@ def write(
         class_names=manifest["class_names"],
         courses=report_values.courses(measurements, names),
         measurements=measurements,
-        gallery=_gallery(config, set_folder, models) if shown is None else shown,
+        gallery=shown,
         histories=report_values.histories(runs),
         manifest=manifest,
         poor={split: count - manifest["usable"].get(split, 0) for split, count in manifest["splits"].items()},
@@ -184,27 +178,6 @@ def write(
         config=settings,
         siblings=[markdown.name, table.name],
     )
-
-
-def _gallery(config: Config, set_folder: Place, models: Mapping[str, Place]) -> dict[str, Any]:
-    """The gallery, made in this process."""
-    listed = manifold_set.usable(set_folder, "test")
-    ids = listed["id"].to_pylist()
-    work = gallery.units(list(models), config.evaluation, listed["label"].to_numpy(), chosen(ids, config.evaluation))
-    shown = np.array(work[0].positions)
-    data = manifold_set.open_set(set_folder, "test", only=[ids[i] for i in shown])
-    positions = tuple(np.argsort(np.argsort(shown)).tolist())  # of the set, which is in the order of ids
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    evaluator = Evaluator(
-        config.evaluation.model_copy(update={"lpips": "none"}),
-        data,
-        generators.load_configured(config.generator, device),
-        lambda name: checkpoint.load_classifier(models[name], device)[0],
-        list(models),
-        device,
-    )
-    drawn = ((unit, gallery.draw(evaluator, replace(unit, positions=positions))) for unit in work)
-    return gallery.joined(drawn, config.evaluation, listed, data.manifest)
 
 
 def siblings(page: Location) -> tuple[Location, Location]:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from galleries import gallery_here
 from small import settings, start_job, wait_for
 
 from dmat_ray.cluster import evaluate as stage
@@ -168,7 +169,8 @@ def test_images_of_the_report_are_made_by_workers(finished, undisturbed, suite, 
     output = shutil.copytree(undisturbed[0], tmp_path / "out")
     config, page = settings(output, *BATCHES, preset=("demo", str(suite))), output / "report.html"
     checked, found = evaluated.read_checks(output / "evaluation"), undisturbed[1]
-    report.write(config, output / "on_manifold_set", finished.models, found, checked, tmp_path / "here.html")
+    shown = gallery_here(config, output / "on_manifold_set", finished.models)
+    report.write(config, output / "on_manifold_set", finished.models, found, checked, tmp_path / "here.html", shown)
     images = {place: re.findall(r'src="(data:image/png[^"]+)"', place.read_text()) for place in (page, tmp_path / "here.html")}
     assert images[page] == images[tmp_path / "here.html"]
     classes = min(8, len(set(found.rows["label"].to_pylist())))

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import scipy.stats
+from galleries import gallery_here
 from rendered import Rendered
 from tiny_page import EVALUATION, Written, write_page
 
@@ -138,7 +139,8 @@ def written(tmp_path_factory: pytest.TempPathFactory, config: Config, set_folder
         settings = {"training": {"seed": int(seed)}, "objective": {"image": {"eps": 0.01 * (1 + list(SEEDS).index(method))}}}
         told = said.read_json()
         said.write_json({**told, "finished": True, "config": presets.merge(told["config"], {"name": f"{k}", **settings})})
-    report.write(config, set_folder, found.models, found.results, ([], []), found.path)
+    shown = gallery_here(config, set_folder, found.models)
+    report.write(config, set_folder, found.models, found.results, ([], []), found.path, shown)
     return found
 
 

@@ -19,6 +19,7 @@ import pytest
 import scipy.stats
 import torch
 import yaml
+from galleries import gallery_here
 from PIL import Image
 from rendered import Rendered
 from tiny_page import EVALUATION, GROUP, MODELS, PGD, TITLE, WORST, Written, write_page
@@ -484,7 +485,8 @@ def test_classes_that_a_model_cannot_know_are_told(tmp_path: Path, config: Confi
     assert told not in found.html
     place = at(found.models[MODELS[1]])
     (place / "run.json").write_json({**(place / "run.json").read_json(), "classes_without_images": ["odd"]})
-    report.write(config, set_folder, found.models, found.results, ([], []), found.path)
+    shown = gallery_here(config, set_folder, found.models)
+    report.write(config, set_folder, found.models, found.results, ([], []), found.path, shown)
     facts = dict(Page(found.path.read_text()).tables[-1])
     assert facts[told] == "'odd', of which it was trained without an image"
     assert f"Model {MODELS[0]} cannot know" not in facts

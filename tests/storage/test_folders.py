@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import s3
 import torch
+from galleries import gallery_here
 from tiny_page import EVALUATION, save_models
 
 from dmat_ray import cli
@@ -264,7 +265,8 @@ def test_a_report_and_an_export_by_url(
         )
         rows = evaluate_here(evaluator).drop_columns(["seconds"])
         results = Results(rows.append_column("seconds", [[0.0] * rows.num_rows]), config.evaluation)
-        report.write(settings, where, folders_of, results, ([], []), root / "report.html")
+        shown = gallery_here(settings, where, folders_of)
+        report.write(settings, where, folders_of, results, ([], []), root / "report.html", shown)
         files = [root / "report.html", *report.siblings(root / "report.html")]
         model_export.require_ours(root / "exported")
         replace_folder(
