@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dmat_ray.local_stages import make_set, train
     from dmat_ray.manifold.generators import load_generator
     from dmat_ray.models.checkpoint import load_classifier
-    from dmat_ray.reports.report import terminal_table
+    from dmat_ray.reports.terminal import terminal_table
 
 __version__ = "0.1.0"
 
@@ -31,7 +31,7 @@ _HOMES = {
     "predict": "image_files",
     "project": "api",
     "settings": "cli",
-    "terminal_table": "reports.report",
+    "terminal_table": "reports.terminal",
     "train": "local_stages",
 }
 

@@ -1,11 +1,9 @@
 """What --dry-run prints: the settings as they are understood, the resources of every stage, and what it takes at most."""
 
-import io
 from collections.abc import Mapping, Sequence
 
 import torch
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from dmat_ray import estimate
@@ -17,6 +15,7 @@ from dmat_ray.evaluation.evaluation import require_fit
 from dmat_ray.manifold import encoder_trainer, generators
 from dmat_ray.manifold.gan_trainer import check_images, check_workers
 from dmat_ray.models.checkpoint import load_classifier
+from dmat_ray.reports.terminal import plain
 from dmat_ray.storage import Place, set_folder
 
 
@@ -117,9 +116,8 @@ def text(config: Config, found: Sequence[estimate.Stage]) -> str:
         wall = sum(stage.hours(cluster.tflops) / stage.workers for stage in found) if cluster.tflops else 0.0
         table.add_section()
         table.add_row("all", "", "", "", "", *_cells(config, total, total_hours, wall, total_cost))
-    console = Console(width=140, force_terminal=False, color_system=None, markup=False, record=True, file=io.StringIO())
-    console.print(table)
-    lines = [yaml.safe_dump(config.to_json(), sort_keys=False, allow_unicode=True).rstrip(), "", console.export_text().rstrip()]
+    settings = yaml.safe_dump(config.to_json(), sort_keys=False, allow_unicode=True).rstrip()
+    lines = [settings, "", plain([table], width=140)]
     if not cluster.tflops:
         lines.append("give --cluster.tflops, what a worker keeps up, for hours, and --cluster.price of its hour for the cost")
     lines.append("without start-up, decoding and waiting for machines; nothing was started")

@@ -25,7 +25,7 @@ def main() -> None:
     from dmat_ray.cluster import jobs
     from dmat_ray.models.checkpoint import RUN
     from dmat_ray.models.trained_models import models_folder, named_folders
-    from dmat_ray.reports import report
+    from dmat_ray.reports import terminal
 
     root = models_folder(config)
     if arguments.dry_run and root.local is None:  # what is in an object store is not looked at
@@ -40,10 +40,7 @@ def main() -> None:
         print(dry_run.text(config, [dry_run.evaluation_stage(config, models)]))
         return
     results, findings = jobs.evaluate(config, models, jobs.Speaker().stage("evaluate"))
-    print(report.terminal_table(results, list(models)))
-    if told := report.terminal_methods(results, models):
-        print(told)
-    print(report.terminal_checks(findings))
+    print(terminal.of_evaluation(results, models, findings))
     print(f"report: {jobs.report_page(config)}")
     print("next: jobs/export_model.py makes folders of models for others")
 

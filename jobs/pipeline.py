@@ -42,7 +42,7 @@ def main() -> None:
     from dmat_ray.evaluation import evaluation
     from dmat_ray.manifold import set_maker
     from dmat_ray.models import trained_models
-    from dmat_ray.reports import report
+    from dmat_ray.reports import terminal
     from dmat_ray.storage import set_folder
 
     speaker = jobs.Speaker()
@@ -71,10 +71,7 @@ def main() -> None:
         page = jobs.report_page(config)
         run.artifact(page)
         say("done")
-    print(report.terminal_table(results, list(trained)))
-    if told := report.terminal_methods(results, trained):
-        print(told)
-    print(report.terminal_checks(findings))
+    print(terminal.of_evaluation(results, trained, findings))
     print(f"\nreport: {page}")
     print(f"MLflow: {jobs.ui_command(config)}")
 

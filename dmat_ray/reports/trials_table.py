@@ -1,6 +1,5 @@
 """The trials of a search as a table in the terminal, live while they run."""
 
-import io
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,6 +8,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from dmat_ray.reports.terminal import plain
 from dmat_ray.reports.trials import Trial, ranked, value
 
 MOST = 20  # rows of a live table
@@ -53,9 +53,7 @@ def table(trials: Sequence[Trial], objectives: Sequence[str], title: str = "", m
 
 def text(trials: Sequence[Trial], objectives: Sequence[str], width: int = 160) -> str:
     """The same as plain text, all of its rows."""
-    console = Console(width=width, force_terminal=False, color_system=None, markup=False, record=True, file=io.StringIO())
-    console.print(table(trials, objectives))
-    return console.export_text().rstrip()
+    return plain([table(trials, objectives)], width)
 
 
 class LiveTable:

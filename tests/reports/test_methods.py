@@ -20,7 +20,7 @@ from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.evaluation.metrics import Results
 from dmat_ray.models import checkpoint, methods, trained_settings
 from dmat_ray.models.methods import Method
-from dmat_ray.reports import report, report_methods, report_text, report_values
+from dmat_ray.reports import report, report_methods, report_text, report_values, terminal
 from dmat_ray.storage import at
 
 COLUMNS = ["clean", "PGD", "OM-PGD", "mean"]
@@ -208,7 +208,7 @@ def test_methods_are_compared_by_pairs_of_seeds_where_these_fit(written: Written
 
 
 def test_page_terminal_and_csv_say_the_same(written: Written) -> None:
-    told, html = report.terminal_methods(written.results, written.models), written.html
+    told, html = terminal.terminal_methods(written.results, written.models), written.html
     with written.path.with_suffix(".csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert told.count("mean accuracy (%) over trainings") == html.count("<h3>By method: mean accuracy (%) over trainings") == 2
@@ -265,4 +265,4 @@ def test_a_difference_that_excludes_nothing_is_marked_and_others_are_not() -> No
 
 def test_a_single_training_of_each_method_says_nothing_of_methods(written: Written) -> None:
     some = {name: written.models[name] for name in ("dmat-0", "at-1", "alone-0")}
-    assert report.terminal_methods(written.results, some) == ""
+    assert terminal.terminal_methods(written.results, some) == ""

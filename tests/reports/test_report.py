@@ -31,7 +31,7 @@ from dmat_ray.evaluation.checks import Finding
 from dmat_ray.evaluation.intervals import Difference
 from dmat_ray.evaluation.metrics import Results
 from dmat_ray.models import checkpoint, trained_settings
-from dmat_ray.reports import gallery, report, report_text, report_values
+from dmat_ray.reports import gallery, report, report_text, report_values, terminal
 from dmat_ray.storage import at
 
 COLUMNS = {
@@ -138,7 +138,7 @@ def shares(rows: pa.Table, model: str, set_name: str) -> list[str]:
 
 
 def test_terminal_table_has_the_right_numbers(written: Written) -> None:
-    text = report.terminal_table(written.results, MODELS)
+    text = terminal.terminal_table(written.results, MODELS)
     blocks = text.split("accuracy (%) on 12 ")[1:]
     assert [block.split(" test images")[0] for block in blocks] == ["on-manifold", "natural"]
     for block, set_name in zip(blocks, COLUMNS, strict=True):
@@ -156,7 +156,7 @@ def test_terminal_table_of_many_attacks_keeps_every_column(config: Config) -> No
     suite = {"attacks": [{"threat": "image", "name": name} for name in names], "sets": ["natural"]}
     answers = {"set": "natural", "id": "a", "correct": True}
     rows = pa.Table.from_pylist([{"model": m, "source": m, "attack": a, **answers} for m in MODELS for a in ["clean", *names]])
-    text = report.terminal_table(Results(rows, EvaluationConfig.model_validate(suite)), MODELS)
+    text = terminal.terminal_table(Results(rows, EvaluationConfig.model_validate(suite)), MODELS)
     assert [name for name in names if f" {name} " not in text] == []
     assert text.count("100.0") == 2 * 20
     assert "…" not in text
@@ -170,12 +170,12 @@ def test_terminal_checks_are_a_line_a_warning_and_a_count() -> None:
         Finding("at", "logits", "ok", "fine"),
         Finding("dmat", "noise", "ok", "fine"),
     ]
-    assert report.terminal_checks(found).splitlines() == [
+    assert terminal.terminal_checks(found).splitlines() == [
         "warning: at: noise: a is weak",
         "warning: at: noise: b is weak",
         "2 of 3 checks passed; 1 gave 2 warnings",
     ]
-    assert report.terminal_checks([]) == "no checks were made"
+    assert terminal.terminal_checks([]) == "no checks were made"
 
 
 def test_page_has_the_right_numbers(page: Page, written: Written) -> None:
