@@ -186,7 +186,7 @@ def _unreadable(error: SettingsError, namespace: argparse.Namespace) -> str:
     return f"{said}{why}; write text in quotes"
 
 
-def dry_run(parser: argparse.ArgumentParser) -> None:
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
     """--dry-run, for `parse(add=)`; what it prints is `dmat_ray.dry_run`'s."""
     parser.add_argument(
         "--dry-run", action="store_true", help="print the settings, each stage's resources and its cost at most, and end there"

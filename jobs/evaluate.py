@@ -15,7 +15,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="models under OUTPUT/models, or folders (default: all under OUTPUT/models)",
     )
-    cli.dry_run(parser)
+    cli.add_dry_run(parser)
 
 
 def main() -> None:

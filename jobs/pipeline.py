@@ -17,7 +17,7 @@ APART = "is what tells methods apart; give it in a preset of your own, and that 
 
 
 def main() -> None:
-    config, given = cli.parse(str(__doc__), preset=["demo"], add=cli.dry_run)
+    config, given = cli.parse(str(__doc__), preset=["demo"], add=cli.add_dry_run)
     if weights := sorted(name for name, value in vars(given).items() if value is not None and WEIGHT.fullmatch(name)):
         raise UserError(f"{weights[0]} {APART}")
     if getattr(given, "name", None) is not None:
@@ -81,7 +81,7 @@ def _method(name: str, argv: Sequence[str] | None = None) -> Config:
 
     Raises UserError for a weight that does not come of the method's preset.
     """
-    config, _ = cli.parse(str(__doc__), argv, preset=["demo"], over=[name], add=cli.dry_run)
+    config, _ = cli.parse(str(__doc__), argv, preset=["demo"], over=[name], add=cli.add_dry_run)
     own = presets.load([name])
     _require_own_weights(name, config.objective, own.get("objective", {}))
     return validate({**config.to_json(), "name": own.get("name", Path(name).stem)})

@@ -5,7 +5,7 @@ from dmat_ray.cluster.environment import prepare_environment
 
 
 def main() -> None:
-    config, given = cli.parse(str(__doc__), preset=["demo"], add=cli.dry_run)
+    config, given = cli.parse(str(__doc__), preset=["demo"], add=cli.add_dry_run)
     if given.dry_run:
         from dmat_ray import dry_run
 

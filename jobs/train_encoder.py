@@ -10,7 +10,7 @@ from dmat_ray.cluster.environment import prepare_environment
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace another encoder that is in the output folder")
-    cli.dry_run(parser)
+    cli.add_dry_run(parser)
 
 
 def main() -> None:

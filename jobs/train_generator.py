@@ -13,7 +13,7 @@ from dmat_ray.storage import local_output
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace another generator that is in the output folder")
-    cli.dry_run(parser)
+    cli.add_dry_run(parser)
 
 
 def main() -> None:

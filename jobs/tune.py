@@ -28,7 +28,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-gpu-hours", metavar="N", help="short for --tune.max_gpu_hours")
     parser.add_argument("--max-wall-time", metavar="TIME", help="30m, 8h: for --tune.max_wall_minutes")
-    cli.dry_run(parser)
+    cli.add_dry_run(parser)
 
 
 def _with_shorts(config: Config, given: argparse.Namespace) -> Config:

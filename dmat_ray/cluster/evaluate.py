@@ -31,12 +31,11 @@ from dmat_ray.evaluation.units import Unit
 from dmat_ray.manifold import generators
 from dmat_ray.models import checkpoint
 from dmat_ray.reports import gallery
-from dmat_ray.storage import Location, Place, at
-from dmat_ray.storage.files import Found, awaited
+from dmat_ray.storage import READERS, Location, Place, at
+from dmat_ray.storage.files import T, awaited
 from dmat_ray.storage.lease import Lease
 
 UNITS = "units"
-READERS = 16  # files read at a time: an object store answers slowly, and many at once
 
 
 class UnitEvaluator:
@@ -179,9 +178,9 @@ class Work:
         """Whether a unit's file is there and can be read."""
         return (self.values(unit) if unit.is_json else self.table(unit)) is not None
 
-    def all_of(self, done: Sequence[Unit], read: Callable[[Unit], Found | None]) -> list[Found]:
+    def all_of(self, done: Sequence[Unit], read: Callable[[Unit], T | None]) -> list[T]:
         """What units that are done gave. Raises UserError for files that do not show here in `files.VISIBLE_S`."""
-        found: dict[Unit, Found] = {}
+        found: dict[Unit, T] = {}
 
         def look() -> bool | None:
             missing = [unit for unit in done if unit not in found]

@@ -14,10 +14,10 @@ import torch
 
 from dmat_ray.data.pixels import to_unit
 from dmat_ray.data.set_format import from_lists, from_netpbm
-from dmat_ray.data.set_reader import READERS, decoded, digest, read_columns, read_manifest, read_shard, require_usable
+from dmat_ray.data.set_reader import decoded, digest, read_columns, read_manifest, read_shard, require_usable
 from dmat_ray.errors import UserError
 from dmat_ray.positions import Index, positions
-from dmat_ray.storage import Place, at
+from dmat_ray.storage import READERS, Place, at
 from dmat_ray.types import Batch
 from dmat_ray.wording import did_you_mean
 

@@ -67,20 +67,20 @@ LAYOUTS = (
 
 
 @dataclass(frozen=True)
-class Found:
+class Published:
     """A data set and the folder below the source that it lies in ('' = the source itself)."""
 
     folder: str
     layout: Layout
 
 
-def find(files: Sequence[str]) -> Found | None:
+def find(files: Sequence[str]) -> Published | None:
     """The published data set among these paths, if there is one. Raises UserError for several."""
     folders: dict[str, set[str]] = {}
     for path in files:
         folder, _, name = path.rpartition("/")
         folders.setdefault(folder, set()).add(name)
-    found = [Found(folder, layout) for folder, names in sorted(folders.items()) if (layout := _layout(names)) is not None]
+    found = [Published(folder, layout) for folder, names in sorted(folders.items()) if (layout := _layout(names)) is not None]
     if len(found) > 1:
         told = ", ".join(f"'{one.folder or '.'}' ({one.layout.title})" for one in found)
         raise UserError(f"data.source holds several data sets: {told}; give the folder of one of them")
@@ -103,7 +103,7 @@ def is_packed(name: str) -> bool:
     return bool(IDX.fullmatch(base)) or any(base in (*layout.train, *layout.test) for layout in LAYOUTS)
 
 
-def packed_items(root: Location, files: Sequence[str], found: Found, config: DataConfig) -> Items:
+def packed_items(root: Location, files: Sequence[str], found: Published, config: DataConfig) -> Items:
     """All images of a data set: first its training, then its test files, which `data.official_split` false leaves aside.
 
     Raises UserError for files that are missing, damaged, cut short, empty, or do not go together.

@@ -17,10 +17,9 @@ from dmat_ray.data.file_digest import file_digest
 from dmat_ray.data.parquet_rows import image_columns, is_text, one_line, require_column
 from dmat_ray.data.set_format import OURS, SHARDS
 from dmat_ray.errors import UserError
-from dmat_ray.storage import Location, require_not_of_storage
+from dmat_ray.storage import READERS, Location, require_not_of_storage
 
 SUFFIX = ".parquet"
-READERS = 16  # files read at a time: an object store answers slowly, and many at once
 LARGE_GROUP = 1 << 29  # bytes of images in a row group that a process should not read to come by the last of them
 
 

@@ -19,12 +19,10 @@ from dmat_ray.data.decoding import GREY_LEVELS, MAX_PIXELS, SIZED, decode
 from dmat_ray.data.manifest import Described
 from dmat_ray.data.set_format import COPIES, GIVEN_UP, LOST, MANIFEST, SHARDS, VERSION, different_columns, schema
 from dmat_ray.errors import UserError, first_line
-from dmat_ray.storage import Location, Place, at, require_not_of_storage
+from dmat_ray.storage import READERS, Location, Place, at, require_not_of_storage
 from dmat_ray.storage.files import parse_json, text_digest
 from dmat_ray.validated import describe
 from dmat_ray.wording import be
-
-READERS = 16  # files read at a time: an object store answers slowly, and many at once
 
 
 def read_manifest(place: Place) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.storage import Location
 
 SETTINGS = "settings.json"
-MAX_PIXELS = "data.max_pixels"
+MAX_PIXELS_KEY = "data.max_pixels"
 LISTING, BY_LISTING = "listing_sha256", {"data.official_split", "data.classes"}  # the former tells all that the latter do
 COUNT = "examples"
 OF_IMAGES = {LISTING, COUNT, "class_names"}  # what other images of a source are told by
@@ -30,9 +30,9 @@ def begin(folder: Location, settings: dict[str, Any]) -> None:
         path.write_json(settings)
         return
     before, now = _known_alike(_flat(_as_now(old, settings)), _flat(settings))
-    then, most = before.get(MAX_PIXELS), now.get(MAX_PIXELS)
+    then, most = before.get(MAX_PIXELS_KEY), now.get(MAX_PIXELS_KEY)
     if isinstance(then, int) and isinstance(most, int) and then < most:
-        before[MAX_PIXELS] = most
+        before[MAX_PIXELS_KEY] = most
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if changed:
         raise UserError(f"the on-manifold set '{folder}' was begun with {_told(before, now, changed)}, or remove the folder")

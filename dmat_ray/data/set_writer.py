@@ -25,7 +25,7 @@ from dmat_ray.data import set_format, set_reader, set_settings
 from dmat_ray.data.set_format import GIVEN_UP_IDS, MANIFEST, REJECTED, SHARDS
 from dmat_ray.data.sources import Listing
 from dmat_ray.errors import UserError
-from dmat_ray.storage import Location, require_not_of_storage
+from dmat_ray.storage import READERS, Location, require_not_of_storage
 
 # a raw image gains by compression, a PNG and the digits of a float do not
 COMPRESSION = {"image.bytes": "none", "w.list.element": "none"}
@@ -122,7 +122,7 @@ def read_record(folder: Location, name: str, *, ids: bool = True) -> Record | No
 def read_records(folder: Location, *, ids: bool = True) -> dict[str, Record]:
     """The records of all finished files, by name, with `ids` or without. Files of other names are left alone."""
     names = set_format.shard_names(folder)
-    with ThreadPoolExecutor(set_reader.READERS) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         records = pool.map(lambda name: read_record(folder, name, ids=ids), names)
     return {name: record for name, record in zip(names, records, strict=True) if record is not None}
 

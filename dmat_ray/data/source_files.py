@@ -25,7 +25,7 @@ def is_packed(root: Location) -> bool:
     return not any(map(is_parquet, files)) and packed_among(files) is not None
 
 
-def packed_among(files: list[str]) -> packed.Found | None:
+def packed_among(files: list[str]) -> packed.Published | None:
     """The files of CIFAR or MNIST among these, if there is no folder of images. Raises UserError for several data sets."""
     return None if any("/" in path and is_image(path) for path in files) else packed.find(files)
 

@@ -7,7 +7,6 @@ which gives the encoded bytes of a part of it. Decoding is a separate step (`dma
 spread it and set unreadable images aside.
 """
 
-import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
@@ -28,10 +27,9 @@ from dmat_ray.data.items import Items
 from dmat_ray.data.source_files import is_parquet, packed_among, tree
 from dmat_ray.data.splits import balanced, limited, split_by_class
 from dmat_ray.errors import UserError
-from dmat_ray.storage import Location, at
+from dmat_ray.storage import READERS, Location, at
 from dmat_ray.wording import number_of
 
-READERS = 16  # files read at a time: what waits is the storage
 BYTES_A_PIXEL = 8  # of the largest file that is read: 16-bit RGBA, not compressed
 NAMED: dict[str, Callable[[int], Items]] = {DIGITS: digits}
 """Sources that packages carry, by what `data.source` calls them; made for a resolution. Their `files` are the encoded images."""
@@ -141,7 +139,7 @@ def _items(config: DataConfig, labelled: bool) -> Items:
         )
     items = _items_of(root, files, folders, config, labelled)
     told = f"{number_of(len(sets), 'on-manifold set')} in it, the first: '{text(sets[0])}'"
-    return dataclasses.replace(items, ignored="; ".join(filter(None, (items.ignored, told))))
+    return items.without(told)
 
 
 def _items_of(root: Location, files: list[str], folders: list[str], config: DataConfig, labelled: bool) -> Items:
@@ -160,7 +158,7 @@ def _items_of(root: Location, files: list[str], folders: list[str], config: Data
         if not images:
             return items
         told = f"{number_of(len(images), 'image file')} beside Parquet, unless that names them, the first: '{text(images[0])}'"
-        return dataclasses.replace(items, ignored="; ".join(filter(None, (items.ignored, told))))
+        return items.without(told)
     if (found := packed_among(files)) is not None:
         return packed.packed_items(root, files, found, config)
     return folder_items(root, files, folders, config, labelled)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 NORMAL = 1.959963984540054  # the 0.975 quantile of the normal distribution
+Z = 1.959964  # the same as shares and their differences have always had it
 ROUNDING = 1e-12  # a standard deviation of values in [-1, 1] below this is of their roundings alone
 
 
@@ -20,13 +21,13 @@ class Accuracy:
     count: int
 
 
-def wilson(correct: int, count: int, z: float = 1.959964) -> Accuracy:
+def wilson(correct: int, count: int) -> Accuracy:
     """Wilson score interval (Wilson 1927) of a proportion."""
     if count == 0:
         raise ValueError("no examples to take an accuracy of")
     p = correct / count
-    centre = (p + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    centre = (p + Z * Z / (2 * count)) / (1 + Z * Z / count)
+    half = Z / (1 + Z * Z / count) * math.sqrt(p * (1 - p) / count + Z * Z / (4 * count * count))
     return Accuracy(p, max(0.0, centre - half), min(1.0, centre + half), count)
 
 
@@ -45,7 +46,7 @@ class Difference:
     count: int
 
 
-def paired(first_N: np.ndarray, second_N: np.ndarray, z: float = 1.959964) -> Difference:
+def paired(first_N: np.ndarray, second_N: np.ndarray) -> Difference:
     """The difference of the means of values in [0, 1], paired by example.
 
     The interval is Wald's with an example more on either side that only one is right on (Bonett and Price 2012, of shares), which
@@ -55,7 +56,7 @@ def paired(first_N: np.ndarray, second_N: np.ndarray, z: float = 1.959964) -> Di
     if not len(moved):
         raise ValueError("no examples to compare models on")
     with_two = np.append(moved, [1.0, -1.0])
-    middle, half = float(with_two.mean()), z * float(with_two.std()) / math.sqrt(len(with_two))
+    middle, half = float(with_two.mean()), Z * float(with_two.std()) / math.sqrt(len(with_two))
     better, worse = int((moved == 1).sum()), int((moved == -1).sum())
     shares = bool(np.isin(moved, (-1, 0, 1)).all())
     chance = _of_halves(min(better, worse), better + worse) if shares else None

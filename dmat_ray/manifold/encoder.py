@@ -5,7 +5,6 @@ normalisation over the batch or over anything else, so that an image's code does
 """
 
 import math
-import os
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
@@ -115,13 +114,8 @@ def save_encoder(folder: Path, encoder: Encoder, card: dict[str, Any]) -> None:
     """
     assert "generator_sha256" in card
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{WEIGHTS}.{os.getpid()}.partial"
-    try:
-        save_file(as_stored(encoder), partial)
-        (folder / CARD).unlink(missing_ok=True)
-        partial.replace(folder / WEIGHTS)
-    finally:
-        partial.unlink(missing_ok=True)
+    (folder / CARD).unlink(missing_ok=True)
+    save_file(as_stored(encoder), folder / WEIGHTS)
     whole = {**card, "version": VERSION, "architecture": encoder.architecture, "weights_sha256": sha256(folder / WEIGHTS)}
     write_json(folder / CARD, whole)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dmat_ray.config import GanConfig
+from dmat_ray.data.pixels import unit
 from dmat_ray.manifold import gan
 from dmat_ray.manifold.augment import adapted, augment
 from dmat_ray.manifold.discriminator import Discriminator
@@ -72,8 +73,7 @@ class GanTraining:
         self.opt_g.param_groups[0]["lr"] = config.lr_generator * fade
         self.opt_d.param_groups[0]["lr"] = config.lr_discriminator * fade
         pick = draws.integers(0, len(images))
-        real = images[pick].to(device)
-        real = (real.float() / 255 if real.dtype == torch.uint8 else real) * 2 - 1
+        real = unit(images[pick].to(device)) * 2 - 1
         label = labels[pick].to(device)
 
         def critic(x: Tensor, y: Tensor | None) -> Tensor:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+import yaml
+
 from dmat_ray.config import Config
 from dmat_ray.data import set_reader
 from dmat_ray.evaluation import evaluation
@@ -31,8 +33,6 @@ def write(
     `models` maps names to folders, in the order of the table; `checked` is what the checks measured, and what they found;
     `shown` is the gallery, attacks on a few images for every model, as `gallery.joined` has it.
     """
-    import yaml
-
     measurements, findings = checked
     names = list(models)
     runs = {name: checkpoint.read_run(folder) for name, folder in models.items()}

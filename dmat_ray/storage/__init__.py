@@ -17,6 +17,7 @@ from dmat_ray.storage.location import Location
 
 Place = str | Path | Location
 
+READERS = 16  # files read at a time: an object store answers slowly, and many at once
 DATABASE = "mlflow.db"  # in an output folder, where no address of an MLflow is given
 # of a database; those of memory are sqlite:// and sqlite:///:memory:
 RELATIVE_SQLITE = re.compile(r"(sqlite(?:\+\w+)?:///)(?!/|:memory:|file:)([^?]+)(.*)", re.DOTALL)

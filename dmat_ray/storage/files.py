@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from dmat_ray.errors import StorageError, UserError
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 VISIBLE_S = 90.0  # a shared disk may be that late in showing a new file to another machine
 
 
@@ -39,7 +39,7 @@ def is_full(error: BaseException) -> bool:
     return torchs or isinstance(error, SafetensorError)
 
 
-def awaited(look: Callable[[], Found | None], seconds: float | None = None) -> Found | None:
+def awaited(look: Callable[[], T | None], seconds: float | None = None) -> T | None:
     """What `look` finds, asked for every second for as long as a shared disk may take to show a file of another machine's."""
     end = time.monotonic() + (VISIBLE_S if seconds is None else seconds)
     while (found := look()) is None and time.monotonic() < end:

@@ -235,7 +235,7 @@ def of_counts(both: int, first: int, second: int, neither: int) -> tuple[np.ndar
 
 def test_paired_shares_are_as_published() -> None:
     """The example of ci.prop.ps in statpsych, by an author of the interval: f00, f01, f10, f11 = 12, 4, 26, 6."""
-    found = paired(*of_counts(6, 4, 26, 12), z=1.959964)
+    found = paired(*of_counts(6, 4, 26, 12))
     assert (found.low, found.high) == pytest.approx((-0.6251933, -0.2548067), abs=1e-6)
     assert (found.value, found.count) == (pytest.approx(-22 / 48), 48)
 
