@@ -1,12 +1,15 @@
 """YAML as users write it: presets, suites, the methods of a study."""
 
 import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dmat_ray.errors import UserError
+from dmat_ray.wording import choices
 
 MERGE = "tag:yaml.org,2002:merge"  # of the key <<
 PLAIN = re.compile(r"[-+]?(0|[1-9]\d*|[1-9]\d{0,2}(_\d{3})+|0[xb][\da-fA-F_]+)")
@@ -60,3 +63,39 @@ def read(path: Path, what: str) -> Any:
         raise UserError(f"{what} is no UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2024-13-01 is a date that there is not
         raise UserError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+@dataclass(frozen=True)
+class Included:
+    """A file that may include others, with what it holds; `chain` is itself and those that include it, as they were named."""
+
+    path: Path
+    values: Any
+    chain: dict[Path, str]
+
+    def beside(self, others: Iterable[str]) -> list[str]:
+        """What it includes, with files looked for beside it."""
+        return [str(self.path.parent / other) if _is_path(other) else other for other in others]
+
+
+def names(folder: Path) -> list[str]:
+    """The files of a folder that ships with the package, by name."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def named(name: str, kind: str, folder: Path, above: Mapping[Path, str] | None = None) -> Included:
+    """The file in `folder` of this name, or one by its path (anything with a dot or a slash), which `above` include.
+
+    Raises UserError, which calls it a `kind`, for one that does not exist, includes itself, or is no YAML.
+    """
+    path = Path(name) if _is_path(name) else folder / f"{name}.yaml"
+    if not path.is_file():
+        hint = "" if _is_path(name) else f"; {choices(name, names(folder))}"
+        raise UserError(f"{kind} '{name}' does not exist{hint}")
+    if (here := path.resolve()) in (above := above or {}):
+        raise UserError(f"{kind} '{name}' includes itself ({' > '.join([*above.values(), name])})")
+    return Included(path, read(path, f"{kind} '{name}'"), {**above, here: name})
+
+
+def _is_path(name: str) -> bool:
+    return "/" in name or "." in name

@@ -8,7 +8,6 @@ from typing import Any
 from dmat_ray import yaml_file
 from dmat_ray.config.threats import THREATS, default_norm, named
 from dmat_ray.errors import UserError
-from dmat_ray.wording import choices
 
 FOLDER = Path(__file__).parent
 NORMS = ("linf", "l2", "l1")
@@ -17,7 +16,7 @@ DEFAULT_NORMS = {named(threat): default_norm(threat) for threat in THREATS}
 
 def names() -> list[str]:
     """The presets that ship with the package."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    return yaml_file.names(FOLDER)
 
 
 def name_of(layers: Iterable[str]) -> str:
@@ -59,14 +58,8 @@ def load(layers: list[str], above: Mapping[Path, str] | None = None, *, shipped:
     """
     merged: dict[str, Any] = {}
     for layer in layers:
-        is_file = "/" in layer or "." in layer
-        path = Path(layer) if is_file else FOLDER / f"{layer}.yaml"
-        if not path.is_file():
-            hint = "" if is_file else f"; {choices(layer, names())}"
-            raise UserError(f"preset '{layer}' does not exist{hint}")
-        if (here := path.resolve()) in (above := above or {}):
-            raise UserError(f"preset '{layer}' includes itself ({' > '.join([*above.values(), layer])})")
-        values = yaml_file.read(path, f"preset '{layer}'")
+        file = yaml_file.named(layer, "preset", FOLDER, above)
+        values = file.values
         if not isinstance(values, dict):
             raise UserError(f"preset '{layer}' holds a {type(values).__name__}, not settings by section")
         if odd := [key for key in values if not isinstance(key, str)]:
@@ -74,9 +67,8 @@ def load(layers: list[str], above: Mapping[Path, str] | None = None, *, shipped:
         others = values.pop("include", None) or []
         if not isinstance(others, list) or not all(isinstance(other, str) for other in others):
             raise UserError(f"preset '{layer}': include is {others!r}; give a list of presets")
-        beside = [str(path.parent / other) if "/" in other or "." in other else other for other in others]
-        included = load(beside, {**above, here: layer}, shipped=shipped)
-        own = values if shipped or here.parent != FOLDER.resolve() else {}
+        included = load(file.beside(others), file.chain, shipped=shipped)
+        own = values if shipped or file.path.resolve().parent != FOLDER.resolve() else {}
         try:
             require_own_eps(included, own)
             require_own_eps(merged, merge(included, own))

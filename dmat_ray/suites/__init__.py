@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from dmat_ray import yaml_file
 from dmat_ray.config import AttackRow, EvaluationConfig, Section, Summary
 from dmat_ray.errors import UserError
-from dmat_ray.wording import choices, did_you_mean, wrong
+from dmat_ray.wording import did_you_mean, wrong
 
 FOLDER = Path(__file__).parent
 KEYS = {"include", "attacks", "summaries"}
@@ -20,7 +20,7 @@ _ROWS: dict[str, type[Section]] = {row.model_fields["threat"].default: row for r
 
 def names() -> list[str]:
     """The suites that ship with the package."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    return yaml_file.names(FOLDER)
 
 
 def load(name: str, above: Mapping[Path, str] | None = None) -> dict[str, list[dict[str, Any]]]:
@@ -30,14 +30,8 @@ def load(name: str, above: Mapping[Path, str] | None = None) -> dict[str, list[d
 
     Raises UserError for one that does not exist, is not of this form, or includes itself.
     """
-    is_file = "/" in name or "." in name
-    path = Path(name) if is_file else FOLDER / f"{name}.yaml"
-    if not path.is_file():
-        hint = "" if is_file else f"; {choices(name, names())}"
-        raise UserError(f"suite '{name}' does not exist{hint}")
-    if (here := path.resolve()) in (above := above or {}):
-        raise UserError(f"suite '{name}' includes itself ({' > '.join([*above.values(), name])})")
-    values = yaml_file.read(path, f"suite '{name}'")
+    file = yaml_file.named(name, "suite", FOLDER, above)
+    values = file.values
     if not isinstance(values, dict) or (unknown := values.keys() - KEYS):
         what = f"'{min(map(str, unknown))}'" if isinstance(values, dict) else f"a {type(values).__name__}"
         raise UserError(f"suite '{name}' holds {what}; a suite has {', '.join(sorted(KEYS))}")
@@ -47,9 +41,7 @@ def load(name: str, above: Mapping[Path, str] | None = None) -> dict[str, list[d
     others = values.get("include") or []
     if odd := [other for other in others if not isinstance(other, str)]:
         raise UserError(f"suite '{name}': include has {odd[0]!r}; give names or paths of suites")
-    # files are looked for beside the one that includes them
-    beside = [str(path.parent / other) if "/" in other or "." in other else other for other in others]
-    parts = [*(load(other, {**above, here: name}) for other in beside), values]
+    parts = [*(load(other, file.chain) for other in file.beside(others)), values]
     return {key: _joined([row for part in parts for row in part.get(key) or []]) for key in ("attacks", "summaries")}
 
 
