@@ -3,7 +3,6 @@
 import warnings
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -46,17 +45,15 @@ def load_images(source: Place = "mnist5k", split: str = "test", **data: Any) -> 
         warnings.warn(f"{told}: images of '{config.source}' come as {size}; give {ways}, or others", stacklevel=2)
     listing = sources.list_examples(config)
     rows = listing.rows(split)
-    read = sources.read_pixels(rows, config)
-    bad = {id: what for id, what in zip(rows["id"].to_pylist(), read, strict=True) if isinstance(what, str)}
+    good, pixels, bad = sources.read_good(rows, config)
     if bad:
         first, reason = next(iter(bad.items()))
-        told = f"{len(bad)} of {len(read)} images cannot be read, the first: '{first}' {reason}"
-        if len(bad) > config.max_rejected * len(read) or len(bad) == len(read):
-            way = "" if len(bad) == len(read) else f", or raise max_rejected, which is {config.max_rejected}"
+        told = f"{len(bad)} of {len(rows)} images cannot be read, the first: '{first}' {reason}"
+        if len(bad) > config.max_rejected * len(rows) or not good:
+            way = f", or raise max_rejected, which is {config.max_rejected}" if good else ""
             raise UserError(f"{told}. Repair or replace the files{way}")
         warnings.warn(told, stacklevel=2)
-    good = np.array([not isinstance(what, str) for what in read])
-    rows, pixels = rows.filter(pa.array(good)), np.stack([what for what in read if not isinstance(what, str)])
+    rows = rows.take(pa.array(good, pa.int64()))
     labels = torch.from_numpy(rows["label"].to_numpy().copy())
     return Batch(rows["id"].to_pylist(), to_unit(pixels), labels), listing.class_names
 
@@ -90,10 +87,9 @@ def predict(model: Place, images: Place, *, batch_size: int = 100, device: str =
     tables = []
     for start in range(0, listing.num_rows, batch_size):
         rows = listing.slice(start, batch_size)
-        found = dict(zip(rows["id"].to_pylist(), sources.read_pixels(rows, data), strict=True))
-        read = {path: pixels for path, pixels in found.items() if not isinstance(pixels, str)}
-        pixels = np.stack(list(read.values())) if read else np.empty(0, np.uint8)
-        tables.append(prediction.predict(network, run["class_names"], list(read), pixels, where))
-        tables.append(prediction.unreadable({path: why for path, why in found.items() if isinstance(why, str)}))
+        good, pixels, bad = sources.read_good(rows, data)
+        paths = rows["id"].take(pa.array(good, pa.int64())).to_pylist()
+        tables.append(prediction.predict(network, run["class_names"], paths, pixels, where))
+        tables.append(prediction.unreadable(bad))
     table = pa.concat_tables(tables)
     return table.take(pc.index_in(listing["id"], value_set=table["path"].combine_chunks()))

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import ray.data
 import torch
 
-from dmat_ray.cluster import pools, session
+from dmat_ray.cluster import pools, session, shard_tasks
 from dmat_ray.cluster.forecast import progress
-from dmat_ray.cluster.shard_tasks import as_bytes, read_pictures, unpack
+from dmat_ray.cluster.shard_tasks import read_pictures, unpack
 from dmat_ray.config import Config
 from dmat_ray.data import set_format
 from dmat_ray.errors import UserError
@@ -79,10 +79,9 @@ def predict(
 
 
 def _parts(listing: pa.Table, size: int) -> list[dict[str, Any]]:
-    """The listing cut into rows of work, as `shard_tasks.unpack` takes them."""
+    """The listing cut into rows of work."""
     starts = range(0, listing.num_rows, size)
-    contents = [as_bytes(listing.slice(start, size)).to_pybytes() for start in starts]
-    return [{"name": str(k), "payload": content, "rejected": "{}"} for k, content in enumerate(contents)]
+    return [shard_tasks.work(str(k), listing.slice(start, size)) for k, start in enumerate(starts)]
 
 
 def _collected(predicted: ray.data.Dataset, listing: pa.Table, actors: int, say: Callable[[str], None]) -> pa.Table:

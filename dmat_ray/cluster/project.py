@@ -10,10 +10,10 @@ from typing import Any
 
 import ray.data
 
-from dmat_ray.cluster import environment, gauges, pools, session
+from dmat_ray.cluster import environment, gauges, pools, session, shard_tasks
 from dmat_ray.cluster.forecast import progress
 from dmat_ray.cluster.shard_projector import ShardProjector
-from dmat_ray.cluster.shard_tasks import as_bytes, read_shard, write_shard
+from dmat_ray.cluster.shard_tasks import read_shard, write_shard
 from dmat_ray.config import Config
 from dmat_ray.data import set_writer
 from dmat_ray.data.set_writer import Shard
@@ -105,7 +105,7 @@ def _dataset(
     # alone on a machine, more readers than cores would only be more processes to start
     tasks = ray.data.TaskPoolStrategy(size=max(1, (os.cpu_count() or 1) // 2)) if environment.is_own(cluster) else None
     # one block a shard: Ray then hands out whole shards
-    rows = [{"name": shard.name, "payload": as_bytes(shard.rows).to_pybytes(), "rejected": "{}"} for shard in todo]
+    rows = [shard_tasks.work(shard.name, shard.rows) for shard in todo]
     shards = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         read_shard,
         batch_size=1,

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from dmat_ray.cluster.nodes import require_like_driver
 from dmat_ray.config import DataConfig
 from dmat_ray.data import set_format, set_reader, set_writer
-from dmat_ray.data.sources import read_images, read_pixels
+from dmat_ray.data.sources import read_good, read_images
 from dmat_ray.errors import StorageError, UserError
 from dmat_ray.storage import Location, at
 
@@ -38,8 +38,13 @@ def pack(name: str, table: pa.Table, rejected: dict[str, str]) -> pa.Table:
     return pa.table({"name": [name], "payload": payload, "rejected": [json.dumps(rejected)]})
 
 
+def work(name: str, table: pa.Table) -> dict[str, Any]:
+    """A row of plain values for `ray.data.from_items`, of which nothing is rejected yet; `unpack` takes it."""
+    return {"name": name, "payload": as_bytes(table).to_pybytes(), "rejected": json.dumps({})}
+
+
 def unpack(row: pa.Table) -> tuple[str, pa.Table, dict[str, str]]:
-    """What `pack` was given."""
+    """What `pack` or `work` was given."""
     table = pa.ipc.open_stream(row["payload"][0].as_buffer()).read_all()
     return row["name"][0].as_py(), table, json.loads(row["rejected"][0].as_py())
 
@@ -75,14 +80,10 @@ def read_pictures(row: pa.Table, *, data: dict[str, Any]) -> pa.Table:
     _look_at_this_machine()
     name, wanted, _ = unpack(row)
     config = DataConfig.model_validate(data)
-    found = dict(zip(wanted["id"].to_pylist(), read_pixels(wanted, config), strict=True))
-    rejected = {id: reason for id, reason in found.items() if isinstance(reason, str)}
+    keep, images, rejected = read_good(wanted, config)
     _require_source(wanted, config.source, rejected)
-    kept = {id: pixels for id, pixels in found.items() if not isinstance(pixels, str)}
-    shape = (config.channels, config.resolution, config.resolution)
-    images = np.stack(list(kept.values())) if kept else np.empty((0, *shape), np.uint8)
-    pixels = set_format.fixed_list(images, pa.uint8())
-    return pack(name, pa.table({"id": pa.array(list(kept), pa.string()), "pixels": pixels}), rejected)
+    ids, pixels = wanted["id"].take(pa.array(keep, pa.int64())), set_format.fixed_list(images, pa.uint8())
+    return pack(name, pa.table({"id": ids, "pixels": pixels}), rejected)
 
 
 def write_shard(row: pa.Table, *, folder: str) -> pa.Table:

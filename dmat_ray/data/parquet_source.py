@@ -1,7 +1,6 @@
 """Natural images in Parquet files: which rows there are, with which labels. Labels are integers or names."""
 
 import json
-import os
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 
 from dmat_ray.config import DataConfig
 from dmat_ray.data.file_digest import file_digest
+from dmat_ray.data.folder_source import text
 from dmat_ray.data.parquet_rows import image_columns, is_text, one_line, require_column
 from dmat_ray.data.set_format import OURS, SHARDS
 from dmat_ray.errors import UserError
@@ -113,7 +113,7 @@ def is_labelled(root: Location, name: str, config: DataConfig, labelled: bool) -
 
 def _read_file(root: Location, name: str, config: DataConfig, labelled: bool) -> _File:
     place = root / name
-    name = os.fsencode(name or root.name).decode("utf-8", "backslashreplace")
+    name = text(name or root.name)
     try:
         with place.open() as content:
             digest = file_digest(place, content)

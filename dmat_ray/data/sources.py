@@ -280,24 +280,36 @@ def read_pixels(rows: pa.Table, config: DataConfig) -> list[np.ndarray | str]:
     return found
 
 
-def read_images(rows: pa.Table, config: DataConfig) -> tuple[pa.Table, dict[str, str]]:
-    """The images of (a part of) `Listing.table`, and {id: reason} of those that cannot be read. Raises like `read`.
+def read_good(rows: pa.Table, config: DataConfig) -> tuple[list[int], np.ndarray, dict[str, str]]:
+    """Which of the rows have images that can be read, their pixels, uint8 (N, C, H, W), and {id: reason} of the others.
 
-    The table has the columns id, split, label, image (as encoded) and pixels (uint8, C x H x W as one list).
+    Raises like `read`.
     """
-    keep, contents, pixels, rejected = [], [], [], {}
-    for i, (id, content) in enumerate(zip(rows["id"].to_pylist(), read(rows, config), strict=True)):
+    return _good(rows, read(rows, config), config)
+
+
+def _good(rows: pa.Table, contents: list[bytes | str], config: DataConfig) -> tuple[list[int], np.ndarray, dict[str, str]]:
+    keep, pixels, rejected = [], [], {}
+    for i, (id, content) in enumerate(zip(rows["id"].to_pylist(), contents, strict=True)):
         try:
             pixels.append(decoded(content, config))
         except ValueError as error:
             rejected[id] = str(error)
             continue
         keep.append(i)
-        contents.append(content)
     shape = (config.channels, config.resolution, config.resolution)
+    return keep, np.stack(pixels) if pixels else np.empty((0, *shape), np.uint8), rejected
+
+
+def read_images(rows: pa.Table, config: DataConfig) -> tuple[pa.Table, dict[str, str]]:
+    """The images of (a part of) `Listing.table`, and {id: reason} of those that cannot be read. Raises like `read`.
+
+    The table has the columns id, split, label, image (as encoded) and pixels (uint8, C x H x W as one list).
+    """
+    contents = read(rows, config)
+    keep, images, rejected = _good(rows, contents, config)
     chosen = rows.select(["id", "split", "label"]).take(pa.array(keep, pa.int64()))
-    images = np.stack(pixels) if pixels else np.empty((0, *shape), np.uint8)
-    chosen = chosen.append_column("image", pa.array(contents, pa.large_binary()))
+    chosen = chosen.append_column("image", pa.array([contents[i] for i in keep], pa.large_binary()))
     return chosen.append_column("pixels", set_format.fixed_list(images, pa.uint8())), rejected
 
 

@@ -13,7 +13,7 @@ from dmat_ray.devices import tf32
 from dmat_ray.models.checkpoint import UNSEEN
 from dmat_ray.config import DataConfig
 from dmat_ray.config.data import LATER
-from dmat_ray.data.folder_source import EXTENSIONS
+from dmat_ray.data.folder_source import EXTENSIONS, is_image, text
 from dmat_ray.data.pixels import to_unit
 from dmat_ray.data.set_reader import named_classes
 from dmat_ray.errors import UserError
@@ -51,23 +51,19 @@ def list_images(place: str) -> tuple[pa.Table, str]:
     except OSError as error:
         raise UserError(f"the images in '{root}' cannot be listed: {error.strerror} ('{error.filename}')") from None
     files.sort(key=lambda path: path.replace("/", "\0"))
-    images = [path for path in files if os.path.splitext(path)[1].lower() in EXTENSIONS]
+    images = [path for path in files if is_image(path)]
     if not images:
         raise UserError(f"'{root}' holds no images ({', '.join(sorted(EXTENSIONS))})")
     others = sorted(set(files) - set(images))
-    ignored = f"{number_of(len(others), 'file')} of no extension of images, the first: '{_text(others[0])}'" if others else ""
+    ignored = f"{number_of(len(others), 'file')} of no extension of images, the first: '{text(others[0])}'" if others else ""
     table = pa.table(
         {
-            "id": pa.array([_text(path) for path in images], pa.string()),
+            "id": pa.array([text(path) for path in images], pa.string()),
             "file": pa.array([os.fsencode(path) for path in images], pa.binary()),
             "row": pa.nulls(len(images), pa.int64()),
         }
     )
     return table, ignored
-
-
-def _text(path: str) -> str:
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def read_as(run: dict[str, Any], data: DataConfig, images: str) -> DataConfig:

@@ -47,7 +47,7 @@ def awaited(look: Callable[[], T | None], seconds: float | None = None) -> T | N
     return found
 
 
-def tried_again(do: Callable[[], Found], pauses_s: Sequence[float], say: Callable[[str], None]) -> Found:
+def tried_again(do: Callable[[], T], pauses_s: Sequence[float], say: Callable[[str], None]) -> T:
     """What `do` gives, which is done again after each pause that a StorageError leaves, and then raises it."""
     for pause in pauses_s:
         try:
