@@ -89,8 +89,8 @@ def heed_stop() -> Iterator[Asked]:
     """Inside, the first SIGTERM or Ctrl-C only sets the event, which `listen` passes on; the second does what it otherwise would.
 
     One that follows within `TWICE_S` is the first once more: `timeout` sends it to the process and to its group. Raises
-    SystemExit at the end if there was one, with 128 and its number; Ray's own handler, in whose place this one is, would end with
-    the number alone. In other threads than the main one nothing changes.
+    SystemExit at the end if there was one, with 128 and its number, whatever the handler makes of the second, in whose place this
+    one is. In other threads than the main one nothing changes.
     """
     asked = Asked()
     if threading.current_thread() is not threading.main_thread():
@@ -117,8 +117,8 @@ def heed_stop() -> Iterator[Asked]:
         signal.signal(number, note)
     try:
         yield asked
-    except SystemExit as error:
-        if not asked.is_set() or error.code != asked.number:
+    except (SystemExit, KeyboardInterrupt) as error:  # of Ray's handler, and of `session.connected`'s
+        if not asked.is_set() or error.args != (asked.number,):
             raise
     finally:
         restore()
