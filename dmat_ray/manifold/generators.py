@@ -53,10 +53,10 @@ def _kind(card: dict[str, Any]) -> str:
     return kind if isinstance(kind, str) else type(kind).__name__
 
 
-def folder_of(path: str) -> Path:
-    """Folder of a shipped generator's name, of the user's path, or of a copy of what his URL names.
+def opened(path: str) -> tuple[Path, dict[str, Any]]:
+    """Folder of a shipped generator's name, of the user's path, or of a copy of what his URL names; and its JSON card.
 
-    Raises UserError if it holds no generator.
+    Raises UserError if it holds no generator, or one of an unknown kind.
     """
     folder = None
     with contextlib.suppress(FileNotFoundError):
@@ -65,18 +65,23 @@ def folder_of(path: str) -> Path:
         raise UserError(f"generator.path '{path}' is no folder that exists; {weights.HOW_TO_GET_A_GENERATOR}")
     if not (folder / CARD).is_file():
         raise UserError(f"generator.path '{path}' has no {CARD}; {weights.HOW_TO_GET_A_GENERATOR}")
-    name = FILES.get(_kind(_card(folder, path)), WEIGHTS)
-    if not (folder / name).is_file():
+    card = _card(folder, path)
+    kind = _kind(card)
+    if not (folder / (name := FILES.get(kind, WEIGHTS))).is_file():
         raise UserError(f"generator.path '{path}' has no {name}; {weights.HOW_TO_GET_A_GENERATOR}")
-    return folder
+    if kind not in FILES:
+        raise UserError(f"generator '{path}' is of kind '{kind[:80]}'; this version reads {', '.join(FILES)}")
+    return folder, card
+
+
+def folder_of(path: str) -> Path:
+    """The folder of a generator, as `opened`."""
+    return opened(path)[0]
 
 
 def read_card(path: str) -> dict[str, Any]:
-    """The JSON card of a generator; raises UserError for one of an unknown kind."""
-    card = _card(folder_of(path), path)
-    if _kind(card) not in FILES:
-        raise UserError(f"generator '{path}' is of kind '{_kind(card)[:80]}'; this version reads {', '.join(FILES)}")
-    return card
+    """The card of a generator, as `opened`."""
+    return opened(path)[1]
 
 
 def fingerprint(path: str) -> str:
@@ -85,8 +90,8 @@ def fingerprint(path: str) -> str:
     Of its weights, and of what its card says that changes images beside them: for a StyleGAN only where that is not the
     default. Raises UserError for a card that describes no generator.
     """
-    card = read_card(path)
-    digest = sha256(folder_of(path) / FILES[card["kind"]])
+    folder, card = opened(path)
+    digest = sha256(folder / FILES[card["kind"]])
     if card["kind"] in exported.FILES:
         return text_digest(json.dumps([digest, exported.meaning(card)], sort_keys=True))
     shape = _architecture(card, path)
@@ -151,9 +156,8 @@ def _check_weights(path: Path, needed: dict[str, Tensor], what: str) -> None:
         raise UserError(f"{what} are not all floating-point numbers: {listed(odd)}")
 
 
-def load_stylegan(path: str) -> StyleGAN1 | StyleGAN2:
+def _load_stylegan(folder: Path, card: dict[str, Any], path: str) -> StyleGAN1 | StyleGAN2:
     """The StyleGAN of a folder, with the papers' arithmetic. Raises UserError if card and weights do not fit together."""
-    folder, card = folder_of(path), read_card(path)
     what = f"the weights of generator '{path}'"
     shape = _architecture(card, path)
     try:
@@ -184,11 +188,12 @@ def load_generator(path: Place, device: torch.device | str = "cpu", precision: s
     (torch.Size([4, 8, 64]), torch.Size([4, 1, 32, 32]))
     """
     path, device = text_of(path), device_of(device)
-    if read_card(path)["kind"] in exported.FILES:
+    folder, card = opened(path)
+    if card["kind"] in exported.FILES:
         if precision != "reference":
             raise UserError(f"generator '{path}' is an exported program: generator.precision must be reference, not {precision}")
-        return exported.load_exported(folder_of(path), read_card(path), device)
-    generator: LatentGenerator = load_stylegan(path)
+        return exported.load_exported(folder, card, device)
+    generator: LatentGenerator = _load_stylegan(folder, card, path)
     if precision != "reference":
         generator = fast.accelerate(generator, torch.bfloat16 if precision == "bf16" else torch.float32)
     return generator.to(device).eval().requires_grad_(False)

@@ -213,7 +213,7 @@ def test_models_are_named_as_in_a_folder(trained: Any, place: Location) -> None:
 
 
 @pytest.mark.slow
-def test_a_generator_is_loaded_by_url(generator_folder: Path, place: Location) -> None:
+def test_a_generator_is_loaded_by_url(generator_folder: Path, server: s3.Server, place: Location) -> None:
     put(generator_folder, place)
     assert generators.fingerprint(str(place)) == generators.fingerprint(str(generator_folder))
     z = torch.randn(2, 8)
@@ -221,6 +221,15 @@ def test_a_generator_is_loaded_by_url(generator_folder: Path, place: Location) -
     assert torch.equal(here.synthesis(here.mapping(z)), there.synthesis(there.mapping(z)))
     with pytest.raises(UserError, match=rf"generator\.path '{place}x' is no folder that exists"):
         generators.load_generator(f"{place}x")
+
+    def requested(do: Callable[[], object]) -> int:
+        before = len(server.requests())
+        do()
+        return len(server.requests()) - before
+
+    once = requested(lambda: fetched(place))
+    for do in (generators.load_generator, generators.fingerprint):
+        assert requested(lambda do=do: do(str(place))) == once > 0, "its folder is looked at once"
 
 
 def test_a_file_of_weights_may_be_a_url(place: Location) -> None:
