@@ -28,8 +28,8 @@ class Leftover:
         for place in stored_checkpoints(folder):
             try:
                 run = checkpoint.read_run(place)
-            except UserError:
-                self._unread = True  # damaged, or of a version that is no longer or not yet read
+            except (UserError, FileNotFoundError):
+                self._unread = True  # damaged, of a version that is no longer or not yet read, or removed just now
                 continue
             self._found.setdefault(run["config"]["name"], []).append((place, run))
 
@@ -77,26 +77,24 @@ def sweep(storage: Location, trained: list[Config]) -> None:
     Where another job is at work nothing is removed.
     """
     for folder in _folders(storage, trained) if trained else ():
-        if Leftover(folder).is_used_up(trained[0].output):
-            with contextlib.suppress(UserError), sole(folder):
-                if Leftover(folder).is_used_up(trained[0].output):  # as it is now that nobody else writes
-                    folder.remove()
+        discard(folder, trained[0].output)
 
 
-def left_by_others(todo: list[Config], own: Location, stack: contextlib.ExitStack) -> Iterator[Leftover]:
+def discard(folder: Location, output: str) -> None:
+    """Remove what a training has left if that is used up, and no job is at work there."""
+    if Leftover(folder).is_used_up(output):
+        with contextlib.suppress(UserError), sole(folder):
+            if Leftover(folder).is_used_up(output):  # as it is now that nobody else writes
+                folder.remove()
+
+
+def left_by_others(todo: list[Config], own: Location) -> Iterator[Leftover]:
     """What lies beside the folder `own` of a training of these models, and is of one of them, or of none that is not trained.
 
-    Where another job is at work is left out; until `stack` is closed none begins there. Other models' is left to their trainings.
+    Who trains a model holds its lease, and so nobody writes more of what is of one of these; other jobs may read it.
     """
     for folder in _folders(own.parent, todo):
         if folder.name != own.name:
-            with contextlib.ExitStack() as held:
-                try:
-                    held.enter_context(sole(folder))
-                except UserError:
-                    continue  # another job is at work there
-                found = Leftover(folder)
-                if not (any(map(found.of, todo)) or found.is_used_up(todo[0].output)):
-                    continue
-                stack.enter_context(held.pop_all())
-            yield found
+            found = Leftover(folder)
+            if any(map(found.of, todo)) or found.is_used_up(todo[0].output):
+                yield found

@@ -12,7 +12,7 @@ from dmat_ray.cluster import environment, gauges, session, tracking, workers
 from dmat_ray.cluster.context import RayContext, StoppedError
 from dmat_ray.cluster.events import heed_stop, listen, no_retry_of_user_errors
 from dmat_ray.cluster.ingest import Streamed
-from dmat_ray.cluster.leftovers import GROUP, Leftover, left_by_others
+from dmat_ray.cluster.leftovers import GROUP, Leftover, discard, left_by_others
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.data import manifold_set
 from dmat_ray.data.set_reader import read_manifest
@@ -22,7 +22,7 @@ from dmat_ray.models import checkpoint, trained_settings
 from dmat_ray.models.trained_models import is_trained, model_folder, publish, set_digest, tell_of_older
 from dmat_ray.storage import Location, at, set_folder
 from dmat_ray.storage.files import text_digest
-from dmat_ray.storage.lease import sole
+from dmat_ray.storage.lease import Lease, all_sole
 from dmat_ray.training.trainer import describe, train
 from dmat_ray.wording import number_of
 
@@ -120,19 +120,32 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
 
     All runs share one worker group, one after the other: its start-up is paid once. A rerun after a crash goes on from the
     furthest checkpoint, whichever models are or were trained beside it; what a training that fails has finished is published.
-    Asked to stop (SIGTERM, Ctrl-C) it has a checkpoint written, and raises SystemExit.
+    Asked to stop (SIGTERM, Ctrl-C) it has a checkpoint written, and raises SystemExit. Raises UserError if another job trains one
+    of them.
     """
+    folder = training_folder(todo)
+    # the same job may have been submitted twice, and another may train one of these models, alone or beside others
+    with all_sole(folder.parent, [folder.name, *(f"{config.name}-{_key(config)}" for config in todo)]) as leases:
+        rest = [config for config in todo if not is_trained(config)]
+        if len(rest) == len(todo):
+            return _train_models(todo, folder, leases, say, parent)
+        trained = [config.name for config in todo if config not in rest] if rest else ["this"]
+        say(f"another job has meanwhile trained {', '.join(trained)}")
+        if not rest:
+            folder.remove()  # as it would have, had it not been killed when it had published this
+            return None
+    return train_models(rest, say, parent)
+
+
+def _train_models(
+    todo: list[Config], folder: Location, leases: list[Lease], say: Callable[[str], None], parent: tracking.Run | None
+) -> None:
+    """Under the `leases` of the group's folder and of its models."""
     for config in todo:
         tell_of_older(config, say)
-    set_path, folder = set_folder(todo[0]), training_folder(todo)
-    first, epochs = todo[0], {c.name: c.training.epochs for c in todo}
+    set_path, first, epochs = set_folder(todo[0]), todo[0], {c.name: c.training.epochs for c in todo}
     with contextlib.ExitStack() as stack:
-        lease = stack.enter_context(sole(folder))  # the same job may have been submitted twice
-        if all(map(is_trained, todo)):
-            say("another job has meanwhile trained this")
-            folder.remove()  # as it would have, had it not been killed when it had published this
-            return
-        leftovers = list(left_by_others(todo, folder, stack))
+        leftovers = list(left_by_others(todo, folder))
         final = {c.name: _first(found.final(c) for found in leftovers) for c in todo}
         configs = [c for c in todo if final[c.name] is None]
         manifest = read_manifest(set_path)
@@ -142,6 +155,10 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
             runs[config.name] = stack.enter_context(tracking.tracked(recorded, config.name, "train", parent, of=_key(config)))
 
         told: dict[str, int] = {}  # the last epoch that MLflow was told, by a model's name
+
+        def require_held() -> None:
+            for lease in leases:
+                lease.check()
 
         def handle(event: dict[str, Any]) -> None:
             if "text" in event:
@@ -155,7 +172,7 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
             say(describe(name, metrics, epochs[name]))
 
         def publish_finished() -> None:
-            lease.check()
+            require_held()
             trained = Leftover(folder)
             for config in todo:
                 final[config.name] = final[config.name] or trained.final(config)
@@ -165,7 +182,8 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
                     runs[config.name].artifact(model_folder(config), "checkpoint")
 
         asked = stack.enter_context(heed_stop())
-        lease.when_lost(asked.set)  # the other goes on with this
+        for lease in leases:
+            lease.when_lost(asked.set)  # the other goes on with this
         mailbox = stack.enter_context(listen(handle, asked))
         if configs:
             count = environment.worker_count(first.cluster)
@@ -185,7 +203,7 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
             except Exception:
                 publish_finished()
                 raise
-        lease.check()
+        require_held()
         if asked.is_set() and any(Leftover(folder).final(c) is None for c in configs):
             publish_finished()  # of several models some may be done
             if done := [name for name, place in final.items() if place is not None]:
@@ -195,8 +213,9 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
         publish_finished()
         if missing := [name for name, found in final.items() if found is None]:
             raise RuntimeError(f"Ray Train finished, but '{folder}' holds no final checkpoint of {', '.join(missing)}")
-        for used in [folder, *(found.folder for found in leftovers if found.is_used_up(first.output))]:
-            used.remove()
+        folder.remove()
+        for found in leftovers:
+            discard(found.folder, first.output)
 
 
 def training_folder(todo: list[Config]) -> Location:

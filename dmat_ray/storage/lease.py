@@ -11,8 +11,9 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,31 @@ def sole(folder: Place) -> Iterator[Lease]:
             with suppress(OSError):  # another's, who is at work, is not empty
                 for empty in (beside.local, *made):
                     empty.rmdir()
+
+
+@contextmanager
+def all_sole(parent: Place, names: Sequence[str]) -> Iterator[list[Lease]]:
+    """`sole` of several folders in one, or of none if one of them has a writer that lives.
+
+    They are asked for at the same time, so that the silence of writers that died elsewhere is waited for once.
+    """
+    above = at(parent)
+    made = [] if above.local is None else [folder for folder in (above.local, *above.local.parents) if not folder.exists()]
+    for missing in reversed(made):
+        missing.mkdir(exist_ok=True)
+    held = [sole(above / name) for name in names]
+    try:
+        with ExitStack() as stack:
+            with ThreadPoolExecutor(len(held)) as pool:
+                asked = [pool.submit(one.__enter__) for one in held]
+            for one, answer in zip(held, asked, strict=True):
+                if answer.exception() is None:
+                    stack.push(one)
+            yield [answer.result() for answer in asked]
+    finally:
+        with suppress(OSError):
+            for empty in made:
+                empty.rmdir()
 
 
 @contextmanager

@@ -139,16 +139,10 @@ def test_a_model_finds_its_checkpoints_in_the_folder_of_any_group(tmp_path, fini
         assert found.history(other) == []
 
     own = at(tmp_path / "train" / "mine-ba9876543210")
-    with contextlib.ExitStack() as stack:
-        (beside,) = left_by_others([mine], own, stack)
-        assert beside.folder == at(group)
-    with sole(group), contextlib.ExitStack() as stack:
-        assert list(left_by_others([mine], own, stack)) == [], "another job is at work there"
-    with contextlib.ExitStack() as stack:
-        other = settings(tmp_path, "--name", "other", preset=("demo", "standard"))
-        assert list(left_by_others([other], at(tmp_path / "train" / "other-ba9876543210"), stack)) == []
-        with sole(group):
-            pass  # nor is its own training kept from it
+    (beside,) = left_by_others([mine], own)
+    assert beside.folder == at(group)
+    other = settings(tmp_path, "--name", "other", preset=("demo", "standard"))
+    assert list(left_by_others([other], at(tmp_path / "train" / "other-ba9876543210"))) == []
 
     assert not found.is_used_up(str(tmp_path))
     trained_models.publish(newest, trained_models.model_folder(mine))
@@ -186,12 +180,10 @@ def test_checkpoints_that_do_not_tell_whose_they_are_are_left_to_their_training(
     place.mkdir(parents=True)
     if content is not None:
         (place / "run.json").write_text(content)
-    with contextlib.ExitStack() as stack:
-        assert list(left_by_others([config], at(train / "mine-ba9876543210"), stack)) == []
+    assert list(left_by_others([config], at(train / "mine-ba9876543210"))) == []
     place.rename(tmp_path / "elsewhere")
-    with contextlib.ExitStack() as stack:
-        (empty,) = left_by_others([config], at(train / "mine-ba9876543210"), stack)
-        assert empty.is_used_up(str(tmp_path)), "there is nothing in it"
+    (empty,) = left_by_others([config], at(train / "mine-ba9876543210"))
+    assert empty.is_used_up(str(tmp_path)), "there is nothing in it"
 
 
 def left(group: Path, second: int, name: str, epoch: int, step: int = 0) -> str:

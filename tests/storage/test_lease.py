@@ -14,7 +14,7 @@ import pytest
 
 from dmat_ray.errors import UserError
 from dmat_ray.storage import at
-from dmat_ray.storage.lease import exclusive, sole
+from dmat_ray.storage.lease import all_sole, exclusive, sole
 
 pytestmark = pytest.mark.slow
 
@@ -183,6 +183,41 @@ def test_what_was_made_for_a_lease_alone_goes_with_it(tmp_path: Path) -> None:
     with sole(tmp_path / "runs" / "two" / "generator"):
         pass
     assert (tmp_path / "runs").is_dir(), "which was there before"
+
+
+def test_several_folders_are_held_together_or_not_at_all(tmp_path: Path) -> None:
+    place = tmp_path / "runs" / "train"
+    with all_sole(place, ["a", "b", "c"]) as leases:
+        assert len(leases) == 3
+        for name in "abc":
+            with (
+                pytest.raises(UserError, match=rf"\.{name}\.lease' is being written by process {os.getpid()}"),
+                sole(place / name),
+            ):
+                pass
+    assert list(tmp_path.iterdir()) == []
+    with sole(place / "b"):
+        with pytest.raises(UserError, match=r"\.b\.lease' is being written"), all_sole(place, ["a", "b", "c"]):
+            pass
+        with all_sole(place, ["a", "c"]):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_several_dead_writers_the_silence_is_waited_for_once(hold: Hold, tmp_path: Path) -> None:
+    """Of those that died elsewhere; each is silent for four of its beats before it counts as dead."""
+    first = hold(machine="elsewhere", interval_s=0.5)
+    assert says(first) == "held"
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    names = [f"model{number}" for number in range(6)]
+    for name in names:
+        (tmp_path / f".{name}.lease").mkdir()
+        shutil.copy(tmp_path / "writer.json", tmp_path / f".{name}.lease")
+    began = time.monotonic()
+    with all_sole(tmp_path, names):
+        assert time.monotonic() - began < 3 * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["writer.json"]
 
 
 def test_a_process_that_has_ended_unnoticed_holds_nothing(tmp_path: Path) -> None:
