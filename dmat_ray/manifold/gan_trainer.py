@@ -114,9 +114,11 @@ class _Run:
         self.training.load(state)
         self.first, self.history = progress["step"], progress["history"]
         self.best, self.best_quality = state["best"], progress["best"]
+        progress |= {"config": self.config.model_dump(mode="json"), "of": self.training.steps}
         if found is None and self.trunk is not None:  # a little longer may fall from the same snapshot on
-            renamed = {**progress, "config": self.config.model_dump(mode="json"), "of": self.training.steps}
-            replace_folder(self.trunk, partial(checkpoint.write_state, name=PROGRESS, progress=renamed, state=state))
+            replace_folder(self.trunk, partial(checkpoint.write_state, name=PROGRESS, progress=progress, state=state))
+        if found is None and self.first == self.training.steps:  # longer by less than a step
+            checkpoint.hand_over_state(self.context, {}, PROGRESS, progress, state, wait=True)
         # before these were noted samples were drawn of all classes equally, and so was what they were judged by, and two of a
         # class shared much of z
         changes = (self.drawn is not None, AS_IMAGES), (self.config.architecture.num_classes > 0, APART)

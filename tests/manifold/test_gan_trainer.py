@@ -102,6 +102,18 @@ def test_a_longer_training_goes_on_with_the_very_numbers_from_before_the_rates_f
             train_generator(other, *some_images(), LocalContext(tmp_path / "other", lambda _: None), shorter=trunk)
 
 
+def test_a_training_that_is_longer_by_less_than_a_step_has_a_checkpoint_of_its_own(tmp_path: Path) -> None:
+    short, long = settings(kimg=0.236, fade=0.0), settings(kimg=0.24, fade=0.0)
+    train_generator(short, *some_images(), LocalContext(tmp_path / "short"), trunk=tmp_path / "trunk")
+    context = LocalContext(tmp_path / "on", lambda _: pytest.fail("there is no step to report"))
+    train_generator(long, *some_images(), context, shorter=tmp_path / "trunk", trunk=tmp_path / "again")
+    found, kept = result_of(context.checkpoints()[0], long)
+    expected, reports = train(long, tmp_path / "whole")
+    assert all(torch.equal(value, expected[key]) for key, value in found.state_dict().items())
+    assert kept["kimg"] in [report["kimg"] for report in reports]
+    assert is_finished(tmp_path / "again")
+
+
 # between two reports, at a report, at a snapshot, and where every step is a report
 @pytest.mark.parametrize(("report_kimg", "stop"), [(0.04, 13), (0.04, 15), (0.04, 20), (0.008, 13)])
 def test_sigterm_leaves_a_checkpoint_after_the_very_step(
