@@ -9,11 +9,22 @@ import torch
 
 from dmat_ray.config import GanConfig
 from dmat_ray.local import LocalContext
-from dmat_ray.manifold.gan_trainer import train_generator
+from dmat_ray.manifold.gan_trainer import _Training, train_generator
 
 
 def say(metrics: Mapping[str, float]) -> None:
     print(json.dumps(dict(metrics)), flush=True)
+
+
+def noting_signs(noted: list[torch.Tensor]) -> None:
+    """Have every step append what this worker has counted of the discriminator's signs since they were adapted to."""
+    step = _Training.step
+
+    def noting(self: _Training, i: int, images: torch.Tensor, labels: torch.Tensor) -> None:
+        step(self, i, images, labels)
+        noted.append(self.signs.clone())
+
+    _Training.step = noting  # type: ignore[method-assign]
 
 
 def main() -> None:
@@ -22,9 +33,11 @@ def main() -> None:
     config = GanConfig.model_validate(json.loads((folder.parent / "config.json").read_text()))
     rng = torch.Generator().manual_seed(0)
     images, labels = torch.rand(40, 1, 8, 8, generator=rng), torch.arange(40) % 3
-    context = LocalContext(folder, say)
+    context, noted = LocalContext(folder, say), list[torch.Tensor]()
+    noting_signs(noted)
     generator = train_generator(config, images, labels, context)
     torch.save(generator.state_dict(), folder / f"result{context.rank}.pt")
+    torch.save(noted, folder / f"signs{context.rank}.pt")
     if context.world_size > 1:
         torch.distributed.destroy_process_group()
 

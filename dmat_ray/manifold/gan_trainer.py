@@ -175,6 +175,7 @@ class _Run:
         if not diverged:
             metrics |= self._judged(metrics["kimg"])
         self.history.append(metrics)
+        self.training.agree()
         step = self.training.steps if diverged else i
         progress, state = self._progress(step, diverged=diverged), self._state()
         if i == self.straight and self.trunk is not None and not diverged:

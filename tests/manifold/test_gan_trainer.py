@@ -22,6 +22,7 @@ from dmat_ray.manifold.discriminator import Discriminator
 from dmat_ray.manifold.gan_progress import read_progress, result_of
 from dmat_ray.manifold.gan_step import GanTraining
 from dmat_ray.manifold.gan_trainer import train_generator
+from dmat_ray.models import steps
 from dmat_ray.models.checkpoint import seal
 from dmat_ray.training import pace
 
@@ -111,7 +112,7 @@ def test_a_training_that_is_longer_by_less_than_a_step_has_a_checkpoint_of_its_o
     expected, reports = train(long, tmp_path / "whole")
     assert all(torch.equal(value, expected[key]) for key, value in found.state_dict().items())
     assert kept["kimg"] in [report["kimg"] for report in reports]
-    assert is_finished(tmp_path / "again")
+    assert steps.is_last(read_progress(tmp_path / "again", long)[0])
 
 
 # between two reports, at a report, at a snapshot, and where every step is a report
@@ -195,6 +196,11 @@ def test_two_workers_on_different_parts_of_a_batch_stay_equal(tmp_path: Path) ->
     assert all(torch.equal(one[key], two[key]) for key in one)
     untrained = GanTraining(config, LocalContext(tmp_path)).average.state_dict()
     assert not torch.equal(one["synth.const"], untrained["synth.const"])
+    # at the last step, two after probabilities were adapted: the checkpoint is all workers'
+    signs = [torch.load(tmp_path / "two" / f"signs{rank}.pt", weights_only=True)[-1] for rank in (0, 1)]
+    assert signs[0][0] != signs[1][0]
+    stored = read_progress(tmp_path / "two" / "checkpoint", config)[1]["signs"]
+    torch.testing.assert_close(stored, (signs[0] + signs[1]) / 2)
 
 
 def test_a_finished_training_is_not_trained_again(tmp_path: Path) -> None:
