@@ -9,7 +9,8 @@ import torch
 
 from dmat_ray.config import GanConfig
 from dmat_ray.local import LocalContext
-from dmat_ray.manifold.gan_trainer import _Training, train_generator
+from dmat_ray.manifold.gan_step import GanTraining
+from dmat_ray.manifold.gan_trainer import train_generator
 
 
 def say(metrics: Mapping[str, float]) -> None:
@@ -18,13 +19,13 @@ def say(metrics: Mapping[str, float]) -> None:
 
 def noting_signs(noted: list[torch.Tensor]) -> None:
     """Have every step append what this worker has counted of the discriminator's signs since they were adapted to."""
-    step = _Training.step
+    step = GanTraining.step
 
-    def noting(self: _Training, i: int, images: torch.Tensor, labels: torch.Tensor) -> None:
+    def noting(self: GanTraining, i: int, images: torch.Tensor, labels: torch.Tensor) -> None:
         step(self, i, images, labels)
         noted.append(self.signs.clone())
 
-    _Training.step = noting  # type: ignore[method-assign]
+    GanTraining.step = noting  # type: ignore[method-assign]
 
 
 def main() -> None:

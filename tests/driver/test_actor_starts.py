@@ -8,6 +8,7 @@ import torch
 
 from dmat_ray.cluster import evaluate, pools, predict, session, shard_projector
 from dmat_ray.config import Config
+from dmat_ray.data.set_reader import digest, read_manifest
 from dmat_ray.errors import StorageError, UserError
 from dmat_ray.storage import files
 
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.slow  # imports Ray
 def starts(make_config, set_folder, tmp_path, monkeypatch):
     """By stage: where its actor asks its storage last, and how the actor is made."""
     config: Config = make_config()
+    facts = {"models": {}, "set": digest(read_manifest(set_folder))}
     monkeypatch.setattr(session, "device_of_actor", lambda: torch.device("cpu"))
     monkeypatch.setattr(shard_projector, "device_of_actor", lambda: torch.device("cpu"))
     return {
@@ -26,7 +28,7 @@ def starts(make_config, set_folder, tmp_path, monkeypatch):
         "evaluate": (
             evaluate.manifold_set,
             "open_set",
-            lambda: evaluate.UnitEvaluator(config.to_json(), str(set_folder), {}, str(tmp_path)),
+            lambda: evaluate.UnitEvaluator(config.to_json(), str(set_folder), {}, str(tmp_path), facts),
         ),
     }
 
