@@ -25,6 +25,7 @@ class StepDraws:
 
     def __init__(self, seed: int, step: int, batch: int, rank: int = 0, world_size: int = 1) -> None:
         self._rng = torch.Generator().manual_seed(derive(seed, "gan", step))
+        self._own = derive(seed, "path", step, rank)
         self._batch = batch
         share = batch // world_size
         self._part = slice(rank * share, (rank + 1) * share)
@@ -36,6 +37,13 @@ class StepDraws:
     def normal(self, *shape: int) -> Tensor:
         """(B, *shape), standard normal."""
         return torch.randn(self._batch, *shape, generator=self._rng)[self._part]
+
+    def own_normal(self, like: Tensor) -> Tensor:
+        """Standard normal, of the shape, on the device and with the dtype of `like`: this worker's alone, no part of a
+        batch's, and the same each time.
+        """
+        rng = torch.Generator(like.device).manual_seed(self._own)
+        return torch.randn(like.shape, generator=rng, device=like.device, dtype=like.dtype)
 
     def integers(self, low: int, high: int) -> Tensor:
         """(B) from low to high - 1."""

@@ -127,7 +127,7 @@ class GanTraining:
         w, _ = self.random_w(draws)
         w = w[: max(1, len(w) // 2)]
         shape = config.architecture
-        y = draws.normal(shape.channels, shape.resolution, shape.resolution)[: len(w)].to(w)
+        y = draws.own_normal(w.new_empty(len(w), shape.channels, shape.resolution, shape.resolution))
         lengths = gan.path_lengths(self.generator.synth, w, y)
         mean = lengths.detach().mean()
         self.context.average_([mean])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chisquare
+from scipy.stats import chisquare, kstest
 from torch import Tensor
 
 from dmat_ray.config import GanConfig, StyleGAN2Config
@@ -115,6 +115,12 @@ def test_draws_of_a_step_do_not_depend_on_the_number_of_workers() -> None:
     first = gan.StepDraws(3, 7, 8).uniform()
     assert not torch.equal(first, other_step)
     assert not torch.equal(first, other_seed)
+    blank = torch.empty(4, 3, 8, 8, dtype=torch.float64)
+    own = [gan.StepDraws(3, step, 8, rank, 2).own_normal(blank) for step, rank in ((7, 0), (7, 1), (8, 0))]
+    assert own[0].dtype == torch.float64
+    assert torch.equal(own[0], gan.StepDraws(3, 7, 8, 0, 2).own_normal(blank))
+    assert torch.corrcoef(torch.stack(own).flatten(1)).numpy() == pytest.approx(np.eye(3), abs=0.15)
+    assert kstest(torch.stack(own).flatten(), "norm").pvalue > 0.01
     assert int(gan.StepDraws(0, 0, 500).integers(1, 5).min()) >= 1
     assert int(gan.StepDraws(0, 0, 500).integers(1, 5).max()) == 4
 

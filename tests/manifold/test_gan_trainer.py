@@ -384,11 +384,12 @@ def test_path_length_penalty_of_the_paper(tmp_path: Path) -> None:
     training = GanTraining(settings(path_length=2.0, path_interval=4), LocalContext(tmp_path))
     means = []
     for step in (1, 2):
-        found = training._path_penalty(gan.StepDraws(0, step, 8))
-        draws = gan.StepDraws(0, step, 8)
+        given, draws = gan.StepDraws(0, step, 8), gan.StepDraws(0, step, 8)
+        found = training._path_penalty(given)
         w, _ = gan.mixed_w(training.generator, 0.5, draws)
-        noise = draws.normal(1, 8, 8)
-        lengths = gan.path_lengths(training.generator.eval().synth, w[:4], noise[:4]).detach()
+        noise = draws.own_normal(torch.empty(4, 1, 8, 8))
+        assert torch.equal(draws.uniform(), given.uniform()), "no image of noise is drawn for the others of the batch"
+        lengths = gan.path_lengths(training.generator.eval().synth, w[:4], noise).detach()
         means.append(0.99 * (means[-1] if means else 0.0) + 0.01 * float(lengths.mean()))
         assert float(training.path_mean) == pytest.approx(means[-1], rel=1e-5)
         assert found.item() == pytest.approx(8.0 * float(((lengths - means[-1]) ** 2).mean()), rel=1e-4)
