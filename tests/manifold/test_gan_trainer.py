@@ -188,7 +188,8 @@ def test_a_long_interval_says_early_how_long_it_all_takes(
 
 
 def test_two_workers_on_different_parts_of_a_batch_stay_equal(tmp_path: Path) -> None:
-    config = settings(keep="last", ada_target=0.6, path_length=2.0, kimg=0.08)
+    lengths = {"batch_size": 32, "kimg": 0.32, "report_kimg": 0.16, "snapshot_kimg": 0.32}
+    config = settings(keep="last", ada_target=0.6, path_length=2.0, **lengths)
     (tmp_path / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
     (tmp_path / "two").mkdir()
     run_two_workers("gan_process.py", str(tmp_path / "two"))
