@@ -22,17 +22,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import dmat_ray
-from dmat_ray.models.agreement import seen_by_all
-from dmat_ray.networks import classifiers
-from dmat_ray.validated import validate
 from dmat_ray.config import Config
 from dmat_ray.devices import device_of
 from dmat_ray.errors import UserError, first_line
-from dmat_ray.storage.files import is_full, read_json, sha256, text_digest, write_json
-from dmat_ray.storage.folders import fetched
+from dmat_ray.models.agreement import seen_by_all
+from dmat_ray.networks import classifiers
 from dmat_ray.rng import kept_apart
 from dmat_ray.storage import Location, Place, at
+from dmat_ray.storage.files import is_full, read_json, sha256, text_digest, write_json
+from dmat_ray.storage.folders import fetched
 from dmat_ray.types import RunContext
+from dmat_ray.validated import validate
 
 MODEL, RUN, STATE = "model.safetensors", "run.json", "state.pt"
 PROGRAMS = {"torchscript": "program.pt", "torch_export": "program.pt2"}  # files of imported programs, by kind

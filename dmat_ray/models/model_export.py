@@ -7,21 +7,20 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from dmat_ray.models import checkpoint
-from dmat_ray.networks import classifiers
-from dmat_ray.networks import wide_resnet
 from dmat_ray.config import AutoAttackRow, Config, EvaluationConfig
 from dmat_ray.data.set_reader import named_classes
 from dmat_ray.errors import UserError
-from dmat_ray.storage.files import sha256, write_json
-from dmat_ray.storage.folders import fetched, holds_anything
 from dmat_ray.evaluation import evaluated
 from dmat_ray.evaluation.intervals import Accuracy
 from dmat_ray.evaluation.metrics import Results
+from dmat_ray.evaluation.units import VERSION
+from dmat_ray.models import checkpoint
+from dmat_ray.networks import classifiers, wide_resnet
 from dmat_ray.reports.report_text import escaped
 from dmat_ray.reports.report_values import columns_described
 from dmat_ray.storage import Place, at
-from dmat_ray.evaluation.units import VERSION
+from dmat_ray.storage.files import sha256, write_json
+from dmat_ray.storage.folders import fetched, holds_anything
 from dmat_ray.wording import number_of
 
 STANDARD = {"apgd-ce", "apgd-t", "fab-t", "square"}  # parts of AutoAttack

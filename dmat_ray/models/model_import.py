@@ -16,17 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dmat_ray.models import checkpoint
-from dmat_ray.networks import classifiers
-from dmat_ray.networks import wide_resnet
 from dmat_ray.config import ClassifierConfig, Config
 from dmat_ray.config.training import of_levels
 from dmat_ray.errors import UserError
-from dmat_ray.storage.files import sha256
 from dmat_ray.manifold.formats import checkpoints
 from dmat_ray.manifold.formats.layouts import listed
 from dmat_ray.manifold.formats.programs import kind_of, load_and_pack, reason
 from dmat_ray.manifold.formats.stored import RefusedError, Stored, shown
+from dmat_ray.models import checkpoint
+from dmat_ray.networks import classifiers, wide_resnet
+from dmat_ray.storage.files import sha256
 
 Tensors = dict[str, Tensor | Stored]
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]

@@ -9,14 +9,14 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from dmat_ray.devices import tf32
-from dmat_ray.models.checkpoint import UNSEEN
 from dmat_ray.config import DataConfig
 from dmat_ray.config.data import LATER
 from dmat_ray.data.folder_source import EXTENSIONS, is_image, text
 from dmat_ray.data.pixels import to_unit
 from dmat_ray.data.set_reader import named_classes
+from dmat_ray.devices import tf32
 from dmat_ray.errors import UserError
+from dmat_ray.models.checkpoint import UNSEEN
 from dmat_ray.storage import at
 from dmat_ray.wording import number_of
 

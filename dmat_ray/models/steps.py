@@ -15,6 +15,6 @@ def require_last(folder: Place, progress: dict[str, Any]) -> None:
     """Raise UserError for a checkpoint, with this JSON, from before the end of a training."""
     if not is_last(progress):
         raise UserError(
-            f"'{folder}' is of step {progress['step']} of {progress['of']}, which is no result yet; give the command again, which "
-            "goes on from it"
+            f"'{folder}' is of step {progress['step']} of {progress['of']}, which is no result yet; give the command again, "
+            "which goes on from it"
         )

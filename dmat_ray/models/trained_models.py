@@ -8,19 +8,18 @@ from typing import Any
 
 import torch
 
-from dmat_ray.models import checkpoint
-from dmat_ray.networks import classifiers
-from dmat_ray.models import trained_settings
 from dmat_ray.attack import require_possible
 from dmat_ray.config import Config, TrainingConfig
 from dmat_ray.data import set_reader
 from dmat_ray.data.epochs import held_out_positions
 from dmat_ray.data.manifold_set import steps_per_epoch
 from dmat_ray.errors import UserError, first_line
-from dmat_ray.storage.folders import fetched, replace_folder
 from dmat_ray.manifold import generators
+from dmat_ray.models import checkpoint, trained_settings
+from dmat_ray.networks import classifiers
 from dmat_ray.rng import Draws
 from dmat_ray.storage import Location, Place, at, set_folder
+from dmat_ray.storage.folders import fetched, replace_folder
 from dmat_ray.training.trainer import check_inputs
 from dmat_ray.types import Batch
 

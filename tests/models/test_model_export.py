@@ -1,7 +1,6 @@
 """Classifiers for others: what a README promises holds with plain torch, and cards say what rows say."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,10 @@ import torch
 import torchvision
 from imported_models import CLASSES, program, small, unsettle
 from installed import install
+from model_readmes import by_its_readme
 from rendered import Rendered
 from safetensors.torch import load_file
-from torch import Tensor
 
-from model_readmes import by_its_readme
 from dmat_ray import train
 from dmat_ray.config import ClassifierConfig, Config, EvaluationConfig
 from dmat_ray.errors import UserError
