@@ -61,7 +61,9 @@ class ProjectionConfig(Section):
     batch_size: int = Field(10, ge=1, description="images optimised together")
     shard_size: int = Field(256, ge=1, description="images a Parquet shard, the unit of work and of resume")
     poor_l1: float = Field(0.1, gt=0, description="mean absolute pixel error above which an image is marked poor")
-    poor_lpips: float | None = Field(None, gt=0, description="LPIPS above which an image is marked poor; null = none is")
+    poor_lpips: float | None = Field(
+        None, gt=0, description="LPIPS above which an image is marked poor, of a set made with lpips above 0; null = none is"
+    )
     seed: int = Field(0, ge=0, le=MOST_SEED, description="seed of noise, candidates and of a random LPIPS backbone")
 
     @model_validator(mode="after")

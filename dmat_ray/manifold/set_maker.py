@@ -71,6 +71,11 @@ def prepare(config: Config, say: Callable[[str], None]) -> Listing:
     require_apart(config, makes_set=True)
     if config.projection.lpips_weights == "random" and config.projection.lpips > 0:
         say("LPIPS runs on a random backbone (projection.lpips_weights=random): it guides the search, it is not perceptual")
+    if (limit := config.projection.poor_lpips) is not None and config.projection.lpips == 0:
+        say(
+            f"note: projection.poor_lpips {limit:g} marks no image poor: LPIPS is not measured where projection.lpips is 0; "
+            "raise that, or lower projection.poor_l1 instead"
+        )
     listing = sources.list_examples(config.data)
     # without what an actor computes at its start, or looks for on its machine
     cheap = config.projection.model_copy(update={"candidates": 1, "axes": "w", "compile": False})

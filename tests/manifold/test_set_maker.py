@@ -234,6 +234,16 @@ def test_shards_of_more_than_a_file_holds_are_refused_before_anything_is_written
     set_maker.prepare(few.model_copy(update={"projection": larger.projection}), print)
 
 
+@pytest.mark.parametrize(("limit", "told"), [(0.3, True), (None, False)])
+def test_a_limit_of_an_lpips_that_is_not_measured_is_told(make: Make, limit: float | None, told: bool) -> None:
+    """Not refused: sets were made with it, and models trained on them."""
+    config, lines = make(None, official_split=True), list[str]()
+    projection = config.projection.model_copy(update={"poor_lpips": limit})
+    made = set_maker.make(config.model_copy(update={"projection": projection}), torch.device("cpu"), lines.append)
+    assert any("poor_lpips 0.3 marks no image poor" in line and "projection.lpips is 0" in line for line in lines) == told
+    assert made["status"] == {"ok": made["count"]}
+
+
 def test_a_file_of_many_images_that_was_written_anew_is_not_mixed_into_a_set(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
