@@ -16,14 +16,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from dmat_ray import cli
 from dmat_ray.data.pixels import to_unit
-from dmat_ray.data.sources import list_examples, read_pixels
+from dmat_ray.data.sources import list_examples, read_good
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators, quality, set_maker
 from dmat_ray.storage.files import write_json
@@ -46,10 +45,9 @@ def main() -> None:
     splits = {}
     for split in ("train", "test"):
         rows = listing.rows(split)
-        found = read_pixels(rows, data)
-        keep = [i for i, image in enumerate(found) if not isinstance(image, str)]
-        ids, labels = (rows[name].take(pa.array(keep)).to_pylist() for name in ("id", "label"))
-        splits[split] = to_unit(np.stack([found[i] for i in keep])), torch.tensor(labels), ids
+        good, pixels, _ = read_good(rows, data)
+        ids, labels = (rows[name].take(pa.array(good)).to_pylist() for name in ("id", "label"))
+        splits[split] = to_unit(pixels), torch.tensor(labels), ids
     cpu = torch.device("cpu")
     judge = quality.train_classifier(*splits["train"][:2], len(listing.class_names), 12, cpu)
     projector = set_maker.build_projector(config, cpu)

@@ -13,11 +13,12 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from dmat_ray import presets, suites
-from dmat_ray.config import Config, EvaluationConfig, PerceptualThreat
+from dmat_ray.config import Config, EvaluationConfig, PerceptualThreat, TrackingConfig
 from dmat_ray.errors import DmatRayError, UserError
 from dmat_ray.validated import describe
 from dmat_ray.wording import did_you_mean
 
+TRACKING_URI = "MLFLOW_TRACKING_URI"
 EPILOG = """\
 Any setting is given by its dotted name: --objective.image.eps 8/255 --training.batch_size 64
 Lists are given with commas: --evaluation.sets on_manifold,natural
@@ -154,7 +155,8 @@ def parse(
     namespace = parser.parse_args(argv)
     namespace.preset = namespace.preset or list(preset)  # no default of the parser, which those given would be added to
     layers = _layers(namespace.preset, over)
-    if (server := os.environ.get("MLFLOW_TRACKING_URI")) and not (layers.get("tracking") or {}).get("uri"):
+    own, given = layers.get("tracking", {}), getattr(namespace, "tracking.uri", None)
+    if given is None and isinstance(own, Mapping) and "uri" not in own and (server := _tracking_server()):
         layers = presets.merge(layers, {"tracking": {"uri": server}})
 
     class Layered(arguments):  # type: ignore[misc, valid-type]
@@ -172,6 +174,15 @@ def parse(
         raise UserError(describe(error)) from None
     except SettingsError as error:  # a list or a table whose text is no JSON, such as 0,.1 for 0,0.1
         raise UserError(_unreadable(error, namespace)) from None
+
+
+def _tracking_server() -> str | None:
+    """What MLflow's own variable says. Raises UserError for an address that no setting may be."""
+    server = os.environ.get(TRACKING_URI)
+    try:
+        return TrackingConfig(uri=server).uri if server else None
+    except ValidationError as error:
+        raise UserError(f"{TRACKING_URI}: {describe(error)}; or do without it by --tracking.uri null") from None
 
 
 def _unreadable(error: SettingsError, namespace: argparse.Namespace) -> str:

@@ -83,8 +83,8 @@ class LocalContext:
             yield
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: of no Python code
-            if self._told_to_stop and not self._stopping:
-                os.kill(os.getpid(), signal.SIGTERM)
+        if self._told_to_stop and not self._stopping:  # an error tells more than the signal
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """See RunContext."""

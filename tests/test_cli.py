@@ -330,10 +330,17 @@ def test_the_tracking_uri_of_the_environment_is_below_every_other(monkeypatch: p
     (tmp_path / "server.yaml").write_text("tracking: {uri: 'http://127.0.0.1:5003', experiment: mine}")
     found = parsed("--preset", str(tmp_path / "server.yaml")).tracking
     assert (found.uri, found.experiment) == ("http://127.0.0.1:5003", "mine")
+    (tmp_path / "none.yaml").write_text("tracking: {uri: null}")
+    assert parsed("--preset", str(tmp_path / "none.yaml")).tracking.uri is None
+    (tmp_path / "odd.yaml").write_text("tracking: x")
+    with pytest.raises(UserError, match="tracking: must be a table"):
+        parsed("--preset", str(tmp_path / "odd.yaml"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@127.0.0.1:5001")
-    with pytest.raises(UserError, match=r"tracking: uri holds a password") as told:
+    refusal = r"MLFLOW_TRACKING_URI: .*uri holds a password.*MLFLOW_TRACKING_PASSWORD.*; or do without it by --tracking\.uri null"
+    with pytest.raises(UserError, match=refusal) as told:
         parsed()
     assert "hunter" not in str(told.value)
+    assert parsed("--tracking.uri", "null").tracking.uri is None
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
     assert parsed().tracking.uri is None
 

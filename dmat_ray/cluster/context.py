@@ -18,7 +18,7 @@ from dmat_ray.cluster.events import is_stopping, send
 from dmat_ray.cluster.gauges import of_machine
 from dmat_ray.cluster.nodes import require_like_driver
 from dmat_ray.cluster.session import device_of_actor
-from dmat_ray.errors import DmatRayError, UserError
+from dmat_ray.errors import DmatRayError, StorageError, UserError
 from dmat_ray.local import average_over_workers_, wrap_ddp
 from dmat_ray.models.checkpoint import no_space
 from dmat_ray.storage import Location, Place, at, object_store
@@ -28,7 +28,8 @@ from dmat_ray.storage.folders import put
 Value = TypeVar("Value")
 WHOLE = re.compile(r"(checkpoint_[0-9][^/]*)/[^/]*\.json")
 NAMED = "checkpoint_%Y-%m-%d_%H-%M-%S.%f"  # as Ray Train names them, by the clock of rank 0's machine
-UPLOAD_PAUSES_S = (10.0, 60.0)  # before a checkpoint is uploaded again, which the store did not take
+UPLOAD_PAUSES_S = (10.0, 60.0, 120.0)  # before a checkpoint is uploaded again, which the store did not take
+OF_AMAZON = "AWS Error "  # what Ray Train takes for a reason to upload again, from a folder that is no longer there
 
 
 class StoppedError(Exception):
@@ -131,7 +132,7 @@ class RayContext:
             shutil.rmtree(checkpoint.path, ignore_errors=True)  # Ray removes what was uploaded, and nobody the rest
             if not isinstance(error, DmatRayError) and not is_full(error):
                 raise
-            told = error
+            told: Exception = StorageError(str(error).replace(OF_AMAZON, "AWS ")) if isinstance(error, StorageError) else error
             if not isinstance(error, DmatRayError):
                 told = UserError(no_space(error, f"'{self._storage}'", self.checkpoints()))
             if isinstance(told, UserError):  # else the group is started anew, from the last one that was stored

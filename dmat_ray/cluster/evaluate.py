@@ -4,6 +4,7 @@ A unit's file is named by all that its rows depend on, and appears whole or not 
 is not done again, whatever was killed, and an attack that is added to a suite is the only one that runs.
 """
 
+import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -55,7 +56,11 @@ class UnitEvaluator:
 
         def load(name: str) -> torch.nn.Module:
             network = checkpoint.load_classifier(models[name], device)[0]
-            _require_same(checkpoint.digest(models[name]), facts["models"][name])
+            if checkpoint.digest(models[name]) != facts["models"][name]:
+                raise UserError(
+                    f"model '{name}' is another on {platform.node()} than when the evaluation began: it was replaced meanwhile "
+                    "(run the same again), or the package of its network is another there than the driver's"
+                )
             return network
 
         ids = manifold_set.usable(set_path, "test")["id"].to_pylist()

@@ -5,7 +5,7 @@ to disk), and splits the result equally among the workers. The order depends on 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,10 @@ import ray.data
 import ray.train
 import ray.train.collective
 import torch
+from ray.util.placement_group import placement_group, remove_placement_group
 from torch import Tensor
 
+from dmat_ray.cluster.room import of_nodes, takes_all
 from dmat_ray.cluster.shard_tasks import read_examples
 from dmat_ray.config import ClusterConfig, TrainingConfig
 from dmat_ray.data import manifold_set, set_format, set_reader
@@ -31,34 +33,47 @@ from dmat_ray.types import Batch
 BLOCKS = 256  # that are shuffled: the exchange makes as many objects as the square of them
 
 
-def take_all_cpus(nodes: Sequence[dict[str, Any]], workers: int, cluster: ClusterConfig) -> bool:
-    """Whether so many workers leave no CPU of these nodes, as `ray.nodes` tells of them, to what reads and shuffles for them."""
-    cpus = sum(node["Resources"].get("CPU", 0) for node in nodes if node["Alive"])
-    return bool(cpus - workers * cluster.threads_per_worker < 1)
+def await_a_cpu(workers: int, cluster: ClusterConfig, say: Callable[[str], None], is_stopping: Callable[[], bool]) -> None:
+    """Wait until there is a CPU that is none of the workers', and ask an autoscaler for it. Ray Train may have taken all that a
+    lost machine has left, and Ray Data would wait for one for ever, and in silence.
 
-
-def await_a_cpu(workers: int, cluster: ClusterConfig, say: Callable[[str], None]) -> None:
-    """Wait until there is a CPU that is none of the workers'. Ray Train may have taken all that a lost machine has left, and Ray
-    Data would wait for one for ever, and in silence.
-
-    Raises UserError if none comes within `wait_minutes`.
+    Raises UserError if none comes within `wait_minutes`, or before the job `is_stopping`.
     """
-    if not take_all_cpus(ray.nodes(), workers, cluster):
+
+    def is_there() -> bool:
+        return not takes_all(of_nodes(), workers, {"CPU": cluster.threads_per_worker})
+
+    if is_there():
         return
     taken = f"the workers ({workers}, with {cluster.threads_per_worker} CPU each) take all CPUs, and training.loader stream"
-    say(f"{taken} needs another: waiting {cluster.wait_minutes:g} minutes for a node")
-    if awaited(lambda: not take_all_cpus(ray.nodes(), workers, cluster) or None, 60 * cluster.wait_minutes) is None:
-        raise UserError(
-            f"{taken} reads and shuffles on another, which did not come within {cluster.wait_minutes:g} minutes; start another "
-            "node, lower cluster.threads_per_worker or cluster.train_workers, or give training.loader memory"
-        )
+    say(f"{taken} needs another: asking the autoscaler, and waiting {cluster.wait_minutes:g} minutes for a node")
+    asked = placement_group([{"CPU": 1}])
+    try:
+        if awaited(lambda: is_there() or is_stopping() or None, 60 * cluster.wait_minutes) is None:
+            raise UserError(
+                f"{taken} reads and shuffles on another, which did not come within {cluster.wait_minutes:g} minutes; start "
+                "another node, lower cluster.threads_per_worker or cluster.train_workers, or give training.loader memory"
+            )
+        if not is_there():
+            raise UserError(f"{taken} needs another; asked to stop while it waited, the same command goes on")
+    finally:
+        remove_placement_group(asked)
 
 
 class Streamed:
-    """An EpochSource (see `dmat_ray.data.epochs`) inside a Ray Train worker, which may `say` what it waits for."""
+    """An EpochSource (see `dmat_ray.data.epochs`) inside a Ray Train worker, which may `say` what it waits for, and must know
+    whether the job `is_stopping`.
+    """
 
-    def __init__(self, place: str, config: TrainingConfig, cluster: ClusterConfig, say: Callable[[str], None]) -> None:
-        self._place, self._config, self._cluster, self._say = place, config, cluster, say
+    def __init__(
+        self,
+        place: str,
+        config: TrainingConfig,
+        cluster: ClusterConfig,
+        say: Callable[[str], None],
+        is_stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._place, self._config, self._cluster, self._say, self._is_stopping = place, config, cluster, say, is_stopping
         self._manifest = set_reader.read_manifest(place)
         ids = np.array(manifold_set.usable(place, "train")["id"].to_pylist(), dtype=object)
         train, held_out = held_out_positions(len(ids), config)
@@ -106,7 +121,7 @@ class Streamed:
         return self._cut(tables, sizes, done.steps if again else 0)
 
     def _splits(self, epoch: int, world_size: int, short: int, left: np.ndarray) -> list[Any]:
-        await_a_cpu(world_size, self._cluster, self._say)
+        await_a_cpu(world_size, self._cluster, self._say, self._is_stopping)
         seed = self._config.seed
         order = np.random.default_rng([seed, epoch, 2]).permutation(self._ids[left])
         twice = np.resize(order, short).tolist()

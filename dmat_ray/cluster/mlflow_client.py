@@ -74,8 +74,8 @@ def _refusal(uri: str, own: Path | None, error: Exception) -> str:
     if "Invalid Host header" in str(error):
         host = urlsplit(uri).netloc.rpartition("@")[2]
         return (
-            f"MLflow at tracking.uri '{uri}' answers under other names only: start it with --allowed-hosts {host} (several by "
-            "commas)"
+            f"MLflow at tracking.uri '{uri}' answers under other names only: start it with --allowed-hosts {host} and "
+            "every other name of its, by commas"
         )
     if status_of(error) in (401, 403):
         return (
@@ -85,11 +85,11 @@ def _refusal(uri: str, own: Path | None, error: Exception) -> str:
     if isinstance(error, UnsupportedModelRegistryStoreURIException) or "filesystem tracking backend" in str(error):
         return (
             f"tracking.uri '{uri}' is no address of an MLflow; write http://HOST:PORT of a server, sqlite:////FOLDER/mlflow.db "
-            "of a database, or leave it out: then runs are kept in the output folder"
+            "of a database, or --tracking.uri null: then runs are kept in the output folder"
         )
     return (
-        f"MLflow at tracking.uri '{uri}' does not answer: {reason_of(error)}; start it, correct the address, or leave "
-        "tracking.uri out: then runs are kept in the output folder"
+        f"MLflow at tracking.uri '{uri}' does not answer: {reason_of(error)}; start it, correct the address, or give "
+        "--tracking.uri null: then runs are kept in the output folder"
     )
 
 

@@ -22,6 +22,7 @@ from dmat_ray.storage import Location, at
 EXPECTED = "DMAT_RAY_EXPECTED"
 MARK = ".dmat_ray"  # in an output folder: by its content the folder is known on other machines
 PACKAGES = ("torch", "torchvision", "lpips", "numpy", "pyarrow", "safetensors", "pyautoattack", "timm")
+EXTRA = {"timm"}  # of these, those that have it; who needs it without says so
 SKEW_S, FREE_BYTES, PATIENCE_S = 60.0, 1 << 30, 120.0
 SETTLING_S = 5.0  # how long another machine's file system may take to show a file that has just been made
 
@@ -62,7 +63,8 @@ def complaints(told: str) -> list[str]:
     """What this machine lacks of that. Raises StorageError if the store of the output does not answer."""
     wanted, node = json.loads(told), platform.node()
     found = packages()
-    other = [f"{name} {found[name]} (the driver has {v})" for name, v in wanted["packages"].items() if found.get(name) != v]
+    there = {name: v for name, v in wanted["packages"].items() if name not in EXTRA or "none" not in (v, found[name])}
+    other = [f"{name} {found[name]} (the driver has {v})" for name, v in there.items() if found.get(name) != v]
     said = [f"node {node} has {', '.join(other)}; set up all nodes from one constraints.txt"] if other else []
     if wanted["output"] is not None:
         said += _strange(at(wanted["output"]), wanted["mark"], node, wanted["node"])

@@ -59,11 +59,11 @@ class Training:
             settings = {"config": self._config.to_json(), "mailbox": mailbox, **prepare()}
             result = workers.fit(worker, settings, cluster, self._place, self._say, keep=2)
         self._lease.check()
-        if (last := self._last(progress)) is None and self._asked.is_set():
+        if (last := self._last(progress, self._say)) is None and self._asked.is_set():
             self._say("stopped; the same command goes on from the checkpoint")
             return None
         if last is None:  # a shared disk may show late what another machine has written
-            last = awaited(functools.partial(self._last, progress))
+            last = awaited(functools.partial(self._last, progress, lambda line: None))
         if last is None:
             raise UserError(
                 f"the training has ended, but its last checkpoint in '{self._place}' is damaged or cannot be seen from here, and "
@@ -71,9 +71,9 @@ class Training:
             )
         return last, result.return_value
 
-    def _last(self, progress: str) -> Location | None:
+    def _last(self, progress: str, say: Callable[[str], None]) -> Location | None:
         """The checkpoint of the training's end, if it is whole; where this process was killed Ray Train may not know of it."""
-        newest = newest_of(stored_checkpoints(self._place), progress, self._say)
+        newest = newest_of(stored_checkpoints(self._place), progress, say)
         return newest if newest is not None and steps.is_last((newest / progress).read_json()) else None
 
     def _tell(self, metrics: dict[str, float], lines: Callable[[dict[str, float]], list[str]]) -> None:

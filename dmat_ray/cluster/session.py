@@ -259,7 +259,7 @@ def _ended_by_sigterm(before: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: of no Python code
 
 
 def _start(config: ClusterConfig, counts: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """Training on Ray Train: DDP workers, checkpoints that survive, one or several runs in one worker group."""
 
 import contextlib
+import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -10,7 +11,7 @@ import torch
 
 from dmat_ray.cluster import environment, gauges, session, tracking, workers
 from dmat_ray.cluster.context import RayContext, StoppedError
-from dmat_ray.cluster.events import heed_stop, listen, no_retry_of_user_errors
+from dmat_ray.cluster.events import heed_stop, is_stopping, listen, no_retry_of_user_errors
 from dmat_ray.cluster.ingest import Streamed
 from dmat_ray.cluster.leftovers import GROUP, Leftover, discard, left_by_others
 from dmat_ray.config import Config, EvaluationConfig
@@ -102,7 +103,9 @@ def _train(settings: dict[str, Any]) -> None:
         left = settings.get("left", {}).get(config.name, ())
         context = _NamedContext(config.name, settings["mailbox"], left, wait="judged_by" in settings)
         generator = generators.load_configured(config.generator, context.device)
-        source = Streamed(settings["set"], config.training, config.cluster, context.say) if data is None else data
+        stopping = functools.partial(is_stopping, settings["mailbox"])
+        streamed = functools.partial(Streamed, settings["set"], config.training, config.cluster, context.say, stopping)
+        source = streamed() if data is None else data
         judged_by, branch_from = settings.get("judged_by"), settings.get("branch_from")
         train(
             config,

@@ -7,8 +7,8 @@ from dmat_ray.storage import Place
 
 
 def is_last(progress: dict[str, Any]) -> bool:
-    """Whether a checkpoint of this JSON is a training's last; so counts one of an encoder's that is too old to tell."""
-    return bool(progress["step"] == progress.get("of", progress["step"]))
+    """Whether a checkpoint of this JSON is a training's last."""
+    return bool(progress["step"] == progress["of"])
 
 
 def require_last(folder: Place, progress: dict[str, Any]) -> None:

@@ -55,4 +55,12 @@ def test_clocks_and_disks_are_warned_of(ray_session, tmp_path, say, lines, monke
     other = json.dumps({**json.loads(told), "packages": {"torch": "1.0", "numpy": "1.0"}})
     with pytest.raises(UserError, match=r"has torch 2\.\S+ \(the driver has 1\.0\), numpy 2\.\S+ \(the driver has 1\.0\)"):
         nodes.look_at_all(other, say)
+    (extra,) = nodes.EXTRA
+    for there in ("none", "1.0"):  # it need not be on all nodes, but must not be of different versions
+        other = json.dumps({**json.loads(told), "packages": {extra: there}})
+        if there == "none" or nodes.packages()[extra] == "none":
+            nodes.look_at_all(other, say)
+        else:
+            with pytest.raises(UserError, match=f"has {extra} "):
+                nodes.look_at_all(other, say)
     assert Path(tmp_path / nodes.MARK).is_file()

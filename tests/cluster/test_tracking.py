@@ -188,7 +188,9 @@ def test_a_server_that_refuses_its_name_is_told_of_the_option_for_it(server, tmp
     look = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *more, **how: look(host.replace("mlflow", "127.0.0.1"), *more, **how))
     uri = server.url.replace("127.0.0.1", "mlflow")
-    with pytest.raises(UserError, match=f"tracking.uri '{uri}' answers under other names only: .*--allowed-hosts {uri[7:]} "):
+    with pytest.raises(
+        UserError, match=f"tracking.uri '{uri}' answers under other names only: .*--allowed-hosts {uri[7:]} and every other"
+    ):
         Outbox(uri, tmp_path, 1.0)
 
 

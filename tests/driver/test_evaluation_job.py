@@ -94,7 +94,7 @@ def test_no_rows_of_another_model_are_written_under_ones_name(
     of_a, weights = probes.units(["a"], config.evaluation, work.positions), models["a"] / "model.safetensors"
     mine = weights.read_bytes()
     weights.write_bytes((models["b"] / "model.safetensors").read_bytes())
-    with pytest.raises(UserError, match="a model was replaced while it was evaluated"):
+    with pytest.raises(UserError, match=r"model 'a' is another on .* than when the evaluation began"):
         stage._run_all(work, of_a, "", print)
     assert work.left(of_a) == list(of_a)
     weights.write_bytes(mine)

@@ -7,6 +7,8 @@ import pytest
 import ray.train
 import torch
 from ray.train import CheckpointUploadMode, PreemptionInfo
+from ray.train.v2._internal.constants import AWS_RETRYABLE_TOKENS
+from ray.train.v2._internal.execution.context import TrainContext
 
 from dmat_ray.cluster import context
 from dmat_ray.cluster.context import RayContext
@@ -64,6 +66,29 @@ def test_what_cannot_be_uploaded_does_not_stay_in_the_temporary_folder(worker, m
     assert (tmp_path / "made").exists() == (error is None)
     full = f"a checkpoint cannot be written to '{tmp_path}/train/dmat' ([Errno 28] No space left on device): is the disk full?"
     assert [str(found).split(" There")[0] for found in told] == ([full] if error is NO_SPACE else [])
+
+
+def test_ray_train_does_not_upload_again_what_is_no_longer_there(worker, monkeypatch, tmp_path):
+    """It does so for some errors of Amazon's, by their words; the store is named by the error that ends the attempt."""
+    away = StorageError(
+        "'s3://b/run' cannot be written: AWS Error SLOW_DOWN during UploadPart operation: Please reduce your rate"
+    )
+    calls = []
+
+    def put(folder, place):
+        calls.append(1)
+        raise away
+
+    monkeypatch.setattr(context, "put", put)
+    monkeypatch.setattr(context, "UPLOAD_PAUSES_S", ())
+    assert any(token in str(away) for token in AWS_RETRYABLE_TOKENS)
+    (tmp_path / "made").mkdir()
+    train = object.__new__(TrainContext)
+    train.execution_context = SimpleNamespace(train_context_callbacks=[])
+    made = ray.train.Checkpoint(str(tmp_path / "made"))
+    with pytest.raises(StorageError, match=r"^'s3://b/run' cannot be written: AWS SLOW_DOWN during UploadPart"):
+        train._upload_checkpoint("checkpoint_1", {}, made, True, worker._upload)
+    assert len(calls) == 1
 
 
 def test_one_checkpoint_at_a_time_is_uploaded_while_training_goes_on(worker, monkeypatch, tmp_path):

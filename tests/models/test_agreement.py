@@ -61,7 +61,6 @@ class Workers:
 def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Workers]:
     """workers(looks, looks, ...), of the checkpoints 1, 2 and 3, which are whole, and 4, which is not."""
     monkeypatch.setattr(agreement, "LOOK_S", 0.0)
-    monkeypatch.setattr(agreement, "VISIBLE_S", 0.3)
     for number in range(1, 5):
         folder = tmp_path / f"{number}"
         folder.mkdir()
@@ -92,8 +91,11 @@ def test_workers_go_on_from_the_same_however_late_some_see_it(
     assert workers(*seen).find() == [expected] * len(seen)
 
 
-def test_workers_that_never_see_the_same_are_told_to_share_a_folder(workers: Callable[..., Workers]) -> None:
+def test_workers_that_never_see_the_same_are_told_to_share_a_folder(
+    workers: Callable[..., Workers], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All of them, also the one whose checkpoint is the mean of the others'."""
+    monkeypatch.setattr(agreement, "VISIBLE_S", 0.3)
     three = workers([ONE], [TWO], [THREE])
     (told,) = set(three.find())
     assert told == "workers found different checkpoints to go on from: output must be a folder that all of them share"
