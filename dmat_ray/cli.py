@@ -155,8 +155,8 @@ def parse(
     namespace = parser.parse_args(argv)
     namespace.preset = namespace.preset or list(preset)  # no default of the parser, which those given would be added to
     layers = _layers(namespace.preset, over)
-    own, given = layers.get("tracking", {}), getattr(namespace, "tracking.uri", None)
-    if given is None and isinstance(own, Mapping) and "uri" not in own and (server := _tracking_server()):
+    own, by_name = layers.get("tracking", {}), getattr(namespace, "tracking.uri", None)
+    if by_name is None and isinstance(own, Mapping) and "uri" not in own and (server := _tracking_server()):
         layers = presets.merge(layers, {"tracking": {"uri": server}})
 
     class Layered(arguments):  # type: ignore[misc, valid-type]

@@ -1,11 +1,11 @@
-"""The command line: presets, overrides, help and errors as a user meets them."""
+"""The command line: presets, overrides, and errors as a user meets them."""
 
 import argparse
 import runpy
 from pathlib import Path
-from typing import Any
 
 import pytest
+from command_lines import parsed
 
 from dmat_ray import cli, presets
 from dmat_ray.config import Config
@@ -13,10 +13,6 @@ from dmat_ray.errors import UserError
 from dmat_ray.validated import validate
 
 JOBS = Path(__file__).parents[1] / "jobs"
-
-
-def parsed(*argv: str) -> Config:
-    return cli.parse("A job.", argv)[0]
 
 
 def test_no_arguments_give_the_defaults() -> None:
@@ -218,60 +214,6 @@ def test_wrong_values_name_key_value_and_choices(argv: list[str], parts: list[st
     assert [part for part in parts if part not in message] == [], message
 
 
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("training: {epoch: 3}", ["training.epoch", "no such setting"]),
-        ("training: {epochs: 0, momentum: 2}", ["training.epochs", "training.momentum"]),
-        ("- a list", ["list"]),
-        ("training: {epochs: [", ["not valid YAML"]),
-        ("name: a\ntraining: {epochs: 3}\ntraining: {seed: 1}", ["mine.yaml', line 3: 'training' is there already, in line 2"]),
-        ("training:\n  epochs: 3\n  seed: 1\n  'epochs': 4", ["mine.yaml', line 4: 'epochs' is there already, in line 2"]),
-        ("data:\n  classes:\n    yes: [a]\n    on: [b]", ["line 4: 'on' is there already, as 'yes' in line 3", "both as True"]),
-        ("training:\n  1: 2\n  1.0: 2", ["line 3: '1.0' is there already, as '1' in line 2"]),
-        ("data: {classes: {a: [7],\n  b: [010]}}", ["line 2: 010 is the number 8 in YAML; write 8, or '010'"]),
-        ("training: {epochs: 12:30}", ["line 1: 12:30 is the number 750 in YAML; write 750, or '12:30'"]),
-        ("data: {seed: 1_0}", ["1_0 is the number 10 in YAML"]),
-        ("1: 2", ["mine.yaml': 1 is no section of settings"]),
-        ("on: {epochs: 3}", ["mine.yaml': True is no section of settings (YAML reads on and yes as True)"]),
-        ('data: {source: ""}', ["data.source: must not be empty (found '')"]),
-        ('data: {source: "a\\0b"}', ["data.source: 'a\\x00b' holds a NUL"]),
-        ("projection: {seed: 9223372036854775808}", ["projection.seed: must be 9223372036854775807 or less"]),
-        ("training: 3", ["training", "3"]),
-        ("evaluation: {attacks: [{threat: rain, name: a}]}", ["evaluation.attacks", "rain", "'fog'"]),
-    ],
-)
-def test_wrong_files_are_described(tmp_path: Path, text: str, parts: list[str]) -> None:
-    wrong_file(tmp_path, text.encode(), parts, "--preset")
-
-
-@pytest.mark.parametrize(
-    ("option", "content", "parts"),
-    [
-        ("--preset", "data: {source: Bäume}".encode("latin-1"), ["no UTF-8 text", "at byte 16); save it as UTF-8"]),
-        ("--preset", b"name: 2024-13-01", ["not valid YAML: month must be in 1..12"]),
-        ("--preset", b"a: " + b"[" * 5000, ["not valid YAML"]),
-        ("--preset", b"include: [../folder/mine.yaml]", ["mine.yaml' includes itself"]),
-        ("--evaluation.suites", "attacks: [{threat: ä}]".encode("latin-1"), ["no UTF-8 text"]),
-        ("--evaluation.suites", b"include: [../folder/mine.yaml]", ["mine.yaml' includes itself"]),
-        ("--evaluation.suites", b"attacks: 5", ["attacks is 5; give a list"]),
-        ("--evaluation.suites", b"attacks: hello", ["attacks is 'hello'; give a list"]),
-        ("--evaluation.suites", b"summaries: {name: a}", ["summaries is {'name': 'a'}; give a list"]),
-        ("--evaluation.suites", b"include: [3]", ["include has 3; give names or paths of suites"]),
-        ("--evaluation.suites", b"attacks: [{threat: image, name: [a]}]", ["attack '['a']': name: must be a text"]),
-    ],
-)
-def test_files_that_cannot_be_read_are_described(tmp_path: Path, option: str, content: bytes, parts: list[str]) -> None:
-    (tmp_path / "folder").mkdir()
-    wrong_file(tmp_path / "folder", content, parts, option)
-
-
-@pytest.mark.parametrize("training", [None, 3, "fast"])
-def test_sections_that_are_none_are_described(training: Any) -> None:
-    with pytest.raises(UserError, match=rf"^training: must be a table \(found {training!r}\)$"):
-        cli.settings("demo", training=training)
-
-
 @pytest.mark.parametrize("name", ["data.source", "generator.path", "projection.encoder", "evaluation.lpips_weights"])
 def test_a_path_of_nothing_is_not_the_folder_of_the_command(name: str) -> None:
     with pytest.raises(UserError, match=rf"^{name}: must not be empty"):
@@ -285,189 +227,11 @@ def test_a_name_is_made_of_any_files_name(tmp_path: Path) -> None:
     assert cli.settings(str(tmp_path / "_x.yaml")).name == "x"
 
 
-def wrong_file(folder: Path, content: bytes, parts: list[str], option: str) -> None:
-    path = folder / "mine.yaml"
-    path.write_bytes(content)
-    with pytest.raises(UserError) as raised:
-        parsed(option, str(path))
-    message = str(raised.value)
-    assert "\n" not in message
-    assert [part for part in parts if part not in message] == [], message
-
-
-@pytest.mark.parametrize(
-    "uri",
-    [
-        *("http://me:hunter/2@127.0.0.1:5000", "postgresql+psycopg://me:hunter/2@db/mlflow"),
-        *("https://hunter2@127.0.0.1:5000", "HTTP://hunter2@127.0.0.1", "http://127.0.0.1:5000/?token=hunter2"),
-        *("postgresql+psycopg:///mlflow?host=db&user=me&password=hunter2", "postgresql://me@db/mlflow?SSLpassword=hunter2"),
-        *(
-            "mysql://me@db/mlflow?passwd=hunter2#x",
-            "mssql+pyodbc://me@db/mlflow?driver=x&PWD=hunter2",
-            "mysql://db/x?%70asswd=hunter2",
-            "mssql+pyodbc:///?odbc_connect=DRIVER%3D%7BODBC%7D%3BUID%3Dsa%3BPWD%3Dhunter2",
-            "postgresql+psycopg2://me:hunter/2@db/mlflow",
-        ),
-    ],
-)
-def test_a_password_in_the_tracking_uri_is_refused_and_not_repeated(uri: str) -> None:
-    with pytest.raises(UserError, match=r"tracking: uri holds a .*MLFLOW_TRACKING_PASSWORD") as told:
-        parsed("--tracking.uri", uri)
-    assert "hunter" not in str(told.value)
-
-
-@pytest.mark.parametrize(
-    "uri", ["http://127.0.0.1:5000", "postgresql+psycopg://me@db/mlflow?sslmode=require", "sqlite:////a@b:c@d/m.db", "databricks"]
-)
-def test_a_tracking_uri_without_a_password_is_taken(uri: str) -> None:
-    assert parsed("--tracking.uri", uri).tracking.uri == uri
-
-
-def test_the_tracking_uri_of_the_environment_is_below_every_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5001")
-    assert parsed().tracking.uri == "http://127.0.0.1:5001"
-    assert parsed("--tracking.uri", "http://127.0.0.1:5002").tracking.uri == "http://127.0.0.1:5002"
-    (tmp_path / "server.yaml").write_text("tracking: {uri: 'http://127.0.0.1:5003', experiment: mine}")
-    found = parsed("--preset", str(tmp_path / "server.yaml")).tracking
-    assert (found.uri, found.experiment) == ("http://127.0.0.1:5003", "mine")
-    (tmp_path / "none.yaml").write_text("tracking: {uri: null}")
-    assert parsed("--preset", str(tmp_path / "none.yaml")).tracking.uri is None
-    (tmp_path / "odd.yaml").write_text("tracking: x")
-    with pytest.raises(UserError, match="tracking: must be a table"):
-        parsed("--preset", str(tmp_path / "odd.yaml"))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@127.0.0.1:5001")
-    refusal = r"MLFLOW_TRACKING_URI: .*uri holds a password.*MLFLOW_TRACKING_PASSWORD.*; or do without it by --tracking\.uri null"
-    with pytest.raises(UserError, match=refusal) as told:
-        parsed()
-    assert "hunter" not in str(told.value)
-    assert parsed("--tracking.uri", "null").tracking.uri is None
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
-    assert parsed().tracking.uri is None
-
-
-def test_empty_file_changes_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "nothing.yaml"
-    path.write_text("# only a comment\n")
-    assert parsed("--preset", str(path), "--name", "x") == Config(name="x")
-
-
-def test_numbers_of_files_may_be_grouped_and_of_another_base(tmp_path: Path) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text("data: {max_pixels: 50_000_000, seed: 0x1F, train_limit: +5, classes: {'no': ['007', 10], a: [0]}}")
-    data = parsed("--preset", str(path)).data
-    assert (data.max_pixels, data.seed, data.train_limit) == (50_000_000, 31, 5)
-    assert [(one.name, one.members) for one in data.classes] == [("no", (("007",), ("10",))), ("a", (("0",),))]
-
-
-def test_mappings_of_files_may_be_merged(tmp_path: Path) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text("objective:\n  image: &a {<<: {eps: 0.2, steps: 3}, steps: 5}\n  latent: {<<: *a, eps: 0.01}\n")
-    objective = parsed("--preset", str(path)).objective
-    assert (objective.image.eps, objective.image.steps) == (0.2, 5)
-    assert (objective.latent.eps, objective.latent.steps) == (0.01, 5)
-
-
-def test_help_lists_every_section_and_preset(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        parsed("--help")
-    text = capsys.readouterr().out
-    assert stopped.value.code == 0
-    assert text.startswith("usage:")
-    assert "A job." in text
-    missing = [name for name in Config.model_fields if f"--{name}" not in text and f"{name}" not in text.split()]
-    assert missing == []
-    deep = ["--objective.image.eps", "--objective.latent.scale", "--gan.architecture.w_dim", "--cluster.train_workers"]
-    assert [option for option in [*deep, *presets.names()] if option not in text] == []
-    assert "(default: none)" in " ".join(text.split())
-    with pytest.raises(SystemExit):
-        cli.parse("A job.", ["--help"], preset=["demo"])
-    assert "(default: demo, whose values take the place of the defaults below)" in " ".join(capsys.readouterr().out.split())
-
-
-def test_usage_shows_what_a_job_needs(capsys: pytest.CaptureFixture[str]) -> None:
-    def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--models", nargs="+", required=True, metavar="NAME")
-        parser.add_argument("--images", required=True, metavar="FOLDER")
-        parser.add_argument("--to", metavar="FILE")
-        parser.add_argument("study")
-
-    with pytest.raises(SystemExit):
-        cli.parse("A job.", ["--help"], add=add)
-    usage = capsys.readouterr().out.splitlines()[0]
-    assert usage.endswith(" --models NAME --images FOLDER study [--preset NAME ...] [--SECTION.FIELD VALUE ...]")
-
-
-@pytest.mark.parametrize("line", [line for line in cli.EPILOG.splitlines() if " --" in line])
-def test_examples_of_help_may_be_copied(line: str) -> None:
-    """And leave the learning rate its whole schedule."""
-    training = parsed("--preset", "demo", *line.partition(": ")[2].split()).training
-    assert training.lr_epochs[-1] == training.epochs
-
-
 def test_validate_lists_every_wrong_setting() -> None:
     with pytest.raises(UserError) as raised:
         validate({"training": {"epochs": 0}, "data": {"channels": 2}})
     assert "training.epochs" in str(raised.value)
     assert "data.channels" in str(raised.value)
-
-
-def test_run_prints_one_line_for_what_the_user_can_fix(capsys: pytest.CaptureFixture[str]) -> None:
-    def job() -> None:
-        cli.parse("A job.", ["--training.epochs", "0"])
-
-    with pytest.raises(SystemExit) as stopped:
-        cli.run(job)
-    captured = capsys.readouterr()
-    assert stopped.value.code == 2
-    assert captured.out == ""
-    assert captured.err.startswith("error: training.epochs")
-    assert captured.err.count("\n") == 1
-
-
-def test_run_keeps_the_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    def job() -> None:
-        raise UserError("wrong")
-
-    monkeypatch.setenv("DMAT_RAY_TRACEBACK", "1")
-    with pytest.raises(UserError, match="wrong"):
-        cli.run(job)
-
-
-def test_run_does_not_hide_other_errors() -> None:
-    def job() -> None:
-        raise KeyError("a bug")
-
-    with pytest.raises(KeyError, match="a bug"):
-        cli.run(job)
-
-
-def test_interrupt_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
-    def job() -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as stopped:
-        cli.run(job)
-    assert stopped.value.code == 130
-    assert "give the same command again" in capsys.readouterr().err
-
-
-def test_error_in_a_worker_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    class WorkerGroupError(RuntimeError):
-        """As Ray Train brings errors back: a mapping of rank to exception, each with its cause."""
-
-        def __init__(self) -> None:
-            super().__init__("training failed")
-            failed = RuntimeError("task failed")
-            failed.cause = UserError("the loss is nan")
-            self.worker_failures = {0: failed}
-
-    def main() -> None:
-        raise RuntimeError("outer") from WorkerGroupError()
-
-    with pytest.raises(SystemExit) as stopped:
-        cli.run(main)
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == "error: the loss is nan\n"
 
 
 def test_paths_of_inputs_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
