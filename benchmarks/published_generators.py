@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmat_ray.manifold.formats import foreign
+from dmat_ray.manifold import foreign
 
 TOLERANCE = 1e-4  # of the largest value in the published images
 FIXED = ("kernel", "resample_filter", "lod", "truncation.truncation")

@@ -25,7 +25,8 @@ from dmat_ray.evaluation import evaluated
 from dmat_ray.evaluation.evaluation import left_out
 from dmat_ray.evaluation.metrics import Results
 from dmat_ray.evaluation.units import VERSION
-from dmat_ray.models import checkpoint, model_export
+from dmat_ray.exchange import model_export
+from dmat_ray.models import checkpoint
 from dmat_ray.reports.report_values import SET_NAMES
 from dmat_ray.storage import set_folder
 from dmat_ray.storage.files import sha256, write_json

@@ -135,7 +135,7 @@ def _of_classifier(network: nn.Module, shape: tuple[int, ...]) -> tuple[int, int
 def _lpips(config: ProjectionConfig, shape: tuple[int, ...]) -> int:
     if config.lpips == 0:
         return 0
-    from dmat_ray.manifold.perceptual import SMALLEST, Perceptual  # lpips takes seconds to import
+    from dmat_ray.networks.perceptual import SMALLEST, Perceptual  # lpips takes seconds to import
 
     if shape[-1] < SMALLEST:
         return 0  # projection refuses them; other stages have no use for it
@@ -147,7 +147,7 @@ def _lpips(config: ProjectionConfig, shape: tuple[int, ...]) -> int:
 @functools.cache
 def _judged(net: str, image: tuple[int, ...]) -> int:
     """The network that a perceptual attack compares images by, forward."""
-    from dmat_ray.manifold.perceptual import SMALLEST, Perceptual
+    from dmat_ray.networks.perceptual import SMALLEST, Perceptual
 
     network, least = Perceptual(net, "random").to("meta"), min(image[1:])
     sides = image[1:] if least >= SMALLEST else [-(-side * SMALLEST // least) for side in image[1:]]

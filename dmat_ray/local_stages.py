@@ -13,10 +13,10 @@ from dmat_ray.data import manifold_set
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators, set_maker
-from dmat_ray.models import trained_models
 from dmat_ray.rng import kept_apart
 from dmat_ray.storage import Location, local_output, set_folder
 from dmat_ray.storage.lease import sole
+from dmat_ray.training import trained_models
 from dmat_ray.training.trainer import describe
 from dmat_ray.training.trainer import train as training_loop
 

@@ -24,8 +24,8 @@ def main() -> None:
     from dmat_ray import dry_run
     from dmat_ray.cluster import jobs
     from dmat_ray.models.checkpoint import RUN
-    from dmat_ray.models.trained_models import models_folder, named_folders
     from dmat_ray.reports import terminal
+    from dmat_ray.training.trained_models import models_folder, named_folders
 
     root = models_folder(config)
     if arguments.dry_run and root.local is None:  # what is in an object store is not looked at

@@ -25,7 +25,8 @@ def main() -> None:
     config, arguments = cli.parse(str(__doc__), preset=["demo"], add=add)
     prepare_environment(config, places={"to": arguments.to})
     from dmat_ray.cluster import export, jobs
-    from dmat_ray.models import model_export, trained_models
+    from dmat_ray.exchange import model_export
+    from dmat_ray.training import trained_models
 
     root = at(config.output)
     target = at(arguments.to) if arguments.to else root / "exported"

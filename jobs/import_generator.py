@@ -28,8 +28,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def import_weights(path: Path, folder: Path) -> None:
     """Write the generator in `path`, a checkpoint or a folder of ours, into `folder`."""
-    from dmat_ray.manifold import generators
-    from dmat_ray.manifold.formats import exported, foreign
+    from dmat_ray.manifold import exported, foreign, generators
     from dmat_ray.manifold.samples import sample_grid
     from dmat_ray.models.checkpoint import versions
     from dmat_ray.storage.files import sha256
@@ -80,8 +79,7 @@ def copy_companions(path: Path, card: dict[str, Any], folder: Path) -> None:
 
 def import_program(path: Path, card: Path | None, folder: Path) -> None:
     """Write the program in `path` and its card into `folder`."""
-    from dmat_ray.manifold import generators
-    from dmat_ray.manifold.formats import exported
+    from dmat_ray.manifold import exported, generators
     from dmat_ray.manifold.samples import sample_grid
 
     exported.import_program(path, card, folder)
@@ -103,7 +101,7 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
 
 def writer_of(path: Path, card: str | None, folder: Path) -> Callable[[Path], None]:
     """What writes the generator in `path`, a program with its card or a checkpoint, into a fresh folder that becomes `folder`."""
-    from dmat_ray.manifold.formats import exported
+    from dmat_ray.manifold import exported
     from dmat_ray.manifold.gan_folder import trunk_of
 
     is_program = path.is_file() and exported.is_program(path)

@@ -49,8 +49,8 @@ def main() -> None:
     config = validate({**config.to_json(), "name": arguments.model})
     if not config.name:
         raise UserError("--model needs a name")
-    from dmat_ray.models import model_import
-    from dmat_ray.models.trained_models import model_folder
+    from dmat_ray.exchange import model_import
+    from dmat_ray.training.trained_models import model_folder
 
     folder = model_folder(config)
     if (folder.is_dir() or folder.is_file()) and not arguments.overwrite:

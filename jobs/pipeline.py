@@ -41,9 +41,9 @@ def main() -> None:
     from dmat_ray.data.set_format import MANIFEST
     from dmat_ray.evaluation import evaluation
     from dmat_ray.manifold import set_maker
-    from dmat_ray.models import trained_models
     from dmat_ray.reports import terminal
     from dmat_ray.storage import set_folder
+    from dmat_ray.training import trained_models
 
     speaker = jobs.Speaker()
     say = speaker.stage("pipeline")

@@ -22,7 +22,7 @@ def main() -> None:
     config, arguments = cli.parse(str(__doc__), preset=["demo"], add=add)
     prepare_environment(config, tracked=False, places={"to": arguments.to})
     from dmat_ray.cluster import jobs
-    from dmat_ray.models import trained_models
+    from dmat_ray.training import trained_models
 
     ((name, model),) = trained_models.named_folders(config, [arguments.model]).items()
     target = at(arguments.to or at(config.output) / "predictions" / f"{name}.parquet")

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmat_ray.manifold import generators
-from dmat_ray.manifold.formats import exported
+from dmat_ray.manifold import exported, generators
 
 CPU = torch.device("cpu")
 W_DIM = 5

@@ -8,7 +8,7 @@ import torch
 from foreign_files import EasyDict, Network, torch_saved
 from torch import Tensor
 
-from dmat_ray.manifold.formats import foreign
+from dmat_ray.manifold import foreign
 
 State = dict[str, Tensor]
 TAPS = np.array([1.0, 3.0, 3.0, 1.0]) / 8

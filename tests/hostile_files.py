@@ -10,7 +10,7 @@ import torch
 from foreign_files import Call, nvlabs_pickle, write
 
 from dmat_ray.errors import UserError
-from dmat_ray.manifold.formats import checkpoints
+from dmat_ray.formats import checkpoints
 
 FLOATS = torch.arange(6.0)
 LEGACY_HEAD = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))

@@ -12,7 +12,8 @@ from foreign_files import torch_saved
 from torch import Tensor, nn
 
 from dmat_ray.config import ClassifierConfig, Config
-from dmat_ray.models import checkpoint, model_import
+from dmat_ray.exchange import model_import
+from dmat_ray.models import checkpoint
 from dmat_ray.networks import classifiers
 
 CLASSES = ("cat", "dog", "fox", "owl")

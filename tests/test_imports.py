@@ -79,6 +79,34 @@ def test_types_rest_on_positions_and_random_numbers_only() -> None:
     assert within(imports_of("dmat_ray.rng", SOURCES["dmat_ray.rng"]), "dmat_ray") == []
 
 
+def room_of(module: str) -> str:
+    """The folder of a module or, of one that is in none, the module itself."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+def ways(rooms: dict[str, set[str]], start: str) -> set[str]:
+    """The rooms that one imports, those that these import, and so on."""
+    found, ahead = set[str](), [start]
+    while ahead:
+        new = rooms.get(ahead.pop(), set()) - found
+        found |= new
+        ahead += new
+    return found
+
+
+def test_no_room_imports_one_that_imports_it() -> None:
+    """By no way round: so each can be read after those that it rests on."""
+    rooms: dict[str, set[str]] = {}
+    for module, source in SOURCES.items():
+        if (here := room_of(module)) not in ("", "__init__"):
+            found = {room_of(name) for name in within(imports_of(module, source), "dmat_ray")}
+            rooms.setdefault(here, set()).update(found - {here, ""})
+    assert len(rooms) > 30
+    assert ways({"a": {"b"}, "b": {"c"}, "c": {"a"}}, "a") == {"a", "b", "c"}, "a way round is seen"
+    assert [name for name in rooms if name in ways(rooms, name)] == []
+
+
 def in_fresh_python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

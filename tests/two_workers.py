@@ -15,9 +15,9 @@ from dmat_ray.config import Config
 from dmat_ray.data.manifold_set import ManifoldSet, open_set
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators
-from dmat_ray.models import trained_models
 from dmat_ray.networks import classifiers
 from dmat_ray.storage import Location, Place
+from dmat_ray.training import trained_models
 from dmat_ray.training.step import TrainingStep
 from dmat_ray.training.trainer import train
 from dmat_ray.types import Batch

@@ -16,12 +16,12 @@ from dmat_ray.cluster.trial import Work, keep_newest, state_of
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.errors import UserError
 from dmat_ray.evaluation.metrics import Results
-from dmat_ray.models import trained_models
 from dmat_ray.reports import search_result, trials, trials_page
 from dmat_ray.reports.search_result import Scores, SearchResult
 from dmat_ray.reports.trials import Trial
 from dmat_ray.storage import Location, at, set_folder
 from dmat_ray.storage.lease import Lease
+from dmat_ray.training import trained_models
 from dmat_ray.wording import number_of
 
 PAGE = "report.html"

@@ -12,7 +12,8 @@ import torch
 from dmat_ray.cluster import tracking
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError, first_line
-from dmat_ray.models import checkpoint, model_export
+from dmat_ray.exchange import model_export
+from dmat_ray.models import checkpoint
 from dmat_ray.storage import Place, tracking_uri
 from dmat_ray.storage.folders import fetched
 

@@ -73,7 +73,7 @@ def train(configs: list[Config], say: Callable[[str], None], parent: "tracking.R
     """Training, tracked. Returns the folders of the models."""
     from dmat_ray.cluster import leftovers
     from dmat_ray.cluster import train as stage
-    from dmat_ray.models import trained_models
+    from dmat_ray.training import trained_models
 
     todo = trained_models.untrained(configs, say)
     leftovers.sweep(at(configs[0].output) / "train", [c for c in configs if c not in todo])

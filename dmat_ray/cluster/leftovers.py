@@ -11,9 +11,9 @@ from dmat_ray.cluster.context import stored_checkpoints
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
 from dmat_ray.models import checkpoint
-from dmat_ray.models.trained_models import is_of, is_trained
 from dmat_ray.storage import Location
 from dmat_ray.storage.lease import sole
+from dmat_ray.training.trained_models import is_of, is_trained
 
 GROUP = "models"  # what the folder of several models is called after their number
 

@@ -20,13 +20,13 @@ from dmat_ray.data import set_reader
 from dmat_ray.errors import UserError
 from dmat_ray.evaluation import evaluation
 from dmat_ray.manifold import generators
-from dmat_ray.models.trained_models import untrained
 from dmat_ray.models.trained_settings import relevant
 from dmat_ray.networks import classifiers
 from dmat_ray.reports import search_result, trials
 from dmat_ray.reports.search_result import SearchResult
 from dmat_ray.storage import local_output, set_folder
 from dmat_ray.storage.files import read_json, write_json
+from dmat_ray.training.trained_models import untrained
 from dmat_ray.training.trainer import check_inputs
 from dmat_ray.training.yardstick import columns
 from dmat_ray.wording import PATTERNS, number_of

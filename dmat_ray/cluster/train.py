@@ -20,10 +20,10 @@ from dmat_ray.data.set_reader import read_manifest
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import generators
 from dmat_ray.models import checkpoint, trained_settings
-from dmat_ray.models.trained_models import is_trained, model_folder, publish, set_digest, tell_of_older
 from dmat_ray.storage import Location, at, set_folder
 from dmat_ray.storage.files import text_digest
 from dmat_ray.storage.lease import Lease, all_sole
+from dmat_ray.training.trained_models import is_trained, model_folder, publish, set_digest, tell_of_older
 from dmat_ray.training.trainer import describe, train
 from dmat_ray.wording import number_of
 

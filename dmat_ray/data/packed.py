@@ -27,7 +27,7 @@ from dmat_ray.data.decoding import encode
 from dmat_ray.data.file_digest import changed, file_digest
 from dmat_ray.data.items import Items
 from dmat_ray.errors import UserError
-from dmat_ray.manifold.formats.refusal import RefusedError
+from dmat_ray.formats.refusal import RefusedError
 from dmat_ray.storage import Location
 
 CIFAR_SHAPE = (3, 32, 32)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from dmat_ray.manifold.formats.opcodes import Budget, check_opcodes
-from dmat_ray.manifold.formats.refusal import RefusedError, shown
+from dmat_ray.formats.opcodes import Budget, check_opcodes
+from dmat_ray.formats.refusal import RefusedError, shown
 
 
 class _Bytes:

@@ -28,7 +28,7 @@ from dmat_ray.rng import Draws
 from dmat_ray.types import Batch, Generator
 
 if TYPE_CHECKING:
-    from dmat_ray.manifold.perceptual import Perceptual
+    from dmat_ray.networks.perceptual import Perceptual
 
 SCHEMA = pa.schema(
     [
@@ -177,7 +177,7 @@ def _table(
 
 
 def _perceptual(config: EvaluationConfig) -> "Perceptual":
-    from dmat_ray.manifold.perceptual import Perceptual  # lpips takes seconds to import, which most evaluations do without
+    from dmat_ray.networks.perceptual import Perceptual  # lpips takes seconds to import, which most evaluations do without
 
     return Perceptual(config.lpips, config.lpips_weights, setting="evaluation.lpips_weights")
 
@@ -229,7 +229,7 @@ def require_suite(config: EvaluationConfig, manifest: Mapping[str, Any]) -> None
         except (UserError, RuntimeError) as error:
             raise UserError(f"attack '{row.name}' on {size} images of {count} classes: {first_line(error)}") from None
     if config.lpips != "none":
-        from dmat_ray.manifold.perceptual import SMALLEST
+        from dmat_ray.networks.perceptual import SMALLEST
 
         if (side := one.x_BCHW.shape[2]) < SMALLEST:
             raise UserError(f"LPIPS needs images of {SMALLEST} pixels or more, the set's have {side}; set evaluation.lpips none")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dmat_ray.config import EncoderConfig
 from dmat_ray.errors import UserError
-from dmat_ray.manifold.weights import generator_place
+from dmat_ray.networks.weights import generator_place
 from dmat_ray.rng import kept_apart
 from dmat_ray.storage import Location, Place, at
 from dmat_ray.storage.files import sha256, write_json

@@ -19,9 +19,9 @@ from dmat_ray.manifold.encoder import Encoder, as_stored, untrained
 from dmat_ray.manifold.gan import StepDraws
 from dmat_ray.manifold.samples import chunk_size
 from dmat_ray.models import checkpoint, steps
+from dmat_ray.pace import Pace
 from dmat_ray.rng import derive
 from dmat_ray.storage import Place, at
-from dmat_ray.training.pace import Pace
 from dmat_ray.types import RunContext
 
 PROGRESS = "encoder_progress.json"

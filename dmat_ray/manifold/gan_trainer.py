@@ -25,9 +25,9 @@ from dmat_ray.manifold.gan_step import GanTraining
 from dmat_ray.manifold.quality import Judge
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.models import checkpoint
+from dmat_ray.pace import LEAST_STEPS, TELL_AFTER_S, Pace
 from dmat_ray.storage import Place
 from dmat_ray.storage.folders import replace_folder
-from dmat_ray.training.pace import LEAST_STEPS, TELL_AFTER_S, Pace
 from dmat_ray.types import RunContext
 from dmat_ray.wording import to_go
 

@@ -21,13 +21,13 @@ from torch.utils.checkpoint import checkpoint
 from dmat_ray.config import GeneratorConfig, StyleGAN1Config, StyleGAN2Config
 from dmat_ray.devices import device_of
 from dmat_ray.errors import UserError, first_line
-from dmat_ray.manifold import fast, weights
+from dmat_ray.formats.layouts import listed
+from dmat_ray.formats.stored import shown
+from dmat_ray.manifold import exported, fast
 from dmat_ray.manifold.base import LatentGenerator
-from dmat_ray.manifold.formats import exported
-from dmat_ray.manifold.formats.layouts import listed
-from dmat_ray.manifold.formats.stored import shown
 from dmat_ray.manifold.stylegan1 import StyleGAN1
 from dmat_ray.manifold.stylegan2 import StyleGAN2
+from dmat_ray.networks import weights
 from dmat_ray.rng import kept_apart
 from dmat_ray.storage import Place, text_of
 from dmat_ray.storage.files import read_json, sha256, text_digest, write_json

@@ -25,7 +25,7 @@ from dmat_ray.rng import derive
 from dmat_ray.types import Generator
 
 if TYPE_CHECKING:
-    from dmat_ray.manifold.perceptual import Perceptual
+    from dmat_ray.networks.perceptual import Perceptual
 
 __all__ = ["Projection", "Projector", "learning_rate", "noise_scale"]
 
@@ -50,7 +50,7 @@ class Projection:
 def _perceptual(config: ProjectionConfig, resolution: int, device: torch.device) -> "Perceptual | None":
     if config.lpips == 0:
         return None
-    from dmat_ray.manifold.perceptual import SMALLEST, Perceptual  # lpips takes seconds to import
+    from dmat_ray.networks.perceptual import SMALLEST, Perceptual  # lpips takes seconds to import
 
     if resolution < SMALLEST:
         raise UserError(

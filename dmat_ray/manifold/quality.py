@@ -23,9 +23,9 @@ from dmat_ray.errors import UserError
 from dmat_ray.manifold.base import LatentGenerator
 from dmat_ray.manifold.diversity import class_means, distances, pair_count, real_pairs, uneven
 from dmat_ray.manifold.samples import chunk_size, samples
-from dmat_ray.manifold.weights import locate
 from dmat_ray.models import checkpoint
 from dmat_ray.networks import classifiers
+from dmat_ray.networks.weights import locate
 from dmat_ray.rng import kept_apart
 from dmat_ray.types import RunContext
 

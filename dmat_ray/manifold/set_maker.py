@@ -24,8 +24,8 @@ from dmat_ray.data.sources import Listing
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import encoder, generators, trained_on
 from dmat_ray.manifold.projection import Projector
-from dmat_ray.manifold.weights import locate_lpips
 from dmat_ray.models.checkpoint import versions
+from dmat_ray.networks.weights import locate_lpips
 from dmat_ray.storage import Location, set_folder
 from dmat_ray.storage.files import sha256, text_digest
 from dmat_ray.storage.lease import Lease, exclusive

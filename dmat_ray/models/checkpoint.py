@@ -281,7 +281,7 @@ def save_program(folder: Path, content: bytes, kind: str, network: classifiers.C
 
 
 def _load_program(folder: Path, kind: Any, config: Config, device: torch.device) -> classifiers.Classifier:
-    from dmat_ray.manifold.formats.programs import load_program
+    from dmat_ray.formats.programs import load_program
 
     if kind not in PROGRAMS:
         raise UserError(f"'{folder / RUN}' names a program of kind '{kind}'; this version knows {', '.join(PROGRAMS)}")

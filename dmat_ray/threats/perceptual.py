@@ -17,7 +17,7 @@ from dmat_ray.threats.balls import clip_straight_through, per_example
 from dmat_ray.types import Batch
 
 if TYPE_CHECKING:
-    from dmat_ray.manifold.perceptual import Perceptual
+    from dmat_ray.networks.perceptual import Perceptual
 
 NOISE = 0.01  # standard deviation of the random start in pixel units, as published
 SOLVES = 5  # iterations of conjugate gradients a step, as published
@@ -29,13 +29,13 @@ EPSILON = 1e-10  # of the lengths of feature vectors, as published
 
 @functools.lru_cache(maxsize=4)
 def _judge(net: str, weights: str, dtype: torch.dtype, device: torch.device) -> "Perceptual":
-    from dmat_ray.manifold.perceptual import Perceptual  # lpips takes seconds to import
+    from dmat_ray.networks.perceptual import Perceptual  # lpips takes seconds to import
 
     return Perceptual(net, weights, setting="perceptual.weights").lowered(dtype).to(device)
 
 
 def _features(judge: "Perceptual", x_BCHW: Tensor) -> Tensor:
-    from dmat_ray.manifold.perceptual import SMALLEST
+    from dmat_ray.networks.perceptual import SMALLEST
 
     height, width = x_BCHW.shape[2:]
     if (least := min(height, width)) < SMALLEST:

@@ -16,10 +16,10 @@ from dmat_ray.data.set_reader import digest, lost_classes, require_generator
 from dmat_ray.errors import NotFiniteError, UserError
 from dmat_ray.models import checkpoint, trained_settings
 from dmat_ray.networks import classifiers
+from dmat_ray.pace import LEAST_STEPS, TELL_AFTER_S, Pace
 from dmat_ray.rng import derive
 from dmat_ray.storage import Place
 from dmat_ray.training import objectives
-from dmat_ray.training.pace import LEAST_STEPS, TELL_AFTER_S, Pace
 from dmat_ray.training.progress import Progress, Sums
 from dmat_ray.training.schedules import learning_rate
 from dmat_ray.training.step import TrainingStep

@@ -13,7 +13,8 @@ from small import settings
 from dmat_ray.cluster import export, tracking
 from dmat_ray.config import ClassifierConfig, Config
 from dmat_ray.errors import UserError
-from dmat_ray.models import checkpoint, model_export, model_import
+from dmat_ray.exchange import model_export, model_import
+from dmat_ray.models import checkpoint
 from dmat_ray.networks import classifiers
 
 pytestmark = pytest.mark.cluster

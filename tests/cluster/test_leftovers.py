@@ -28,10 +28,10 @@ from dmat_ray.data.manifold_set import open_set
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators
-from dmat_ray.models import checkpoint, trained_models
+from dmat_ray.models import checkpoint
 from dmat_ray.storage import at, lease
 from dmat_ray.storage.lease import sole
-from dmat_ray.training import trainer
+from dmat_ray.training import trained_models, trainer
 
 pytestmark = pytest.mark.cluster
 

@@ -26,8 +26,8 @@ from dmat_ray.cluster.session import connected
 from dmat_ray.config import ClusterConfig
 from dmat_ray.errors import UserError
 from dmat_ray.evaluation.units import Unit
-from dmat_ray.models import trained_models
 from dmat_ray.storage import at
+from dmat_ray.training import trained_models
 
 pytestmark = pytest.mark.cluster
 

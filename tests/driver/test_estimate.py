@@ -24,12 +24,14 @@ from dmat_ray.errors import UserError
 from dmat_ray.evaluation import probes
 from dmat_ray.evaluation.evaluation import Evaluator, evaluate_here
 from dmat_ray.evaluation.units import chosen
+from dmat_ray.exchange import model_import
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import encoder_trainer, gan_step
 from dmat_ray.manifold.projection import Projector
 from dmat_ray.manifold.stylegan2 import StyleGAN2
-from dmat_ray.models import checkpoint, model_import, trained_models
+from dmat_ray.models import checkpoint
 from dmat_ray.networks import classifiers
+from dmat_ray.training import trained_models
 from dmat_ray.training.step import TrainingStep
 from dmat_ray.types import Batch
 
@@ -116,7 +118,7 @@ def test_a_step_of_an_encoder_is_counted(make_config: MakeConfig, generator: Sty
 
 
 def test_lpips_is_counted(make_config: MakeConfig) -> None:
-    from dmat_ray.manifold.perceptual import Perceptual
+    from dmat_ray.networks.perceptual import Perceptual
 
     config = make_config(projection={"lpips": 1, "lpips_net": "vgg", "lpips_weights": "random"})
     perceptual, x = Perceptual("vgg", "random", 0), torch.rand(1, 1, 32, 32)

@@ -17,8 +17,7 @@ from dmat_ray.data.manifold_set import open_set
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators
-from dmat_ray.models import trained_models
-from dmat_ray.training import trainer
+from dmat_ray.training import trained_models, trainer
 
 pytestmark = pytest.mark.slow  # imports Ray
 

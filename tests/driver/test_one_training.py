@@ -15,6 +15,7 @@ import torch
 from encoders import settings
 from safetensors.torch import load_file
 
+from dmat_ray import pace
 from dmat_ray.cluster import encoder, one_training, session, workers
 from dmat_ray.cluster.events import Asked
 from dmat_ray.config import Config
@@ -23,7 +24,6 @@ from dmat_ray.local import LocalContext
 from dmat_ray.manifold import encoder_trainer, generators
 from dmat_ray.storage import Place, files
 from dmat_ray.storage.lease import FILE
-from dmat_ray.training import pace
 
 pytestmark = pytest.mark.slow
 During = Callable[[Path], None]

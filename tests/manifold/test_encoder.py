@@ -11,9 +11,10 @@ from torch import Tensor
 
 from dmat_ray.config import DataConfig, EncoderConfig
 from dmat_ray.data.sources import list_examples, read_pixels
-from dmat_ray.manifold import generators, weights
+from dmat_ray.manifold import generators
 from dmat_ray.manifold.encoder import Encoder, load_encoder
 from dmat_ray.manifold.stylegan2 import StyleGAN2
+from dmat_ray.networks import weights
 
 pytestmark = pytest.mark.slow
 

@@ -14,9 +14,10 @@ from encoders import SHA, images, random_encoder
 from safetensors.torch import load_file, save_file
 
 from dmat_ray.errors import UserError
-from dmat_ray.manifold import encoder, weights
+from dmat_ray.manifold import encoder
 from dmat_ray.manifold.encoder import fingerprint_encoder, load_encoder, locate_encoder, save_encoder
 from dmat_ray.manifold.stylegan2 import StyleGAN2
+from dmat_ray.networks import weights
 
 pytestmark = pytest.mark.slow
 

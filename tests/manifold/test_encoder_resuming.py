@@ -14,12 +14,12 @@ from encoders import SHA, settings
 from torch import Tensor
 from torchrun import run_two_workers
 
+from dmat_ray import pace
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import encoder_trainer, generators
 from dmat_ray.manifold.encoder_trainer import result_of, sample_w, train_encoder
 from dmat_ray.manifold.stylegan2 import StyleGAN2
-from dmat_ray.training import pace
 
 pytestmark = pytest.mark.slow
 

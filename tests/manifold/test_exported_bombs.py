@@ -10,9 +10,9 @@ import pytest
 from exported_decoders import CPU, Decoder, edited, made_fixture  # noqa: F401  (fixtures)
 
 from dmat_ray.errors import UserError
-from dmat_ray.manifold.formats.programs import load_program
-from dmat_ray.manifold.formats.sources import check_source
-from dmat_ray.manifold.formats.stored import RefusedError
+from dmat_ray.formats.programs import load_program
+from dmat_ray.formats.sources import check_source
+from dmat_ray.formats.stored import RefusedError
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")]
 

@@ -27,8 +27,7 @@ from dmat_ray import threats
 from dmat_ray.attack import attack
 from dmat_ray.config import AttackConfig, GeneratorConfig, LatentThreat, ProjectionConfig
 from dmat_ray.errors import UserError
-from dmat_ray.manifold import generators
-from dmat_ray.manifold.formats import exported
+from dmat_ray.manifold import exported, generators
 from dmat_ray.manifold.projection import Projector
 from dmat_ray.types import Batch
 

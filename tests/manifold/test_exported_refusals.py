@@ -12,8 +12,7 @@ from foreign_files import odd_directory
 from torch import Tensor
 
 from dmat_ray.errors import UserError
-from dmat_ray.manifold import generators
-from dmat_ray.manifold.formats import exported
+from dmat_ray.manifold import exported, generators
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")]
 

@@ -23,7 +23,7 @@ from foreign_networks import (
 from torch import Tensor
 
 from dmat_ray.errors import UserError
-from dmat_ray.manifold.formats import foreign
+from dmat_ray.manifold import foreign
 
 
 def sg1(**changes: Any) -> bytes:

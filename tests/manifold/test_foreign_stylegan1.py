@@ -12,7 +12,7 @@ from foreign_files import torch_saved, write
 from foreign_networks import HIDDEN, State, W, Z, check, double, normalised, stylegan1_state
 from torch import Tensor
 
-from dmat_ray.manifold.formats import foreign
+from dmat_ray.manifold import foreign
 
 
 def slow_mapping1(state: State, z: Tensor, layers: int = 3) -> Tensor:

@@ -24,8 +24,8 @@ from foreign_networks import (
 )
 from torch import Tensor
 
-from dmat_ray.manifold.formats import foreign
-from dmat_ray.manifold.formats.layouts import widths
+from dmat_ray.formats.layouts import widths
+from dmat_ray.manifold import foreign
 
 
 def upfirdn(x: Tensor, taps: np.ndarray, up: int = 1) -> Tensor:

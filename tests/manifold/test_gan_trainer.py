@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torchrun import run_two_workers
 
+from dmat_ray import pace
 from dmat_ray.config import GanConfig, StyleGAN2Config
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
@@ -24,7 +25,6 @@ from dmat_ray.manifold.gan_step import GanTraining
 from dmat_ray.manifold.gan_trainer import train_generator
 from dmat_ray.models import steps
 from dmat_ray.models.checkpoint import seal
-from dmat_ray.training import pace
 
 pytestmark = pytest.mark.slow
 

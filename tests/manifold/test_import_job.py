@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from dmat_ray.config import EncoderConfig, GeneratorConfig
 from dmat_ray.data.sources import list_examples
-from dmat_ray.manifold import encoder, gan_images, generators, trained_on
-from dmat_ray.manifold.formats import foreign
+from dmat_ray.manifold import encoder, foreign, gan_images, generators, trained_on
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.storage.lease import sole
 

@@ -8,9 +8,9 @@ from projections import CPU, SQUEEZE, names, project, settings
 
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import fast
-from dmat_ray.manifold.perceptual import Perceptual
 from dmat_ray.manifold.projection import Projector
 from dmat_ray.manifold.stylegan2 import StyleGAN2
+from dmat_ray.networks.perceptual import Perceptual
 
 pytestmark = pytest.mark.slow
 

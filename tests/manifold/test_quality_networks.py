@@ -15,9 +15,9 @@ from torch import Tensor
 from dmat_ray.config import Config, QualityConfig
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
-from dmat_ray.manifold import quality, weights
+from dmat_ray.manifold import quality
 from dmat_ray.models import checkpoint
-from dmat_ray.networks import classifiers
+from dmat_ray.networks import classifiers, weights
 
 CPU = torch.device("cpu")
 

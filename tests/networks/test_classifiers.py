@@ -20,12 +20,12 @@ from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators
 from dmat_ray.manifold.stylegan2 import StyleGAN2
-from dmat_ray.models import checkpoint, trained_models
+from dmat_ray.models import checkpoint
 from dmat_ray.networks import classifiers, wide_resnet
 from dmat_ray.networks.attack_view import AttackView
 from dmat_ray.storage import at
 from dmat_ray.storage.files import sha256
-from dmat_ray.training import trainer
+from dmat_ray.training import trained_models, trainer
 
 
 @pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1"])

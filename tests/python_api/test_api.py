@@ -43,10 +43,10 @@ from dmat_ray.data import set_writer
 from dmat_ray.data.set_format import MANIFEST
 from dmat_ray.errors import UserError
 from dmat_ray.evaluation import evaluation
+from dmat_ray.exchange import model_import
 from dmat_ray.manifold import set_maker
 from dmat_ray.manifold.starts import Nearest
 from dmat_ray.manifold.stylegan2 import StyleGAN2
-from dmat_ray.models import model_import
 from dmat_ray.threats.balls import Ball
 from dmat_ray.types import Batch
 

@@ -13,7 +13,7 @@ from PIL import Image
 from dmat_ray import load_classifier, load_images, predict, train
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
-from dmat_ray.models import model_export
+from dmat_ray.exchange import model_export
 
 
 def digits_in(folder: Path, count: int) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ViewingNet
 
+from dmat_ray import pace
 from dmat_ray.config import Config
 from dmat_ray.data.epochs import Done, InMemory
 from dmat_ray.data.manifold_set import ManifoldSet, open_set
@@ -24,7 +25,7 @@ from dmat_ray.manifold import generators
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.models import checkpoint
 from dmat_ray.networks import classifiers
-from dmat_ray.training import pace, trainer, validation
+from dmat_ray.training import trainer, validation
 
 pytestmark = pytest.mark.slow
 

@@ -19,13 +19,15 @@ from dmat_ray import cli
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
 from dmat_ray.evaluation.evaluation import Evaluator, evaluate_here
-from dmat_ray.manifold import generators, weights
-from dmat_ray.models import checkpoint, model_export, trained_models
-from dmat_ray.networks import classifiers
+from dmat_ray.exchange import model_export
+from dmat_ray.manifold import generators
+from dmat_ray.models import checkpoint
+from dmat_ray.networks import classifiers, weights
 from dmat_ray.reports import report
 from dmat_ray.storage import at, folders
 from dmat_ray.storage.folders import fetched, put, replace_folder
 from dmat_ray.storage.location import Location
+from dmat_ray.training import trained_models
 
 ROOT = "s3://folders/run"
 

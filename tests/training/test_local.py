@@ -25,13 +25,13 @@ from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
 from dmat_ray.local_stages import train
 from dmat_ray.manifold.stylegan2 import StyleGAN2
-from dmat_ray.models import checkpoint, trained_models
+from dmat_ray.models import checkpoint
 from dmat_ray.networks.attack_view import AttackView
 from dmat_ray.storage import at
 from dmat_ray.storage.files import is_full, read_json
 from dmat_ray.storage.folders import put
 from dmat_ray.storage.lease import sole
-from dmat_ray.training import objectives
+from dmat_ray.training import objectives, trained_models
 from dmat_ray.training.schedules import learning_rate
 
 pytestmark = pytest.mark.slow

@@ -6,8 +6,8 @@ or a sum of as many terms, overflow their stack and end the process.
 
 import re
 
-from dmat_ray.manifold.formats.opcodes import Budget, check_opcodes
-from dmat_ray.manifold.formats.stored import RefusedError
+from dmat_ray.formats.opcodes import Budget, check_opcodes
+from dmat_ray.formats.stored import RefusedError
 
 MAX_EXPRESSION = 1000  # brackets and operators around one place of an expression; torch ends at some 5000
 MAX_BRACKETS, MAX_INDENT = 200, 400

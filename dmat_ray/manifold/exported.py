@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from dmat_ray.config import Section
 from dmat_ray.config.data import Channels
 from dmat_ray.errors import UserError
+from dmat_ray.formats.programs import Kind, kind_of, load_program, reason
+from dmat_ray.formats.stored import shown
 from dmat_ray.manifold.base import LatentGenerator
-from dmat_ray.manifold.formats.programs import Kind, kind_of, load_program, reason
-from dmat_ray.manifold.formats.stored import shown
 from dmat_ray.models.checkpoint import versions
 from dmat_ray.storage.files import read_json, sha256, write_json
 from dmat_ray.validated import describe

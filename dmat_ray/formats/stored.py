@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 # under their old names too: whoever builds these records refuses and shows with them
-from dmat_ray.manifold.formats.refusal import RefusedError as RefusedError
-from dmat_ray.manifold.formats.refusal import shown as shown
+from dmat_ray.formats.refusal import RefusedError as RefusedError
+from dmat_ray.formats.refusal import shown as shown
 
 NUMPY_TYPES = {
     "f2": torch.float16, "f4": torch.float32, "f8": torch.float64, "i1": torch.int8, "i2": torch.int16, "i4": torch.int32,

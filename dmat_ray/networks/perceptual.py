@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dmat_ray.errors import UserError, first_line
-from dmat_ray.manifold.weights import locate_lpips
+from dmat_ray.networks.weights import locate_lpips
 from dmat_ray.rng import kept_apart
 
 EPSILON = 1e-10  # the package's

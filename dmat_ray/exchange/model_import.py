@@ -1,7 +1,7 @@
 """Classifiers by others as folders like those of trainings: a state dict of a network known by name, or a program.
 
-State dicts are read without running anything (`manifold.formats.checkpoints`), programs are looked through first
-(`manifold.formats.programs`), and whatever comes in is tried on images before it is written.
+State dicts are read without running anything (`formats.checkpoints`), programs are looked through first
+(`formats.programs`), and whatever comes in is tried on images before it is written.
 """
 
 import json
@@ -19,10 +19,10 @@ from torch import Tensor
 from dmat_ray.config import ClassifierConfig, Config
 from dmat_ray.config.training import of_levels
 from dmat_ray.errors import UserError
-from dmat_ray.manifold.formats import checkpoints
-from dmat_ray.manifold.formats.layouts import listed
-from dmat_ray.manifold.formats.programs import kind_of, load_and_pack, reason
-from dmat_ray.manifold.formats.stored import RefusedError, Stored, shown
+from dmat_ray.formats import checkpoints
+from dmat_ray.formats.layouts import listed
+from dmat_ray.formats.programs import kind_of, load_and_pack, reason
+from dmat_ray.formats.stored import RefusedError, Stored, shown
 from dmat_ray.models import checkpoint
 from dmat_ray.networks import classifiers, wide_resnet
 from dmat_ray.storage.files import sha256

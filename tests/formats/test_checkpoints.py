@@ -17,8 +17,8 @@ from foreign_files import EasyDict, Persistent, nvlabs_pickle, odd_directory, to
 from hostile_files import FLOATS, refuse
 
 from dmat_ray.errors import UserError
-from dmat_ray.manifold.formats import archives, checkpoints
-from dmat_ray.manifold.formats.stored import RefusedError, Storage, Stored, shown
+from dmat_ray.formats import archives, checkpoints
+from dmat_ray.formats.stored import RefusedError, Storage, Stored, shown
 
 TENSORS = {
     "floats": FLOATS.reshape(2, 3),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dmat_ray.errors import UserError
-from dmat_ray.manifold.formats.stored import Stored, shown
+from dmat_ray.formats.stored import Stored, shown
 
 Turn = Callable[[Tensor], Tensor]
 Tensors = dict[str, Stored]

@@ -30,10 +30,10 @@ from torch import nn
 from torch.export.passes import move_to_device_pass
 
 from dmat_ray.errors import UserError
-from dmat_ray.manifold.formats.archives import check_zip
-from dmat_ray.manifold.formats.opcodes import Budget
-from dmat_ray.manifold.formats.sources import check_program
-from dmat_ray.manifold.formats.stored import RefusedError, shown
+from dmat_ray.formats.archives import check_zip
+from dmat_ray.formats.opcodes import Budget
+from dmat_ray.formats.sources import check_program
+from dmat_ray.formats.stored import RefusedError, shown
 
 Kind = Literal["torchscript", "torch_export"]
 Records = dict[str, bytes]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from dmat_ray.errors import UserError
-from dmat_ray.manifold.formats.stored import RefusedError
+from dmat_ray.formats.stored import RefusedError
 
 LOCAL = b"PK\x03\x04"
 CHUNK = 1 << 20

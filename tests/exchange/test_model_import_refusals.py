@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dmat_ray.config import ClassifierConfig
 from dmat_ray.errors import UserError
-from dmat_ray.models import model_import
+from dmat_ray.exchange import model_import
 
 pytestmark = [
     pytest.mark.slow,

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 from dmat_ray.errors import UserError
-from dmat_ray.manifold.formats import stored
-from dmat_ray.manifold.formats.archives import Entry, check_zip
-from dmat_ray.manifold.formats.opcodes import Budget, check_opcodes
-from dmat_ray.manifold.formats.stored import (
+from dmat_ray.formats import stored
+from dmat_ray.formats.archives import Entry, check_zip
+from dmat_ray.formats.opcodes import Budget, check_opcodes
+from dmat_ray.formats.stored import (
     Bag,
     Maker,
     NumpyType,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dmat_ray.errors import UserError
-from dmat_ray.manifold.formats.layouts import (
+from dmat_ray.formats.layouts import (
     Draft,
     Part,
     Rows,
@@ -27,7 +27,7 @@ from dmat_ray.manifold.formats.layouts import (
     square,
     widths,
 )
-from dmat_ray.manifold.formats.stored import Stored, shown
+from dmat_ray.formats.stored import Stored, shown
 
 Attributes = dict[str, dict[str, Any]]  # of each part of a network, where a file records them
 RECORDED = ("architecture", "activation", "bias_gain", "conv_clamp", "use_fp16")  # those that change its images

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from dmat_ray.errors import UserError
-from dmat_ray.manifold.formats.layouts import (
+from dmat_ray.formats.layouts import (
     Draft,
     Rows,
     Tensors,
@@ -21,7 +21,7 @@ from dmat_ray.manifold.formats.layouts import (
     square,
     widths,
 )
-from dmat_ray.manifold.formats.stored import shown
+from dmat_ray.formats.stored import shown
 
 HARMLESS = r"truncation\.truncation|synthesis\.lod|synthesis\.output\d+\.(conv\.)?(weight|bias)|synthesis\.\S*blur\.kernel"
 

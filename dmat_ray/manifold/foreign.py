@@ -13,12 +13,12 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from dmat_ray.errors import UserError
+from dmat_ray.formats import checkpoints, layouts_stylegan2
+from dmat_ray.formats.layouts import Draft, Tensors, listed
+from dmat_ray.formats.layouts_stylegan1 import stylegan1
+from dmat_ray.formats.layouts_stylegan2 import RECORDED, Attributes
+from dmat_ray.formats.stored import Module, RefusedError, Storage, Stored, TensorFlowNetwork, shown
 from dmat_ray.manifold import generators
-from dmat_ray.manifold.formats import checkpoints, layouts_stylegan2
-from dmat_ray.manifold.formats.layouts import Draft, Tensors, listed
-from dmat_ray.manifold.formats.layouts_stylegan1 import stylegan1
-from dmat_ray.manifold.formats.layouts_stylegan2 import RECORDED, Attributes
-from dmat_ray.manifold.formats.stored import Module, RefusedError, Storage, Stored, TensorFlowNetwork, shown
 from dmat_ray.manifold.stylegan1 import StyleGAN1
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.validated import describe

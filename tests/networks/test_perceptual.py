@@ -12,8 +12,8 @@ import torchvision
 from torch import Tensor
 
 from dmat_ray.errors import UserError
-from dmat_ray.manifold import weights
-from dmat_ray.manifold.perceptual import Perceptual
+from dmat_ray.networks import weights
+from dmat_ray.networks.perceptual import Perceptual
 
 
 @pytest.fixture(scope="module")

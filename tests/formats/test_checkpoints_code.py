@@ -16,8 +16,8 @@ import torch
 from foreign_files import Call, Id, Persistent, nvlabs_pickle, torch_saved, torch_zip, with_ids, write
 from hostile_files import FLOATS, legacy, nested, refuse
 
-from dmat_ray.manifold.formats import checkpoints
-from dmat_ray.manifold.formats.stored import Module
+from dmat_ray.formats import checkpoints
+from dmat_ray.formats.stored import Module
 
 
 @pytest.fixture

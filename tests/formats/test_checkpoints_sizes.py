@@ -15,7 +15,7 @@ import torch
 from foreign_files import Call, Id, torch_zip, with_ids
 from hostile_files import LEGACY_HEAD, legacy, nested, refuse
 
-from dmat_ray.manifold.formats import opcodes
+from dmat_ray.formats import opcodes
 
 
 def storage(count: int, key: str = "0") -> Id:

@@ -22,7 +22,8 @@ from dmat_ray.config import ClassifierConfig, Config, EvaluationConfig
 from dmat_ray.errors import UserError
 from dmat_ray.evaluation import units
 from dmat_ray.evaluation.metrics import Results
-from dmat_ray.models import checkpoint, model_export, model_import
+from dmat_ray.exchange import model_export, model_import
+from dmat_ray.models import checkpoint
 from dmat_ray.networks import classifiers
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")

@@ -10,7 +10,7 @@ import pickletools
 from dataclasses import dataclass
 from typing import Any
 
-from dmat_ray.manifold.formats.refusal import RefusedError, shown
+from dmat_ray.formats.refusal import RefusedError, shown
 
 MAX_OPCODES, MAX_NESTING = 1_000_000, 300  # the largest published checkpoints have some 50 thousand and 50
 MAX_VISITS = 30_000_000  # of values, were each to be looked through with all in it wherever it stands; a second of hashing

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from dmat_ray import settings
 from dmat_ray.config import ClassifierConfig
 from dmat_ray.errors import UserError
-from dmat_ray.models import checkpoint, model_import
+from dmat_ray.exchange import model_import
+from dmat_ray.models import checkpoint
 from dmat_ray.networks import classifiers
 
 pytestmark = [

@@ -1,0 +1,1 @@
+"""Classifiers by others as models of ours, and ours for others."""

@@ -1,1 +1,0 @@
-"""Generators that come from elsewhere: checkpoints of other projects, and decoders exported as programs."""
