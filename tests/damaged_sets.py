@@ -7,12 +7,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from set_rows import edit_manifest
 
 from dmat_ray.data.inspection import Inspection, inspect_set
 from dmat_ray.manifold import generators
 
 SHARD = "part-000001.parquet"
-MakeSet = Callable[..., Path]
 Damage = Callable[[Path], None]
 
 
@@ -24,11 +24,6 @@ def inspect(folder: Path, generator_folder: Path, **how: Any) -> Inspection:
 
 def states(found: Inspection) -> dict[str, str]:
     return {check.name: check.state for check in found.checks}
-
-
-def edit_manifest(folder: Path, **values: Any) -> None:
-    path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:

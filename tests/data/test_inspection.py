@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from damaged_sets import DAMAGES, SHARD, MakeSet, edit_manifest, edit_rows, inspect, manifest_of, shifted_w, states
+from damaged_sets import DAMAGES, SHARD, edit_rows, inspect, manifest_of, shifted_w, states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from set_rows import MakeSet, edit_manifest
 
 from dmat_ray.data.inspection import CHECKS, inspect_set, pixels, rows
 from dmat_ray.manifold import generators

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from damaged_sets import MakeSet, manifest_of, with_value
+from damaged_sets import manifest_of, with_value
 from set_pages import Page
+from set_rows import MakeSet
 
 from dmat_ray.data.inspection import CHECKS
 

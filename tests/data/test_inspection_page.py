@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import write_set
-from damaged_sets import MakeSet, edit_manifest, edit_rows, inspect
+from damaged_sets import edit_rows, inspect
 from PIL import Image
 from set_pages import Page
+from set_rows import MakeSet, edit_manifest
 
 from dmat_ray.data.inspection import CHECKS, Inspection, inspect_set
 from dmat_ray.reports import set_page
