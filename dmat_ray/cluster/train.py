@@ -16,6 +16,7 @@ from dmat_ray.cluster.ingest import Streamed
 from dmat_ray.cluster.leftovers import GROUP, Leftover, discard, left_by_others
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.data import manifold_set
+from dmat_ray.data.epochs import EpochSource
 from dmat_ray.data.set_reader import read_manifest
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import generators
@@ -103,9 +104,10 @@ def _train(settings: dict[str, Any]) -> None:
         left = settings.get("left", {}).get(config.name, ())
         context = _NamedContext(config.name, settings["mailbox"], left, wait="judged_by" in settings)
         generator = generators.load_configured(config.generator, context.device)
-        stopping = functools.partial(is_stopping, settings["mailbox"])
-        streamed = functools.partial(Streamed, settings["set"], config.training, config.cluster, context.say, stopping)
-        source = streamed() if data is None else data
+        source: manifold_set.ManifoldSet | EpochSource | None = data
+        if source is None:
+            stopping = functools.partial(is_stopping, settings["mailbox"])
+            source = Streamed(settings["set"], config.training, config.cluster, context.say, stopping)
         judged_by, branch_from = settings.get("judged_by"), settings.get("branch_from")
         train(
             config,
