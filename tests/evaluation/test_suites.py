@@ -31,6 +31,7 @@ def test_full_has_all_others() -> None:
         "cifar10",
         "search",
         "digits_search",
+        "search_std",
     }:  # small images, or for ranking
         assert {row.name for row in suites.resolved(EvaluationConfig(suites=(name,))).attacks} <= full, name
 
