@@ -22,7 +22,8 @@ from torch import Tensor
 
 from dmat_ray import cli
 from dmat_ray.data.pixels import to_unit
-from dmat_ray.data.sources import list_examples, read_good
+from dmat_ray.data.reading import read_good
+from dmat_ray.data.sources import list_examples
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators, quality, set_maker
 from dmat_ray.storage.files import write_json

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from dmat_ray import presets
 from dmat_ray.config import Config, DataConfig, ProjectionConfig
-from dmat_ray.data import sources
+from dmat_ray.data import reading, sources
 from dmat_ray.data.pixels import unit
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import fast, generators, set_maker
@@ -190,7 +190,7 @@ def digits(count: int) -> tuple[Tensor, list[str]]:
     config = DataConfig(source="mnist5k", resolution=32, channels=1)
     rows = sources.list_examples(config).rows("test").sort_by("id")
     rows = rows.take(np.random.default_rng(0).permutation(len(rows))[:count])
-    return torch.from_numpy(np.stack(sources.read_pixels(rows, config))), rows["id"].to_pylist()
+    return torch.from_numpy(np.stack(reading.read_pixels(rows, config))), rows["id"].to_pylist()
 
 
 def projector_of(preset: str, arguments: argparse.Namespace, device: torch.device) -> Projector:

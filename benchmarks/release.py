@@ -27,7 +27,7 @@ from dmat_ray.evaluation.metrics import Results
 from dmat_ray.evaluation.units import VERSION
 from dmat_ray.exchange import model_export
 from dmat_ray.models import checkpoint
-from dmat_ray.reports.report_values import SET_NAMES
+from dmat_ray.reports.columns import SET_NAMES
 from dmat_ray.storage import set_folder
 from dmat_ray.storage.files import sha256, write_json
 from dmat_ray.storage.folders import replace_folder

@@ -1,24 +1,27 @@
 #!/usr/bin/env bash
 # The study on MNIST-5k from nothing to docs/results/mnist.md and the README's table, and with CIFAR10=FOLDER, which holds CIFAR-10's
-# binary files, that on five of its classes, to docs/results/cifar5.md. Goes on where it was stopped.
+# binary files, that on five of its classes, to docs/results/cifar5.md. Goes on where it was stopped. SEEDS=1 trains each method once
+# instead of three times, in less than half of the time; its intervals are of images alone. Further files of settings may be given,
+# which are layered over the study's on digits: `benchmarks/results.sh smaller.yaml`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 processes=${PROCESSES:-2}
+seeds=${SEEDS:-3}
 study=(benchmarks/study.py --preset demo benchmarks/studies/mnist.yaml)
 
 older() { # rows of another suite, or version, are not mixed with these; git has them
     [ ! -d "$1" ] || (cd "$1" && rm -rf rows clean worst autoattack settings.yaml study.json)
 }
 
-"$python" "${study[@]}" --processes "$processes" --seeds 3
-"$python" "${study[@]}" benchmarks/studies/mnist_early.yaml --processes "$processes" --until projection
+"$python" "${study[@]}" "$@" --processes "$processes" --seeds "$seeds"
+"$python" "${study[@]}" benchmarks/studies/mnist_early.yaml "$@" --processes "$processes" --until projection
 test -f runs/study/mnist_sampled/manifest.json ||
     "$python" benchmarks/sampled_set.py runs/study/mnist/on_manifold_set runs/study/mnist/models/standard-0 runs/study/mnist_sampled --generator.precision fast
-"$python" "${study[@]}" --processes "$processes" --ablations --seeds 1
-"$python" "${study[@]}" --processes "$processes" --trained at_eps_20 dmat_eps_20 --seeds 3
-"$python" "${study[@]}" --processes "$processes" --trained at at_eps_20 dmat dmat_eps_20 dmat_trades_wide --seeds 3 --worst-case
-"$python" "${study[@]}" --processes "$processes" --seeds 1 --autoattack digits_autoattack --autoattack-limit 50
+"$python" "${study[@]}" "$@" --processes "$processes" --ablations --seeds 1
+"$python" "${study[@]}" "$@" --processes "$processes" --trained at_eps_20 dmat_eps_20 --seeds "$seeds"
+"$python" "${study[@]}" "$@" --processes "$processes" --trained at at_eps_20 dmat dmat_eps_20 dmat_trades_wide --seeds "$seeds" --worst-case
+"$python" "${study[@]}" "$@" --processes "$processes" --seeds 1 --autoattack digits_autoattack --autoattack-limit 50
 older benchmarks/results/mnist
 "$python" benchmarks/study_report.py runs/study/mnist --pack benchmarks/results/mnist
 "$python" benchmarks/study_report.py benchmarks/results/mnist --page docs/results/mnist.md --headline README.md

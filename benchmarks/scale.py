@@ -192,7 +192,7 @@ def overhead(args: argparse.Namespace, root: Path) -> None:
     """Time from shard to shard in one actor, over that of the bare projector and over what the actor spends inside its calls."""
     import torch
 
-    from dmat_ray.data.sources import read_pixels
+    from dmat_ray.data.reading import read_pixels
     from dmat_ray.manifold.set_maker import build_projector
 
     options = ("--projection.steps", args.steps, "--projection.shard_size", 50, "--cluster.projection_actors", 1)

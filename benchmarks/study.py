@@ -33,8 +33,9 @@ from study_methods import ABLATIONS, KINDS, METHODS, OF_MODEL, OF_SET, OF_VERSIO
 from dmat_ray import cli, suites, yaml_file
 from dmat_ray.config import Config
 from dmat_ray.data import manifold_set, set_reader
+from dmat_ray.data.reading import read_pixels
 from dmat_ray.data.set_format import MANIFEST
-from dmat_ray.data.sources import list_examples, read_pixels
+from dmat_ray.data.sources import list_examples
 from dmat_ray.errors import UserError
 from dmat_ray.evaluation import evaluation
 from dmat_ray.evaluation.units import VERSION

@@ -25,7 +25,7 @@ from study_tables import BESIDE, ablations, again, autoattack, headline, table, 
 from dmat_ray import cli
 from dmat_ray.evaluation.intervals import points
 from dmat_ray.evaluation.units import VERSION
-from dmat_ray.reports.report_values import SET_NAMES, columns_described, in_levels
+from dmat_ray.reports.columns import SET_NAMES, columns_described, in_levels
 
 HERE = Path(__file__).resolve().parent
 STUDIES = {

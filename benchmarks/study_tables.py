@@ -16,7 +16,7 @@ from dmat_ray.config import EvaluationConfig
 from dmat_ray.errors import UserError
 from dmat_ray.evaluation.intervals import Estimate, estimate, points
 from dmat_ray.evaluation.metrics import Results
-from dmat_ray.reports.report_values import SET_NAMES
+from dmat_ray.reports.columns import SET_NAMES
 
 HEADLINE = ("clean", "PGD-50", "OM-PGD-50", "L2", "fog", "unseen mean", "worst")
 BESIDE = ("PGD-50", "APGD-CE", "APGD-DLR")  # of the study's own attacks, set beside AutoAttack

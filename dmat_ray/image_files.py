@@ -9,7 +9,7 @@ import torch
 
 from dmat_ray import inputs
 from dmat_ray.config import DataConfig
-from dmat_ray.data import sources
+from dmat_ray.data import reading, sources
 from dmat_ray.data.pixels import to_unit
 from dmat_ray.devices import device_of
 from dmat_ray.errors import UserError
@@ -45,7 +45,7 @@ def load_images(source: Place = "mnist5k", split: str = "test", **data: Any) -> 
         warnings.warn(f"{told}: images of '{config.source}' come as {size}; give {ways}, or others", stacklevel=2)
     listing = sources.list_examples(config)
     rows = listing.rows(split)
-    good, pixels, bad = sources.read_good(rows, config)
+    good, pixels, bad = reading.read_good(rows, config)
     if bad:
         first, reason = next(iter(bad.items()))
         told = f"{len(bad)} of {len(rows)} images cannot be read, the first: '{first}' {reason}"
@@ -87,7 +87,7 @@ def predict(model: Place, images: Place, *, batch_size: int = 100, device: str =
     tables = []
     for start in range(0, listing.num_rows, batch_size):
         rows = listing.slice(start, batch_size)
-        good, pixels, bad = sources.read_good(rows, data)
+        good, pixels, bad = reading.read_good(rows, data)
         paths = rows["id"].take(pa.array(good, pa.int64())).to_pylist()
         tables.append(prediction.predict(network, run["class_names"], paths, pixels, where))
         tables.append(prediction.unreadable(bad))

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from dmat_ray.cluster.nodes import require_like_driver
 from dmat_ray.config import DataConfig
 from dmat_ray.data import set_format, set_reader, set_writer
-from dmat_ray.data.sources import read_good, read_images
+from dmat_ray.data.reading import read_good, read_images
 from dmat_ray.errors import StorageError, UserError
 from dmat_ray.storage import Location, at
 

@@ -11,7 +11,8 @@ import pyarrow as pa
 from dmat_ray.config import DataConfig
 from dmat_ray.data import packed, parquet_rows
 from dmat_ray.data.decoding import highest_level
-from dmat_ray.data.sources import NAMED, decoded, read
+from dmat_ray.data.reading import decoded, read
+from dmat_ray.data.sources import NAMED
 from dmat_ray.storage import at
 from dmat_ray.wording import number_of
 

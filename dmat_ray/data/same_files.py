@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 from dmat_ray.config import DataConfig
 from dmat_ray.data import packed, set_writer
 from dmat_ray.data.folder_source import text
+from dmat_ray.data.reading import read
 from dmat_ray.data.set_format import SHARDS
 from dmat_ray.data.set_writer import Record
-from dmat_ray.data.sources import read
 from dmat_ray.errors import UserError
 from dmat_ray.storage import Location, at
 

@@ -16,8 +16,8 @@ from dmat_ray.evaluation.metrics import Results
 from dmat_ray.evaluation.units import VERSION
 from dmat_ray.models import checkpoint
 from dmat_ray.networks import classifiers, wide_resnet
+from dmat_ray.reports.columns import columns_described
 from dmat_ray.reports.report_text import escaped
-from dmat_ray.reports.report_values import columns_described
 from dmat_ray.storage import Place, at
 from dmat_ray.storage.files import sha256, write_json
 from dmat_ray.storage.folders import fetched, holds_anything

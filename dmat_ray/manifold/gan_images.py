@@ -19,7 +19,7 @@ from torch import Tensor
 from dmat_ray.config import Config, DataConfig
 from dmat_ray.data import first_look
 from dmat_ray.data.apart import require_apart
-from dmat_ray.data.sources import read_pixels
+from dmat_ray.data.reading import read_pixels
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import quality, trained_on
 from dmat_ray.manifold.gan_trainer import check_images, check_workers

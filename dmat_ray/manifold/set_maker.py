@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from dmat_ray.config import Config, ProjectionConfig
-from dmat_ray.data import first_look, set_format, set_settings, set_writer, sources
+from dmat_ray.data import first_look, reading, set_format, set_settings, set_writer, sources
 from dmat_ray.data.apart import require_apart
 from dmat_ray.data.pixels import quantise
 from dmat_ray.data.same_files import require_same_files
@@ -126,7 +126,7 @@ def build_projector(config: Config, device: torch.device) -> Projector:
 
 
 def rows_of(projector: Projector, images: pa.Table, settings: ProjectionConfig, class_names: list[str]) -> pa.Table:
-    """The rows of the set for images as `sources.read_images` gives them; the ids of those that the search gave up, if there are
+    """The rows of the set for images as `reading.read_images` gives them; the ids of those that the search gave up, if there are
     any, stand in the schema's metadata.
     """
     generator = projector.generator
@@ -303,7 +303,7 @@ def _project(config: Config, work: Begun, projector: Projector, say: Callable[[s
     """Write the shards that are still to be made, up to the one with which too many images are unreadable."""
     bad = 0
     for number, shard in enumerate(work.todo, 1):
-        images, rejected = sources.read_images(shard.rows, config.data)
+        images, rejected = reading.read_images(shard.rows, config.data)
         table = rows_of(projector, images, config.projection, list(work.listing.class_names))
         work.lease.check()
         set_writer.write_shard(work.folder, shard.name, table, rejected)

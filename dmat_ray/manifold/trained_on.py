@@ -20,7 +20,8 @@ from dmat_ray.config import Config, DataConfig
 from dmat_ray.data import sources
 from dmat_ray.data.first_look import early
 from dmat_ray.data.folder_source import text
-from dmat_ray.data.sources import Listing, read_pixels, versions_of_images
+from dmat_ray.data.reading import read_pixels, versions_of_images
+from dmat_ray.data.sources import Listing
 from dmat_ray.errors import DmatRayError
 from dmat_ray.manifold import generators
 from dmat_ray.storage import Location, at

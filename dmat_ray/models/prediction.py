@@ -38,7 +38,7 @@ SCHEMA = pa.schema(
 def list_images(place: str) -> tuple[pa.Table, str]:
     """All images below a folder or URL, and which files are none ('' = all are).
 
-    The table has the columns that `data.sources.read_pixels` wants: id, the path relative to the folder, file, and row (null).
+    The table has the columns that `data.reading.read_pixels` wants: id, the path relative to the folder, file, and row (null).
     Raises UserError for a folder that is not there, cannot be listed, or holds no image.
     """
     root = at(place)

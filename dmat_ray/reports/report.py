@@ -13,6 +13,7 @@ from dmat_ray.evaluation.checks import Finding
 from dmat_ray.evaluation.metrics import Results
 from dmat_ray.models import checkpoint, methods
 from dmat_ray.reports import charts, figures, report_methods, report_text, report_values
+from dmat_ray.reports.columns import columns_described
 from dmat_ray.reports.report_values import interval, per_cent, points
 from dmat_ray.storage import Location, Place, at
 
@@ -60,7 +61,7 @@ def write(
         most_compared=report_values.MOST_COMPARED,
         compared={table.set_name: report_values.differences(results, table) for table in tables},
         by_method=by_method,
-        columns=report_values.columns_described(results),
+        columns=columns_described(results),
         warnings=[f for f in findings if f.level == "warning"],
         most_warnings=MOST_WARNINGS,
         findings=findings,

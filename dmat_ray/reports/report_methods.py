@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from dmat_ray.evaluation.intervals import Estimate, points
 from dmat_ray.evaluation.metrics import Results
 from dmat_ray.models.methods import Method
-from dmat_ray.reports.report_values import MOST_COMPARED, SET_NAMES
+from dmat_ray.reports.columns import SET_NAMES
+from dmat_ray.reports.report_values import MOST_COMPARED
 
 MEANS = (
     "The mean over trainings ± the half of its 95 % interval, which covers the draw of test images and that of trainings "

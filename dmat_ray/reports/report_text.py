@@ -8,18 +8,9 @@ from collections.abc import Mapping, Sequence
 from dmat_ray.evaluation.checks import Finding
 from dmat_ray.evaluation.intervals import Accuracy, Difference, Estimate
 from dmat_ray.evaluation.metrics import Results
+from dmat_ray.reports.columns import SET_NAMES, columns_described
 from dmat_ray.reports.report_methods import MethodTable
-from dmat_ray.reports.report_values import (
-    SET_NAMES,
-    columns_described,
-    differences,
-    differs,
-    interval,
-    per_cent,
-    points,
-    tables,
-    transfers,
-)
+from dmat_ray.reports.report_values import differences, differs, interval, per_cent, points, tables, transfers
 from dmat_ray.wording import number_of
 
 COMPARED = (

@@ -16,7 +16,8 @@ from torch import nn
 from dmat_ray import threats
 from dmat_ray.attack import attack
 from dmat_ray.config import AttackConfig, ClassifierConfig, Config, DataConfig, ImageThreat
-from dmat_ray.data.sources import list_examples, read_pixels
+from dmat_ray.data.reading import read_pixels
+from dmat_ray.data.sources import list_examples
 from dmat_ray.local import LocalContext
 from dmat_ray.models import checkpoint
 from dmat_ray.networks import classifiers

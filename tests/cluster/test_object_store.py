@@ -23,7 +23,8 @@ from small import DMAT, ROOT, SMALL, MlflowServer, finish, settings, wait_for
 
 from dmat_ray.cluster import context, encoder, events, jobs, nodes
 from dmat_ray.config import DataConfig
-from dmat_ray.data.sources import list_examples, read_pixels
+from dmat_ray.data.reading import read_pixels
+from dmat_ray.data.sources import list_examples
 from dmat_ray.errors import StorageError
 from dmat_ray.manifold.encoder import load_encoder, locate_encoder
 from dmat_ray.manifold.generators import fingerprint

@@ -19,7 +19,8 @@ from PIL import Image
 from dmat_ray import presets
 from dmat_ray.config import DataConfig
 from dmat_ray.data import class_lists
-from dmat_ray.data.sources import Listing, list_examples, read, read_pixels
+from dmat_ray.data.reading import read, read_pixels
+from dmat_ray.data.sources import Listing, list_examples
 from dmat_ray.errors import UserError
 from dmat_ray.validated import validate
 

@@ -20,7 +20,8 @@ import torchvision
 
 from dmat_ray.config import DataConfig
 from dmat_ray.data import packed, pickled
-from dmat_ray.data.sources import Listing, list_examples, read, read_pixels, versions_of_images
+from dmat_ray.data.reading import read, read_pixels, versions_of_images
+from dmat_ray.data.sources import Listing, list_examples
 from dmat_ray.errors import StorageError, UserError
 
 FINE = [f"fine {k:02d}" for k in range(100)]

@@ -12,7 +12,7 @@ import pytest
 import s3
 from parquet_sources import STRUCT, images, listed, png, refused, write
 
-from dmat_ray.data.sources import read, versions_of_images
+from dmat_ray.data.reading import read, versions_of_images
 from dmat_ray.errors import StorageError, UserError
 
 

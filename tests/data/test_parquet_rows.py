@@ -18,7 +18,8 @@ import s3
 
 from dmat_ray.config import DataConfig
 from dmat_ray.data import parquet_rows, parquet_source
-from dmat_ray.data.sources import list_examples, read
+from dmat_ray.data.reading import read
+from dmat_ray.data.sources import list_examples
 from dmat_ray.errors import UserError
 
 CALL = 64
@@ -208,7 +209,8 @@ FORK = """
 import os, sys
 from dmat_ray.config import DataConfig
 from dmat_ray.data import parquet_rows
-from dmat_ray.data.sources import list_examples, read
+from dmat_ray.data.reading import read
+from dmat_ray.data.sources import list_examples
 parquet_rows.BUFFER = 1 << 12  # many reads, to come between each other
 config = DataConfig(source=sys.argv[1])
 table = list_examples(config).table

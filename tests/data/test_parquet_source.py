@@ -14,7 +14,8 @@ from parquet_sources import STRUCT, images, listed, refused, write
 from PIL import Image
 
 from dmat_ray.config import DataConfig
-from dmat_ray.data.sources import list_examples, read, read_pixels
+from dmat_ray.data.reading import read, read_pixels
+from dmat_ray.data.sources import list_examples
 from dmat_ray.errors import UserError
 
 

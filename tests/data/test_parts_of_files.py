@@ -10,7 +10,7 @@ from parted_sources import listed, refused, shards, tree
 
 from dmat_ray.config import DataConfig
 from dmat_ray.data import parts
-from dmat_ray.data.sources import read
+from dmat_ray.data.reading import read
 
 
 @pytest.mark.parametrize(

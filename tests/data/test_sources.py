@@ -13,7 +13,8 @@ import pytest
 from image_folders import ODD, folder_of, png, two_classes
 
 from dmat_ray.config import DataConfig
-from dmat_ray.data.sources import list_examples, read, read_pixels, versions_of_images
+from dmat_ray.data.reading import read, read_pixels, versions_of_images
+from dmat_ray.data.sources import list_examples
 from dmat_ray.errors import StorageError, UserError
 
 

@@ -9,7 +9,8 @@ from image_folders import ODD, folder_of, png
 
 from dmat_ray import cli
 from dmat_ray.config import DataConfig
-from dmat_ray.data.sources import list_examples, read, versions_of_images
+from dmat_ray.data.reading import read, versions_of_images
+from dmat_ray.data.sources import list_examples
 from dmat_ray.errors import StorageError, UserError
 
 

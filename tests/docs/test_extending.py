@@ -216,7 +216,8 @@ from dmat_ray import threats
 from dmat_ray.networks import classifiers
 from dmat_ray.attack import attack
 from dmat_ray.config import ClassifierConfig, DataConfig, ImageRow, LatentRow, ProjectionConfig
-from dmat_ray.data.sources import list_examples, read_pixels
+from dmat_ray.data.reading import read_pixels
+from dmat_ray.data.sources import list_examples
 from dmat_ray.manifold import generators
 from dmat_ray.manifold.projection import Projector
 from dmat_ray.types import Batch
@@ -259,7 +260,8 @@ def test_the_sources_are_read(copy: Path) -> None:
 LISTED = """
 import json
 from dmat_ray.config import DataConfig
-from dmat_ray.data.sources import list_examples, read_pixels
+from dmat_ray.data.reading import read_pixels
+from dmat_ray.data.sources import list_examples
 data = DataConfig(source="{source}", resolution=32)
 listing = list_examples(data)
 images = read_pixels(listing.table, data)

@@ -61,7 +61,9 @@ def hidden(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.name.startswith(".mlflow")]
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "end", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive)], ids=["SIGKILL", "Ctrl-C"]
+)
 def test_a_job_that_ends_while_it_makes_the_database_does_not_break_the_next(tmp_path, end):
     killed = job("killed", tmp_path, end)
     _, said = killed.communicate("\n", timeout=300)
@@ -98,7 +100,7 @@ def refused(*_: object) -> None:
     raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
 
-@pytest.mark.parametrize("link", [os.link, refused], ids=["links", "no links"])
+@pytest.mark.parametrize("link", [os.link, pytest.param(refused, marks=pytest.mark.exhaustive)], ids=["links", "no links"])
 def test_a_database_that_is_there_by_now_is_kept(tmp_path, monkeypatch, link):
     """Made by another process, which was faster."""
     faster = []

@@ -152,7 +152,7 @@ def test_too_few_steps_are_said_so(robust: nn.Module, data: ManifoldSet, generat
     assert "slow has not converged" in warned(findings)["converged"]
 
 
-@pytest.mark.parametrize("method", ["lagrange", "lpa"])
+@pytest.mark.parametrize("method", [pytest.param("lagrange", marks=pytest.mark.exhaustive), "lpa"])
 def test_a_course_counts_nothing_outside_of_the_budget(
     robust: nn.Module, data: ManifoldSet, generator: StyleGAN2, method: str
 ) -> None:

@@ -10,7 +10,8 @@ from encoders import images, random_encoder
 from torch import Tensor
 
 from dmat_ray.config import DataConfig, EncoderConfig
-from dmat_ray.data.sources import list_examples, read_pixels
+from dmat_ray.data.reading import read_pixels
+from dmat_ray.data.sources import list_examples
 from dmat_ray.manifold import generators
 from dmat_ray.manifold.encoder import Encoder, load_encoder
 from dmat_ray.manifold.stylegan2 import StyleGAN2

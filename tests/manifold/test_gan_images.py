@@ -19,7 +19,8 @@ from photo_folders import photo_folder, photo_settings
 from PIL import Image
 
 from dmat_ray.config import Config, DataConfig
-from dmat_ray.data.sources import list_examples, read_pixels
+from dmat_ray.data.reading import read_pixels
+from dmat_ray.data.sources import list_examples
 from dmat_ray.errors import UserError
 from dmat_ray.manifold import gan_folder, gan_images, trained_on
 

@@ -17,7 +17,7 @@ from set_photos import PLAIN, Make, parted_photos, said, settings_maker, unreada
 
 from dmat_ray import settings
 from dmat_ray.config import Config, DataConfig
-from dmat_ray.data import sources
+from dmat_ray.data import reading, sources
 from dmat_ray.data.sources import list_examples
 from dmat_ray.manifold import gan_images, set_maker, trained_on
 
@@ -180,7 +180,7 @@ def test_images_that_lie_elsewhere_are_known_by_their_names_and_pixels(
 
     def noting(rows: pa.Table, data: DataConfig) -> list[np.ndarray | str]:
         decoded.extend(rows["id"].to_pylist())
-        return sources.read_pixels(rows, data)
+        return reading.read_pixels(rows, data)
 
     monkeypatch.setattr(trained_on, "read_pixels", noting)
     (line,) = said(other)
@@ -241,7 +241,7 @@ def test_images_of_other_names_are_known_by_their_pixels(
 
     def noting(rows: pa.Table, data: DataConfig) -> list[np.ndarray | str]:
         decoded.extend(rows["id"].to_pylist())
-        return sources.read_pixels(rows, data)
+        return reading.read_pixels(rows, data)
 
     monkeypatch.setattr(trained_on, "read_pixels", noting)
     monkeypatch.setattr(trained_on, "LOOKED_AT", 3)

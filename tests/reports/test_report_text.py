@@ -16,7 +16,7 @@ from tiny_page import EVALUATION, MODELS, PGD, TITLE, Written
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.evaluation.checks import Finding
 from dmat_ray.evaluation.metrics import Results
-from dmat_ray.reports import report_text, report_values, terminal
+from dmat_ray.reports import columns, report_text, terminal
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_siblings_hold_the_numbers_of_the_table(page: Page, written: Written) ->
 )
 def test_rows_are_put_into_words(row: dict[str, Any], words: str) -> None:
     config = EvaluationConfig.model_validate({"attacks": [{"name": "a", **row}], "sets": ["on_manifold"]})
-    assert report_values.described(config.attacks[0]) == words
+    assert columns.described(config.attacks[0]) == words
 
 
 def test_a_summary_says_what_it_lacks_on_natural_images(written: Written) -> None:
