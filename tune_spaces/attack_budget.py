@@ -12,7 +12,7 @@ SPACE = {
     "objective.latent.eps": times(0.5, 2),
     "objective.image.steps": tune.randint(1, 8),
     "objective.latent.steps": tune.randint(1, 8),
-    # a step follows from the budget: 2.5 times across in all steps
+    # a step follows from the budget: all steps together are 2.5 radii long
     "objective.image.step_size": None,
     "objective.latent.step_size": None,
 }

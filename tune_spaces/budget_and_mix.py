@@ -6,7 +6,7 @@ SPACE = {
     "objective.image.eps": times(0.5, 2),
     "objective.latent.eps": times(0.5, 2),
     ("objective.image.weight", "objective.latent.weight"): simplex(),
-    # a step follows from the budget: 2.5 times across in all steps
+    # a step follows from the budget: all steps together are 2.5 radii long
     "objective.image.step_size": None,
     "objective.latent.step_size": None,
 }

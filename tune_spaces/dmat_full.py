@@ -1,4 +1,4 @@
-"""All of DMAT at once: both budgets, the mix of three terms, the divergence, smoothing, averaging, and the learning rate."""
+"""All of DMAT at once: both budgets, the mix of three terms, label smoothing, weight averaging, and the learning rate."""
 
 from ray import tune
 
