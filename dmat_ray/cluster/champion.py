@@ -16,7 +16,7 @@ from dmat_ray.cluster.trial import Work, keep_newest, state_of
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.errors import UserError
 from dmat_ray.evaluation.metrics import Results
-from dmat_ray.reports import search_result, trials, trials_page
+from dmat_ray.reports import search_result, terminal, trials, trials_page
 from dmat_ray.reports.search_result import Scores, SearchResult
 from dmat_ray.reports.trials import Trial
 from dmat_ray.storage import Location, at, set_folder
@@ -112,7 +112,9 @@ def _judge(
     """Model -> "set/column" -> accuracy on test images."""
     whole = config.model_copy(update={"evaluation": suite})
     evaluate.check(whole, set_folder(config), folders)
-    rows, _ = evaluate.evaluate(evaluate.Work(whole, set_folder(config), folders, at(where)), say, lease)
+    rows, findings = evaluate.evaluate(evaluate.Work(whole, set_folder(config), folders, at(where)), say, lease)
+    for line in terminal.warnings(findings):
+        say(line)
     found: Scores = {}
     for (model, set_name, column), accuracy in Results(rows, suite).accuracies().items():
         found.setdefault(model, {})[f"{set_name}/{column}"] = accuracy.value

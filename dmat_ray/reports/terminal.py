@@ -98,9 +98,14 @@ def _tables(head: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]
     return found
 
 
+def warnings(findings: Sequence[Finding]) -> list[str]:
+    """Those of the checks, a line each."""
+    return [f"warning: {f.model}: {f.check}: {f.text}" for f in findings if f.level == "warning"]
+
+
 def terminal_checks(findings: Sequence[Finding]) -> str:
     """A line for each warning, and one that says how many checks passed."""
-    lines = [f"warning: {f.model}: {f.check}: {f.text}" for f in findings if f.level == "warning"]
+    lines = warnings(findings)
     good, every = report_text.passed(findings)
     others = f"; {every - good} gave {number_of(len(lines), 'warning')}" if lines else ""
     return "\n".join([*lines, f"{good} of {every} checks passed{others}" if every else "no checks were made"])

@@ -74,7 +74,7 @@ def beaten(points: dict[str, tuple[float, ...]]) -> set[str]:
     }
 
 
-def test_several_objectives_give_a_front_and_what_fails_is_recorded(finished, tmp_path, say):
+def test_several_objectives_give_a_front_and_what_fails_is_recorded(finished, tmp_path, say, lines):
     """Two settings that are refused together fail whenever both are drawn, and a huge rate diverges; the others go on."""
     more = ["--tune.searcher", "nsga2", "--tune.scheduler", "none", "--tune.num_samples", 8, "--tune.epochs", 1]
     more += ["--tune.objective", "clean", "--tune.objective", "linf", "--cluster.train_workers", 1, "--tune.retries", 1]
@@ -97,6 +97,10 @@ def test_several_objectives_give_a_front_and_what_fails_is_recorded(finished, tm
     assert {points[name] for name in found.front} == {points[name] for name in points.keys() - beaten(points)}
     assert found.evaluated.keys() == found.tested.keys() == {found.best, *found.front}
     assert set(found.evaluated[found.best]) >= {"on_manifold/clean", "natural/clean", "on_manifold/OM-PGD-20"}
+    findings = json.loads((tmp_path / "tune" / "little" / "evaluation" / "checks.json").read_text())["findings"]
+    warned = {f"warning: {f['model']}: {f['check']}: {f['text']}" for f in findings if f["level"] == "warning"}
+    assert warned, "of networks that have seen forty digits once"
+    assert warned <= set(lines)
     _, children = runs_of(f"sqlite:///{tmp_path / 'mlflow.db'}", config)
     status = {t.name: "FAILED" if t.status in ("failed", "diverged") else "FINISHED" for t in found.trials}
     assert {name: run.info.status for name, run in children.items()} == status
