@@ -102,6 +102,7 @@ def test_a_search_that_another_run_has_taken_over_ends(tmp_path, finished, ray_s
     assert not (tmp_path / "models").exists()
 
 
+@pytest.mark.exhaustive  # one that is taken over among its trials above
 def test_a_search_that_is_taken_over_after_its_trials_publishes_nothing(tmp_path, finished, ray_session, monkeypatch):
     """While it trains the best settings anew, which may take longer than all of its trials."""
     finished.copy_set(tmp_path)
