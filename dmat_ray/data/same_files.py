@@ -1,6 +1,8 @@
-"""That a set which is gone on with is made of the files of many images that it was begun with."""
+"""That a set which is gone on with, or taken as it is, is made of the files of many images that it was begun with."""
 
 import os
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +17,7 @@ from dmat_ray.data.set_format import SHARDS
 from dmat_ray.data.set_writer import Record
 from dmat_ray.errors import UserError
 from dmat_ray.storage import Location, at
+from dmat_ray.storage.lease import exclusive
 
 FILES = "files.json"  # in the set's folder: digests of the source's files of many images
 LOOKED_INTO, EACH, FEW = 64, 8, 8  # finished shards in all (one a file at least) and of a file's images; rows at most of each
@@ -27,21 +30,62 @@ def require_same_files(folder: Location, rows: pa.Table, config: DataConfig) -> 
     An image is known by its place in such a file, unless `data.id_column` has its id, so that two halves of a set would be of two
     files. Raises UserError for another one. A set begun before this was noted is not compared.
     """
-    path, many = folder / FILES, rows.filter(pc.is_valid(rows["file_digest"])).group_by(["file", "file_digest"]).aggregate([])
+    now, noted = _digests(rows, config), _noted(folder)
+    if not now:
+        return
+    others = _others(now, noted)
+    _require_same_images(folder, others, rows, config)
+    if noted is None or others:
+        (folder / FILES).write_json(_by_name(now))
+
+
+def are_unchanged(folder: Location, rows: pa.Table, config: DataConfig) -> bool:
+    """Whether the images of a finished set, of `Listing.table`, are known to be those that it was made of: by digests of files of
+    many images, if they were noted. False where the ids alone tell, as of images that are files of their own.
+
+    Raises UserError for a file of other images, like `require_same_files`. Other digests of the same ones are noted where the set
+    can be written.
+    """
+    now, noted = _digests(rows, config), _noted(folder)
+    if not now or not noted:
+        return False
+    if others := _others(now, noted):
+        _require_same_images(folder, others, rows, config)
+        # nothing is lost where it cannot be: then the next run compares the images again
+        with suppress(OSError, UserError), exclusive(folder):
+            (folder / FILES).write_json(_by_name(now))
+    return True
+
+
+def _digests(rows: pa.Table, config: DataConfig) -> dict[bytes, int]:
+    """Of the source's files that hold many images each, which are known by their places in them."""
+    many = rows.filter(pc.is_valid(rows["file_digest"])).group_by(["file", "file_digest"]).aggregate([])
     now = {row["file"]: row["file_digest"] for row in many.to_pylist()}
     if config.id_column is not None:  # of Parquet; CIFAR and MNIST have none
         now = {file: digest for file, digest in now.items() if packed.is_packed(os.fsdecode(file))}
-    if not now:
-        return
-    files = {text(os.fsdecode(file)): digest for file, digest in now.items()}
+    return now
+
+
+def _by_name(digests: dict[bytes, int]) -> dict[str, int]:
+    return {text(os.fsdecode(file)): digest for file, digest in digests.items()}
+
+
+def _noted(folder: Location) -> dict[str, Any] | None:
+    """The digests that were noted; None for a set begun before any were."""
     try:
-        before = path.read_json()
+        noted = (folder / FILES).read_json()
     except FileNotFoundError:
-        before = files
-        path.write_json(files)
-    others = [
-        file for file in sorted(now) if isinstance(before, dict) and before.get(text(os.fsdecode(file)), now[file]) != now[file]
-    ]
+        return None
+    return noted if isinstance(noted, dict) else {}
+
+
+def _others(now: dict[bytes, int], noted: dict[str, Any] | None) -> list[bytes]:
+    """The files of other digests than those that were noted of them."""
+    return [file for file in sorted(now) if (noted or {}).get(text(os.fsdecode(file)), now[file]) != now[file]]
+
+
+def _require_same_images(folder: Location, others: list[bytes], rows: pa.Table, config: DataConfig) -> None:
+    """Raise UserError for one of these files that has other images in the places of finished rows of the set."""
     finished = _shards_of(set_writer.read_records(folder), rows) if others else {}
     for file in others:
         shards = finished.get(file, [])
@@ -54,8 +98,6 @@ def require_same_files(folder: Location, rows: pa.Table, config: DataConfig) -> 
                 "places in it, and has other images in the places of those that are finished; put the file of then back, give "
                 "another --output, or remove the folder"
             )
-    if others:
-        path.write_json(files)
 
 
 def _holds_the_same(folder: Location, shards: list[str], rows: pa.Table, config: DataConfig) -> bool:

@@ -16,7 +16,7 @@ from dmat_ray.config import Config, ProjectionConfig
 from dmat_ray.data import first_look, reading, set_format, set_settings, set_writer, sources
 from dmat_ray.data.apart import require_apart
 from dmat_ray.data.pixels import quantise
-from dmat_ray.data.same_files import require_same_files
+from dmat_ray.data.same_files import are_unchanged, require_same_files
 from dmat_ray.data.set_format import MANIFEST, SHARDS
 from dmat_ray.data.set_reader import read_manifest, warning_of_copies, warning_of_given_up, warnings_of_lost
 from dmat_ray.data.set_writer import Record, Shard
@@ -190,15 +190,19 @@ class Begun:
 
 @contextmanager
 def begun(config: Config, say: Callable[[str], None], listing: Listing | None = None) -> Iterator[Begun | None]:
-    """Inside, the set that the settings describe is this process's to make or to finish; None if it is whole and unchanged.
+    """Inside, the set that the settings describe is this process's to make or to finish; None if it is whole and of these
+    images, as far as `are_unchanged` tells.
 
     `listing` is what `prepare` has returned, if it was called. Raises UserError like `prepare`, and for a folder that cannot be
-    written, that another process writes, or that was begun with other settings.
+    written, that another process writes, or that was begun with other settings or another file of many images.
     """
     folder, listing = set_folder(config), listing or prepare(config, say)
     settings = settings_of(config, listing)
     if set_writer.is_finished(folder, settings):
-        say("the on-manifold set is whole and unchanged, nothing to do")
+        if config.data.source in sources.NAMED or are_unchanged(folder, listing.table, config.data):
+            say("the on-manifold set is whole and unchanged, nothing to do")
+        else:
+            say("the on-manifold set is whole, of images of the same names (their content is not compared), nothing to do")
         yield None
         return
     with ExitStack() as stack:
@@ -286,8 +290,7 @@ def warning_of_poor(poor: int, count: int) -> str:
 def make(config: Config, device: torch.device, say: Callable[[str], None]) -> dict[str, Any]:
     """Make (or finish) the on-manifold set that the settings describe in this process, and return its manifest.
 
-    The same set as jobs/project.py makes: either takes the other's for whole and unchanged. Raises UserError like `begun` and
-    `finish`.
+    The same set as jobs/project.py makes: either takes the other's for its own. Raises UserError like `begun` and `finish`.
     """
     with begun(config, say) as work:
         if work is None:

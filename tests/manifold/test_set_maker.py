@@ -25,6 +25,10 @@ from dmat_ray.errors import UserError
 from dmat_ray.manifold import set_maker
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.storage import Location
+from dmat_ray.storage.lease import exclusive
+
+UNCHANGED = "the on-manifold set is whole and unchanged, nothing to do"
+OF_THE_SAME_NAMES = "the on-manifold set is whole, of images of the same names (their content is not compared), nothing to do"
 
 
 @pytest.fixture
@@ -87,7 +91,7 @@ def test_a_set_of_before_its_source_looked_like_parts_is_gone_on_with(
     lines: list[str] = []
     set_maker.make(config, torch.device("cpu"), lines.append)
     assert lines[0] == f"2 classes: '{manifest['class_names'][0]}', '{manifest['class_names'][1]}'"
-    assert lines[-1] == "the on-manifold set is whole and unchanged, nothing to do"
+    assert lines[-1] == OF_THE_SAME_NAMES
     next(photos.glob("*/class0/*.png")).unlink()
     others = Location(None, str(tmp_path / "others"))
     set_settings.begin(others, before)
@@ -170,7 +174,7 @@ def test_images_whose_search_broke_off_are_poor_however_near_they_began(
     assert found.sound
     assert found.warnings[0] == line
     set_maker.make(config, torch.device("cpu"), lines.append)
-    assert lines[-1] == "the on-manifold set is whole and unchanged, nothing to do"
+    assert lines[-1] == OF_THE_SAME_NAMES
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["", "a shard of before"])
@@ -304,3 +308,48 @@ def test_an_image_in_a_file_of_many_may_be_repaired(make: Make, tmp_path: Path, 
 def test_images_that_are_files_of_their_own_are_not_noted(make: Make, tmp_path: Path) -> None:
     set_maker.make(make(None, official_split=True), torch.device("cpu"), print)
     assert not (tmp_path / "out" / "on_manifold_set" / "files.json").exists()
+
+
+@pytest.mark.parametrize("id_column", [None, "key"])
+def test_a_finished_set_is_told_from_one_of_other_images(make: Make, tmp_path: Path, id_column: str | None) -> None:
+    """By the file of many images, which may be written in another way, or by another run meanwhile; by the ids alone, where a
+    column has them, as of a set from before digests were noted.
+    """
+    source, folder = tmp_path / "photos.parquet", tmp_path / "out" / "on_manifold_set"
+    columns = {"label": [0, 1] * 10, "key": [f"k{i}" for i in range(20)]}
+
+    def write(shades: range, **how: int) -> None:
+        encoded = []
+        for shade in shades:
+            Image.new("L", (8, 8), shade).save(buffer := io.BytesIO(), "png")
+            encoded.append(buffer.getvalue())
+        pq.write_table(pa.table({"image": encoded, **columns}), source, **how)
+
+    def said_again() -> str:
+        lines: list[str] = []
+        assert set_maker.make(config, torch.device("cpu"), lines.append) == made
+        return lines[-1]
+
+    write(range(20))
+    config = make(None, source=str(source), id_column=id_column)
+    made = set_maker.make(config, torch.device("cpu"), print)
+    if id_column is not None:
+        write(range(20, 40))
+        assert said_again() == OF_THE_SAME_NAMES
+        return
+    noted = (folder / "files.json").read_bytes()
+    assert said_again() == UNCHANGED
+    write(range(20), row_group_size=7)
+    with exclusive(Location(None, str(folder))):
+        assert said_again() == UNCHANGED, "whoever writes there"
+        assert (folder / "files.json").read_bytes() == noted
+    assert said_again() == UNCHANGED
+    assert (folder / "files.json").read_bytes() != noted
+    noted = (folder / "files.json").read_bytes()
+    write(range(20, 40))
+    with pytest.raises(UserError, match=rf"^'{source}' is another file than when the on-manifold set '{folder}' was begun, "):
+        set_maker.make(config, torch.device("cpu"), print)
+    assert (folder / "files.json").read_bytes() == noted
+    (folder / "files.json").unlink()
+    assert said_again() == OF_THE_SAME_NAMES
+    assert not (folder / "files.json").exists()
