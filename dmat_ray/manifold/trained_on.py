@@ -226,17 +226,23 @@ def _way(outer: Location, inner: Location) -> str:
 
 def _same(config: Config, card: dict[str, Any], theirs: DataConfig, rows: pa.Table, then: list[bytes] | set[bytes]) -> int | None:
     """How many of these images have the pixels that they had `then`, each its own, or, of a set, any; None if they cannot be
-    compared.
+    compared, such as those of which none can be read as they were for the generator.
     """
     versions = zip(rows["id"].to_pylist(), versions_of_images(rows, config.data), strict=True)
     lines = [f"{id}\t{version}" for id, version in versions]
-    compared = [str(at(config.data.source)), theirs.source, type(then).__name__, str(card["images_file_sha256"])]
+    here = [str(at(config.data.source)), config.data.image_column]
+    compared = [*here, theirs.source, type(then).__name__, str(card["images_file_sha256"])]
     asked = text_digest("\n".join([*compared, *lines]))
     if asked not in _compared:
-        as_theirs = config.data.model_copy(update={name: getattr(theirs, name) for name in DECODING})
+        # but for the column, which is called as it is here
+        how = {name: getattr(theirs, name) for name in DECODING if name != "image_column"}
+        how["resize"] = sources.resize_like(theirs.source, theirs.resize)
+        as_theirs = config.data.model_copy(update=how)
         try:
             now = list(_digests(rows, as_theirs))
         except DmatRayError:
+            return None
+        if now and not any(now):
             return None
         _compared[asked] = sum(one in then for one in now) if isinstance(then, set) else sum(map(operator.eq, now, then))
     return _compared[asked]

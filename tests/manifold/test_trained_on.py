@@ -12,14 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from image_folders import png
 from PIL import Image
 from set_photos import PLAIN, Make, parted_photos, said, settings_maker, unreadable
 
 from dmat_ray import settings
 from dmat_ray.config import Config, DataConfig
 from dmat_ray.data import reading, sources
+from dmat_ray.data.digits import digits
 from dmat_ray.data.sources import list_examples
-from dmat_ray.manifold import gan_images, set_maker, trained_on
+from dmat_ray.manifold import gan_images, generators, set_maker, trained_on
 
 
 @pytest.fixture
@@ -251,6 +253,66 @@ def test_images_of_other_names_are_known_by_their_pixels(
     monkeypatch.setattr(trained_on, "_compared", {})
     (line,) = said(other)
     assert "warning: test images may be among" in line
+
+
+@pytest.mark.parametrize("column", ["image", "img"])
+def test_images_of_another_column_are_known_by_their_pixels(
+    after_training: Callable[..., Config], photos: Path, tmp_path: Path, column: str
+) -> None:
+    """The generator learned from files, or from a column called otherwise: the settings of here say where the images are."""
+    config = after_training(True, official_split=False, test_share=0.25)
+    before = {(photos / id).read_bytes() for id in ids(config, "train")}
+    encoded = [path.read_bytes() for path in sorted((photos / "train").rglob("*.png"))]
+    source, labels = tmp_path / "all.parquet", [k % 2 for k in range(len(encoded))]
+    # two columns of images in one file are two sets of test images
+    pq.write_table(pa.table({column: encoded, "grey": [png(k) for k in range(len(encoded))], "label": labels}), source)
+    how = {"source": str(source), "official_split": None, "seed": 1, "test_share": 0.5}
+    other = config.model_copy(update={"data": config.data.model_copy(update={**how, "image_column": "grey"})})
+    assert said(other) == []
+    other = config.model_copy(update={"data": config.data.model_copy(update={**how, "image_column": column})})
+    test = [encoded[row] in before for row in list_examples(other.data).rows("test")["row"].to_pylist()]
+    assert 0 < sum(test) < len(test)
+    (line,) = said(other)
+    assert f"{sum(test)} of {len(test)} test images are among" in line
+
+
+def test_images_of_which_none_can_be_read_may_be_those(
+    after_training: Callable[..., Config], photos: Path, tmp_path: Path
+) -> None:
+    config = after_training(True, official_split=False, test_share=0.25)
+    moved = tmp_path / "moved"
+    shutil.copytree(photos, moved)
+    for path in moved.rglob("*.png"):
+        path.write_bytes(b"text")
+    data = config.data.model_copy(update={"source": str(moved), "seed": 1, "test_share": 0.5, "max_rejected": 1})
+    (line,) = said(config.model_copy(update={"data": data}))
+    assert "warning: test images may be among" in line
+
+
+def test_digits_elsewhere_are_known_to_a_generator_of_the_embedded_ones(tmp_path: Path) -> None:
+    """Which lie on black for it, as `data.resize` pad puts files of 28x28, whatever the set is made with."""
+    generator = tmp_path / "generator"
+    shutil.copytree(generators.folder_of("mnist32"), generator)
+    card = json.loads((generator / "card.json").read_text())
+    unpadded = digits(28)
+    few = {"train_limit": 300, "test_limit": 100}
+    theirs = settings("demo", data=few, gan={"architecture": card["architecture"]}, generator={"path": str(generator)})
+    cache = gan_images.prepare_images(theirs, tmp_path / "train")
+    (generator / "card.json").write_text(json.dumps(card | gan_images.card_of(theirs, cache)))
+    shutil.copyfile(cache.folder / "images.parquet", generator / "images.parquet")
+    numbers = {split: [int(id.split("-")[1]) for id in ids(theirs, split)] for split in ("train", "test")}
+    for number in numbers["train"] + numbers["test"]:
+        path = tmp_path / "digits" / str(unpadded.labels[number]) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(unpadded.files[number].as_py())
+    for resize in ("pad", "crop"):
+        data = {"source": str(tmp_path / "digits"), "resize": resize, "train_limit": None, "test_limit": None}
+        config = settings("demo", data=data, generator={"path": str(generator)}, projection=PLAIN)
+        test = {int(Path(id).stem) for id in ids(config, "test")}
+        seen = test & set(numbers["train"])
+        assert 40 < len(seen) < len(test) == 80
+        (line,) = said(config)
+        assert f"{len(seen)} of 80 test images are among" in line
 
 
 def test_the_shipped_generator_and_another_seed() -> None:
