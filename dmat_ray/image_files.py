@@ -25,7 +25,7 @@ def load_images(source: Place = "mnist5k", split: str = "test", **data: Any) -> 
     of that section (test_share, ...), and `limit` is train_limit or test_limit. Images come as `resolution` (default 32) and
     `channels` (default 1, grey; 3 is RGB) say, scaled and cropped to that; of other sources than mnist5k a warning tells which of
     the two was not given. The batch has ids, x_BCHW (float32 in [0, 1]) and y_B (int64), on the CPU, and no w. Images that cannot
-    be read are left out with a warning.
+    be read are left out with a warning; another tells of files that are not taken.
     Raises UserError for a source that there is not, or of which more than max_rejected cannot be read.
 
     >>> from dmat_ray import load_images
@@ -44,6 +44,8 @@ def load_images(source: Place = "mnist5k", split: str = "test", **data: Any) -> 
         told = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not given"
         warnings.warn(f"{told}: images of '{config.source}' come as {size}; give {ways}, or others", stacklevel=2)
     listing = sources.list_examples(config)
+    if listing.ignored:
+        warnings.warn(f"not taken: {listing.ignored}", stacklevel=2)
     rows = listing.rows(split)
     good, pixels, bad = reading.read_good(rows, config)
     if bad:

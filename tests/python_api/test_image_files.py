@@ -2,12 +2,14 @@
 
 import json
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from image_folders import folder_of
 from PIL import Image
 
 from dmat_ray import load_classifier, load_images, predict, train
@@ -69,6 +71,17 @@ def test_the_size_that_nobody_gave_is_told(
 def test_the_digits_have_one_size_of_their_own(recwarn: pytest.WarningsRecorder) -> None:
     load_images("mnist5k", limit=10)
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("extra", [("a/x.jfif", "b/y.jfif", "notes.md"), ()])
+def test_files_that_are_not_taken_are_told(tmp_path: Path, extra: tuple[str, ...]) -> None:
+    folder_of(tmp_path, *(f"{name}/{i}.png" for name in "ab" for i in range(4)), *extra)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_images(tmp_path, resolution=8, channels=1)
+    told = ["not taken: 3 files of no extension of images, or beside the class folders, the first: 'a/x.jfif'"]
+    assert [str(warning.message) for warning in caught] == (told if extra else [])
+    assert {Path(warning.filename).name for warning in caught} <= {Path(__file__).name}, "the line is the caller's"
 
 
 def test_predictions_are_the_networks(make_config: Callable[..., Config], set_folder: Path, tmp_path: Path) -> None:
