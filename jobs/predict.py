@@ -22,6 +22,7 @@ def main() -> None:
     config, arguments = cli.parse(str(__doc__), preset=["demo"], add=add)
     prepare_environment(config, tracked=False, places={"to": arguments.to})
     from dmat_ray.cluster import jobs
+    from dmat_ray.models import checkpoint, prediction
     from dmat_ray.training import trained_models
 
     ((name, model),) = trained_models.named_folders(config, [arguments.model]).items()
@@ -29,7 +30,11 @@ def main() -> None:
     if not target.name.endswith(".parquet"):
         raise UserError(f"--to '{target}' must end in .parquet")
     images = str(at(arguments.images))  # workers run in other folders
-    table = jobs.predict(config, model, images, target, jobs.Speaker().stage("predict"))
+    say, given = jobs.Speaker().stage("predict"), vars(arguments)
+    named = [name for name in prediction.DECODING if given.get(f"data.{name}") is not None]
+    for note in prediction.notes_of_decoding(checkpoint.read_run(model), config.data, named):
+        say(note)
+    table = jobs.predict(config, model, images, target, say)
     unreadable = table.num_rows - table["prediction"].drop_null().length()
     print(f"{table.num_rows - unreadable} of {table.num_rows} images have a prediction: {target}")
 

@@ -1,7 +1,7 @@
 """What a classifier says of images that have no labels: the list of a folder's images, and rows of predictions."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,15 +11,19 @@ from torch import nn
 
 from dmat_ray.config import DataConfig
 from dmat_ray.config.data import LATER
+from dmat_ray.data.decoding import MAX_PIXELS
+from dmat_ray.data.digits import CLASSES
 from dmat_ray.data.folder_source import EXTENSIONS, is_image, text
 from dmat_ray.data.pixels import to_unit
 from dmat_ray.data.set_reader import named_classes
+from dmat_ray.data.sources import NAMED, resize_like
 from dmat_ray.devices import tf32
 from dmat_ray.errors import UserError
 from dmat_ray.models.checkpoint import UNSEEN
 from dmat_ray.storage import at
 from dmat_ray.wording import number_of
 
+DECODING = ("resize", "grey_levels")  # settings of the data that a model is used with as it was trained
 MOST = 5  # classes in the column `top5`; fewer if the model knows fewer
 GUESS = pa.struct([("prediction", pa.int64()), ("class_name", pa.string()), ("probability", pa.float32())])
 # one row an image; of one that cannot be read, `reason` says why, and all else but its path is null
@@ -66,12 +70,38 @@ def list_images(place: str) -> tuple[pa.Table, str]:
     return table, ignored
 
 
-def read_as(run: dict[str, Any], data: DataConfig, images: str) -> DataConfig:
-    """How the images of a place are read for a model, of which `run` is run.json: as those that it has learned from."""
+def decoding(run: dict[str, Any]) -> dict[str, Any]:
+    """How images become those of the kind that a model, of which `run` is run.json, has learned from: settings of the data."""
     said = run["config"]["data"]
-    how = {name: said.get(name, LATER[name]) for name in ("resize", "grey_levels")}
-    shape = {"channels": run["channels"], "resolution": run["resolution"]}
-    return data.model_copy(update={"source": images, "id_column": None, **shape, **how})
+    how = {name: said.get(name, LATER[name]) for name in DECODING}
+    if said.get("source") not in NAMED or "source" in run:  # of an imported model the settings say all of it
+        return how
+    # trainings on a set of other images have once recorded the source of their command line, by default the digits
+    if run["class_names"] == ([one["name"] for one in said.get("classes", ())] or list(CLASSES)):
+        how["resize"] = resize_like(said["source"], how["resize"])
+    return how
+
+
+def read_as(run: dict[str, Any], data: DataConfig, images: str) -> DataConfig:
+    """How the images of a place are read for a model, of which `run` is run.json: as those that it has learned from, and, unless
+    `data` has another limit than the default, up to as many pixels.
+    """
+    how = {"channels": run["channels"], "resolution": run["resolution"], **decoding(run)}
+    if data.max_pixels == MAX_PIXELS:
+        how["max_pixels"] = max(MAX_PIXELS, run["config"]["data"].get("max_pixels", 0))
+    return data.model_copy(update={"source": images, "id_column": None, **how})
+
+
+def notes_of_decoding(run: dict[str, Any], data: DataConfig, given: Collection[str]) -> list[str]:
+    """What is to be said of settings of `data` that `read_as` does not take; `given` names those that somebody gave, though they
+    may be at their defaults.
+    """
+    notes = []
+    for name, own in decoding(run).items():
+        here = getattr(data, name)
+        if here != own and (name in given or here != LATER[name]):
+            notes.append(f"note: data.{name} {here} is not taken: the model has learned from images that were read with {own}")
+    return notes
 
 
 def warning_of_unseen(run: dict[str, Any]) -> str:

@@ -13,9 +13,11 @@ from image_folders import folder_of
 from PIL import Image
 
 from dmat_ray import load_classifier, load_images, predict, train
-from dmat_ray.config import Config
+from dmat_ray.config import Config, DataConfig
 from dmat_ray.errors import UserError
 from dmat_ray.exchange import model_export
+from dmat_ray.models import checkpoint, prediction
+from dmat_ray.networks import classifiers
 
 
 def digits_in(folder: Path, count: int) -> None:
@@ -82,6 +84,79 @@ def test_files_that_are_not_taken_are_told(tmp_path: Path, extra: tuple[str, ...
     told = ["not taken: 3 files of no extension of images, or beside the class folders, the first: 'a/x.jfif'"]
     assert [str(warning.message) for warning in caught] == (told if extra else [])
     assert {Path(warning.filename).name for warning in caught} <= {Path(__file__).name}, "the line is the caller's"
+
+
+def model_of(folder: Path, class_names: tuple[str, ...], resolution: int = 32, **data: object) -> Path:
+    """A model of random weights, as a training with these settings of the data leaves it."""
+    torch.manual_seed(0)
+    config = Config.model_validate({"name": "mine", "classifier": {"name": "digits_cnn"}, "data": data})
+    network = classifiers.build(config.classifier, 1, len(class_names))
+    network(torch.rand(16, 1, resolution, resolution))
+    run = checkpoint.describe_run(config, class_names, 1, resolution, None, None)
+    checkpoint.save(folder, network, {**run, "finished": True, "history": []})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("class_names", "data", "padded"),
+    [
+        (tuple("0123456789"), {}, True),
+        (("low", "high"), {"classes": {"low": ["0", "1"], "high": ["8", "9"]}}, True),
+        (("cat", "dog"), {}, False),
+        (tuple("0123456789"), {"source": "elsewhere"}, False),
+        (tuple("0123456789"), {"source": "elsewhere", "resize": "pad"}, True),
+    ],
+    ids=["digits", "classes of digits", "a set of others, trained without a word of it", "others", "others on black"],
+)
+def test_digits_are_labelled_as_those_that_a_model_of_them_knows(
+    tmp_path: Path, class_names: tuple[str, ...], data: dict[str, object], padded: bool
+) -> None:
+    """The embedded ones lie on 32x32 of black, where others of 28x28 would be enlarged."""
+    digits, _ = load_images("mnist5k", limit=10, resolution=28)
+    pixels = (digits.x_BCHW[:, 0] * 255).round().byte().numpy()
+    (tmp_path / "digits").mkdir()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "digits" / f"{i}.png")
+    model = model_of(tmp_path / "model", class_names, **data)
+    network, _ = load_classifier(model)
+    enlarged = [np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.LANCZOS)) for image in pixels]
+    x = np.pad(pixels, ((0, 0), (2, 2), (2, 2))) if padded else np.stack(enlarged)
+    expected = network(torch.from_numpy(x)[:, None].float() / 255).softmax(dim=1).max(dim=1).values
+    found = torch.tensor(predict(model, tmp_path / "digits")["probability"].to_pylist())
+    torch.testing.assert_close(found, expected)
+
+
+def test_images_as_large_as_those_of_the_training_are_labelled(tmp_path: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    Image.new("L", (8000, 6500)).save(tmp_path / "scans" / "0.png", compress_level=1)
+    (row,) = predict(model_of(tmp_path / "usual", ("a", "b"), 8), tmp_path / "scans").to_pylist()
+    assert row["reason"] == "is 8000x6500 pixels, more than data.max_pixels = 50000000"
+    model = model_of(tmp_path / "large", ("a", "b"), 8, max_pixels=60_000_000)
+    (row,) = predict(model, tmp_path / "scans").to_pylist()
+    assert row["prediction"] in (0, 1)
+    run = load_classifier(model)[1]
+    assert prediction.read_as(run, DataConfig(max_pixels=1000), "scans").max_pixels == 1000, "who gives another limit wants it"
+    few = load_classifier(model_of(tmp_path / "few", ("a", "b"), 8, max_pixels=1000))[1]
+    assert prediction.read_as(few, DataConfig(), "scans").max_pixels == DataConfig().max_pixels
+
+
+@pytest.mark.parametrize(
+    ("here", "given", "told"),
+    [
+        ({}, (), []),
+        ({"resize": "stretch", "grey_levels": 4096}, ("resize", "grey_levels"), []),
+        ({"resize": "pad"}, (), ["data.resize pad is not taken: the model has learned from images that were read with stretch"]),
+        ({}, ("resize",), ["data.resize crop is not taken: the model has learned from images that were read with stretch"]),
+        ({"grey_levels": 1024}, ("grey_levels",), ["data.grey_levels 1024 is not taken: the model has learned from images that"]),
+    ],
+)
+def test_settings_that_a_prediction_does_not_take_are_told(
+    here: dict[str, object], given: tuple[str, ...], told: list[str]
+) -> None:
+    said = {"source": "elsewhere", "resize": "stretch", "grey_levels": 4096}
+    run = {"config": {"data": said}, "class_names": ["a", "b"]}
+    notes = prediction.notes_of_decoding(run, DataConfig.model_validate(here), given)
+    assert [note[: len("note: ") + len(start)] for note, start in zip(notes, told, strict=True)] == [f"note: {t}" for t in told]
 
 
 def test_predictions_are_the_networks(make_config: Callable[..., Config], set_folder: Path, tmp_path: Path) -> None:
