@@ -4,8 +4,9 @@
     python jobs/import_model.py --checkpoint model.pt2 --model theirs --output runs/x
 
 FILE is a state dict (.safetensors, or what torch.save writes) of a network that --classifier.name names, or a program
-(TorchScript, torch.export). Classes and image shape are those of the on-manifold set of OUTPUT; with --classes, a JSON list of
-names, no set is needed, and the shape is that of --data.channels and --data.resolution. Without --classifier.mean and
+(TorchScript, torch.export). Classes and image shape are those of the on-manifold set of OUTPUT, and images are read for the
+model as for the set; with --classes, a JSON list of names, no set is needed, the shape is that of --data.channels and
+--data.resolution, and images are read as --data.resize and --data.grey_levels say. Without --classifier.mean and
 --classifier.std (or a YAML file of yours that says them) the network gets what its file says, or images in [0, 1] as they are;
 those of the presets that ship with the package are for networks that are trained here.
 """
@@ -55,7 +56,8 @@ def main() -> None:
     folder = model_folder(config)
     if (folder.is_dir() or folder.is_file()) and not arguments.overwrite:
         raise UserError(f"'{folder}' is there already; give another --model, or --overwrite")
-    from dmat_ray.data import set_reader
+    from dmat_ray.data import set_reader, sources
+    from dmat_ray.models import trained_settings
 
     channels, resolution = config.data.channels, config.data.resolution
     if arguments.classes:
@@ -67,6 +69,9 @@ def main() -> None:
             )
         manifest = set_reader.read_manifest(set_folder(config))
         class_names, (channels, resolution, _) = tuple(manifest["class_names"]), manifest["shapes"]["on_manifold"]
+        data = trained_settings.of_set(config, manifest).data
+        data = data.model_copy(update={"resize": sources.resize_like(data.source, data.resize)})
+        config = config.model_copy(update={"data": data})
     path, given = fetched_input(arguments.checkpoint, "checkpoint"), given_normalisation(config, arguments)
     found = model_import.read_model(path, config.classifier, given, channels, resolution, len(class_names))
     replace_folder(folder, lambda fresh: model_import.save_model(found, path, config, class_names, channels, resolution, fresh))

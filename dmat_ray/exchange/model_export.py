@@ -14,7 +14,7 @@ from dmat_ray.evaluation import evaluated
 from dmat_ray.evaluation.intervals import Accuracy
 from dmat_ray.evaluation.metrics import Results
 from dmat_ray.evaluation.units import VERSION
-from dmat_ray.models import checkpoint
+from dmat_ray.models import checkpoint, prediction
 from dmat_ray.networks import classifiers, wide_resnet
 from dmat_ray.reports.columns import columns_described
 from dmat_ray.reports.report_text import escaped
@@ -131,6 +131,7 @@ def config_json(run: dict[str, Any], config: Config, network: classifiers.Classi
         "num_classes": len(run["class_names"]),
         "channels": run["channels"],
         "resolution": run["resolution"],
+        **prediction.decoding(run),
         "input_range": [0.0, 1.0],
         "normalisation": {"mean": network.mean.flatten().tolist(), "std": network.std.flatten().tolist()},
         "dmat_ray_version": checkpoint.versions()["dmat_ray"],

@@ -150,7 +150,7 @@ def test_the_readme_of_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_weights_are_torchvisions_behind_one_prefix(trained: Callable[..., Path]) -> None:
-    model = trained("resnet18")
+    model = trained("resnet18", data={"source": "scans", "resize": "stretch", "grey_levels": 4096})
     folder = export(model)
     about = json.loads((folder / "config.json").read_text())
     state = load_file(folder / about["weights"]["file"])
@@ -165,6 +165,7 @@ def test_the_weights_are_torchvisions_behind_one_prefix(trained: Callable[..., P
         torch.testing.assert_close(theirs.eval()((x - mean) / std), network(x), rtol=1e-6, atol=1e-6)
     assert about["class_names"] == list(CLASSES)
     assert (about["channels"], about["resolution"], about["input_range"]) == (3, 32, [0, 1])
+    assert (about["resize"], about["grey_levels"]) == ("stretch", 4096)
     assert str(model.parent) not in (folder / "config.json").read_text() + (folder / "model_card.json").read_text()
 
 

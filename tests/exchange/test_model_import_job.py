@@ -1,15 +1,22 @@
 """The job that imports a classifier: classes, shape and normalisation are of the set, the options or the file."""
 
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from imported_models import CLASSES, Normalised, images_fixture, program, saved, small, unsettle  # noqa: F401  (fixtures)
 from job_runs import run_job
+from PIL import Image
 from safetensors.torch import load_file
+from set_rows import edit_manifest
 from torch import Tensor
 
+from dmat_ray import predict
 from dmat_ray.models import checkpoint
 from dmat_ray.networks import classifiers
 
@@ -56,6 +63,55 @@ def test_the_job(tmp_path: Path, set_folder: Path, monkeypatch: pytest.MonkeyPat
     assert "name:" in capsys.readouterr().err
     assert {p.name for p in (tmp_path / "x" / "models").iterdir()} == {"theirs"}
     assert load_file(tmp_path / "x" / "models" / "theirs" / "model.safetensors").keys() >= {"mean", "std", "network.0.weight"}
+
+
+@pytest.mark.parametrize(
+    ("of_set", "options", "how"),
+    [
+        ({"source": "scans", "resize": "stretch", "grey_levels": 4096}, {}, ("stretch", 4096)),
+        ({"source": "scans", "grey_levels": 4096}, {"--data.resize": "pad"}, ("crop", 4096)),
+        ({"source": "mnist5k"}, {}, ("pad", 65536)),
+        (None, {}, ("crop", 65536)),
+        (None, {"--data.resize": "stretch", "--data.grey_levels": 4096}, ("stretch", 4096)),
+    ],
+    ids=["a set", "a set and other options", "a set of digits that lie on black", "no set", "no set and options"],
+)
+def test_images_are_labelled_as_those_of_the_set_are_read(
+    tmp_path: Path,
+    write_any_set: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    of_set: dict[str, Any] | None,
+    options: dict[str, Any],
+    how: tuple[str, int],
+) -> None:
+    """Of another size, and of 12 bits in 16 or all 16. Without a set the options tell, also of digits of whatever source."""
+    network = unsettle(classifiers.DigitsCNN(1, 10 if of_set is None else 3))
+    path = saved(network.state_dict(), tmp_path / "digits.pth")
+    if of_set is None:
+        (tmp_path / "names.json").write_text(json.dumps(list("0123456789")))
+        options = {**options, "--classes": tmp_path / "names.json", "--data.resolution": 8}
+    else:
+        shapes = {"resolution": 8, "channels": 1}
+        edit_manifest(write_any_set(tmp_path / "on_manifold_set"), data={**of_set, **shapes})
+    given = ["--checkpoint", path, "--classifier.name", "digits_cnn", "--model", "theirs", "--output", tmp_path]
+    assert run_job(JOB, monkeypatch, *given, *itertools.chain(*options.items())) == 0
+    resize, levels = how
+    wide = np.random.default_rng(0).integers(0, levels, (6, 12)).astype(np.uint16)
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(wide).save(tmp_path / "photos" / "0.png")
+    grey = Image.fromarray((wide // (levels // 256)).astype(np.uint8))
+    if resize == "stretch":
+        x = grey.resize((8, 8), Image.Resampling.BILINEAR)
+    elif resize == "crop":
+        x = grey.resize((16, 8), Image.Resampling.LANCZOS).crop((4, 0, 12, 8))
+    else:
+        x = Image.new("L", (8, 8))
+        x.paste(grey.resize((8, 4), Image.Resampling.LANCZOS), (0, 2))
+    network, _ = checkpoint.load_classifier(tmp_path / "models" / "theirs")
+    with torch.no_grad():
+        expected = network(torch.from_numpy(np.array(x)).float()[None, None] / 255).softmax(dim=1)
+    (row,) = predict(tmp_path / "models" / "theirs", tmp_path / "photos").to_pylist()
+    assert row["probability"] == pytest.approx(float(expected.max()), abs=1e-6)
 
 
 @pytest.mark.parametrize("what", ["program", "own buffers", "no buffers"])
