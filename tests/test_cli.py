@@ -111,6 +111,44 @@ def test_a_layer_that_changes_a_norm_has_its_eps(tmp_path: Path) -> None:
     assert (more["warp"].eps, more["dots"].eps) == (1, 3)  # type: ignore[attr-defined]
 
 
+def test_a_layer_that_changes_a_scale_has_its_radius(tmp_path: Path) -> None:
+    """That of the layer below is a number of other units: of raw W it may be anything, of deviations it says how far."""
+    texts = {
+        "std": "objective: {latent: {scale: std}}",
+        "whole": "include: [std.yaml]\nobjective: {latent: {eps: 0.1, step_size: null}}",
+        "joint": "objective: {more: {joint: {scale: std, eps: 0.05}}}",
+        "both": "objective: {more: {joint: {scale: std, latent_eps: 0.1}}}",
+    }
+    files = {name: str(tmp_path / f"{name}.yaml") for name in texts}
+    for name, text in texts.items():
+        Path(files[name]).write_text(text)
+    refused = r"objective\.latent: eps 0\.06 is a radius in raw W; give one in standard deviations of w beside the scale$"
+    with pytest.raises(UserError, match=f"^{refused}"):
+        parsed("--preset", "demo", "dmat", "--objective.latent.scale", "std")
+    with pytest.raises(UserError, match=f"^{refused}"):
+        cli.settings("demo", objective={"latent": {"scale": "std"}})
+    with pytest.raises(UserError, match=rf"^preset '.*std\.yaml': {refused}"):
+        parsed("--preset", "demo", files["std"], "--objective.latent.eps", "0.1")
+    with pytest.raises(UserError, match=r"^objective\.latent: eps 0\.1 is a radius in standard deviations of w; .* raw W"):
+        parsed("--preset", "cifar10", "dmat", "--objective.latent.scale", "raw")
+    with pytest.raises(UserError, match=r"joint\.yaml': objective\.more\.joint: latent_eps 0\.06 is a radius in raw W"):
+        parsed("--preset", "demo", files["joint"])
+    with pytest.raises(UserError, match=r"^objective\.latent: eps 0\.02 is a radius in raw W; give one in standard"):
+        parsed("--objective.latent.scale", "std")
+    with pytest.raises(UserError, match=r"objective\.latent\.scale: must be 'raw' or 'std' \(found 'w'\)"):
+        parsed("--preset", "demo", "--objective.latent.scale", "w")
+    for argv in (["demo", files["whole"]], [files["whole"], "cifar10"], [files["std"], "--objective.latent.eps", "0.1"]):
+        latent = parsed("--preset", *argv).objective.latent
+        assert (latent.scale, latent.eps) == ("std", 0.1)
+    joint = parsed("--preset", "demo", "joint", files["both"]).objective.more["joint"]
+    assert (joint.scale, joint.latent_eps, joint.eps) == ("std", 0.1, 0.1)  # type: ignore[attr-defined]
+    for below, above, unit, eps in (("cifar10", "demo", "raw", 0.06), ("demo", "cifar10", "std", 0.1)):
+        objective = parsed("--preset", below, above).objective
+        found = [(objective.latent.scale, objective.latent.eps)]
+        found += [(objective.more["joint"].scale, objective.more["joint"].latent_eps)]  # type: ignore[attr-defined]
+        assert found == [(unit, eps)] * 2, "a preset says in which unit its radius is"
+
+
 def test_a_list_that_is_none_is_an_error_of_the_user() -> None:
     with pytest.raises(
         UserError, match=r"^training\.lr_values: \.1 is 0\.1 here; lists take numbers with digits on both sides of the point$"

@@ -1,4 +1,4 @@
-"""Settings that are refused: unknown, out of range, of another norm, or such that nothing could come of them."""
+"""Settings that are refused: unknown, out of range, of another norm or scale, or such that nothing could come of them."""
 
 import re
 from typing import Any, get_args
@@ -9,16 +9,19 @@ from pydantic import ValidationError
 
 from dmat_ray.attack import require_possible
 from dmat_ray.config import (
+    ON_MANIFOLD,
     THREATS,
     AutoAttackRow,
     Config,
     EvaluationConfig,
     ImageThreat,
+    JointThreat,
     ObjectiveConfig,
     Section,
 )
 from dmat_ray.config.attacks import TERMS
 from dmat_ray.config.evaluation import ROWS
+from dmat_ray.config.threats import named
 from dmat_ray.errors import UserError
 from dmat_ray.rng import Draws
 from dmat_ray.types import Batch
@@ -173,25 +176,40 @@ def test_steps_that_do_not_reach_the_border_are_refused() -> None:
             require_possible(search, blank, Draws(0, blank.id, "test"))
 
 
-WITH_NORMS = [kind for kind in (*THREATS, *TERMS.values(), *ROWS.values(), AutoAttackRow) if "norm" in kind.model_fields]
+WITH_UNITS = [
+    (kind, unit)
+    for kind in (*THREATS, *TERMS.values(), *ROWS.values(), AutoAttackRow)
+    for unit in ("norm", "scale")
+    if unit in kind.model_fields
+]
+IN_WORDS = {"raw": "raw W", "std": "standard deviations of w"}
 
 
-@pytest.mark.parametrize("kind", WITH_NORMS, ids=lambda kind: kind.__name__)
-def test_a_norm_comes_with_an_eps_of_its_own(kind: type[Section]) -> None:
-    """The default is a radius in the default norm: in another one it is hardly an attack, or one without bounds."""
+@pytest.mark.parametrize(("kind", "unit"), WITH_UNITS, ids=lambda value: getattr(value, "__name__", value))
+def test_a_norm_or_a_scale_comes_with_a_radius_of_its_own(kind: type[Section], unit: str) -> None:
+    """The default is a radius in the default unit: in another one it is hardly an attack, or one without bounds."""
     needed = {name: "mine" for name, field in kind.model_fields.items() if field.is_required()}
-    field = kind.model_fields["norm"]
+    field = kind.model_fields[unit]
     usual, others = field.default, set(get_args(field.annotation)) - {field.default}
     assert others
-    assert kind.model_validate({**needed, "norm": usual}) == kind.model_validate(needed)
-    for norm in others:
-        with pytest.raises(ValidationError, match=rf"eps [\d.]+ is a radius in {usual}; give one in {norm}"):
-            kind.model_validate({**needed, "norm": norm})
-        found = kind.model_validate({**needed, "norm": norm, "eps": 0.5})
+    radius = "latent_eps" if unit == "scale" and "latent_eps" in kind.model_fields else "eps"
+    assert kind.model_validate({**needed, unit: usual}) == kind.model_validate(needed)
+    for other in others:
+        before, after = (IN_WORDS.get(value, value) for value in (usual, other))
+        with pytest.raises(ValidationError, match=rf"{radius} [\d.]+ is a radius in {before}; give one in {after}"):
+            kind.model_validate({**needed, unit: other})
+        found = kind.model_validate({**needed, unit: other, radius: 0.5})
         assert kind.model_validate(found.model_dump()) == kind.model_validate_json(found.model_dump_json()) == found
-        # as dumped, the default itself is an eps, too: models have recorded such settings
-        recorded = {**kind.model_validate(needed).model_dump(), "norm": norm}
+        # as dumped, the default itself is a radius, too: models have recorded such settings
+        recorded = {**kind.model_validate(needed).model_dump(), unit: other}
         assert kind.model_validate(recorded).model_dump() == recorded
+
+
+def test_every_threat_of_w_has_its_radius_held_to_its_scale() -> None:
+    scaled = {kind for kind, unit in WITH_UNITS if unit == "scale"}
+    assert scaled == {kind for move in ON_MANIFOLD for kind in (move, TERMS[named(move)], ROWS[named(move)])}
+    with pytest.raises(ValidationError, match=r"latent_eps 0\.02 is a radius in raw W; .* standard deviations of w "):
+        JointThreat.model_validate({"scale": "std", "eps": 0.1})
 
 
 @pytest.mark.parametrize("name", ["image", "latent"])

@@ -113,7 +113,7 @@ class AutoAttackRow(Section):
         return self
 
     @model_validator(mode="after")
-    def _eps_is_in_its_norm(self) -> "AutoAttackRow":
+    def _eps_is_in_its_unit(self) -> "AutoAttackRow":
         require_own_eps(self)
         return self
 

@@ -13,20 +13,36 @@ S = TypeVar("S", bound=Section)
 
 EXAMPLES = {"l2": ", e.g. 128/255", "l1": ", e.g. 12"}
 """Radii of pixels as they are usual for images of 32."""
+IN_WORDS = {"raw": "raw W", "std": "standard deviations of w"}
+
+
+def unit_in_words(unit: str) -> str:
+    """What a radius is in, as messages say it: the name of a norm, or what a `scale` means."""
+    return IN_WORDS.get(unit, unit)
 
 
 def require_own_eps(settings: Section) -> None:
-    """Raise ValueError for another norm than the default without an eps: the default is a radius in the default norm."""
-    given, usual = getattr(settings, "norm", None), default_norm(type(settings))
-    if given != usual and "eps" not in settings.model_fields_set:
-        example = EXAMPLES.get(str(given), "") if getattr(settings, "eps_in_pixels", False) else ""
-        raise ValueError(f"eps {settings.eps:.3g} is a radius in {usual}; give one in {given}{example}")  # type: ignore[attr-defined]
+    """Raise ValueError for another norm or scale than the default without a radius: the default radius is one of that unit."""
+    for name, radius in radii(type(settings)).items():
+        given, usual = getattr(settings, name), default_unit(type(settings), name)
+        if given != usual and radius not in settings.model_fields_set:
+            example = EXAMPLES.get(given, "") if getattr(settings, "eps_in_pixels", False) else ""
+            raise ValueError(
+                f"{radius} {getattr(settings, radius):.3g} is a radius in {unit_in_words(usual)}; give one in "
+                f"{unit_in_words(given)}{example}"
+            )
 
 
-def default_norm(kind: type[Section]) -> str | None:
-    """The norm that settings of this kind have unless told otherwise; None for those without norms."""
-    field = kind.model_fields.get("norm")
-    return None if field is None else str(field.default)
+def radii(kind: type[Section]) -> dict[str, str]:
+    """The settings of this kind that say in which unit a radius is, `norm` and `scale`, each with the name of that radius."""
+    fields = kind.model_fields
+    found = {"norm": "eps", "scale": "latent_eps" if "latent_eps" in fields else "eps"}
+    return {name: radius for name, radius in found.items() if name in fields}
+
+
+def default_unit(kind: type[Section], name: str) -> str:
+    """The norm or the scale, whichever `name` says, that settings of this kind have unless told otherwise."""
+    return str(kind.model_fields[name].default)
 
 
 def require_pixel_units(norm: str, eps: float) -> None:
@@ -51,7 +67,7 @@ class ThreatSettings(Section):
         def threat(self) -> str: ...
 
     @model_validator(mode="after")
-    def _eps_is_in_its_norm(self) -> "ThreatSettings":
+    def _eps_is_in_its_unit(self) -> "ThreatSettings":
         require_own_eps(self)
         return self
 

@@ -3,15 +3,14 @@
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from dmat_ray import yaml_file
-from dmat_ray.config.threats import THREATS, default_norm, named
+from dmat_ray.config.threats import THREATS, default_unit, named, radii, unit_in_words
 from dmat_ray.errors import UserError
 
 FOLDER = Path(__file__).parent
-NORMS = ("linf", "l2", "l1")
-DEFAULT_NORMS = {named(threat): default_norm(threat) for threat in THREATS}
+KINDS = {named(threat): threat for threat in THREATS}
 
 
 def names() -> list[str]:
@@ -35,18 +34,23 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_own_eps(below: Mapping[str, Any], above: Mapping[str, Any], where: str = "") -> None:
-    """Raise UserError where `above` changes the threat or its norm and leaves the eps: that is a radius of those `below`."""
+    """Raise UserError where `above` changes a threat, its norm or its scale but not the radius, which is one of those `below`."""
     for key, value in above.items():
         if isinstance(value, Mapping) and isinstance(old := below.get(key), Mapping):
             require_own_eps(old, value, f"{where}.{key}" if where else key)
-    if "eps" not in below or "eps" in above:
-        return
     threat = below.get("threat", where.rpartition(".")[2])
-    if (now := above.get("threat", threat)) != threat:
+    if "eps" in below and "eps" not in above and (now := above.get("threat", threat)) != threat:
         raise UserError(f"{where}: eps {below['eps']} is a radius of threat {threat}; give one of {now} beside the threat")
-    usual, given = below.get("norm", DEFAULT_NORMS.get(str(threat))), above.get("norm")
-    if usual is not None and given in NORMS and given != usual:
-        raise UserError(f"{where}: eps {below['eps']} is a radius in {usual}; give one in {given} beside the norm")
+    if (kind := KINDS.get(str(threat))) is None:
+        return
+    for name, radius in radii(kind).items():
+        usual, given = str(below.get(name, default_unit(kind, name))), str(above.get(name))
+        known = {usual, given} <= {*get_args(kind.model_fields[name].annotation)}  # what is none, pydantic refuses
+        if radius in below and radius not in above and known and given != usual:
+            raise UserError(
+                f"{where}: {radius} {below[radius]} is a radius in {unit_in_words(usual)}; give one in {unit_in_words(given)} "
+                f"beside the {name}"
+            )
 
 
 def load(layers: list[str], above: Mapping[Path, str] | None = None, *, shipped: bool = True) -> dict[str, Any]:
@@ -54,7 +58,7 @@ def load(layers: list[str], above: Mapping[Path, str] | None = None, *, shipped:
 
     Those that one names under `include` are layered first, and it over them; files are looked for beside it. Without `shipped`
     only what the user's own files say counts. Raises UserError for one that does not exist, is no YAML of settings, includes
-    itself, or changes a norm and not its eps.
+    itself, or changes a norm or a scale and not its radius.
     """
     merged: dict[str, Any] = {}
     for layer in layers:

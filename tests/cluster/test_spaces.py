@@ -215,6 +215,7 @@ def test_a_populations_changes_are_those_of_its_seed(tmp_path, config):
         ('SPACE = {"objective.image.steps": tune.randint(0, 4)}', r"objective.image.steps: .*found 0"),
         ('SPACE = {"training.schedule": tune.choice(["cosine", "cosinus"])}', r"training.schedule: .*found 'cosinus'"),
         ('SPACE = {"objective.image.norm": tune.choice(["linf", "l2"])}', r"norm = l2: objective.image: eps .* radius in linf"),
+        ('SPACE = {"objective.latent.scale": tune.choice(["raw", "std"])}', r"scale = std: objective.latent: eps .* in raw W"),
         ('SPACE = {"objective.image.eps": tune.randn(0, 1)}', "a domain needs two ends"),
         ('SPACE = {"objective.image.eps": tune.sample_from(lambda spec: 1)}', "a domain needs two ends"),
         ('SPACE = {"objective.image.eps": lambda: 1}', "no domain of ray.tune"),
@@ -243,6 +244,17 @@ def test_a_populations_changes_are_those_of_its_seed(tmp_path, config):
 def test_a_space_that_does_not_fit_is_refused(tmp_path, config, content, message):
     with pytest.raises(UserError, match=message):
         load(tmp_path, config, content)
+
+
+def test_a_scale_is_searched_with_a_radius_beside_it(tmp_path, config):
+    for eps in ("tune.uniform(0.02, 0.2)", "0.1"):
+        space = load(
+            tmp_path,
+            config,
+            'SPACE = {"objective.latent.scale": tune.choice(["raw", "std"]), "objective.latent.step_size": None, '
+            f'"objective.latent.eps": {eps}}}',
+        )
+        assert "objective.latent.scale" in space.domains
 
 
 def test_rates_of_the_schedule_that_there_is_are_searched(tmp_path, config):

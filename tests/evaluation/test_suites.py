@@ -82,6 +82,7 @@ def test_the_worst_case_is_over_every_attack() -> None:
         ("attacks: [{threat: image, name: a, radius: 3}]", ["radius", "no such setting", "there are threat, norm, eps"]),
         ("attacks: [{threat: image, name: a, step: 3}]", ["no such setting as step; did you mean steps?"]),
         ("attacks: [{threat: image, name: a, eps: 8}]", ["attack 'a': eps is 8, but pixels are in [0, 1]; did you mean 8/255?"]),
+        ("attacks: [{threat: latent, name: a, scale: std}]", ["attack 'a': eps 0.02 is a radius in raw W; give one"]),
         ("attacks: [{threat: autoattack, name: a, group: g, eps: 8}]", ["attack 'a': eps is 8, but pixels", "8/255?"]),
         ("attacks: [{threat: image, name: a, steps: 0}]", ["attack 'a': steps: must be 1 or more"]),
         ("attacks: [7]", ["attack 7: "]),
