@@ -114,6 +114,9 @@ def test_a_generator_of_ones_own_changes_the_unit_of_w_and_nothing_else() -> Non
         changed = {"evaluation", "methods", "objective", "tune", "name"}
         assert now.model_dump(exclude=changed) == before.model_dump(exclude=changed)
     assert resolved("mixed10", "mixed10_own").methods[2] == "mixed10_own_om_fgsm"
+    both, of_own = (resolved(*names, "joint").objective.more["joint"] for names in (["mixed10"], ["mixed10", "mixed10_own"]))
+    assert (both.eps, both.latent_eps, both.scale) == (4 / 255, 0.02, "raw")
+    assert of_own == both.model_copy(update={"latent_eps": 0.1, "scale": "std"})
 
 
 def test_includes_come_first_and_files_beside_the_one_that_names_them(tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """Suites: every one that ships is whole, includes and overrides work, and what is wrong is named."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dmat_ray import cli, suites
-from dmat_ray.config import EvaluationConfig
+from dmat_ray import cli, presets, suites
+from dmat_ray.config import ON_MANIFOLD, Config, EvaluationConfig, JointThreat
 from dmat_ray.errors import UserError
 from dmat_ray.evaluation import units
 
@@ -31,9 +32,59 @@ def test_full_has_all_others() -> None:
         "cifar10",
         "search",
         "digits_search",
+        "cifar10_search",
         "search_std",
     }:  # small images, or for ranking
         assert {row.name for row in suites.resolved(EvaluationConfig(suites=(name,))).attacks} <= full, name
+
+
+def rows_of(*names: str) -> list[Any]:
+    """The attacks of these suites."""
+    return [row for row in suites.resolved(EvaluationConfig(suites=names)).attacks if row.threat != "clean"]
+
+
+def budget(row: Any) -> tuple[Any, ...]:
+    """How far a row goes, in which units, and how it is searched."""
+    return (row.threat, row.method, *(getattr(row, name, None) for name in ("norm", "eps", "scale", "latent_eps")))
+
+
+OF_A_SET = [name for name in presets.names() if presets.load([name]).get("evaluation", {}).get("suites")]
+
+
+@pytest.mark.parametrize("name", OF_A_SET)
+def test_trials_are_judged_by_the_budgets_of_the_evaluation(name: str) -> None:
+    """Of one data set: by those of another a search would find what is best against attacks of no interest there."""
+    config = Config.model_validate(presets.load([name]))
+    evaluated = {budget(row) for row in rows_of(*config.evaluation.suites)}
+    judged = rows_of(*config.tune.suites)
+    assert {"linf", "latent", "l2"} <= {row.name for row in judged}
+    assert {row.name for row in judged if budget(row) not in evaluated} == set()
+    found = suites.resolved(EvaluationConfig(suites=config.tune.suites))
+    assert [summary.name for summary in found.summaries] == ["unseen", "worst"]
+
+
+def test_presets_of_all_data_sets_are_looked_at() -> None:
+    assert set(OF_A_SET) == {"demo", "cifar10", "mixed10", "mixed10_own"}
+
+
+@pytest.mark.parametrize("name", [name for name in suites.names() if name.endswith("_std")])
+def test_a_suite_in_deviations_differs_from_its_own_in_radii_of_w_only(name: str) -> None:
+    found, published = ({row.name: row for row in rows_of(one)} for one in (name, name.removesuffix("_std")))
+    assert list(found) == list(published)
+    for key, row in found.items():
+        was = published[key]
+        if isinstance(row, ON_MANIFOLD):
+            radius = "latent_eps" if isinstance(row, JointThreat) else "eps"
+            assert (row.scale, getattr(row, radius)) == ("std", 0.1)  # type: ignore[attr-defined]
+            assert (row.step_size or 0) / 0.1 == pytest.approx((was.step_size or 0) / 0.02)
+            was = was.model_copy(update={"scale": "std", radius: 0.1, "step_size": row.step_size})
+        assert row == was
+
+
+def test_all_that_there_is_can_be_had_in_deviations() -> None:
+    moves = [row for row in rows_of("full", "known_std", "adaptive_std") if isinstance(row, ON_MANIFOLD)]
+    assert len(moves) == 6
+    assert {row.scale for row in moves} == {"std"}  # type: ignore[attr-defined]
 
 
 def test_rows_of_ones_own_win_over_a_suites(tmp_path: Path) -> None:
