@@ -25,6 +25,14 @@ def budget(row: AttackRow) -> str:
     return f"eps {in_levels(eps) if of_pixels else f'{eps:.4g}'}"
 
 
+def over(row: AttackRow) -> str:
+    """What changes along the curve of a row, and what beside it does not."""
+    of_w = getattr(row, "latent_eps", None)
+    if of_w is None:
+        return "eps"
+    return f"eps of pixels (latent_eps stays {of_w:.4g}{' std' if getattr(row, 'scale', '') == 'std' else ''})"
+
+
 def described(row: AttackRow) -> str:
     """A row in words."""
     if isinstance(row, CleanRow):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dmat_ray.evaluation.checks import Finding
 from dmat_ray.evaluation.intervals import Accuracy, Difference, Estimate
 from dmat_ray.evaluation.metrics import Results
-from dmat_ray.reports.columns import SET_NAMES, columns_described
+from dmat_ray.reports.columns import SET_NAMES, columns_described, over
 from dmat_ray.reports.report_methods import MethodTable
 from dmat_ray.reports.report_values import differences, differs, interval, per_cent, points, tables, transfers
 from dmat_ray.wording import number_of
@@ -57,7 +57,7 @@ def markdown(
     text += ["## Columns", "", *(f"- **{escaped(c)}**: {escaped(what)}" for c, what in columns_described(results).items()), ""]
     for set_name in results.config.sets:
         for name, every in results.curves(set_name).items():
-            text += [f"## {escaped(name)} over eps on {escaped(SET_NAMES[set_name])}", ""]
+            text += [f"## {escaped(name)} over {escaped(over(results.suite[name]))} on {escaped(SET_NAMES[set_name])}", ""]
             body = [[per_cent(results.at_eps(m, set_name, name, eps)) for eps in every] for m in models]
             text += _table(["method", *(f"{eps:.4g}" for eps in every)], models, body)
     for transfer in transfers(results, models):

@@ -13,7 +13,7 @@ from dmat_ray.evaluation.metrics import Results
 from dmat_ray.evaluation.units import applies
 from dmat_ray.reports import charts
 from dmat_ray.reports.charts import Axis, Series
-from dmat_ray.reports.columns import SET_NAMES
+from dmat_ray.reports.columns import SET_NAMES, over
 
 UNSEEN = "unseen mean"  # the summary of that name in the suites
 MOST_CLASSES = 20  # of a confusion table; of more the most frequent confusions are listed
@@ -164,8 +164,8 @@ def curves(results: Results, models: list[str]) -> list[dict[str, str]]:
                 ends = ([100 * getattr(a, end) for a in found] for end in ("value", "low", "high"))
                 series.append(Series(model, look, every, *ends))
             title = f"{name} on {SET_NAMES[set_name]}"
-            y = Axis("accuracy (%)", (0, 100))
-            drawn.append({"title": title, "svg": charts.lines(title, Axis("eps"), y, series, "attack success (%)")})
+            x, y = Axis(over(results.suite[name])), Axis("accuracy (%)", (0, 100))
+            drawn.append({"title": title, "svg": charts.lines(title, x, y, series, "error under attack (%)")})
     return drawn
 
 

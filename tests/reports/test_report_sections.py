@@ -3,6 +3,7 @@
 import csv
 import re
 import tracemalloc
+import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.data.manifold_set import open_set
 from dmat_ray.evaluation.intervals import Difference
 from dmat_ray.evaluation.metrics import Results
-from dmat_ray.reports import report_values
+from dmat_ray.evaluation.units import rows_to_run
+from dmat_ray.reports import report_text, report_values
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,35 @@ def test_curves_over_eps_show_the_counted_numbers(written: Written) -> None:
                 share = 100 * sum(right(written.results.rows, model, set_name, [attack]).values()) / 12
                 assert any(s.startswith(f"{model}: {share:.4g} (") and s.endswith(f" at {eps}") for s in said), (model, eps)
         assert len([p for p in svg.iter("path") if "band" in p.attrib["class"]]) == len(MODELS)
+        # images that are wrong without an attack are in it, which is no success of one
+        assert words_of(svg) == ["eps", "accuracy (%)", "error under attack (%)"]
+    assert "attack success" not in written.html.lower()
+
+
+def words_of(chart: ET.Element) -> list[str]:
+    """The texts of a chart that are no numbers."""
+    return [text.text for text in chart.iter("text") if text.text and not re.fullmatch(r"[\d.]+", text.text)]
+
+
+def test_a_curve_says_which_of_two_radii_changes_along_it() -> None:
+    """Of a joint threat that in pixels alone: at its beginning the move along the manifold is there."""
+    joint = {"threat": "joint", "name": "both", "eps": 0.1, "scale": "std", "latent_eps": 0.2, "curve": [0.0, 0.2]}
+    attacks = [{"threat": "clean"}, joint, {"threat": "latent", "name": "OM", "eps": 0.1, "curve": [0.2]}]
+    config = EvaluationConfig.model_validate({"attacks": attacks, "sets": ["on_manifold"]})
+    run = rows_to_run(config)
+    assert {run[name].latent_eps for name in ("both", "both @ 0", "both @ 0.2")} == {0.2}  # type: ignore[union-attr]
+    rows = [
+        {"model": "at", "source": "at", "set": "on_manifold", "attack": name, "id": id, "correct": id != wrong, "label": 0}
+        for name, wrong in zip(run, "abcdef", strict=True)
+        for id in "abcdef"
+    ]
+    results = Results(pa.Table.from_pylist(rows), config)
+    drawn = {chart["title"].split(" on ")[0]: ET.fromstring(chart["svg"]) for chart in report_values.curves(results, ["at"])}
+    labels = {name: words_of(svg) for name, svg in drawn.items()}
+    both = "eps of pixels (latent_eps stays 0.2 std)"
+    assert labels == {name: [x, "accuracy (%)", "error under attack (%)"] for name, x in (("both", both), ("OM", "eps"))}
+    heads = re.findall(r"## (.*) on on", report_text.markdown("page", results, ["at"], [], [], "").replace("\\", ""))
+    assert heads == [f"both over {both}", "OM over eps"]
 
 
 def test_trade_offs_show_the_table_and_say_which_columns(page: Page, written: Written) -> None:

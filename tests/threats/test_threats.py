@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -196,6 +198,23 @@ def test_starts_do_not_depend_on_the_cut_of_the_batch(generator: StyleGAN2, make
     assert len({tuple(row.flatten().tolist()) for row in whole}) == 6
     for other in (Draws(5, batch.id, "train/3"), Draws(4, batch.id, "train/4")):
         assert not torch.equal(threat.start(batch, other), whole)
+
+
+def test_the_docs_name_the_threats_that_change_images_at_no_eps(make_generator: Any) -> None:
+    """Their curves over eps do not begin at the accuracy on clean images."""
+    generator = make_generator(32, 3)
+    rng = torch.Generator().manual_seed(2)
+    w = generator.mapping(torch.randn(2, 8, generator=rng))
+    batch = Batch(["a", "b"], generator.synthesis(w), torch.zeros(2, dtype=torch.int64), w)
+    changing = set()
+    for settings in SETTINGS.values():
+        threat = threats.build(settings.model_copy(update={"eps": 0.0}), generator)
+        theta = threat.project(batch, threat.start(batch, Draws(0, batch.id, "test")))
+        if (threat.render(batch, theta) - batch.x_BCHW).abs().max() > 1e-3:
+            changing.add(settings.threat)
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    (said,) = re.findall(r"Those of ([^.]*?)\s+do not begin at the accuracy on clean images", text)
+    assert set(re.findall("`([^`]+)`", said)) == changing
 
 
 # of Gabor noise it is the published one, see test_published_attacks.py
