@@ -154,8 +154,8 @@ class Summary(Section):
     name: str = Field(min_length=1, description="name of the column, unique in the suite")
     how: Literal["worst", "mean", "uar"] = Field(
         "worst",
-        description="worst: share of examples that stand under every one; mean: mean of the accuracies; uar: their sum over that "
-        "of models trained against each (arXiv 1908.08016)",
+        description="worst: share of examples that are right on the clean image and stand under every one; mean: mean of the "
+        "accuracies; uar: their sum over that of models trained against each (arXiv 1908.08016)",
     )
     of: tuple[str, ...] = Field(min_length=1, description="names of groups, and of rows that are in none")
     trained: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(

@@ -80,7 +80,11 @@ def columns_described(results: Results) -> dict[str, str]:
                     found[name] += f" (on {SET_NAMES[set_name]} without {', '.join(absent)})"
         elif name in results.suite:
             found[name] = described(results.suite[name])
-    how = {"worst": "right under every one of", "mean": "mean of", "uar": "sum, over that of models trained against each, of"}
+    how = {
+        "worst": "right on the clean image and under every one of",
+        "mean": "mean of",
+        "uar": "sum, over that of models trained against each, of",
+    }
     for summary in results.config.summaries:
         found[summary.name] = f"{how[summary.how]}: {', '.join(summary.of)}"
         for set_name in results.config.sets:

@@ -156,6 +156,22 @@ def test_rows_are_put_into_words(row: dict[str, Any], words: str) -> None:
     assert columns.described(config.attacks[0]) == words
 
 
+def test_a_worst_case_says_that_it_counts_the_clean_image() -> None:
+    """An image that is wrong without an attack and right under all of them does not stand."""
+    summary = {"name": "worst", "how": "worst", "of": ["PGD"]}
+    attacks = [{"threat": "clean"}, {"threat": "image", "name": "PGD"}]
+    config = EvaluationConfig.model_validate({"attacks": attacks, "summaries": [summary], "sets": ["natural"]})
+    answers = {"clean": [True, False, True], "PGD": [True, True, False]}
+    rows = [
+        {"model": "at", "source": "at", "set": "natural", "attack": name, "id": str(k), "correct": right, "label": 0}
+        for name, found in answers.items()
+        for k, right in enumerate(found)
+    ]
+    results = Results(pa.Table.from_pylist(rows), config)
+    assert results.accuracy("at", "natural", "worst").value == pytest.approx(1 / 3)
+    assert columns.columns_described(results)["worst"] == "right on the clean image and under every one of: PGD"
+
+
 def test_a_summary_says_what_it_lacks_on_natural_images(written: Written) -> None:
     markdown = written.path.with_suffix(".md").read_text()
     (line,) = [line for line in markdown.replace("\\", "").splitlines() if line.startswith("- **mean**: ")]
