@@ -222,7 +222,12 @@ class PerceptualThreat(ThreatSettings):
     """Pixels moved as far as LPIPS, unlearned and unsquared, allows."""
 
     threat: CliSuppress[Literal["perceptual"]] = "perceptual"
-    eps: Fraction = Field(0.25, ge=0, description="radius in LPIPS (published: 0.5 for images of 32 pixels, 0.25 for ImageNet)")
+    eps: Fraction = Field(
+        0.25,
+        ge=0,
+        description="radius in LPIPS as `net` measures it (published for ImageNet-100, by alex: 0.25 in training, 0.5 in "
+        "evaluations; the published 0.5 for CIFAR-10 is by an AlexNet made for it, whose unit is another)",
+    )
     net: Literal["alex", "vgg", "squeeze"] = Field("alex", description="the network whose features are compared")
     weights: str = Field(
         "pretrained", min_length=1, description="its weights: pretrained (torchvision's, from the torch cache), a file, or random"
