@@ -122,8 +122,8 @@ class Outbox:
                         entry["tries"] = tries  # which the next job goes on with
                 if not refused and tries < TRIES:
                     if failures == 0:
-                        _warn(f"MLflow at '{self.uri}' does not answer ({reason_of(error)}); going on, and sending later")
                         self._down_since = time.monotonic()
+                        _warn(f"MLflow at '{self.uri}' does not answer ({reason_of(error)}); going on, and sending later")
                     time.sleep(PAUSES_S[min(failures, len(PAUSES_S) - 1)])
                     failures += 1
                     continue
@@ -313,4 +313,6 @@ def _read(file: Location) -> list[Entry]:
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    # a terminal that is gone, or a pipe that nobody reads, must not end the thread that sends: a job would wait for it for ever
+    with contextlib.suppress(OSError, ValueError):
+        print(f"warning: {text}", file=sys.stderr, flush=True)

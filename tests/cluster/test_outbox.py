@@ -1,6 +1,10 @@
 """The entries that wait for a server, without one: several jobs of one output, and what stores of artifacts answer."""
 
+import io
 import json
+import os
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -215,3 +219,23 @@ def test_what_a_silent_server_does_not_take_is_kept_however_often_it_is_tried(cl
     (kept,) = tmp_path.glob("mlflow_unsent_*.jsonl")
     assert json.loads(kept.read_text()).items() >= tag("a").items()
     assert "tries" not in kept.read_text()
+
+
+def test_a_terminal_that_is_gone_keeps_nobody_waiting(client, tmp_path, monkeypatch):
+    """The thread that sends has to say that the server is away, to a pipe that nobody reads any more."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    client.answer = staticmethod(silent)
+    box = Outbox(URI, at(tmp_path), 0.5)
+    # unbuffered, so that nothing is left to be written when it is closed
+    with io.TextIOWrapper(open(writing, "wb", buffering=0), write_through=True) as gone, monkeypatch.context() as here:
+        here.setattr(sys, "stderr", gone)
+        with pytest.raises(BrokenPipeError):
+            print("x", file=sys.stderr, flush=True)
+        box.put(tag("a"))
+        waiting = threading.Thread(target=box.flush, daemon=True)
+        waiting.start()
+        waiting.join(30)
+        assert not waiting.is_alive()
+    (kept,) = tmp_path.glob("mlflow_unsent_*.jsonl")
+    assert json.loads(kept.read_text())["key"] == "a"
