@@ -150,6 +150,21 @@ def test_models_that_a_search_trains_anew_are_listed() -> None:
     assert {re.sub(r"\d$", "K", name) for kind in made.values() for name in kind} <= set(rows)
 
 
+@pytest.mark.slow
+def test_how_often_a_store_is_asked_again_is_what_is_done() -> None:
+    from dmat_ray.cluster import context, pools
+
+    page = " ".join((ROOT / "docs" / "cluster.md").read_text(encoding="utf-8").split())
+    often = {2: "twice", 3: "three times"}
+
+    def told(pauses: tuple[float, ...]) -> str:
+        *first, last = (f"{pause:.0f}" for pause in pauses)
+        return f"{often[len(pauses)]} more, after {', '.join(first)} and {last} seconds"
+
+    assert f"A checkpoint that the store does not take is tried {told(context.UPLOAD_PAUSES_S)}. " in page
+    assert f"when it starts, and the store does not give, is asked for {told(pools.START_PAUSES_S)}." in page
+
+
 @pytest.mark.exhaustive
 def test_the_hours_of_mixed10_are_those_that_are_counted() -> None:
     command = [sys.executable, "benchmarks/mixed10_hours.py", "--tflops", "60"]
