@@ -24,7 +24,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.manifold import quality, trained_on
 from dmat_ray.manifold.gan_trainer import check_images, check_workers
 from dmat_ray.manifold.trained_on import CHUNK
-from dmat_ray.storage.files import is_full, read_json, write_json
+from dmat_ray.storage.files import is_full, make_lasting, read_json, write_json
 
 PARTIAL = ".images-*.partial"  # of the decoded images, until they are whole
 PIXELS, LABELS, REJECTED = "images.npy", "labels.npy", "rejected.json"
@@ -88,6 +88,7 @@ def prepare_images(config: Config, storage: Path) -> ImageCache:
     try:
         rejected = _decode_all(rows, config.data, partial)
         write_json(partial / REJECTED, rejected)
+        make_lasting(partial)  # what has its name passes for whole in every rerun
         partial.rename(cache)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

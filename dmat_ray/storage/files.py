@@ -94,9 +94,10 @@ def parse_json(content: str | bytes, name: object) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON written whole or not at all."""
+    """JSON written whole or not at all, also when the machine goes down."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(as_json(value))
+    sync(partial)
     partial.replace(path)
 
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from disk_order import noted
 from photo_folders import photo_folder, photo_settings
 from PIL import Image
 
@@ -46,6 +47,14 @@ def test_images_that_the_disk_has_no_room_for_are_refused_before_one_is_decoded(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list((tmp_path / "train").iterdir())
+
+
+def test_decoded_images_have_their_name_once_the_disk_holds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a machine that goes down leaves empty files that pass for whole, and no rerun gets past them."""
+    config, events = photo_settings(photo_folder(tmp_path / "photos"), tmp_path), noted(monkeypatch)
+    cache = gan_images.prepare_images(config, tmp_path / "train")
+    before = events[: events.index(("renamed", cache.folder.name))]
+    assert {("synced", name) for name in gan_images.WHOLE} <= set(before)
 
 
 def test_decoded_images_have_their_space_before_they_are_written(tmp_path: Path) -> None:

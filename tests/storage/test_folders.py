@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import s3
 import torch
+from disk_order import noted
 from galleries import gallery_here
 from tiny_page import EVALUATION, save_models
 
@@ -315,24 +316,13 @@ def test_a_generator_for_which_there_is_no_space_leaves_the_older_one_and_nothin
 
 def test_a_folder_has_its_name_once_the_disk_holds_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a machine that goes down leaves a model of empty files, whose checkpoints have been removed."""
-    events: list[tuple[str, str]] = []
-    fsync, rename = os.fsync, Path.rename
-
-    def synced(descriptor: int) -> None:
-        events.append(("synced", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
-        fsync(descriptor)
-
-    def renamed(path: Path, target: Path) -> Path:
-        events.append(("renamed", target.name))
-        return rename(path, target)
 
     def write(fresh: Path) -> None:
         fresh.mkdir()
         for name in ("model.safetensors", "run.json"):
             (fresh / name).write_text(name)
 
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(Path, "rename", renamed)
+    events = noted(monkeypatch)
     replace_folder(tmp_path / "model", write)
     put(tmp_path / "model", tmp_path / "copy")
     for name in ("model", "copy"):
