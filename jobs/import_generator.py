@@ -99,10 +99,9 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
         raise UserError(f"'{folder}' is not empty; give another --output, or --overwrite to remove what is in it")
 
 
-def writer_of(path: Path, card: str | None, folder: Path) -> Callable[[Path], None]:
-    """What writes the generator in `path`, a program with its card or a checkpoint, into a fresh folder that becomes `folder`."""
+def writer_of(path: Path, card: str | None) -> Callable[[Path], None]:
+    """What writes the generator in `path`, a program with its card or a checkpoint, into a fresh folder."""
     from dmat_ray.manifold import exported
-    from dmat_ray.manifold.gan_folder import trunk_of
 
     is_program = path.is_file() and exported.is_program(path)
     if card and not is_program:
@@ -117,7 +116,6 @@ def writer_of(path: Path, card: str | None, folder: Path) -> Callable[[Path], No
             import_program(path, described, fresh)
         else:
             import_weights(path, fresh)
-        shutil.rmtree(trunk_of(folder), ignore_errors=True)  # first: it must never be that of another generator
 
     return write
 
@@ -127,10 +125,14 @@ def main() -> None:
     folder = local_output(config, "jobs/import_generator.py") / "generator"
     path = fetched_input(arguments.checkpoint, "checkpoint")
     require_free(folder, overwrite=arguments.overwrite)
-    write = writer_of(path, arguments.card, folder)
+    write = writer_of(path, arguments.card)
+    from dmat_ray.manifold.gan_folder import trunk_of
+
     with sole(folder):
         require_free(folder, overwrite=arguments.overwrite)  # still
         replace_folder(folder, write)
+        # that of the generator before, only now: until this one is there that one is trained for longer from it
+        shutil.rmtree(trunk_of(folder), ignore_errors=True)
     print(f"generator in {folder}; use it with --generator.path {folder}")
 
 

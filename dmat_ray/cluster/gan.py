@@ -140,9 +140,10 @@ def _train(
             shutil.copyfile(cache.folder / trained_on.IMAGES, fresh / trained_on.IMAGES)
             (fresh / SAMPLES).write_bytes(sample_grid(generator, config.gan.seed))
 
-        shutil.rmtree(trunk_of(folder), ignore_errors=True)  # first: it must never be that of another generator
         values = {f"kept_{key}": float(value) for key, value in kept.items()}
         training.publish(folder, "generator", write, values, kept["kimg"])
+        # that of the generator before, only now: until this one is there that one is trained for longer from it
+        shutil.rmtree(trunk_of(folder), ignore_errors=True)
         settle(config, folder, storage)
         shutil.rmtree(cache.folder, ignore_errors=True)
     return folder

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -202,7 +203,7 @@ def test_a_generator_that_is_there_is_not_replaced_unasked(calm, tmp_path):
         gan_folder.is_trained(other, calm / "generator")
 
 
-def test_a_generator_is_trained_for_longer_from_where_its_rates_had_not_fallen(calm, tmp_path):
+def test_a_generator_is_trained_for_longer_from_where_its_rates_had_not_fallen(calm, tmp_path, monkeypatch):
     shutil.copytree(calm / "generator", tmp_path / "generator")
     longer, _ = cli.parse("test", ["--output", str(tmp_path), *OPTIONS, "--gan.kimg", "0.64"], preset=["mnist32_generator"])
     with pytest.raises(UserError, match=r"holds another generator \(gan.kimg was 0.48, now it is 0.64\)"):
@@ -216,7 +217,16 @@ def test_a_generator_is_trained_for_longer_from_where_its_rates_had_not_fallen(c
             gan_folder.is_trained(other, tmp_path / "generator")
     assert not gan_folder.is_trained(longer, tmp_path / "generator")
     lines: list[str] = []
+    resumable: list[bool] = []
+
+    def save(fresh: Path, *given: Any) -> None:
+        """The last moment before the longer one is there: who is killed now, or finds the disk full, gives the command again."""
+        resumable.append(gan_folder.extends(longer, tmp_path / "generator"))
+        generators.save_generator(fresh, *given)
+
+    monkeypatch.setattr(gan, "save_generator", save)
     gan.train(longer, tmp_path / "generator", "longer", lines.append)
+    assert resumable == [True]
     assert any("with its first 0.32 thousand images" in line for line in lines)
     before, after = logged(calm)["loss_g"], logged(tmp_path)["loss_g"]
     assert sorted(after) == [400, 480, 560, 640]

@@ -1,6 +1,8 @@
 """jobs/import_generator.py from end to end, in this process: what it writes, what it replaces, what it says."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -143,10 +145,16 @@ def test_the_job_writes_a_program_and_leaves_nothing_of_what_was_there(
     assert generators.load_generator(str(folder)).resolution == 8
 
 
+def no_room(descriptor: int) -> None:
+    """`os.fsync` of a disk that is found to be full when all files of the folder are there."""
+    if Path(os.readlink(f"/proc/self/fd/{descriptor}")).name == ".generator.partial":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_a_training_of_the_generator_that_was_there_leaves_nothing_to_go_on_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not while one is at work, and not by what cannot be imported."""
+    """Not while one is at work, and not by what cannot be imported, or has no room."""
     folder, trunk = tmp_path / "generator", tmp_path / "generator_training" / "gan.json"
     trunk.parent.mkdir()
     trunk.write_text("{}")
@@ -157,6 +165,10 @@ def test_a_training_of_the_generator_that_was_there_leaves_nothing_to_go_on_from
         assert run_job(JOB, monkeypatch, *given, good) == 2
     assert "is being written by process" in capsys.readouterr().err
     assert run_job(JOB, monkeypatch, *given, bad) == 2
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", no_room)
+        assert run_job(JOB, full, *given, good) == 2
+    assert "No space left on device" in capsys.readouterr().err
     assert trunk.is_file()
     assert not folder.exists()
     assert run_job(JOB, monkeypatch, *given, good) == 0
