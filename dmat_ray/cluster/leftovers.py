@@ -12,6 +12,7 @@ from dmat_ray.config import Config
 from dmat_ray.errors import UserError
 from dmat_ray.models import checkpoint
 from dmat_ray.storage import Location
+from dmat_ray.storage.folders import remove_folder, sweep_removed
 from dmat_ray.storage.lease import sole
 from dmat_ray.training.trained_models import is_of, is_trained
 
@@ -72,10 +73,13 @@ def _folders(storage: Location, configs: list[Config]) -> Iterator[Location]:
 
 
 def sweep(storage: Location, trained: list[Config]) -> None:
-    """Remove what is used up of these models' trainings, and of groups': the job that published them was killed before it could.
+    """Remove what is used up of these models' trainings, and of groups': the job that published them was killed before it could,
+    or in the middle of it.
 
     Where another job is at work nothing is removed.
     """
+    if trained:
+        sweep_removed(storage)
     for folder in _folders(storage, trained) if trained else ():
         discard(folder, trained[0].output)
 
@@ -85,7 +89,7 @@ def discard(folder: Location, output: str) -> None:
     if Leftover(folder).is_used_up(output):
         with contextlib.suppress(UserError), sole(folder):
             if Leftover(folder).is_used_up(output):  # as it is now that nobody else writes
-                folder.remove()
+                remove_folder(folder)
 
 
 def left_by_others(todo: list[Config], own: Location) -> Iterator[Leftover]:

@@ -23,6 +23,7 @@ from dmat_ray.manifold import generators
 from dmat_ray.models import checkpoint, trained_settings
 from dmat_ray.storage import Location, at, set_folder
 from dmat_ray.storage.files import text_digest
+from dmat_ray.storage.folders import remove_folder
 from dmat_ray.storage.lease import Lease, all_sole
 from dmat_ray.training.trained_models import is_trained, model_folder, publish, set_digest, tell_of_older
 from dmat_ray.training.trainer import describe, train
@@ -137,7 +138,7 @@ def train_models(todo: list[Config], say: Callable[[str], None], parent: trackin
         trained = [config.name for config in todo if config not in rest] if rest else ["this"]
         say(f"another job has meanwhile trained {', '.join(trained)}")
         if not rest:
-            folder.remove()  # as it would have, had it not been killed when it had published this
+            remove_folder(folder)  # as it would have, had it not been killed when it had published this
             return None
     return train_models(rest, say, parent)
 
@@ -218,7 +219,7 @@ def _train_models(
         publish_finished()
         if missing := [name for name, found in final.items() if found is None]:
             raise RuntimeError(f"Ray Train finished, but '{folder}' holds no final checkpoint of {', '.join(missing)}")
-        folder.remove()
+        remove_folder(folder)
         for found in leftovers:
             discard(found.folder, first.output)
 

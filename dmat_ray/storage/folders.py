@@ -186,3 +186,31 @@ def _replace_here(folder: Path, write: Callable[[Path], None]) -> None:
             old.rename(folder)
         for left in (partial, old):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def remove_folder(place: Place) -> None:
+    """Remove a folder of which nobody is to find a part, if it is there, as far as that is possible.
+
+    On this machine it has another name first, and what a kill leaves of it is for `sweep_removed`.
+    """
+    place = at(place)
+    if place.local is None:
+        place.remove()
+        return
+    hidden = _removed(place.local)
+    shutil.rmtree(hidden, ignore_errors=True)
+    with contextlib.suppress(OSError):  # it is not there, or the folder above is not ours
+        place.local.rename(hidden)
+    for left in (hidden, place.local):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def sweep_removed(parent: Place, name: str = "*") -> None:
+    """Remove what kills have left of folders of this name (a pattern) below `parent` that were being removed."""
+    above = at(parent).local
+    for left in [] if above is None else above.glob(_removed(above / name).name):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _removed(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.removed")

@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray.train.torch
@@ -195,6 +197,40 @@ def left(group: Path, second: int, name: str, epoch: int, step: int = 0) -> str:
     run = {"version": 2, "config": {"name": name}, "epoch": epoch, "step": step, "finished": False, "history": history}
     (place / "run.json").write_text(json.dumps(run))
     return str(place)
+
+
+class KilledError(BaseException):
+    """Nothing is tidied up after it."""
+
+
+@pytest.mark.parametrize("removed", range(4))
+@pytest.mark.parametrize("by", ["another", "its own"])
+def test_a_group_whose_driver_is_killed_while_it_removes_it_is_removed_by_the_next(tmp_path, monkeypatch, by, removed):
+    """Of two checkpoints so many files are gone by then: nobody finds a part of one, and nothing stays for good."""
+    storage, mine = tmp_path / "train", settings(tmp_path, "--name", "a")
+    group = storage / "2_models-0123456789ab"
+    for second, name in enumerate("ab"):
+        (Path(left(group, second, name, 3)) / "state.pt").write_text("state")
+    monkeypatch.setattr(leftovers, "is_trained", lambda config: True)
+    monkeypatch.setattr(train, "is_trained", lambda config: True)
+    monkeypatch.setattr(train, "training_folder", lambda todo: at(group))
+    monkeypatch.setattr(train, "_key", lambda config: "")
+    unlink, gone = os.unlink, []
+
+    def killed(name: Any, **how: Any) -> None:
+        if Path(name).name in ("run.json", "state.pt"):
+            if len(gone) == removed:
+                raise KilledError
+            gone.append(name)
+        unlink(name, **how)
+
+    with monkeypatch.context() as here:
+        here.setattr(os, "unlink", killed)
+        with pytest.raises(KilledError):
+            leftovers.sweep(at(storage), [mine]) if by == "another" else train.train_models([mine], print)
+    assert not any(len(list(place.local.iterdir())) == 1 for place in stored_checkpoints(group))
+    leftovers.sweep(at(storage), [mine])
+    assert not storage.exists() or not list(storage.iterdir())
 
 
 def test_a_model_goes_on_from_its_furthest_checkpoint_whichever_groups_have_them(tmp_path, monkeypatch):
