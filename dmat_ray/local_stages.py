@@ -1,8 +1,9 @@
 """The stages from images to a model without Ray: in this process, or a training in each of several under torchrun."""
 
-import shutil
 import sys
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
+from pathlib import Path
 
 import torch
 import torch.distributed
@@ -13,8 +14,10 @@ from dmat_ray.data import manifold_set
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators, set_maker
+from dmat_ray.models import checkpoint
 from dmat_ray.rng import kept_apart
 from dmat_ray.storage import Location, local_output, set_folder
+from dmat_ray.storage.folders import remove_folder, sweep_removed
 from dmat_ray.storage.lease import sole
 from dmat_ray.training import trained_models
 from dmat_ray.training.trainer import describe
@@ -69,7 +72,12 @@ def train(config: Config, *, heed_sigterm: bool = False) -> Location:
     model = trained_models.model_folder(config)
     heeding = context.heeding_sigterm() if heed_sigterm else nullcontext()
     with heeding, kept_apart(context.device), torch.enable_grad():  # also within a caller's no_grad
-        if trained_models.untrained([config], context.say, context.world_size):
+        todo = trained_models.untrained([config], context.say, context.world_size)
+        if context.rank == 0:
+            _sweep(folder, context.checkpoints(), model)
+        if context.world_size > 1:
+            torch.distributed.barrier()  # or another looks for checkpoints where there will be none
+        if todo:
             trained_models.tell_of_older(config, context.say)
             data = manifold_set.open_set(set_folder(config), "train", images=config.training.images)
             generator = generators.load_configured(config.generator, context.device)
@@ -79,8 +87,29 @@ def train(config: Config, *, heed_sigterm: bool = False) -> Location:
                 training_loop(config, data, generator, generators.fingerprint(config.generator.path), context)
                 if context.rank == 0:
                     trained_models.publish(context.checkpoints()[0], model)
-                    shutil.rmtree(folder)
+                    remove_folder(folder)
                     context.say(f"model in {model}")
             if context.world_size > 1:
                 torch.distributed.barrier()
     return model
+
+
+def _sweep(folder: Path, checkpoints: Sequence[Path], model: Location) -> None:
+    """Remove the checkpoints of a training that was killed when its model was there, and before they were removed: they would
+    keep one of other settings from its place. Nothing of a training that has yet to end, or is at work.
+    """
+    sweep_removed(folder.parent, folder.name)
+    if checkpoints and _is_published(checkpoints[0], model):
+        with suppress(UserError), sole(folder):
+            if _is_published(checkpoints[0], model):  # still
+                remove_folder(folder)
+
+
+def _is_published(newest: Path, model: Location) -> bool:
+    """Whether a model is what this checkpoint, the last of a training, was published as."""
+    try:
+        run, published = (checkpoint.read_run(place) for place in (newest, model))
+    except UserError:
+        return False
+    # each has the digests of its own files
+    return {**run, "sha256": None} == {**published, "sha256": None}

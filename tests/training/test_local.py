@@ -157,6 +157,55 @@ def test_a_model_that_is_there_leaves_no_checkpoints(
     assert said[2][1] == "tiny: there is a model of this name, of other settings or another set; this one will take its place"
 
 
+class KilledError(BaseException):
+    """Nothing is tidied up after it."""
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("after", ["publishing", "a part"])
+def test_checkpoints_that_a_kill_has_left_beside_their_model_are_no_hindrance(
+    make_config: Callable[..., Config], set_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, after: str
+) -> None:
+    """Neither to the same command nor to one of other settings; those of a training that has not ended stay."""
+
+    def config(seed: int) -> Config:
+        return make_config(training={"seed": seed}, output=str(tmp_path), manifold_set=str(set_folder), name="tiny")
+
+    publish, unlink = trained_models.publish, os.unlink
+
+    def published(*given: Any) -> None:
+        publish(*given)
+        if after == "publishing":
+            raise KilledError
+        here.setattr(os, "unlink", killed)
+
+    def killed(name: Any, **how: Any) -> None:
+        unlink(name, **how)
+        if Path(name).name == "run.json":
+            raise KilledError
+
+    with monkeypatch.context() as here:
+        here.setattr(trained_models, "publish", published)
+        with pytest.raises(KilledError):
+            train(config(0))
+    model = train(config(seed))
+    assert (model / "run.json").read_json()["config"]["training"]["seed"] == seed
+    assert not any(path.name != "models" and list(path.iterdir()) for path in tmp_path.iterdir())
+
+    report = LocalContext.report
+
+    def stopped(self: LocalContext, *given: Any, **how: Any) -> None:
+        report(self, *given, **how)
+        raise KilledError
+
+    with monkeypatch.context() as here:
+        here.setattr(LocalContext, "report", stopped)
+        with pytest.raises(KilledError):
+            train(config(seed + 1))
+    assert train(config(seed)) == model
+    assert (tmp_path / "local" / "tiny" / "checkpoint" / "run.json").is_file()
+
+
 @pytest.mark.parametrize("sent", [0, 1])
 def test_a_sigterm_that_comes_too_late_for_a_training_is_the_callers(
     make_config: Callable[..., Config], set_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: int
