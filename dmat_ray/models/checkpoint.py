@@ -9,7 +9,6 @@ import json
 import pickle
 import platform
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,6 +30,7 @@ from dmat_ray.rng import kept_apart
 from dmat_ray.storage import Location, Place, at
 from dmat_ray.storage.files import is_full, read_json, sha256, text_digest, write_json
 from dmat_ray.storage.folders import fetched
+from dmat_ray.storage.processes import own_temporary_folder
 from dmat_ray.types import RunContext
 from dmat_ray.validated import validate
 
@@ -156,7 +156,7 @@ def hand_over(context: RunContext, metrics: dict[str, float], write: Callable[[P
     if context.rank != 0:
         context.report(metrics)
         return
-    folder = Path(tempfile.mkdtemp(prefix="dmat_ray_"))
+    folder = own_temporary_folder()
     place = f"'{folder.parent}'"
     try:
         write(folder)

@@ -7,7 +7,6 @@ process, without waiting.
 
 import json
 import os
-import socket
 import threading
 import time
 import uuid
@@ -15,35 +14,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from dmat_ray.errors import DmatRayError, UserError
 from dmat_ray.storage import Location, Place, at
+from dmat_ray.storage.processes import machine, started
 
 FILE = "writer.json"
 BEATS_UNTIL_DEAD = 4
 INTERVAL_S, OF_STORES_S = 5.0, 15.0  # between two beats; a store's answer alone may take tens of seconds
 
 _mine: set[str] = set()  # owners that live in this process
-
-
-def _machine() -> str:
-    """Names where process numbers mean the same: this machine until it restarts, and in it the container."""
-    names = [socket.gethostname()]
-    with suppress(OSError):
-        names += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
-    return "/".join(names)
-
-
-def _started(pid: int) -> str | None:
-    """When a process started, in ticks since the machine did; None if there is none or the system does not say."""
-    try:
-        # the second field, in brackets, may hold spaces; the 22nd is the start
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return None if fields[0] in ("Z", "X") else fields[19]  # dead, and nobody has asked how it ended
-    except (OSError, IndexError):
-        return None
 
 
 class Lease:
@@ -56,9 +37,9 @@ class Lease:
         pid = os.getpid()
         self._content: dict[str, Any] = {
             "owner": uuid.uuid4().hex,
-            "machine": _machine(),
+            "machine": machine(),
             "pid": pid,
-            "started": _started(pid),
+            "started": started(pid),
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
             "interval_s": interval_s,
             "beat": 0,
@@ -98,7 +79,7 @@ class Lease:
             if found["pid"] == os.getpid() and found["started"] == self._content["started"]:
                 alive = found["owner"] in _mine
             else:
-                alive = _started(found["pid"]) == found["started"]
+                alive = started(found["pid"]) == found["started"]
             if alive:
                 raise UserError(_refusal(self._file, found))
             return

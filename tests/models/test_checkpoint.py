@@ -1,7 +1,11 @@
 """Checkpoints: what is saved comes back, and what is damaged is named."""
 
 import json
+import os
 import pickle
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from dmat_ray import presets
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
+from dmat_ray.local import LocalContext
 from dmat_ray.models import checkpoint, trained_settings
 from dmat_ray.networks import classifiers
 
@@ -214,3 +219,46 @@ def test_a_term_of_no_weight_is_no_other_training(make_config: MakeConfig, tmp_p
     for old, new, told in ((working, config, "joint, now it is absent"), (config, working, "absent, now it is joint")):
         with pytest.raises(UserError, match=rf"objective\.more\.joint\.threat = {told}"):
             trained_settings.require_same_config(old.to_json(), new, tmp_path)
+
+
+HANDS_OVER = """
+import sys, time
+from pathlib import Path
+from dmat_ray.local import LocalContext
+from dmat_ray.models import checkpoint
+
+def write(folder):
+    (folder / "model.safetensors").write_text("half")
+    print(folder, flush=True)
+    time.sleep(600)
+
+checkpoint.hand_over(LocalContext(Path(sys.argv[1])), {}, write)
+"""
+
+
+def test_what_killed_workers_were_writing_is_removed_with_the_next_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of real processes, and never what one that lives is writing."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    (temporary / "dmat_ray_0").mkdir()  # whosever
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    command = [sys.executable, "-c", HANDS_OVER, str(tmp_path / "theirs")]
+    workers = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(temporary)})
+        for _ in range(2)
+    ]
+    try:
+        killed, alive = (Path(worker.stdout.readline().strip()) for worker in workers if worker.stdout)
+        workers[0].kill()
+        workers[0].wait()
+        assert (killed / "model.safetensors").is_file()
+        checkpoint.hand_over_state(LocalContext(tmp_path / "ours"), {}, "it.json", {}, {}, wait=True)
+        assert {path.name for path in temporary.iterdir()} == {alive.name, "dmat_ray_0"}
+        assert (alive / "model.safetensors").is_file()
+        assert (tmp_path / "ours" / "checkpoint" / "it.json").is_file()
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()

@@ -26,7 +26,7 @@ from dmat_ray.storage import at
 
 machine, interval = sys.argv[2], float(sys.argv[3])
 if machine:
-    lease._machine = lambda: machine
+    lease.machine = lambda: machine
 try:
     with lease.exclusive(at(sys.argv[1]), interval) as held:
         print("held", flush=True)
