@@ -11,7 +11,7 @@ import ray.tune
 from pydantic import ValidationError
 from ray.tune.experiment.trial import Trial as TuneTrial
 
-from dmat_ray.cluster import gauges, spaces, tracking
+from dmat_ray.cluster import gauges, spaces, tracking, tune_state
 from dmat_ray.cluster.search_plan import Plan
 from dmat_ray.cluster.trial import DIVERGED, state_of
 from dmat_ray.errors import UserError
@@ -42,6 +42,7 @@ class Watcher:
         self.since: dict[str, float] = {}  # when what a trial is doing now began, or was last booked
         self.ticked = 0.0
         self.closed: set[str] = set()  # trials whose runs have been ended
+        self.copies = tune_state.Copies(search.folder)
 
     def started(self, trial: TuneTrial) -> None:
         """A trial starts, goes on, or goes on from another's weights with other settings."""
@@ -233,6 +234,7 @@ class Tell(ray.tune.Callback):  # type: ignore[misc]  # ray is untyped
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         if _WATCHER is None:
             return
+        _WATCHER.copies.renew(trials)
         _WATCHER.tick(str(trial) for trial in trials if trial.status == TuneTrial.RUNNING)
         if _WATCHER.over():
             # Tune's own stoppers would mark the search as finished, and it could not be gone on with

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import ray.tune
 from ray.tune.experiment.trial import Trial as TuneTrial
 
-from dmat_ray.cluster import champion, environment, searchers, session, tracking, trial_runs
+from dmat_ray.cluster import champion, environment, searchers, session, tracking, trial_runs, tune_state
 from dmat_ray.cluster.search_plan import SEARCH, Plan
 from dmat_ray.cluster.trial_watch import Tell, Watcher, watched
 from dmat_ray.reports import search_result
@@ -28,15 +27,14 @@ class _Named:
         return f"{self.search}_{int(trial.experiment_tag.split('_')[0]):03d}"
 
 
-def _fit(search: Plan, watcher: Watcher, lease: Lease, at_once: int, *, resume: bool) -> list[Trial]:
-    config, tune, path = search.config, search.config.tune, search.folder / "ray_tune"
+def _fit(search: Plan, watcher: Watcher, lease: Lease, at_once: int, *, goes_on: bool) -> list[Trial]:
+    config, tune, path = search.config, search.config.tune, search.folder / tune_state.STATE
     share = searchers.resources(search.work.is_alone, config.cluster, at_once, turns=tune.scheduler == "pbt")
-    # Ray takes a folder for one to go on from before it has written what there is to go on with
-    goes_on = resume and ray.tune.Tuner.can_restore(str(path)) and any(path.glob("experiment_state-*.json"))
     how: dict[str, Any] = {}
     if goes_on:
         watcher.say("going on, with as many trials at a time as before")
     else:
+        (search.folder / tune_state.COPY).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
         watcher.say(f"{at_once} trial{'s' if at_once > 1 else ''} at a time")
         how = {
@@ -52,6 +50,8 @@ def _fit(search: Plan, watcher: Watcher, lease: Lease, at_once: int, *, resume: 
         except Exception:
             if not watcher.ended_by:
                 raise
+    if not lease.is_lost:
+        watcher.copies.renew(watcher.ended, last=True)
     return watcher.settled()
 
 
@@ -84,6 +84,7 @@ def _search(plan: Plan, lease: Lease, say: Callable[[str], None], *, resume: boo
     config, tune = plan.config, plan.config.tune
     if resume and not (plan.folder / SEARCH).is_file():
         say(f"there is no search in '{plan.folder}' yet: beginning one")
+    goes_on = resume and tune_state.goes_on(plan.folder, say)
     if not environment.is_own(config.cluster):
         session.await_machines(config.cluster, say)
     streamed = config.training.loader == "stream"
@@ -98,7 +99,7 @@ def _search(plan: Plan, lease: Lease, say: Callable[[str], None], *, resume: boo
         say(f"{name}: {how}; raising {' and '.join(tune.objective)} of suite {', '.join(tune.suites)}")
         watcher = Watcher(plan, parent, say, live)
         try:
-            found = _fit(plan, watcher, lease, at_once, resume=resume)
+            found = _fit(plan, watcher, lease, at_once, goes_on=goes_on)
         except BaseException:
             for trial, one in watcher.runs.items():
                 if trial not in watcher.closed and not lease.is_lost:  # or they are another's by now

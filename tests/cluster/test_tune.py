@@ -4,7 +4,9 @@ The calm search that all is compared with is not calm at all: its MLflow server 
 """
 
 import os
+import shutil
 import signal
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,6 +244,38 @@ def test_a_killed_driver_goes_on_as_if_nothing_had_been(searched, finished, tmp_
     assert (found.best, found.front, found.tested) == (searched.found.best, searched.found.front, searched.found.tested)
     config = tuned(tmp_path, *ONE_BY_ONE)
     assert_tracked(f"sqlite:///{tmp_path / 'mlflow.db'}", config, found)
+
+
+def test_a_search_whose_state_was_cut_off_goes_on_from_its_copy(searched, tmp_path, say, lines):
+    """As a kill leaves it that comes while Tune writes; here all trials had ended."""
+    output = shutil.copytree(searched.config.output, tmp_path / "output")
+    folder = output / "tune" / "little"
+
+    def newest() -> Path:
+        return max((folder / "ray_tune").glob("experiment_state-*.json"))
+
+    def cut_off() -> Path:
+        (folder / search_result.FILE).unlink()
+        os.truncate(newest(), newest().stat().st_size // 2)
+        return newest()
+
+    with zipfile.ZipFile(folder / "ray_tune.zip") as copy:
+        assert newest().name in copy.namelist()
+        assert len(copy.namelist()) == 3, "of the searcher there are two files"
+        assert all(copy.read(name) == (folder / "ray_tune" / name).read_bytes() for name in copy.namelist())
+
+    state = cut_off()
+    config = tuned(output, *ONE_BY_ONE)
+    found = tune.search(Plan(config, say), say, resume=True)
+    assert any(line.startswith(f"'{state}' is damaged (") and "going on with its copy in" in line for line in lines)
+    assert not any("epoch" in line and line.startswith("little_00") for line in lines), "nothing is trained again"
+    assert told(found.trials) == told(searched.found.trials)
+    assert (found.best, found.front, found.tested) == (searched.found.best, searched.found.front, searched.found.tested)
+
+    assert cut_off() != state, "each session writes one of its own"
+    (folder / "ray_tune.zip").unlink()
+    with pytest.raises(UserError, match=r"^the search in '.*little' cannot go on: '.*' is damaged \(.*\); give it another name"):
+        tune.search(Plan(config, say), say, resume=True)
 
 
 def stub(name: str, epoch: int = 0) -> TuneTrial:
