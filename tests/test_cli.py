@@ -142,7 +142,11 @@ def test_a_layer_that_changes_a_scale_has_its_radius(tmp_path: Path) -> None:
         assert (latent.scale, latent.eps) == ("std", 0.1)
     joint = parsed("--preset", "demo", "joint", files["both"]).objective.more["joint"]
     assert (joint.scale, joint.latent_eps, joint.eps) == ("std", 0.1, 0.1)  # type: ignore[attr-defined]
-    for below, above, unit, eps in (("cifar10", "demo", "raw", 0.06), ("demo", "cifar10", "std", 0.1)):
+    for below, above, unit, eps in (
+        ("cifar10", "demo", "raw", 0.06),
+        ("demo", "cifar10", "std", 0.1),
+        ("cifar10", "mixed10", "raw", 0.02),
+    ):
         objective = parsed("--preset", below, above).objective
         found = [(objective.latent.scale, objective.latent.eps)]
         found += [(objective.more["joint"].scale, objective.more["joint"].latent_eps)]  # type: ignore[attr-defined]

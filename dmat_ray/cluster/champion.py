@@ -67,7 +67,7 @@ def crown(
     tested = _judge(config, search.judged_by, folders, search.folder / "yardstick", say, lease)
     evaluated = {}
     if config.tune.evaluate:
-        evaluated = _judge(config, config.evaluation, folders, search.folder / "evaluation", say, lease)
+        evaluated = _judge(config, config.evaluation, folders, search.folder / "evaluation", say, lease, warn=True)
     result = SearchResult(
         search.folder.name,
         list(objectives),
@@ -108,12 +108,14 @@ def _judge(
     where: Path,
     say: Callable[[str], None],
     lease: Lease,
+    *,
+    warn: bool = False,
 ) -> Scores:
-    """Model -> "set/column" -> accuracy on test images."""
+    """Model -> "set/column" -> accuracy on test images; to `warn` is to say what the checks warn of."""
     whole = config.model_copy(update={"evaluation": suite})
     evaluate.check(whole, set_folder(config), folders)
     rows, findings = evaluate.evaluate(evaluate.Work(whole, set_folder(config), folders, at(where)), say, lease)
-    for line in terminal.warnings(findings):
+    for line in terminal.warnings(findings) if warn else ():
         say(line)
     found: Scores = {}
     for (model, set_name, column), accuracy in Results(rows, suite).accuracies().items():

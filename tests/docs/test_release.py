@@ -41,6 +41,8 @@ def test_every_study_has_some() -> None:
 @pytest.mark.parametrize("folder", RELEASED, ids=NAMES)
 def test_files_are_those_that_the_pages_name(folder: Path) -> None:
     about = json.loads((folder / "config.json").read_text())
+    # how its images were read: digits lie on black of 32x32
+    assert (about["resize"], about["grey_levels"]) == ("pad" if folder.parent.name == "mnist" else "crop", 65536)
     assert about["sha256"] == {"model.safetensors": sha256(folder / "model.safetensors")}
     assert listed(folder, "natural")[-1] == about["sha256"]["model.safetensors"][:16]
 
