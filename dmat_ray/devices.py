@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -26,17 +27,44 @@ def device_of(given: torch.device | str) -> torch.device:
     return device
 
 
+def _newer_settings() -> list[tuple[Any, Any]]:
+    """What holds torch's newer settings of how float32 is rounded, each with what it follows while it says nothing itself.
+
+    They are of a backend, or of one of its operations; the older two are of products, and of convolutions. Setting an older one
+    sets newer ones, too, and reading it raises where these say something else.
+    """
+    every: Any = torch.backends
+    on_gpus = every.cudnn.conv, every.cudnn.rnn, every.cuda.matmul
+    on_cpus = every.mkldnn.conv, every.mkldnn.rnn, every.mkldnn.matmul
+    return [(every.cudnn, every), *((one, every.cudnn) for one in on_gpus), *((one, every.mkldnn) for one in on_cpus)]
+
+
+def _all_float32() -> None:
+    for one, _ in _newer_settings():
+        one.fp32_precision = "ieee"
+
+
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Inside, products and convolutions of float32 may be rounded to TF32 on GPUs, or may not; afterwards what was before."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    torch.backends.cudnn.allow_tf32 = allowed  # PyTorch's own default is to allow it
+    newer = [(one, one.fp32_precision, other.fp32_precision) for one, other in _newer_settings()]
+    _all_float32()
+    products = torch.get_float32_matmul_precision()
     try:
+        convolutions = torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # it is not what "ieee" says
+        convolutions = True
+    try:
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        torch.backends.cudnn.allow_tf32 = allowed  # PyTorch's own default is to allow it
+        if not allowed:
+            _all_float32()  # the older ones have left convolutions to a setting for all
         yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+        for one, own, followed in newer:
+            one.fp32_precision = "none" if own == followed else own  # what says the same is taken to follow
 
 
 def require_compiler(device: torch.device, setting: str) -> None:

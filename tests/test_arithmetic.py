@@ -1,5 +1,7 @@
 """Where accuracies and predictions are computed float32 is float32, whatever GPUs are allowed elsewhere."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -49,3 +51,76 @@ def test_predictions_are_of_float32() -> None:
     network = Asking()
     assert predict(network, ["a", "b", "c"], ["x"], np.zeros((1, 1, 8, 8), np.uint8), torch.device("cpu")).num_rows == 1
     assert network.allowed == [("highest", False)]
+
+
+# what a user may have said before, in words older and newer, and together
+SAID = (
+    "pass",
+    "torch.backends.cudnn.allow_tf32 = False",
+    "torch.set_float32_matmul_precision('medium')",
+    "torch.backends.fp32_precision = 'tf32'",
+    "torch.backends.fp32_precision = 'ieee'",
+    "torch.backends.fp32_precision = 'bf16'",
+    "torch.backends.cudnn.fp32_precision = 'tf32'",
+    "torch.backends.cudnn.fp32_precision = 'ieee'",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "torch.backends.cuda.matmul.fp32_precision = 'ieee'",
+    "torch.backends.cudnn.conv.fp32_precision = 'tf32'",
+    "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
+    "torch.backends.cudnn.rnn.fp32_precision = 'none'",
+    "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    "torch.set_float32_matmul_precision('high'); torch.backends.fp32_precision = 'tf32'",
+)
+SCRIPT = """
+import os, sys, traceback
+import torch
+from dmat_ray.devices import tf32
+
+OLDER = torch.get_float32_matmul_precision, torch._C._get_cublas_allow_tf32, torch._C._get_cudnn_allow_tf32
+OPERATIONS = [(backend, kind) for backend in ("cuda", "mkldnn") for kind in ("all", "conv", "rnn", "matmul")]
+
+def newer(backend, kind):
+    return torch._C._get_fp32_precision_getter(backend, kind)
+
+def older(ask):
+    try:
+        return ask()
+    except RuntimeError:
+        return "refused"
+
+def state():
+    return [older(ask) for ask in OLDER] + [newer(*one) for one in [("generic", "all"), *OPERATIONS]]
+
+def look():
+    before = state()
+    with tf32(False):
+        assert not {newer(*one) for one in OPERATIONS if one != ("mkldnn", "all")} - {"ieee"}, state()
+        assert [older(ask) for ask in OLDER] == ["highest", False, False]
+    assert state() == before, (before, state())
+    with tf32(True):
+        assert {newer("cuda", kind) for kind in ("conv", "rnn", "matmul")} == {"tf32"}, state()
+        assert [older(ask) for ask in OLDER] == ["high", True, True]
+        with tf32(False):
+            assert [older(ask) for ask in OLDER] == ["highest", False, False]
+        assert [older(ask) for ask in OLDER] == ["high", True, True]
+    assert state() == before, (before, state())
+    if torch.backends.fp32_precision == "tf32":  # what followed it follows it still
+        torch.backends.fp32_precision = "ieee"
+        assert newer("cuda", "rnn") == newer("mkldnn", "matmul") == "ieee", state()
+
+for said in sys.argv[1:]:
+    if not os.fork():  # for some settings can be said, and never be taken back
+        try:
+            exec(said)
+            look()
+        except BaseException:
+            print(said, traceback.format_exc(), file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+sys.exit(any([os.wait()[1] for _ in sys.argv[1:]]))
+"""
+
+
+def test_whatever_was_said_before_tf32_is_off_inside_and_afterwards_as_it_was() -> None:
+    ran = subprocess.run([sys.executable, "-W", "error", "-c", SCRIPT, *SAID], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
