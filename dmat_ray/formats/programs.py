@@ -12,7 +12,8 @@ Loading such a file is not the harmless act that it looks like. In torch 2.13, b
 So neither gets the file itself. Its records are read with `zipfile`, looked through, and packed anew in memory: of a
 TorchScript its code (refused if it so much as mentions one of those names), constants and weights; of an exported program
 the raw weights and a copy of the graph in which every text is of a known form, without samples, guards and notes. After
-loading, and before the first call, every operator of a TorchScript is held against the list of what is allowed.
+loading, and before the first call, every operator of a TorchScript is held against the list of what is allowed. On the way the
+devices that a program names become the one that it is loaded on.
 
 This keeps a program from running Python and from touching files and processes. It is no sandbox against bugs of torch's own.
 """
@@ -61,6 +62,9 @@ PRIMS = {
     *("device", "dtype", "isinstance", "layout", "max", "min", "rangelist", "requires_grad", "shape"),
     *("type", "unchecked_cast", "unchecked_unwrap_optional"),
 }
+
+# a device as TorchScript's code writes it; one within a string has backslashes before its quotation marks
+DEVICE = re.compile(rb'\btorch\.device\("[a-z]+(?::\d+)?"\)')
 
 # what the texts of an exported graph may look like, by their keys; any other text is a NAME
 NAME = re.compile(r"(?!.*__\w+__)[\w.]*", re.ASCII)
@@ -195,7 +199,10 @@ def _checked_torchscript(path: Path) -> Records:
 
 
 def _load_torchscript(records: Records, path: Path, device: torch.device) -> nn.Module:
-    program: nn.Module = torch.jit.load(_packed(records), map_location=device)
+    # torch moves the tensors, and not what is said of devices: tracing writes the device of x.device down as that of its example
+    said = f'torch.device("{device}")'.encode()
+    moved = {name: DEVICE.sub(said, content) if name.startswith("code/") else content for name, content in records.items()}
+    program: nn.Module = torch.jit.load(_packed(moved), map_location=device)
     # every call inlined: what cannot be (interfaces, forks) shows up as an operator that is not on the list
     if strange := sorted(kind for kind in {node.kind() for node in _nodes(program.inlined_graph)} if not _allowed(kind)):
         raise UserError(f"'{path}' uses {', '.join(strange)}; {ONLY}")
@@ -272,7 +279,7 @@ def load_program(path: Path, kind: Kind, device: torch.device) -> nn.Module:
 
 
 def load_and_pack(path: Path, kind: Kind, device: torch.device) -> tuple[nn.Module, bytes]:
-    """`load_program`, and the file that torch saw in place of this one: all that is in it was looked through."""
+    """`load_program`, and a file to keep in place of this one: all that is in it was looked through."""
     program, records = _load(path, kind, device)
     return program, _packed(records).getvalue()
 
