@@ -1,4 +1,4 @@
-"""Where accuracies and predictions are computed float32 is float32, whatever GPUs are allowed elsewhere."""
+"""Where accuracies and predictions are computed, and decoders tried, float32 is float32, whatever GPUs are allowed elsewhere."""
 
 import subprocess
 import sys
@@ -14,6 +14,7 @@ from dmat_ray.config import Config
 from dmat_ray.data.manifold_set import open_set
 from dmat_ray.devices import tf32
 from dmat_ray.local import LocalContext
+from dmat_ray.manifold import exported
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.models.prediction import predict
 from dmat_ray.training.validation import Validator
@@ -51,6 +52,26 @@ def test_predictions_are_of_float32() -> None:
     network = Asking()
     assert predict(network, ["a", "b", "c"], ["x"], np.zeros((1, 1, 8, 8), np.uint8), torch.device("cpu")).num_rows == 1
     assert network.allowed == [("highest", False)]
+
+
+class AskingDecoder(nn.Linear):
+    """A decoder that notes the same."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 64)
+        self.allowed: list[tuple[str, bool]] = []
+
+    def forward(self, w_BD: Tensor) -> Tensor:
+        self.allowed.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        return super().forward(w_BD).view(-1, 1, 8, 8).sigmoid()
+
+
+def test_decoders_are_tried_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = AskingDecoder()
+    monkeypatch.setattr(exported, "load_program", lambda *_: decoder)  # a program has no words for what torch allows
+    card = {"kind": "torchscript", "w_dim": 2, "resolution": 8, "channels": 1}
+    exported.load_exported(tmp_path, card, torch.device("cpu"))
+    assert set(decoder.allowed) == {("highest", False)}
 
 
 # what a user may have said before, in words older and newer, and together
