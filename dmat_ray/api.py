@@ -20,6 +20,7 @@ from dmat_ray.config import ON_MANIFOLD, THREATS, Config, EvaluationConfig, Proj
 from dmat_ray.config.threats import named
 from dmat_ray.data import set_reader
 from dmat_ray.data.manifold_set import ManifoldSet
+from dmat_ray.devices import tf32
 from dmat_ray.errors import UserError
 from dmat_ray.evaluation import evaluation
 from dmat_ray.evaluation.metrics import Results
@@ -116,8 +117,9 @@ def attack_images(
 ) -> Attacked:
     """Search a threat for images that the network takes for another class: projected gradient descent, unless told otherwise.
 
-    `network` is any classifier that takes images in [0, 1] and looks at each by itself; it is attacked in eval mode and left as
-    it was. x_BCHW is float in [0, 1], y_B int64, both on its device; for a threat that moves w, w_BLD with g(w) = x_BCHW.
+    `network` is any classifier that takes images in [0, 1] and looks at each by itself; it is attacked in eval mode, on GPUs
+    without TF32, and left as it was. x_BCHW is float in [0, 1], y_B int64, both on its device; for a threat that moves w, w_BLD
+    with g(w) = x_BCHW.
     `search` are settings of a suite's rows: steps, step_size, random_start, restarts, method (pgd, momentum, apgd, lagrange,
     lpa, square, random), loss, targets, early_exit. One step of size eps without random_start is FGSM. What becomes of an image
     depends on `seed` and its name in `ids` (by default numbers), not on `batch_size`.
@@ -156,7 +158,8 @@ def attack_images(
     names = inputs.names_of(x_BCHW, ids)
     batch = Batch(names, x_BCHW.detach(), y_B.to(x_BCHW.device), None if w_BLD is None else w_BLD.detach())
     parts = [batch.take(rows) for rows in torch.arange(len(batch)).split(batch_size)]
-    found = [attacks.attack(network, threat, part, row, seed=seed, purpose="attack") for part in parts]
+    with tf32(False):
+        found = [attacks.attack(network, threat, part, row, seed=seed, purpose="attack") for part in parts]
     return Attacked(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 

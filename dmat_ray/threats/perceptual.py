@@ -23,7 +23,9 @@ NOISE = 0.01  # standard deviation of the random start in pixel units, as publis
 SOLVES = 5  # iterations of conjugate gradients a step, as published
 REACH = 0.1  # L2 norm of the step in pixels that `length` measures by, as published
 BISECTIONS = 10  # of the way back into the ball, as published
-ROUNDING = 1e-4  # of the radius, left free for what batches of other sizes round otherwise
+# of the radius, left free for what batches of other sizes round otherwise; TF32 takes more, and only training allows it, whose
+# attacks measure an image in a batch as large as that in which it was projected
+ROUNDING = 1e-4
 EPSILON = 1e-10  # of the lengths of feature vectors, as published
 
 

@@ -41,6 +41,7 @@ from dmat_ray.cluster import shard_tasks
 from dmat_ray.config import Config, EvaluationConfig
 from dmat_ray.data import set_writer
 from dmat_ray.data.set_format import MANIFEST
+from dmat_ray.devices import tf32
 from dmat_ray.errors import UserError
 from dmat_ray.evaluation import evaluation
 from dmat_ray.exchange import model_import
@@ -166,6 +167,19 @@ def test_an_attack_does_not_depend_on_its_batches(small_net: nn.Module, make_bat
     names = [f"other-{k}" for k in range(10)]
     other = attack_images(small_net, threat, batch.x_BCHW, batch.y_B, ids=names, steps=2)
     assert not torch.equal(whole.x_BCHW, other.x_BCHW), "random starts belong to names"
+
+
+def test_an_attack_is_of_float32(small_net: nn.Module, make_batch: Callable[..., Batch]) -> None:
+    batch, allowed = make_batch(12), set()
+
+    def note(network: nn.Module, given: tuple[Tensor]) -> None:
+        if len(given[0]) == len(batch):  # what tries the network takes fewer
+            allowed.add((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+
+    small_net.register_forward_pre_hook(note)
+    with tf32(True):
+        attack_images(small_net, build_threat("image", eps=0.05), batch.x_BCHW, batch.y_B, steps=1)
+    assert allowed == {("highest", False)}
 
 
 class Brighter(Ball):

@@ -2,7 +2,7 @@
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from dmat_ray.config.evaluation import ROWS
 from dmat_ray.errors import UserError
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.rng import Draws
+from dmat_ray.threats import perceptual
 from dmat_ray.types import Batch
 
 pytestmark = pytest.mark.slow
@@ -184,6 +185,35 @@ def test_both_attacks_raise_the_loss_inside_the_budget(alex: Any) -> None:
     assert found["lpa"].broken_B.any()
     alone = attack(network, threat, batch.take(torch.tensor([5, 2])), AttackConfig(steps=3), seed=0, purpose="test")
     torch.testing.assert_close(alone.x_BCHW, run(AttackConfig(steps=3)).x_BCHW[[5, 2]], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["pgd", "apgd", "lagrange"])
+def test_in_training_an_image_is_measured_as_it_was_projected(
+    alex: Any, monkeypatch: pytest.MonkeyPatch, method: Literal["pgd", "apgd", "lagrange"]
+) -> None:
+    """In a batch as large: TF32, which is allowed there, would round by more than is left free if it were another one."""
+    network, batch = Judge(), photos(count=3, size=32, dtype=torch.float32)
+    threat = threats.build(PerceptualThreat(eps=EPS, weights=alex[0]), None)
+    measured: list[Tensor] = []
+    projected: list[Tensor] = []
+    features, project = perceptual._features, threat.project
+
+    def note(judge: Any, x: Tensor) -> Tensor:
+        measured.append(x)
+        return features(judge, x)
+
+    def note_projection(batch: Batch, theta: Tensor) -> Tensor:
+        begun, found = len(measured), project(batch, theta)
+        projected.extend(measured[begun:])
+        return found
+
+    monkeypatch.setattr(perceptual, "_features", note)
+    monkeypatch.setattr(threat, "project", note_projection)
+    config = AttackConfig(steps=2, restarts=2, method=method)
+    found = attack(network, threat, batch, config, seed=0, purpose="test", measure=False)
+    last = measured[-1]  # as the budget is checked
+    assert torch.equal(last, found.x_BCHW)
+    assert all(any(x.shape == last.shape and torch.equal(x[k], last[k]) for x in projected) for k in range(len(batch)))
 
 
 def test_lpa_leaves_alone_what_it_has_broken_inside(alex: Any) -> None:
