@@ -15,9 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dmat_ray.errors import UserError
 from dmat_ray.models.checkpoint import is_whole
 from dmat_ray.storage.files import make_lasting
 from dmat_ray.storage.folders import copy_files
+from dmat_ray.wording import number_of
 
 # what torch 2.13 deprecates and what it puts in its place, which differ in whether buffers, equal here, are sent once at first
 _ARGUMENTS = signature(DistributedDataParallel.__init__).parameters
@@ -44,11 +46,19 @@ def wrap_ddp(module: nn.Module, world_size: int) -> nn.Module:
 
 
 def _device() -> torch.device:
-    """The GPU that torchrun gives this process, made the current one; else that which is current; the CPU where there is none."""
+    """The GPU that torchrun gives this process, made the current one; else that which is current; the CPU where there is none.
+
+    Raises UserError where torchrun starts more processes than there are GPUs.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if (local_rank := os.environ.get("LOCAL_RANK")) is None:
         return torch.device("cuda", torch.cuda.current_device())
+    if int(local_rank) >= (count := torch.cuda.device_count()):
+        raise UserError(
+            f"torchrun started process {int(local_rank) + 1} on a machine with {number_of(count, 'GPU')}; give --nproc-per-node "
+            "the number of GPUs, or hide them with CUDA_VISIBLE_DEVICES="
+        )
     device = torch.device("cuda", int(local_rank))
     torch.cuda.set_device(device)
     return device
@@ -60,9 +70,9 @@ class LocalContext:
     def __init__(self, folder: Path, on_report: Callable[[Mapping[str, float]], None] | None = None) -> None:
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
+        self.device = _device()  # first: a process without one would leave the others waiting for it
         if self.world_size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        self.device = _device()
         self._checkpoint = folder / "checkpoint"
         self._sure = False  # whether what lies there is whole: of an earlier process it may not be
         self._on_report = on_report

@@ -265,6 +265,7 @@ def test_the_gpu_is_torchruns_or_the_current_one(
     """The current one stays what the caller has chosen where it is not torchrun that chooses."""
     found: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", found.append)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -272,6 +273,16 @@ def test_the_gpu_is_torchruns_or_the_current_one(
         monkeypatch.setenv("LOCAL_RANK", local_rank)
     assert LocalContext(tmp_path).device == torch.device(expected)
     assert found == made_current
+
+
+def test_of_more_processes_than_gpus_the_last_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any waits for another."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="process 4 on a machine with 1 GPU; give --nproc-per-node the number of GPUs"):
+        LocalContext(tmp_path)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])
