@@ -1,7 +1,6 @@
 """That a set which is gone on with, or taken as it is, is made of the files of many images that it was begun with."""
 
 import os
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from dmat_ray.data.set_format import SHARDS
 from dmat_ray.data.set_writer import Record
 from dmat_ray.errors import UserError
 from dmat_ray.storage import Location, at
-from dmat_ray.storage.lease import exclusive
 
 FILES = "files.json"  # in the set's folder: digests of the source's files of many images
 LOOKED_INTO, EACH, FEW = 64, 8, 8  # finished shards in all (one a file at least) and of a file's images; rows at most of each
@@ -41,20 +39,18 @@ def require_same_files(folder: Location, rows: pa.Table, config: DataConfig) -> 
 
 def are_unchanged(folder: Location, rows: pa.Table, config: DataConfig) -> bool:
     """Whether the images of a finished set, of `Listing.table`, are known to be those that it was made of: by digests of files of
-    many images, if they were noted. False where the ids alone tell, as of images that are files of their own.
+    many images, if they were noted. False where the ids alone tell, as of images that are files of their own, or a few images
+    besides, as of a file of another digest.
 
-    Raises UserError for a file of other images, like `require_same_files`. Other digests of the same ones are noted where the set
-    can be written.
+    Raises UserError for a file of other images, like `require_same_files`. Writes nothing.
     """
     now, noted = _digests(rows, config), _noted(folder)
     if not now or not noted:
         return False
-    if others := _others(now, noted):
-        _require_same_images(folder, others, rows, config)
-        # nothing is lost where it cannot be: then the next run compares the images again
-        with suppress(OSError, UserError), exclusive(folder):
-            (folder / FILES).write_json(_by_name(now))
-    return True
+    others = _others(now, noted)
+    _require_same_images(folder, others, rows, config)
+    # the digests of then stay: the rows that are not compared may be of other images
+    return not others
 
 
 def _digests(rows: pa.Table, config: DataConfig) -> dict[bytes, int]:

@@ -202,7 +202,10 @@ def begun(config: Config, say: Callable[[str], None], listing: Listing | None = 
         if config.data.source in sources.NAMED or are_unchanged(folder, listing.table, config.data):
             say("the on-manifold set is whole and unchanged, nothing to do")
         else:
-            say("the on-manifold set is whole, of images of the same names (their content is not compared), nothing to do")
+            say(
+                "the on-manifold set is whole, of images of the same names (their content is not compared, or of a few only), "
+                "nothing to do"
+            )
         yield None
         return
     with ExitStack() as stack:
