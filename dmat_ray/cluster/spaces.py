@@ -49,13 +49,17 @@ FIXED = {
 
 @dataclass(frozen=True)
 class Space:
-    """What is drawn. A sample maps variables to values: settings themselves, or of a simplex all but one of its shares."""
+    """What is drawn. A sample maps variables to values: settings themselves, or of a simplex all but one of its shares.
+
+    `relative` are the settings whose domains are multiples of what they are without the search.
+    """
 
     path: str
     presets: tuple[str, ...]
     domains: Mapping[str, Domain]
     simplexes: Mapping[tuple[str, ...], Simplex]
     constants: Mapping[str, Any]
+    relative: frozenset[str] = frozenset()
 
     @property
     def names(self) -> list[str]:
@@ -134,8 +138,10 @@ class Space:
             tried += [{key: high if key == chosen else domain.least for key in keys} for chosen in keys]
         for changed in tried:
             try:
-                presets.require_own_eps(base, _nested({**start, **changed}))
-                yield trial_config(base, {**start, **changed}, "probe", epochs)
+                whole = {**start, **changed}
+                # a multiple of the radius before the search is one in the norm and scale of then
+                presets.require_own_eps(base, _nested({k: v for k, v in whole.items() if k not in self.relative}))
+                yield trial_config(base, whole, "probe", epochs)
             except UserError as error:
                 where = (
                     ", ".join(f"{key} = {search_domains.python(value)}" for key, value in changed.items())
@@ -204,7 +210,7 @@ def load(path: str, config: Config) -> tuple[Space, dict[str, Any]]:
     except UserError as error:
         raise UserError(f"tune.space '{path}', preset {', '.join(layers)}: {error}") from None
     base = validate(presets.merge(config.to_json(), below)).to_json()
-    domains, simplexes, constants = {}, {}, {}
+    domains, simplexes, constants, relative = {}, {}, {}, set()
     for key, domain in given.items():
         keys = key if isinstance(key, tuple) else (key,)
         for name in keys:
@@ -219,6 +225,7 @@ def load(path: str, config: Config) -> tuple[Space, dict[str, Any]]:
             domains[key] = ray.tune.choice(list(domain["grid_search"]))
         elif isinstance(domain, Times):
             domains[key] = _relative(path, key, domain, base)
+            relative.add(key)
         elif isinstance(domain, Domain):
             domains[key] = domain
             search_domains.ends(key, domain)
@@ -232,7 +239,7 @@ def load(path: str, config: Config) -> tuple[Space, dict[str, Any]]:
     if not domains and not simplexes:
         lists = [f"; of the list for {key}, tune.choice() draws" for key, value in constants.items() if isinstance(value, list)]
         raise UserError(f"tune.space '{path}' has constants only: there is nothing to search{''.join(lists[:1])}")
-    space = Space(path, layers, domains, simplexes, constants)
+    space = Space(path, layers, domains, simplexes, constants, frozenset(relative))
     corners = list(space.corners(base, config.tune.epochs))
     schedules = sorted({one.training.schedule for one in corners})
     for key, of in cli.OF_SCHEDULES.items():

@@ -216,6 +216,14 @@ def test_a_populations_changes_are_those_of_its_seed(tmp_path, config):
         ('SPACE = {"training.schedule": tune.choice(["cosine", "cosinus"])}', r"training.schedule: .*found 'cosinus'"),
         ('SPACE = {"objective.image.norm": tune.choice(["linf", "l2"])}', r"norm = l2: objective.image: eps .* radius in linf"),
         ('SPACE = {"objective.latent.scale": tune.choice(["raw", "std"])}', r"scale = std: objective.latent: eps .* in raw W"),
+        (
+            'SPACE = {"objective.latent.scale": "std", "objective.latent.eps": times(1, 2), "objective.latent.step_size": None}',
+            r"objective.latent: eps 0.06 is a radius in raw W; give one .* beside the scale",
+        ),
+        (
+            'SPACE = {"objective.image.norm": "l2", "objective.image.eps": times(0.5, 2), "objective.image.step_size": None}',
+            r"objective.image: eps 0.1 is a radius in linf; give one in l2 beside the norm",
+        ),
         ('SPACE = {"objective.image.eps": tune.randn(0, 1)}', "a domain needs two ends"),
         ('SPACE = {"objective.image.eps": tune.sample_from(lambda spec: 1)}', "a domain needs two ends"),
         ('SPACE = {"objective.image.eps": lambda: 1}', "no domain of ray.tune"),
