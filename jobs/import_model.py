@@ -69,9 +69,10 @@ def main() -> None:
             )
         manifest = set_reader.read_manifest(set_folder(config))
         class_names, (channels, resolution, _) = tuple(manifest["class_names"]), manifest["shapes"]["on_manifold"]
-        data = trained_settings.of_set(config, manifest).data
-        data = data.model_copy(update={"resize": sources.resize_like(data.source, data.resize)})
-        config = config.model_copy(update={"data": data})
+        # as the manifest says: where a later version, or another program, wrote it `of_set` may have what nobody said of the set
+        how, source = set_reader.decoding_of(manifest), str(manifest["data"].get("source"))
+        how["resize"] = sources.resize_like(source, how["resize"])
+        config = config.model_copy(update={"data": trained_settings.of_set(config, manifest).data.model_copy(update=how)})
     path, given = fetched_input(arguments.checkpoint, "checkpoint"), given_normalisation(config, arguments)
     found = model_import.read_model(path, config.classifier, given, channels, resolution, len(class_names))
     replace_folder(folder, lambda fresh: model_import.save_model(found, path, config, class_names, channels, resolution, fresh))

@@ -71,10 +71,15 @@ def test_the_job(tmp_path: Path, set_folder: Path, monkeypatch: pytest.MonkeyPat
         ({"source": "scans", "resize": "stretch", "grey_levels": 4096}, {}, ("stretch", 4096)),
         ({"source": "scans", "grey_levels": 4096}, {"--data.resize": "pad"}, ("crop", 4096)),
         ({"source": "mnist5k"}, {}, ("pad", 65536)),
+        ({"source": "scans", "resize": "stretch", "grey_levels": 4096, "of_later": 1}, {}, ("stretch", 4096)),
+        ({}, {}, ("crop", 65536)),
         (None, {}, ("crop", 65536)),
         (None, {"--data.resize": "stretch", "--data.grey_levels": 4096}, ("stretch", 4096)),
     ],
-    ids=["a set", "a set and other options", "a set of digits that lie on black", "no set", "no set and options"],
+    ids=[
+        *("a set", "a set and other options", "a set of digits that lie on black", "a set of a later version"),
+        *("a set of another program", "no set", "no set and options"),
+    ],
 )
 def test_images_are_labelled_as_those_of_the_set_are_read(
     tmp_path: Path,
@@ -92,7 +97,7 @@ def test_images_are_labelled_as_those_of_the_set_are_read(
         options = {**options, "--classes": tmp_path / "names.json", "--data.resolution": 8}
     else:
         shapes = {"resolution": 8, "channels": 1}
-        edit_manifest(write_any_set(tmp_path / "on_manifold_set"), data={**of_set, **shapes})
+        edit_manifest(write_any_set(tmp_path / "on_manifold_set"), data=of_set and {**of_set, **shapes})
     given = ["--checkpoint", path, "--classifier.name", "digits_cnn", "--model", "theirs", "--output", tmp_path]
     assert run_job(JOB, monkeypatch, *given, *itertools.chain(*options.items())) == 0
     resize, levels = how
