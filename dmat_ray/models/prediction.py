@@ -86,21 +86,26 @@ def read_as(run: dict[str, Any], data: DataConfig, images: str) -> DataConfig:
     """How the images of a place are read for a model, of which `run` is run.json: as those that it has learned from, and, unless
     `data` has another limit than the default, up to as many pixels.
     """
-    how = {"channels": run["channels"], "resolution": run["resolution"], **decoding(run)}
-    if data.max_pixels == MAX_PIXELS:
-        how["max_pixels"] = max(MAX_PIXELS, run["config"]["data"].get("max_pixels", 0))
+    how = {"channels": run["channels"], "resolution": run["resolution"], **decoding(run), "max_pixels": _most_pixels(run, data)}
     return data.model_copy(update={"source": images, "id_column": None, **how})
 
 
+def _most_pixels(run: dict[str, Any], data: DataConfig) -> int:
+    """Pixels that an image may have: a limit at its default, though somebody gave it, holds back none that a training took."""
+    return max(MAX_PIXELS, run["config"]["data"].get("max_pixels", 0)) if data.max_pixels == MAX_PIXELS else data.max_pixels
+
+
 def notes_of_decoding(run: dict[str, Any], data: DataConfig, given: Collection[str]) -> list[str]:
-    """What is to be said of settings of `data` that `read_as` does not take; `given` names those that somebody gave, though they
-    may be at their defaults.
+    """What is to be said of settings of `data` in whose place `read_as` takes the model's; `given` names those that somebody
+    gave, though they may be at their defaults.
     """
     notes = []
     for name, own in decoding(run).items():
         here = getattr(data, name)
         if here != own and (name in given or here != LATER[name]):
             notes.append(f"note: data.{name} {here} is not taken: the model has learned from images that were read with {own}")
+    if (most := _most_pixels(run, data)) != data.max_pixels:
+        notes.append(f"note: images of up to {most} pixels are read, as for the model's training (data.max_pixels)")
     return notes
 
 

@@ -135,9 +135,13 @@ def test_images_as_large_as_those_of_the_training_are_labelled(tmp_path: Path) -
     (row,) = predict(model, tmp_path / "scans").to_pylist()
     assert row["prediction"] in (0, 1)
     run = load_classifier(model)[1]
+    told = "note: images of up to 60000000 pixels are read, as for the model's training (data.max_pixels)"
+    assert prediction.notes_of_decoding(run, DataConfig(max_pixels=50_000_000), ()) == [told], "given or not"
     assert prediction.read_as(run, DataConfig(max_pixels=1000), "scans").max_pixels == 1000, "who gives another limit wants it"
+    assert prediction.notes_of_decoding(run, DataConfig(max_pixels=1000), ()) == []
     few = load_classifier(model_of(tmp_path / "few", ("a", "b"), 8, max_pixels=1000))[1]
     assert prediction.read_as(few, DataConfig(), "scans").max_pixels == DataConfig().max_pixels
+    assert prediction.notes_of_decoding(few, DataConfig(), ()) == []
 
 
 @pytest.mark.parametrize(
