@@ -30,8 +30,9 @@ def main() -> None:
     if not target.name.endswith(".parquet"):
         raise UserError(f"--to '{target}' must end in .parquet")
     images = str(at(arguments.images))  # workers run in other folders
-    say, given = jobs.Speaker().stage("predict"), vars(arguments)
-    named = [name for name in prediction.DECODING if given.get(f"data.{name}") is not None]
+    say = jobs.Speaker().stage("predict")
+    given = [name for name, value in vars(arguments).items() if value is not None]
+    named = [name.removeprefix("data.") for name in given if name.startswith("data.")]
     for note in prediction.notes_of_decoding(checkpoint.read_run(model), config.data, named):
         say(note)
     table = jobs.predict(config, model, images, target, say)

@@ -82,11 +82,16 @@ def decoding(run: dict[str, Any]) -> dict[str, Any]:
     return how
 
 
+def _read_with(run: dict[str, Any]) -> dict[str, Any]:
+    """`decoding`, and the shape that images are brought to."""
+    return {"channels": run["channels"], "resolution": run["resolution"], **decoding(run)}
+
+
 def read_as(run: dict[str, Any], data: DataConfig, images: str) -> DataConfig:
     """How the images of a place are read for a model, of which `run` is run.json: as those that it has learned from, and, unless
     `data` has another limit than the default, up to as many pixels.
     """
-    how = {"channels": run["channels"], "resolution": run["resolution"], **decoding(run), "max_pixels": _most_pixels(run, data)}
+    how = {**_read_with(run), "max_pixels": _most_pixels(run, data)}
     return data.model_copy(update={"source": images, "id_column": None, **how})
 
 
@@ -99,10 +104,10 @@ def notes_of_decoding(run: dict[str, Any], data: DataConfig, given: Collection[s
     """What is to be said of settings of `data` in whose place `read_as` takes the model's; `given` names those that somebody
     gave, though they may be at their defaults.
     """
-    notes = []
-    for name, own in decoding(run).items():
+    notes, usual = [], DataConfig()
+    for name, own in _read_with(run).items():
         here = getattr(data, name)
-        if here != own and (name in given or here != LATER[name]):
+        if here != own and (name in given or here != getattr(usual, name)):
             notes.append(f"note: data.{name} {here} is not taken: the model has learned from images that were read with {own}")
     if (most := _most_pixels(run, data)) != data.max_pixels:
         notes.append(f"note: images of up to {most} pixels are read, as for the model's training (data.max_pixels)")

@@ -74,10 +74,12 @@ def test_every_image_has_its_row(predict, output, photos):
     for i in range(15):  # more than a part of the work: there is one without an image
         (folder / "zz" / f"{i:02d}.png").write_bytes(b"")
     more = ("--cluster.evaluation_actors", 2, "--evaluation.batch_size", 7, "--data.resize", "pad", "--data.grey_levels", 65536)
+    more += ("--data.channels", 1, "--data.resolution", 32)
     code, said, error = predict("--model", "mine", "--images", folder, *more)
     assert code == 0, error
     assert "not taken: 1 file of no extension of images, the first: 'notes.txt'" in said
-    assert said.count("note: ") == 1
+    assert said.count("note: ") == 2
+    assert "note: data.channels 1 is not taken: the model has learned from images that were read with 3" in said
     assert "note: data.resize pad is not taken: the model has learned from images that were read with crop" in said
     assert "predicted 45 of 62 images, 17 could not be read" in said
     assert "unreadable: 'empty.jpg' cannot be read as an image: it has 0 bytes" in said

@@ -152,13 +152,17 @@ def test_images_as_large_as_those_of_the_training_are_labelled(tmp_path: Path) -
         ({"resize": "pad"}, (), ["data.resize pad is not taken: the model has learned from images that were read with stretch"]),
         ({}, ("resize",), ["data.resize crop is not taken: the model has learned from images that were read with stretch"]),
         ({"grey_levels": 1024}, ("grey_levels",), ["data.grey_levels 1024 is not taken: the model has learned from images that"]),
+        ({"resolution": 64}, (), ["data.resolution 64 is not taken: the model has learned from images that were read with 16"]),
+        ({}, ("resolution",), ["data.resolution 32 is not taken: the model has learned from images that were read with 16"]),
+        ({"channels": 1}, ("channels",), ["data.channels 1 is not taken: the model has learned from images that were read"]),
+        ({"channels": 3, "resolution": 16}, ("channels", "resolution"), []),
     ],
 )
 def test_settings_that_a_prediction_does_not_take_are_told(
     here: dict[str, object], given: tuple[str, ...], told: list[str]
 ) -> None:
     said = {"source": "elsewhere", "resize": "stretch", "grey_levels": 4096}
-    run = {"config": {"data": said}, "class_names": ["a", "b"]}
+    run = {"config": {"data": said}, "class_names": ["a", "b"], "channels": 3, "resolution": 16}
     notes = prediction.notes_of_decoding(run, DataConfig.model_validate(here), given)
     assert [note[: len("note: ") + len(start)] for note, start in zip(notes, told, strict=True)] == [f"note: {t}" for t in told]
 
