@@ -43,6 +43,21 @@ def environment(**values: str | None) -> Iterator[None]:
         put(before)
 
 
+@contextlib.contextmanager
+def asked_once() -> Iterator[None]:
+    """One attempt where there are four: at a store that does not answer those take seconds."""
+    from dmat_ray.storage import object_store  # not at the top: the server needs none of it
+
+    before = object_store.ATTEMPTS
+    object_store.ATTEMPTS = 1
+    object_store._made.cache_clear()
+    try:
+        yield
+    finally:
+        object_store.ATTEMPTS = before
+        object_store._made.cache_clear()
+
+
 @functools.cache
 def _client(service: str, url: str) -> Any:
     import boto3

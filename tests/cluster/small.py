@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import functools
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+from mlflow_databases import with_database
 
 from dmat_ray import cli
 from dmat_ray.config import Config
@@ -37,22 +37,6 @@ SMALL = [
 ]
 # slow enough that a kill comes in the middle
 DMAT = ["--training.epochs", "3", "--objective.latent.steps", "10"]
-
-
-@functools.cache
-def database() -> bytes:
-    """An MLflow database without runs. To make its tables takes MLflow seconds, in every folder of a test anew."""
-    import mlflow
-
-    with tempfile.TemporaryDirectory() as folder:
-        mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
-        return (Path(folder) / "mlflow.db").read_bytes()
-
-
-def with_database(output: Path) -> None:
-    """Give a folder that is there the database that its first job would make."""
-    if output.is_absolute() and output.is_dir() and not (output / "mlflow.db").exists():
-        (output / "mlflow.db").write_bytes(database())
 
 
 def settings(output: Path, *options: Any, preset: tuple[str, ...] = ("demo",)) -> Config:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import ray
 from installed import install
+from mlflow_databases import database
 from ray.tune.experiment.trial import Trial as TuneTrial
 from searches import ONE_BY_ONE, SPACE, tuned
-from small import database
 
 from dmat_ray import presets
 from dmat_ray.cluster import champion, searchers, trial_watch, tune

@@ -217,7 +217,11 @@ def test_the_same_in_an_object_store(server: s3.Server, cifar10: Path, tmp_path:
         before = len(server.requests())
         assert read(part, config_there) == read(here.table.slice(5, 25), config)
         assert len(server.requests()) - before <= 4, "neighbours are read together"
-    with s3.environment(AWS_ENDPOINT_URL="http://127.0.0.1:1"), pytest.raises(StorageError, match=r"cannot be reached"):
+    with (
+        s3.environment(AWS_ENDPOINT_URL="http://127.0.0.1:1"),
+        s3.asked_once(),
+        pytest.raises(StorageError, match=r"cannot be reached"),
+    ):
         read(part, config_there)
 
 

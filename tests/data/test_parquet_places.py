@@ -172,7 +172,7 @@ def test_parquet_in_a_store(server: s3.Server, tmp_path: Path) -> None:
     server.client().put_object(Bucket="parquet", Key="set/data/1 é#.parquet", Body=b"PAR1")
     refused("s3://parquet/set", "'s3://parquet/set/data/1 é#.parquet' is damaged or no Parquet file: .")
     told = r"cannot be read: http://127\.0\.0\.1:1 cannot be reached"
-    with s3.environment(AWS_ENDPOINT_URL="http://127.0.0.1:1"), pytest.raises(StorageError, match=told):
+    with s3.environment(AWS_ENDPOINT_URL="http://127.0.0.1:1"), s3.asked_once(), pytest.raises(StorageError, match=told):
         read(one.table, config)
 
 

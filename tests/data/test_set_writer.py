@@ -195,7 +195,7 @@ def test_a_store_that_does_not_answer_is_no_reason_to_project_again(tmp_path: Pa
         for shard in shards:
             write(folder, shard)
         finished(folder, shards)
-        with s3.environment(AWS_ENDPOINT_URL="http://127.0.0.1:9"):
+        with s3.environment(AWS_ENDPOINT_URL="http://127.0.0.1:9"), s3.asked_once():
             for ask in (lambda: read_records(folder), lambda: is_finished(folder, SETTINGS)):
                 with pytest.raises(StorageError, match=r"127\.0\.0\.1:9 cannot be reached"):
                     ask()

@@ -63,7 +63,7 @@ def test_reasons_of_a_store(server: s3.Server) -> None:
             list_examples(config)
     # this says nothing of the images, of which none must be set aside
     told = r"'s3://holes/a/0\.png' cannot be read: http://127\.0\.0\.1:1 cannot be reached"
-    with s3.environment(AWS_ENDPOINT_URL="http://127.0.0.1:1"), pytest.raises(StorageError, match=told):
+    with s3.environment(AWS_ENDPOINT_URL="http://127.0.0.1:1"), s3.asked_once(), pytest.raises(StorageError, match=told):
         read(table.slice(0, 1), config)
 
 

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from mlflow_databases import with_database
 
+from dmat_ray import settings
+from dmat_ray.cluster import tracking
 from dmat_ray.cluster.mlflow_client import answering_client
 from dmat_ray.errors import UserError
 from dmat_ray.storage import at
@@ -70,9 +73,8 @@ def test_a_job_that_ends_while_it_makes_the_database_does_not_break_the_next(tmp
     assert killed.returncode == -end, said
     left = hidden(tmp_path)
     assert bool(left) == (end == signal.SIGKILL)
-    after = job("after", tmp_path)
-    _, said = after.communicate("\n", timeout=300)
-    assert after.returncode == 0, said
+    with tracking.tracked(settings("demo", output=str(tmp_path)), "after", "train") as run:
+        run.metrics({"epoch": 1.0}, step=1)
     assert runs(tmp_path) == ["train: after"]
     assert hidden(tmp_path) == left, "somebody may be at work on it"
     for path in left:
@@ -82,7 +84,7 @@ def test_a_job_that_ends_while_it_makes_the_database_does_not_break_the_next(tmp
 
 
 def test_jobs_that_begin_at_once_in_an_empty_folder_all_track(tmp_path):
-    jobs = [job(name, tmp_path) for name in "abc"]
+    jobs = [job(name, tmp_path) for name in "ab"]
     for one in jobs:
         assert one.stdout is not None
         assert one.stdout.readline() == "ready\n"
@@ -91,8 +93,8 @@ def test_jobs_that_begin_at_once_in_an_empty_folder_all_track(tmp_path):
         one.stdin.write("\n")
         one.stdin.flush()
     said = [one.communicate(timeout=300)[1] for one in jobs]
-    assert [one.returncode for one in jobs] == [0, 0, 0], said
-    assert runs(tmp_path) == ["train: a", "train: b", "train: c"]
+    assert [one.returncode for one in jobs] == [0, 0], said
+    assert runs(tmp_path) == ["train: a", "train: b"]
     assert not hidden(tmp_path)
 
 
@@ -108,7 +110,8 @@ def test_a_database_that_is_there_by_now_is_kept(tmp_path, monkeypatch, link):
     def late(source: Path, target: Path) -> None:
         if not faster:
             faster.append(target)
-            answering_client(uri(tmp_path), at(tmp_path)).create_experiment("theirs")
+            with_database(tmp_path)
+            mlflow.MlflowClient(uri(tmp_path)).create_experiment("theirs")
         link(source, target)
 
     monkeypatch.setattr(os, "link", late)
@@ -139,7 +142,7 @@ def test_a_database_that_cannot_be_opened_is_named_with_the_way_out(tmp_path, mo
 
 
 def test_a_database_that_another_process_holds_is_not_called_broken(tmp_path, monkeypatch):
-    answering_client(uri(tmp_path), at(tmp_path))
+    with_database(tmp_path)
     monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 1)
     monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
     holder = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)

@@ -8,22 +8,21 @@ from pathlib import Path
 import mlflow
 import pytest
 from mlflow.entities import Run
+from mlflow_databases import with_database
 
 from dmat_ray import settings
 from dmat_ray.cluster import environment, jobs, tracking
-from dmat_ray.cluster.mlflow_client import answering_client
 from dmat_ray.config import Config
 from dmat_ray.errors import UserError
-from dmat_ray.storage import at
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a database, which takes MLflow seconds to make."""
+    """A folder with a database."""
     folder = tmp_path_factory.mktemp("tracked")
-    answering_client(f"sqlite:///{folder / 'mlflow.db'}", at(folder))
+    with_database(folder)
     return folder
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.utils.validation import _validate_metric_name
+from mlflow_databases import with_database
 
 from dmat_ray.cluster import tracking
 from dmat_ray.config import Config
@@ -29,7 +30,8 @@ def test_every_name_is_mlflows_and_one_of_its_own(texts: set[str]) -> None:
 
 
 def test_columns_that_differ_in_their_signs_are_a_metric_each(make_config: Callable[..., Config], tmp_path: Path) -> None:
-    config = make_config(output=str(tmp_path / "out"), tracking={"experiment": "signs"})
+    with_database(tmp_path)
+    config = make_config(output=str(tmp_path), tracking={"experiment": "signs"})
     with tracking.tracked(config, "", "evaluate") as run:
         for column, name in tracking.names(COLUMNS).items():
             run.metrics({name: COLUMNS[column]}, step=0)

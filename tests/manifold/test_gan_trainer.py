@@ -57,6 +57,7 @@ def start(folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, str(script), str(folder)], stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.exhaustive
 def test_a_killed_training_goes_on_with_the_very_numbers(tmp_path: Path) -> None:
     """SIGKILL in mid-training, with everything on that has a state: adaptive augmentation, path lengths, noise."""
     config = settings(ada_target=0.6, ada_kimg=0.5, path_length=2.0, r1_interval=3, style_mixing=0.7)

@@ -96,9 +96,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+# of the first epoch's two places, which differ in nothing that a variant keeps, the others have one each
+CUTS = [
+    (cut, variant)
+    for cut in (1, 2, 5, 8)
+    for variant in VARIANTS
+    if (cut, variant) not in ((2, "averaged"), (1, "per term, sampled"))
+]
+
+
 @pytest.mark.usefixtures("every_step")
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("cut_after", [1, 2, 5, 8])
+@pytest.mark.parametrize(("cut_after", "variant"), CUTS)
 def test_a_cut_within_an_epoch_leaves_no_trace(
     train: Train, make_config: MakeConfig, tmp_path: Path, variant: str, cut_after: int
 ) -> None:
@@ -300,7 +308,7 @@ def test_a_disk_that_fills_up_later_leaves_the_last_checkpoint(train: Train, mak
 
 
 def test_sigterm_writes_a_checkpoint_and_a_rerun_goes_on_from_it(
-    set_folder: Path, generator_folder: Path, tmp_path: Path
+    train: Train, set_folder: Path, generator_folder: Path, tmp_path: Path
 ) -> None:
     # steps that take a part of a second
     slow = ("--objective.image.steps", "60", "--training.epochs", "40", "--training.lr_epochs", "0,40")
@@ -317,10 +325,9 @@ def test_sigterm_writes_a_checkpoint_and_a_rerun_goes_on_from_it(
     assert "asked to stop: the same command goes on from the checkpoint in '" in said
     run = checkpoint.read_run(tmp_path / "local" / "tiny" / "checkpoint")
     assert 1 <= run["epoch"] < 40
-    again = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert again.stderr is not None
-    assert "images to train on" in again.stderr.readline()
-    assert f"going on with epoch {run['epoch'] + 1}" in again.stderr.readline()
-    assert f"epoch {run['epoch'] + 1}/40" in again.stderr.readline()
-    again.terminate()
-    again.communicate(timeout=100)
+    epochs: list[float] = []
+    again = Context(tmp_path / "local" / "tiny", 1, lambda metrics: epochs.append(metrics["epoch"]))
+    with pytest.raises(PowerCutError):
+        train(Config.model_validate(run["config"]), again)
+    assert f"going on with epoch {run['epoch'] + 1}" in again.said[0]
+    assert epochs == [run["epoch"] + 1]

@@ -1,5 +1,6 @@
 """What is told of a folder or a store that refuses, or is not there."""
 
+import contextlib
 import http.server
 import os
 import socket
@@ -101,15 +102,16 @@ def test_credentials_that_have_expired_and_a_clock_that_is_wrong(refusing: list[
     """The codes are those of Amazon's list of error responses; an answer to HEAD has no body that could hold one."""
     file = at("s3://bucket/x")
     refusing[:] = [400, "ExpiredToken"]
-    for act in (file.parent.files, lambda: file.write_bytes(b"x")):
-        with pytest.raises(StorageError, match="the credentials have expired; renew what AWS_SESSION_TOKEN"):
-            act()
-    for act in (file.read_bytes, file.is_file):
-        with pytest.raises(StorageError, match="as it does when credentials have expired"):
-            act()
-    refusing[:] = [403, "RequestTimeTooSkewed"]
-    with pytest.raises(StorageError, match="the clock of this machine is wrong"):
-        file.parent.files()
+    with s3.asked_once():
+        for act in (file.parent.files, lambda: file.write_bytes(b"x")):
+            with pytest.raises(StorageError, match="the credentials have expired; renew what AWS_SESSION_TOKEN"):
+                act()
+        for act in (file.read_bytes, file.is_file):
+            with pytest.raises(StorageError, match="as it does when credentials have expired"):
+                act()
+        refusing[:] = [403, "RequestTimeTooSkewed"]
+        with pytest.raises(StorageError, match="the clock of this machine is wrong"):
+            file.parent.files()
 
 
 def test_a_bucket_that_is_not_there(server: s3.Server) -> None:
@@ -130,13 +132,14 @@ def test_a_store_that_is_not_there(server: s3.Server) -> None:
         with s3.environment(AWS_ENDPOINT_URL=url):
             file = at("s3://bucket/x")
             # neither is what lies there said to be damaged, nor to be missing
-            for use, done in (
-                (file.read_bytes, "read"),
-                (file.parent.tree, "listed"),
-                (lambda: checkpoint.newest_of(["s3://bucket/checkpoint_1"], "run.json", print), "looked at"),
+            for use, done, attempts in (
+                (file.read_bytes, "read", contextlib.nullcontext()),
+                (file.parent.tree, "listed", s3.asked_once()),
+                (lambda: checkpoint.newest_of(["s3://bucket/checkpoint_1"], "run.json", print), "looked at", s3.asked_once()),
             ):
-                with pytest.raises(
+                told_so = pytest.raises(
                     StorageError, match=f"'s3://bucket.*' cannot be {done}: {url} cannot be reached .*connect"
-                ) as told:
+                )
+                with attempts, told_so as told:
                     use()
                 assert "\n" not in str(told.value)

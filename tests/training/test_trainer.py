@@ -99,22 +99,20 @@ class PowerCutError(Exception):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("epoch", "every"), [(1, 1), (2, 1), (3, 2)])
-def test_interrupted_and_resumed_is_as_if_nothing_had_happened(
-    train: Train, make_config: MakeConfig, tmp_path: Path, epoch: int, every: int
-) -> None:
-    config = make_config(training={"epochs": 4, "lr_epochs": [0, 4], "checkpoint_every": every})
+def test_interrupted_and_resumed_is_as_if_nothing_had_happened(train: Train, make_config: MakeConfig, tmp_path: Path) -> None:
+    """After the third epoch, of which there is no checkpoint."""
+    config = make_config(training={"epochs": 4, "lr_epochs": [0, 4], "checkpoint_every": 2})
     whole = train(config, tmp_path / "whole")
 
     def interrupt(metrics: Mapping[str, float]) -> None:
-        if metrics["epoch"] == epoch:
+        if metrics["epoch"] == 3:
             raise PowerCutError
 
     with pytest.raises(PowerCutError):
         train(config, tmp_path / "parts", interrupt)
     epochs: list[float] = []
     resumed = train(config, tmp_path / "parts", lambda metrics: epochs.append(metrics["epoch"]))
-    assert epochs == list(range(epoch // every * every + 1, 5))
+    assert epochs == [3, 4]
     assert timeless(resumed) == timeless(whole)
     assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
     histories = [checkpoint.read_run(tmp_path / name / "checkpoint")["history"] for name in ("whole", "parts")]
