@@ -18,7 +18,9 @@ from dmat_ray.data.manifold_set import ManifoldSet
 from dmat_ray.evaluation import checks, evaluation, probes
 from dmat_ray.evaluation.evaluation import Evaluator
 from dmat_ray.evaluation.metrics import Results
+from dmat_ray.evaluation.units import Unit
 from dmat_ray.manifold.stylegan2 import StyleGAN2
+from dmat_ray.rng import Draws
 
 pytestmark = pytest.mark.slow
 
@@ -162,6 +164,54 @@ def test_a_course_counts_nothing_outside_of_the_budget(
     found, _ = measured(robust, data, generator, attacks=[row, inside])
     strays, held = (found["attacks"][name]["accuracy"][-1] for name in ("strays", "inside"))
     assert strays >= held - 0.05 > 0.5
+
+
+def test_noise_and_restarts_are_drawn_anew_each_time(
+    robust: nn.Module, data: ManifoldSet, generator: StyleGAN2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite, purposes, init = EvaluationConfig.model_validate(SUITE), list[str](), Draws.__init__
+    evaluator = Evaluator(suite, data, generator, lambda _: robust, ["m"], CPU)
+
+    def noted(self: Draws, seed: int, ids: Any, purpose: str) -> None:
+        purposes.append(purpose)
+        init(self, seed, ids, purpose)
+
+    monkeypatch.setattr(Draws, "__init__", noted)
+    probes.probe(evaluator, Unit("m", "natural", "PGD", (0, 1, 2), checks=True))
+    for kind in ("checks/noise", "checks/restarts"):
+        assert len({purpose for purpose in purposes if purpose.startswith(kind)}) == probes.RESTARTS
+
+
+def probe_of(**course: Any) -> dict[str, Any]:
+    """What is measured of a model in which nothing is wrong, but for the course of its attack."""
+    plain = {"loss": [1.0] * 4, "accuracy": [0.9, 0.8, 0.8, 0.8], "noise": 0.95, "restarts": [0.8, 0.79, 0.79, 0.79]}
+    zeros = dict.fromkeys(("zero_gradient", "zero_margin_gradient", "random", "others", "large"), 0.0)
+    about = {"model": "m", "examples": 200, "truth": 1.0, "probabilities": False, "ranges": {"[-1, 1]": 0.1}, "clean": 0.95}
+    return {**about, **zeros, "attacks": {"PGD": {**plain, **course}}}
+
+
+def warned_of(probe: dict[str, Any]) -> dict[str, str]:
+    return warned(checks.judge(Results(evaluation.SCHEMA.empty_table(), EvaluationConfig()), [probe]))
+
+
+@pytest.mark.parametrize(
+    ("course", "expected"),
+    [
+        ({}, {}),
+        ({"noise": 0.7}, {"noise": "PGD leaves 80.0%, mere noise in its budget 70.0% (4 draws)"}),
+        ({"restarts": [0.8, 0.75, 0.75, 0.7]}, {"converged": "PGD: restart 4 still took accuracy from 75.0% to 70.0%"}),
+        ({"restarts": [0.8, 0.6, 0.6, 0.6]}, {}),
+    ],
+    ids=["neither", "noise", "the last restart", "an early restart"],
+)
+def test_what_noise_and_more_restarts_do_is_judged(course: dict[str, Any], expected: dict[str, str]) -> None:
+    assert warned_of(probe_of(**course)) == expected
+
+
+@pytest.mark.parametrize("of_margin", [0.0, 0.5])
+def test_that_the_margin_has_a_gradient_is_said_where_it_has_one(of_margin: float) -> None:
+    (text,) = warned_of({**probe_of(), "zero_gradient": 0.5, "zero_margin_gradient": of_margin}).values()
+    assert ("use loss dlr" in text) == (of_margin == 0)
 
 
 def rows_of(answers: dict[tuple[str, str, str], list[bool]]) -> pa.Table:
