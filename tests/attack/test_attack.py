@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from dmat_ray import threats
 from dmat_ray.attack import attack
-from dmat_ray.config import AttackConfig, ImageRow
+from dmat_ray.config import AttackConfig, ImageRow, ImageThreat
 from dmat_ray.config.evaluation import ROWS
 from dmat_ray.errors import NotFiniteError, UserError
 from dmat_ray.manifold.stylegan2 import StyleGAN2
+from dmat_ray.rng import Draws
+from dmat_ray.threats.image import ImageBall
 from dmat_ray.types import Batch
 
 
@@ -187,3 +189,87 @@ def test_early_exit_breaks_as_many_with_less_work(small_net: nn.Module) -> None:
     assert sum(seen) < 0.9 * work
     kept = ~whole.broken_B
     torch.testing.assert_close(early.x_BCHW[kept], whole.x_BCHW[kept])
+
+
+class Wide(ImageBall):
+    """Projects into a ball of twice its radius."""
+
+    def project(self, batch: Batch, theta: Tensor) -> Tensor:
+        return theta.clamp(-2 * self.eps, 2 * self.eps)
+
+
+class Bright(ImageBall):
+    """Renders what is brighter than white."""
+
+    def render(self, batch: Batch, theta: Tensor) -> Tensor:
+        return batch.x_BCHW + theta + 0.9
+
+
+@pytest.mark.parametrize(("kind", "words"), [(Wide, "left its budget: "), (Bright, r"left \[0, 1\]: ")])
+def test_a_threat_that_leaves_what_it_may_do_is_caught(
+    small_net: nn.Module, make_batch: Any, kind: type[ImageBall], words: str
+) -> None:
+    with pytest.raises(AssertionError, match=words):
+        attack(small_net.eval(), kind(ImageThreat(eps=0.1)), make_batch(), AttackConfig(steps=3), seed=0, purpose="test")
+
+
+class Dilemma(nn.Module):
+    """Brighter images have another label and a lower loss: three probabilities, linear in the mean of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        share = x.mean(dim=(1, 2, 3))
+        return torch.stack([0.4 + 0.05 * share, 0.3 + 0.25 * share, 0.3 - 0.3 * share], dim=1).log()
+
+
+def test_of_several_searches_one_that_broke_an_example_is_kept() -> None:
+    x = torch.linspace(0.2, 0.6, 60)[:, None, None, None].expand(60, 1, 5, 5)
+    batch, network, asked = Batch([str(i) for i in range(60)], x, torch.zeros(60, dtype=torch.int64)), Dilemma(), list[Tensor]()
+    network.register_forward_hook(lambda *told: asked.append(told[2].detach()))
+    config = AttackConfig(method="random", steps=1, restarts=4)
+    found = attack(network, ImageBall(ImageThreat(eps=0.3)), batch, config, seed=0, purpose="test")
+    logits = torch.stack(asked)
+    losses, broke = -logits[:, :, 0], logits.argmax(dim=2) != 0
+    torch.testing.assert_close(found.broken_B, broke.any(dim=0))
+    torch.testing.assert_close(found.loss_B, torch.where(broke | ~broke.any(dim=0), losses, -torch.inf).amax(dim=0))
+    assert (found.broken_B & (losses.amax(dim=0) > found.loss_B)).sum() > 5, "the highest loss alone would have missed these"
+
+
+class FirstWithout(nn.Module):
+    """A network whose first gradient is no number."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.calls = network, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.network(x + (x - x.detach()).abs().sqrt() if self.calls == 1 else x)  # type: ignore[no-any-return]
+
+
+def test_a_gradient_that_is_no_number_is_told_in_any_of_several_searches(small_net: nn.Module, make_batch: Any) -> None:
+    config, threat = AttackConfig(steps=2, restarts=2), ImageBall(ImageThreat(eps=0.1))
+    with pytest.raises(NotFiniteError, match="gradients are not"):
+        attack(FirstWithout(small_net.eval()), threat, make_batch(), config, seed=0, purpose="test")
+
+
+def test_every_target_of_a_search_has_a_start_of_its_own(
+    small_net: nn.Module, make_batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    purposes, init = list[str](), Draws.__init__
+
+    def noted(self: Draws, seed: int, ids: Any, purpose: str) -> None:
+        purposes.append(purpose)
+        init(self, seed, ids, purpose)
+
+    monkeypatch.setattr(Draws, "__init__", noted)
+    row = ImageRow(name="T", eps=0.1, steps=2, method="apgd", loss="dlr", targets=3, restarts=2)
+    attack(small_net.eval(), ImageBall(ImageThreat(eps=0.1)), make_batch(), row, seed=0, purpose="test")
+    assert len(set(purposes)) == 3 * 2
+
+
+def test_without_a_measure_several_searches_are_compared_by_where_they_end(small_net: nn.Module, make_batch: Any) -> None:
+    network, batch = small_net.eval(), make_batch(12)
+    config, threat = AttackConfig(steps=2, restarts=3), ImageBall(ImageThreat(eps=0.2))
+    plain, quick = (attack(network, threat, batch, config, seed=0, purpose="test", measure=measure) for measure in (True, False))
+    torch.testing.assert_close(quick.x_BCHW, plain.x_BCHW, atol=0, rtol=0)
+    torch.testing.assert_close(quick.loss_B, F.cross_entropy(network(quick.x_BCHW), batch.y_B, reduction="none"))
