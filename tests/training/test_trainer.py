@@ -1,6 +1,7 @@
 """The training loop on a tiny set: it is plain SGD, repeats, resumes and reports the truth."""
 
 import re
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -274,3 +275,23 @@ def test_every_epoch_starts_its_attacks_elsewhere(train: Train, make_config: Mak
     clean, attacked = ([r[f"train_{name}_loss"] for r in reports] for name in ("clean", "image"))
     assert clean == pytest.approx([clean[0]] * 3, abs=1e-5)
     assert min(abs(attacked[i] - attacked[j]) for i, j in ((0, 1), (0, 2), (1, 2))) > 1e-4
+
+
+def test_other_seeds_begin_with_other_weights(train: Train, make_config: MakeConfig, tmp_path: Path) -> None:
+    first = []
+    for seed in (0, 1):
+        still = {"seed": seed, "epochs": 1, "lr_values": [0, 0], "val_examples": 0, "batch_size": 24}
+        train(make_config(training=still), tmp_path / str(seed))
+        network, _ = checkpoint.load_classifier(tmp_path / str(seed) / "checkpoint")
+        first.append(next(network.parameters()))
+    assert not torch.equal(*first)
+
+
+def test_what_is_reported_of_an_epoch_is_its_own_rate_and_time(train: Train, make_config: MakeConfig, tmp_path: Path) -> None:
+    """The rate where it ends; and its images took no longer than all of the training."""
+    knots = {"epochs": 3, "lr_epochs": [0, 1, 2, 3], "lr_values": [0, 0.04, 0.02, 0.01], "val_examples": 0}
+    reports: list[Mapping[str, float]] = []
+    began = time.monotonic()
+    train(make_config(training=knots), tmp_path, reports.append)
+    assert 0 < sum(24 / report["examples_per_second"] for report in reports) <= time.monotonic() - began
+    assert [report["lr"] for report in reports] == pytest.approx([0.04, 0.02, 0.01])

@@ -12,7 +12,7 @@ from conftest import ViewingNet
 from torch import Tensor, nn
 
 from dmat_ray.attack import attack, kl_to
-from dmat_ray.config import Config
+from dmat_ray.config import ClassifierConfig, Config
 from dmat_ray.errors import UserError
 from dmat_ray.local import LocalContext
 from dmat_ray.manifold import generators
@@ -344,3 +344,26 @@ def test_state_brings_everything_back(make_step: Any, batch: Batch) -> None:
 def test_a_latent_term_without_w_is_refused(make_step: Any, batch: Batch) -> None:
     with pytest.raises(UserError, match="a latent attack needs w"):
         make_step()(Batch(batch.id, batch.x_BCHW, batch.y_B), 0, 0, 0.1)
+
+
+def test_dropouts_masks_are_new_in_every_step(make_config: MakeConfig, batch: Batch, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 4)).train()
+    step = TrainingStep(make_config(objective=CLEAN), network, None, LocalContext(tmp_path))
+    losses = [step(batch, epoch, i, 0.0)["loss"].item() for epoch, i in ((0, 0), (0, 1), (1, 0), (0, 0))]
+    assert losses[3] == losses[0]
+    assert len(set(losses)) == 3
+
+
+def test_averaging_that_begins_in_a_branch_begins_at_its_weights(make_config: MakeConfig, batch: Batch, tmp_path: Path) -> None:
+    def made(ema_decay: float) -> TrainingStep:
+        torch.manual_seed(int(10 * ema_decay))
+        network = classifiers.build(ClassifierConfig(name="digits_cnn"), 1, 4).train()
+        return TrainingStep(
+            make_config(objective=CLEAN, training={"ema_decay": ema_decay}), network, None, LocalContext(tmp_path)
+        )
+
+    trunk, branch = made(0.0), made(0.9)
+    trunk(batch, 0, 0, 0.1)
+    branch.load(trunk.state())
+    torch.testing.assert_close(branch.result.state_dict(), trunk.network.state_dict(), atol=0, rtol=0)
