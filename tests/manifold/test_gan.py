@@ -193,3 +193,13 @@ def test_what_does_not_fit_the_architecture_is_refused(tmp_path: Path) -> None:
         train(settings(), images, labels + 3, tmp_path, [])
     with pytest.raises(UserError, match=r"num_classes is 3, but the images have 2 class\(es\).*or to 0"):
         train(settings(), images, labels % 2, tmp_path, [])
+
+
+def test_an_image_is_judged_beside_its_own_group() -> None:
+    """Of eight images every other one: one group of four equal ones, and one of others."""
+    torch.manual_seed(0)
+    judge, x = Discriminator(StyleGAN2Config(resolution=8, channel_base=64)), torch.rand(8, 1, 8, 8)
+    x[0::2] = x[:1]
+    logits = judge(x)
+    for group in (0, 1):
+        torch.testing.assert_close(logits[group::2], judge(x[group::2]))

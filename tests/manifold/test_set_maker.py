@@ -25,6 +25,7 @@ from dmat_ray.errors import UserError
 from dmat_ray.manifold import set_maker
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.storage import Location
+from dmat_ray.storage.lease import Lease
 
 UNCHANGED = "the on-manifold set is whole and unchanged, nothing to do"
 OF_THE_SAME_NAMES = (
@@ -353,3 +354,24 @@ def test_a_finished_set_is_told_from_one_of_other_images(make: Make, tmp_path: P
     (folder / "files.json").unlink()
     assert said_again() == OF_THE_SAME_NAMES
     assert not (folder / "files.json").exists()
+
+
+@pytest.mark.parametrize("checks_that_pass", [0, 2, 4])
+def test_a_set_that_another_run_has_taken_over_is_left_alone(
+    make: Make, monkeypatch: pytest.MonkeyPatch, checks_that_pass: int
+) -> None:
+    """Before each of its four shards, and before the manifest."""
+    config, passed = make(None, official_split=True), list[int]()
+    config = config.model_copy(update={"projection": config.projection.model_copy(update={"shard_size": 5})})
+
+    def check(self: Lease) -> None:
+        if len(passed) == checks_that_pass:
+            raise UserError("another run has taken over")
+        passed.append(1)
+
+    monkeypatch.setattr(Lease, "check", check)
+    with pytest.raises(UserError, match="another run has taken over"):
+        set_maker.make(config, torch.device("cpu"), print)
+    folder = Path(config.output) / "on_manifold_set"
+    assert len(list((folder / "shards").glob("*.parquet"))) == checks_that_pass
+    assert not (folder / "manifest.json").exists()
