@@ -16,9 +16,9 @@ from torch import Tensor
 from dmat_ray.cluster import shard_tasks
 from dmat_ray.cluster.shard_projector import project_shard
 from dmat_ray.config import DataConfig, ProjectionConfig
-from dmat_ray.data import set_format, set_writer
+from dmat_ray.data import set_format, set_reader, set_writer
 from dmat_ray.data.sources import list_examples
-from dmat_ray.errors import StorageError
+from dmat_ray.errors import StorageError, UserError
 from dmat_ray.manifold.projection import Projection, Projector
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.storage import at
@@ -162,3 +162,16 @@ def test_an_image_whose_search_broke_off_is_poor_and_told_by_its_shard(
 def test_both_thresholds_count(l1: float, lpips: float, most_lpips: float | None, poor: bool) -> None:
     found = set_format.is_poor(np.float32([l1]), np.float32([lpips]), 0.1, most_lpips)
     assert found.tolist() == [poor]
+
+
+def test_a_flipped_bit_in_a_shard_of_ours_is_found(set_folder: Path, tmp_path: Path) -> None:
+    """Of codes w, which are not compressed: nothing but their checksum would tell."""
+    folder, name = at(tmp_path), "part-000000.parquet"
+    table = set_reader.read_shard(at(set_folder), name)
+    set_writer.write_shard(folder, name, table, {})
+    path, w = tmp_path / "shards" / name, table["w"].combine_chunks().flatten().to_numpy()
+    content = bytearray(path.read_bytes())
+    content[content.index(w[:4].tobytes()) + 5] ^= 64
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="checksum"):
+        set_reader.read_shard(folder, name)
