@@ -1,5 +1,6 @@
 """One writer at a time, with real processes that are refused, killed, suspended and set against each other."""
 
+import errno
 import json
 import os
 import shutil
@@ -9,12 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dmat_ray.errors import UserError
-from dmat_ray.storage import at
+from dmat_ray.storage import at, lease
 from dmat_ray.storage.lease import all_sole, exclusive, sole
+from dmat_ray.storage.location import Location
 
 pytestmark = pytest.mark.slow
 
@@ -233,3 +236,53 @@ def test_a_process_that_has_ended_unnoticed_holds_nothing(tmp_path: Path) -> Non
     with exclusive(folder):
         pass
     process.wait()
+
+
+@pytest.mark.parametrize("late", [35.0, None], ids=["slow", "dead"])
+def test_a_writer_elsewhere_is_dead_after_four_beats_of_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: float | None
+) -> None:
+    file, now = tmp_path / "writer.json", [0.0]
+    held = {"owner": "a", "machine": "elsewhere", "pid": 1, "started": None, "since": "then", "interval_s": 10.0, "beat": 3}
+    file.write_text(json.dumps(held))
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        if late is not None and now[0] >= late:
+            file.write_text(json.dumps({**held, "beat": 4}))
+
+    monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    if late is None:
+        with exclusive(at(tmp_path), 60.0):
+            assert 40 <= now[0] < 45
+    else:
+        with pytest.raises(UserError, match="is being written by process 1 on elsewhere"), exclusive(at(tmp_path), 60.0):
+            pass
+
+
+def test_a_writer_goes_on_beating_after_its_storage_was_away_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, away = Location.read_bytes, list[int]()
+
+    def failing(self: Location) -> bytes:
+        if self.name == lease.FILE and away:
+            away.pop()
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read(self)
+
+    def beat() -> int:
+        return int(json.loads((tmp_path / lease.FILE).read_text())["beat"])
+
+    def wait_until(condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + 20
+        while not condition() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert condition()
+
+    monkeypatch.setattr(Location, "read_bytes", failing)
+    with exclusive(at(tmp_path), 0.02):
+        away += [1, 1]
+        wait_until(lambda: not away)
+        before = beat()
+        wait_until(lambda: beat() > before)
