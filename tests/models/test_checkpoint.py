@@ -52,6 +52,17 @@ def test_round_trip(saved: Path, make_config: MakeConfig) -> None:
     assert any(key.endswith("running_mean") for key in plain)
 
 
+def test_the_digest_of_a_model_is_of_its_weights_and_of_how_it_is_built(saved: Path) -> None:
+    """The same weights under another mean are another model; how it was trained is not looked at."""
+    before, run = checkpoint.digest(saved), json.loads((saved / "run.json").read_text())
+    digests = []
+    for section, setting in (("training", {"epochs": 77}), ("classifier", {"mean": [0.4]})):
+        changed = {**run["config"], section: {**run["config"][section], **setting}}
+        checkpoint.seal(saved, "run.json", {**run, "config": changed})
+        digests.append(checkpoint.digest(saved))
+    assert [found == before for found in digests] == [True, False]
+
+
 def test_rows_that_are_refused_by_now_do_not_keep_a_model_from_being_loaded(saved: Path) -> None:
     """How it was to be evaluated says nothing of the network."""
     description = json.loads((saved / "run.json").read_text())
