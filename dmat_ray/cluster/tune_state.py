@@ -22,6 +22,7 @@ from dmat_ray.errors import UserError, first_line
 from dmat_ray.storage import at
 
 STATE, COPY = "ray_tune", "ray_tune.zip"  # Tune's folder in that of a search, and the copy of the files that it goes on from
+TUNER = "tuner.pkl"  # which Tune writes once, into its folder in that of the search
 EVERY_S = 1.0
 JSON = "experiment_state-"  # how files begin that are JSON; the others are pickles, whatever they are called
 
@@ -30,7 +31,8 @@ class Copies:
     """Makes the copy of the search in `folder` anew as its trials go."""
 
     def __init__(self, folder: Path) -> None:
-        self._file, self._copied, self._when = at(folder / COPY), 0, -math.inf
+        self._file, self._tuner = at(folder / COPY), folder / STATE / TUNER
+        self._copied, self._when = 0, -math.inf
 
     def renew(self, trials: Sequence[TuneTrial], *, last: bool = False) -> None:
         """Copy what Tune has written since, at most every second, but for the `last` time.
@@ -39,7 +41,9 @@ class Copies:
         """
         if not trials or trials[0].storage is None or (time.monotonic() - self._when < EVERY_S and not last):
             return
-        files = _files(Path(trials[0].local_experiment_path))
+        # a session that goes on has the tuner's among the others, whole whatever becomes of that in the search's folder
+        named = {file.name: file for file in (self._tuner, *_files(Path(trials[0].local_experiment_path)))}
+        files = [file for file in named.values() if file.is_file()]
         changed = max((file.stat().st_mtime_ns for file in files), default=0)
         if changed <= self._copied:
             return
@@ -67,7 +71,12 @@ def goes_on(folder: Path, say: Callable[[str], None]) -> bool:
     damage = _damage(state)
     if damage and copy.is_file():
         with suppress(zipfile.BadZipFile), zipfile.ZipFile(copy) as archive:
+            # in this order: a kill in between leaves a damaged file the newest, not one of an older session that passes for it
             archive.extractall(state)
+            kept = {TUNER, *archive.namelist()}
+            while _damage(state) and (later := [file for file in _files(state) if file.name not in kept]):
+                for file in later:  # of a session that ended before it could be copied
+                    file.unlink()
         if not _damage(state):
             say(f"{damage}: going on with its copy in '{copy}'")
             return True

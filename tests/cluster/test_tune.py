@@ -261,7 +261,7 @@ def test_a_search_whose_state_was_cut_off_goes_on_from_its_copy(searched, tmp_pa
 
     with zipfile.ZipFile(folder / "ray_tune.zip") as copy:
         assert newest().name in copy.namelist()
-        assert len(copy.namelist()) == 3, "of the searcher there are two files"
+        assert len(copy.namelist()) == 4, "the tuner's, Tune's own, and of the searcher two"
         assert all(copy.read(name) == (folder / "ray_tune" / name).read_bytes() for name in copy.namelist())
 
     state = cut_off()
