@@ -65,6 +65,8 @@ PRIMS = {
 
 # a device as TorchScript's code writes it; one within a string has backslashes before its quotation marks
 DEVICE = re.compile(rb'\btorch\.device\("[a-z]+(?::\d+)?"\)')
+# an attribute of a module that holds one, which lies among the pickled
+PLACE = re.compile(rb"^  (\w+) : (?:Device|Optional\[Device\])$", re.MULTILINE)
 
 # what the texts of an exported graph may look like, by their keys; any other text is a NAME
 NAME = re.compile(r"(?!.*__\w+__)[\w.]*", re.ASCII)
@@ -203,6 +205,12 @@ def _load_torchscript(records: Records, path: Path, device: torch.device) -> nn.
     said = f'torch.device("{device}")'.encode()
     moved = {name: DEVICE.sub(said, content) if name.startswith("code/") else content for name, content in records.items()}
     program: nn.Module = torch.jit.load(_packed(moved), map_location=device)
+    code = [content for name, content in records.items() if name.startswith("code/")]
+    names = {name.decode() for content in code for name in PLACE.findall(content)}
+    for module in program.modules():
+        for name in names:
+            if isinstance(getattr(module, name, None), torch.device):
+                setattr(module, name, device)
     # every call inlined: what cannot be (interfaces, forks) shows up as an operator that is not on the list
     if strange := sorted(kind for kind in {node.kind() for node in _nodes(program.inlined_graph)} if not _allowed(kind)):
         raise UserError(f"'{path}' uses {', '.join(strange)}; {ONLY}")
