@@ -17,6 +17,7 @@ from dmat_ray.manifold.encoder import CARD, FOLDER, load_encoder, read_card, sav
 from dmat_ray.models.checkpoint import versions
 from dmat_ray.storage import Location, at
 from dmat_ray.storage.files import text_digest
+from dmat_ray.storage.folders import remove_folder, sweep_removed
 from dmat_ray.storage.lease import Lease, sole
 from dmat_ray.wording import to_go
 
@@ -74,12 +75,14 @@ def _label(config: Config) -> str:
 
 
 def _sweep(config: Config) -> None:
-    """Remove what trainings have left that were killed in their last moment, when the encoder was there. Under the lease of the
-    encoder's folder.
+    """Remove what trainings have left that were killed in their last moment, when the encoder was there, or in the middle of
+    this. Under the lease of the encoder's folder.
     """
-    for left in (at(config.output) / "train").folders():
-        if left.name.startswith(_label(config)):
-            left.remove()
+    storage, label = at(config.output) / "train", _label(config)
+    sweep_removed(storage, f"{label}*")
+    for left in storage.folders():
+        if left.name.startswith(label):
+            remove_folder(left)
 
 
 def train(config: Config, folder: Location, command: str, say: Callable[[str], None]) -> dict[str, Any]:
@@ -113,7 +116,7 @@ def _train(config: Config, folder: Location, lease: Lease, command: str, say: Ca
         }
         values = {f"fresh_{key}": value for key, value in errors.items()}
         training.publish(folder, "encoder", lambda fresh: save_encoder(fresh, encoder, card), values, settings.kimg)
-        place.remove()
+        remove_folder(place)
     return card
 
 

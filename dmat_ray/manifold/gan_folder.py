@@ -11,6 +11,7 @@ from dmat_ray.manifold.gan_images import listed, training_name
 from dmat_ray.manifold.gan_progress import PROGRESS, is_shorter
 from dmat_ray.manifold.generators import CARD, WEIGHTS
 from dmat_ray.storage.files import read_json, sha256, write_json
+from dmat_ray.storage.folders import remove_folder
 from dmat_ray.wording import number_of
 
 TRUNK = "trunk"  # within the folder of an unfinished training, see `gan_trainer.train_generator`
@@ -41,7 +42,7 @@ def settle(config: Config, folder: Path, storage: Path) -> None:
         noted = {**read_json(training / TRUNK / PROGRESS), OF: sha256(folder / WEIGHTS)}
         write_json(training / TRUNK / PROGRESS, noted)
         (training / TRUNK).rename(trunk_of(folder))
-    shutil.rmtree(training, ignore_errors=True)
+    remove_folder(training)
 
 
 def trunk_of(folder: Path) -> Path:

@@ -25,6 +25,7 @@ from dmat_ray.manifold import quality, trained_on
 from dmat_ray.manifold.gan_trainer import check_images, check_workers
 from dmat_ray.manifold.trained_on import CHUNK
 from dmat_ray.storage.files import is_full, make_lasting, read_json, write_json
+from dmat_ray.storage.folders import sweep_removed
 
 PARTIAL = ".images-*.partial"  # of the decoded images, until they are whole
 PIXELS, LABELS, REJECTED = "images.npy", "labels.npy", "rejected.json"
@@ -124,10 +125,12 @@ def training_name(config: Config, digest: str) -> str:
 
 
 def sweep(storage: Path, own: Path | None = None) -> None:
-    """Remove images below `storage` that were decoded for trainings which have ended, or of files that are others now, but `own`.
+    """Remove images below `storage` that were decoded for trainings which have ended, or of files that are others now, but `own`,
+    and what kills have left of trainings that were being removed.
 
     Under the lease of the generator's folder.
     """
+    sweep_removed(storage, "generator-*")
     for left in (*storage.glob(PARTIAL), *storage.glob("images-*")):
         digest = left.name.removeprefix("images-")[:12]
         if left != own and not any(storage.glob(f"generator-*-{digest}-*")):  # see `training_name`

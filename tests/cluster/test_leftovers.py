@@ -3,17 +3,16 @@
 import asyncio
 import contextlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import ray.train.torch
+from kills import killed_when_removed
 from ray.train import CheckpointConfig, RunConfig
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
 from ray.train.v2._internal.execution.storage import StorageContext
@@ -199,10 +198,6 @@ def left(group: Path, second: int, name: str, epoch: int, step: int = 0) -> str:
     return str(place)
 
 
-class KilledError(BaseException):
-    """Nothing is tidied up after it."""
-
-
 @pytest.mark.parametrize("removed", range(4))
 @pytest.mark.parametrize("by", ["another", "its own"])
 def test_a_group_whose_driver_is_killed_while_it_removes_it_is_removed_by_the_next(tmp_path, monkeypatch, by, removed):
@@ -215,19 +210,8 @@ def test_a_group_whose_driver_is_killed_while_it_removes_it_is_removed_by_the_ne
     monkeypatch.setattr(train, "is_trained", lambda config: True)
     monkeypatch.setattr(train, "training_folder", lambda todo: at(group))
     monkeypatch.setattr(train, "_key", lambda config: "")
-    unlink, gone = os.unlink, []
-
-    def killed(name: Any, **how: Any) -> None:
-        if Path(name).name in ("run.json", "state.pt"):
-            if len(gone) == removed:
-                raise KilledError
-            gone.append(name)
-        unlink(name, **how)
-
-    with monkeypatch.context() as here:
-        here.setattr(os, "unlink", killed)
-        with pytest.raises(KilledError):
-            leftovers.sweep(at(storage), [mine]) if by == "another" else train.train_models([mine], print)
+    with killed_when_removed(removed, "run.json", "state.pt"):
+        leftovers.sweep(at(storage), [mine]) if by == "another" else train.train_models([mine], print)
     assert not any(len(list(place.local.iterdir())) == 1 for place in stored_checkpoints(group))
     leftovers.sweep(at(storage), [mine])
     assert not storage.exists() or not list(storage.iterdir())

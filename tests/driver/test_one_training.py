@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from encoders import settings
+from kills import killed_when_removed
 from safetensors.torch import load_file
 
 from dmat_ray import pace
@@ -123,6 +124,25 @@ def test_while_an_encoder_is_trained_another_of_the_same_output_is_refused(
     shutil.rmtree(tmp_path / "worker")
     encoder.train_encoder(of(output, generator_folder, seed=5), True, "second", lines.append)
     assert seed_of(output) == 5
+
+
+def test_one_whose_driver_is_killed_while_its_checkpoint_is_removed_leaves_no_part_of_it(
+    here: Here, tmp_path: Path, generator_folder: Path
+) -> None:
+    """Of which the next training of the same settings would be unable to go on."""
+
+    def leave(place: Path) -> None:
+        (place / "checkpoint_0").mkdir(parents=True)
+        for name in ("one.txt", "other.txt"):
+            (place / "checkpoint_0" / name).touch()
+
+    here.during, config = leave, of(tmp_path, generator_folder)
+    with killed_when_removed(1, "one.txt", "other.txt"):
+        encoder.train_encoder(config, False, "killed", print)
+    assert seed_of(tmp_path) == 0
+    assert not list((tmp_path / "train").glob("[!.]*"))
+    encoder.train_encoder(config, False, "again", print)
+    assert not list((tmp_path / "train").iterdir())
 
 
 def test_one_that_is_asked_to_stop_keeps_its_checkpoint_and_gives_nothing(

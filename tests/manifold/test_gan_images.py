@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from disk_order import noted
+from kills import killed_when_removed
 from photo_folders import photo_folder, photo_settings
 from PIL import Image
 
@@ -220,6 +221,26 @@ def test_a_longer_training_goes_on_from_that_of_the_very_generator(tmp_path: Pat
     assert not gan_folder.extends(longer, folder)
     (gan_folder.trunk_of(folder) / "gan.json").write_text(json.dumps(about))
     assert gan_folder.extends(longer, folder)
+
+
+@pytest.mark.parametrize("removed", range(4))
+def test_a_training_whose_driver_is_killed_while_it_removes_it_is_found_whole_or_not_at_all(tmp_path: Path, removed: int) -> None:
+    """Of two checkpoints so many files are gone by then; a part of one would keep the next training of the same settings."""
+    config = photo_settings(photo_folder(tmp_path / "photos"), tmp_path)
+    folder, storage = trained(config, tmp_path / "generator"), tmp_path / "train"
+    digest = json.loads((folder / "card.json").read_text())["images_sha256"]
+    training = storage / gan_images.training_name(config, digest)
+    for name in ("checkpoint_0", "checkpoint_1"):
+        (training / name).mkdir(parents=True)
+        for file in ("gan.json", "state.pt"):
+            (training / name / file).touch()
+    with killed_when_removed(removed, "gan.json", "state.pt"):
+        gan_folder.settle(config, folder, storage)
+    assert not any(len(list(place.iterdir())) == 1 for place in training.glob("*"))
+    gan_images.sweep(storage)
+    gan_folder.settle(config, folder, storage)
+    gan_images.sweep(storage)
+    assert not list(storage.iterdir())
 
 
 def test_the_table_beside_a_generator_tells_its_images(tmp_path: Path) -> None:
