@@ -42,12 +42,21 @@ def settle(config: Config, folder: Path, storage: Path) -> None:
         noted = {**read_json(training / TRUNK / PROGRESS), OF: sha256(folder / WEIGHTS)}
         write_json(training / TRUNK / PROGRESS, noted)
         (training / TRUNK).rename(trunk_of(folder))
+    elif _is_of_another(trunk_of(folder), folder) or not (trunk_of(folder) / PROGRESS).is_file():
+        # whoever put this one in the place of that was killed before it was removed, or meanwhile
+        shutil.rmtree(trunk_of(folder), ignore_errors=True)
     remove_folder(training)
 
 
 def trunk_of(folder: Path) -> Path:
     """Where the training of the generator in `folder` keeps the state that a longer one goes on from."""
     return folder.with_name(f"{folder.name}_training")
+
+
+def _is_of_another(trunk: Path, folder: Path) -> bool:
+    """Whether a kept state says that it is of another generator than that in `folder`; older ones do not say whose they are."""
+    progress = read_json(trunk / PROGRESS) if (trunk / PROGRESS).is_file() else {}
+    return OF in progress and not ((folder / WEIGHTS).is_file() and progress[OF] == sha256(folder / WEIGHTS))
 
 
 def extends(config: Config, folder: Path) -> bool:
@@ -57,8 +66,7 @@ def extends(config: Config, folder: Path) -> bool:
     before = progress.get("config")
     if before is None or before != card.get("training") or not is_shorter(before, config.gan):
         return False
-    # older ones do not say whose they are
-    if OF in progress and not ((folder / WEIGHTS).is_file() and progress[OF] == sha256(folder / WEIGHTS)):
+    if _is_of_another(trunk_of(folder), folder):
         return False
     return not _different(config, folder, {**card, "training": config.gan.model_dump(mode="json")})
 

@@ -223,6 +223,26 @@ def test_a_longer_training_goes_on_from_that_of_the_very_generator(tmp_path: Pat
     assert gan_folder.extends(longer, folder)
 
 
+def test_what_another_generator_had_to_go_on_from_is_removed_where_a_kill_left_it(tmp_path: Path) -> None:
+    """It says whose it is; of one that does not, of an earlier version, nobody knows that it is another's."""
+    config = photo_settings(photo_folder(tmp_path / "photos"), tmp_path)
+    folder, storage = trained(config, tmp_path / "generator"), tmp_path / "train"
+    kept = gan_folder.trunk_of(folder) / "gan.json"
+    kept.parent.mkdir()
+    own = hashlib.sha256((folder / "generator.safetensors").read_bytes()).hexdigest()
+    for said in ({}, {"weights_sha256": own}):
+        kept.write_text(json.dumps(said))
+        gan_folder.settle(config, folder, storage)
+        assert kept.is_file()
+    (folder / "generator.safetensors").write_bytes(b"another")
+    gan_folder.settle(config, folder, storage)
+    assert not kept.parent.exists()
+    kept.parent.mkdir()
+    (kept.parent / "state.pt").touch()  # nobody goes on from that alone
+    gan_folder.settle(config, folder, storage)
+    assert not kept.parent.exists()
+
+
 @pytest.mark.parametrize("removed", range(4))
 def test_a_training_whose_driver_is_killed_while_it_removes_it_is_found_whole_or_not_at_all(tmp_path: Path, removed: int) -> None:
     """Of two checkpoints so many files are gone by then; a part of one would keep the next training of the same settings."""
