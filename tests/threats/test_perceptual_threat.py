@@ -187,9 +187,9 @@ def test_both_attacks_raise_the_loss_inside_the_budget(alex: Any) -> None:
     torch.testing.assert_close(alone.x_BCHW, run(AttackConfig(steps=3)).x_BCHW[[5, 2]], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("method", ["pgd", "apgd", "lagrange"])
+@pytest.mark.parametrize("method", ["pgd", "momentum", "apgd", "lagrange", "lpa", "random"])
 def test_in_training_an_image_is_measured_as_it_was_projected(
-    alex: Any, monkeypatch: pytest.MonkeyPatch, method: Literal["pgd", "apgd", "lagrange"]
+    alex: Any, monkeypatch: pytest.MonkeyPatch, method: Literal["pgd", "momentum", "apgd", "lagrange", "lpa", "random"]
 ) -> None:
     """In a batch as large: TF32, which is allowed there, would round by more than is left free if it were another one."""
     network, batch = Judge(), photos(count=3, size=32, dtype=torch.float32)
@@ -209,7 +209,7 @@ def test_in_training_an_image_is_measured_as_it_was_projected(
 
     monkeypatch.setattr(perceptual, "_features", note)
     monkeypatch.setattr(threat, "project", note_projection)
-    config = AttackConfig(steps=2, restarts=2, method=method)
+    config = AttackConfig(steps=10 if method == "lpa" else 2, restarts=2, method=method)
     found = attack(network, threat, batch, config, seed=0, purpose="test", measure=False)
     last = measured[-1]  # as the budget is checked
     assert torch.equal(last, found.x_BCHW)
