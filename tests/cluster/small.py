@@ -36,7 +36,7 @@ SMALL = [
     *("--cluster.evaluation_actors", "1"),
 ]
 # slow enough that a kill comes in the middle
-DMAT = ["--training.epochs", "3", "--objective.latent.steps", "30"]
+DMAT = ["--training.epochs", "3", "--objective.latent.steps", "20"]
 
 
 def settings(output: Path, *options: Any, preset: tuple[str, ...] = ("demo",)) -> Config:
