@@ -14,7 +14,7 @@ import torch
 
 from dmat_ray.data.pixels import to_unit
 from dmat_ray.data.set_format import from_lists, from_netpbm
-from dmat_ray.data.set_reader import decoded, digest, read_columns, read_manifest, read_shard, require_usable
+from dmat_ray.data.set_reader import decoded, digest, none_usable, read_columns, read_manifest, read_shard, require_usable
 from dmat_ray.errors import UserError
 from dmat_ray.positions import Index, positions
 from dmat_ray.storage import READERS, Place, at
@@ -105,7 +105,7 @@ def open_set(
     shape, count = manifest["shapes"]["on_manifold"], manifest["splits" if include_poor else "usable"].get(split, 0)
     count = count if only is None else len(only)
     if count == 0:
-        raise UserError(f"the set '{folder}' has no usable image in its {split} split")
+        raise none_usable(folder, split)
     on_manifold, natural = (np.empty((count if images in (None, kind) else 0, *shape), np.uint8) for kind in KINDS)
     wanted = None if only is None else pa.array(only, pa.string())
 

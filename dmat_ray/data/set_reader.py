@@ -197,10 +197,18 @@ def warning_of_copies(manifest: Mapping[str, Any], pairs: Sequence[tuple[str, st
     )
 
 
+def none_usable(folder: Place, split: str) -> UserError:
+    """The error of a set without a usable image in a split."""
+    return UserError(
+        f"the set '{folder}' has no usable image in its {split} split: all were rejected, or are poor; jobs/inspect_set.py "
+        "shows them"
+    )
+
+
 def require_usable(manifest: Mapping[str, Any], folder: Place, split: str) -> None:
     """Raise UserError for a set without a usable image in a split."""
     if not manifest["usable"].get(split, 0):
-        raise UserError(f"the set '{folder}' has no usable image in its {split} split")
+        raise none_usable(folder, split)
 
 
 def require_generator(manifest: Mapping[str, Any], sha: str, what: str) -> None:
