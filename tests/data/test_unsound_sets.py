@@ -159,9 +159,7 @@ def test_no_set_at_all(tmp_path: Path) -> None:
 
 
 def test_split_without_images(make_set: MakeSet) -> None:
-    with pytest.raises(
-        UserError, match=r"no usable image in its test split: all were rejected, or are poor; jobs/inspect_set\.py shows"
-    ):
+    with pytest.raises(UserError, match=r"no usable image in its test split: all were rejected, or are poor; jobs/inspect_set"):
         open_set(make_set(test=0), "test")
 
 
