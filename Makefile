@@ -15,7 +15,7 @@ help:
 	@echo "make demo       digits -> StyleGAN manifold -> four classifiers -> attacks -> table, report, MLflow (CPU, minutes)"
 	@echo "make test       the tests, with a real local Ray and MLflow; what CI runs"
 	@echo "make tools      Debian's chromium and postgresql, which two tests use where they can be installed; make test does this, too"
-	@echo "make test-fast  those of them that take no Ray and a second or two at most (under 3 minutes)"
+	@echo "make test-fast  those of them that take no Ray and a second or two at most (two minutes)"
 	@echo "make test-all   also those that take minutes each, or check at more places (an hour and more)"
 	@echo "make coverage   lines of the core that tests without Ray reach"
 	@echo "make mutations  wrong signs, clamps and budgets, each of which a test must notice (minutes)"
@@ -23,7 +23,7 @@ help:
 	@echo "make docs       the documents as a site, in build/site; a broken link is an error"
 	@echo "make format     ruff format"
 	@echo "make clean      removes .venv, the site and caches; results in runs/ stay"
-	@echo "make results    the study on MNIST-5k, docs/results and the README's second table anew (hours); with CIFAR10=FOLDER also in colour"
+	@echo "make results    the study on MNIST-5k, docs/results and the README's second table anew (hours); SEEDS=1: each method once; with CIFAR10=FOLDER also in colour"
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("dmat_ray needs Python 3.11 or newer, %s is %s" % (sys.executable, sys.version.split()[0]) if sys.version_info < (3, 11) else 0)'

@@ -142,6 +142,7 @@ sys.exit(any([os.wait()[1] for _ in sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 def test_whatever_was_said_before_tf32_is_off_inside_and_afterwards_as_it_was() -> None:
     ran = subprocess.run([sys.executable, "-W", "error", "-c", SCRIPT, *SAID], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr

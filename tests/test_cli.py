@@ -62,6 +62,14 @@ def test_overrides_win_over_presets() -> None:
     assert config.objective.image.steps == parsed("--preset", "demo").objective.image.steps
 
 
+def written(folder: Path, texts: dict[str, str]) -> dict[str, str]:
+    """Paths of files of settings by their names, which end in .yaml."""
+    files = {name: str(folder / f"{name}.yaml") for name in texts}
+    for name, text in texts.items():
+        Path(files[name]).write_text(text)
+    return files
+
+
 def test_a_layer_that_changes_a_norm_has_its_eps(tmp_path: Path) -> None:
     """That of the layer below is a radius in another norm."""
     terms = "{{more: {{warp: {{threat: jpeg, {}}}, dots: {{threat: pixel, {}}}}}}}"
@@ -75,9 +83,7 @@ def test_a_layer_that_changes_a_norm_has_its_eps(tmp_path: Path) -> None:
         "moved": "objective: {more: {dots: {threat: image, norm: l2}}}",
         "mine": "objective: {image: {norm: l2, eps: 1.5, step_size: null}}",
     }
-    files = {name: str(tmp_path / f"{name}.yaml") for name in texts}
-    for name, text in texts.items():
-        Path(files[name]).write_text(text)
+    files = written(tmp_path, texts)
     refused = r"objective\.image: eps 0\.1 is a radius in linf; give one in l2 beside the norm$"
     with pytest.raises(UserError, match=f"^{refused}"):
         parsed("--preset", "demo", "--objective.image.norm", "l2")
@@ -119,9 +125,7 @@ def test_a_layer_that_changes_a_scale_has_its_radius(tmp_path: Path) -> None:
         "joint": "objective: {more: {joint: {scale: std, eps: 0.05}}}",
         "both": "objective: {more: {joint: {scale: std, latent_eps: 0.1}}}",
     }
-    files = {name: str(tmp_path / f"{name}.yaml") for name in texts}
-    for name, text in texts.items():
-        Path(files[name]).write_text(text)
+    files = written(tmp_path, texts)
     refused = r"objective\.latent: eps 0\.06 is a radius in raw W; give one in standard deviations of w beside the scale$"
     with pytest.raises(UserError, match=f"^{refused}"):
         parsed("--preset", "demo", "dmat", "--objective.latent.scale", "std")

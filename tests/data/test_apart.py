@@ -62,6 +62,7 @@ def test_an_output_among_the_images_is_refused(make: Make, photos: Path, tmp_pat
     require_apart(config.model_copy(update={"data": again}), makes_set=False)  # a generator of the set's images makes no set
 
 
+@pytest.mark.slow
 def test_an_output_that_no_listing_takes_may_lie_among_the_images(make: Make, photos: Path) -> None:
     """The next job lists what this one has listed, and finds that it is done."""
     train, test = (packed_files.arrays(count, 2, (8, 8), seed=count) for count in (8, 4))

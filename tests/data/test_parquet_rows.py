@@ -225,6 +225,7 @@ assert good, "the parent"
 """
 
 
+@pytest.mark.slow
 def test_a_forked_process_opens_files_of_its_own(tmp_path: Path) -> None:
     """Parent and child would move each other's place in a file that both hold open, and find damage."""
     images = [random.Random(i).randbytes(30_000) for i in range(1600)]

@@ -68,6 +68,7 @@ def test_pandas_categories(tmp_path: Path) -> None:
     assert read(listing.table, config) == images(12)
 
 
+@pytest.mark.slow
 def test_hugging_face_datasets(tmp_path: Path) -> None:
     import datasets
 

@@ -20,6 +20,8 @@ from dmat_ray.manifold import encoder, foreign, gan_images, generators, trained_
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 from dmat_ray.storage.lease import sole
 
+pytestmark = pytest.mark.slow
+
 JOB = "import_generator.py"
 
 

@@ -21,6 +21,8 @@ from dmat_ray.manifold.samples import sample_grid
 from dmat_ray.manifold.starts import Nearest
 from dmat_ray.manifold.stylegan2 import StyleGAN2
 
+pytestmark = pytest.mark.slow
+
 
 def test_large_images_are_made_a_few_at_a_time() -> None:
     assert sampling.chunk_size(32) == 1024

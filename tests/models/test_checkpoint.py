@@ -247,6 +247,7 @@ checkpoint.hand_over(LocalContext(Path(sys.argv[1])), {}, write)
 """
 
 
+@pytest.mark.slow
 def test_what_killed_workers_were_writing_is_removed_with_the_next_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -226,6 +226,7 @@ def test_numbers_of_numpy_are_numbers(small_net: nn.Module) -> None:
     assert torch.equal(found[0].x_BCHW, found[1].x_BCHW)
 
 
+@pytest.mark.slow
 def test_gradients_must_be_allowed(
     small_net: nn.Module, generator: StyleGAN2, set_folder: Path, make_config: Callable[..., Config], tmp_path: Path
 ) -> None:

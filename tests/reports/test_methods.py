@@ -23,6 +23,8 @@ from dmat_ray.models.methods import Method
 from dmat_ray.reports import report, report_methods, report_text, report_values, terminal
 from dmat_ray.storage import at
 
+pytestmark = pytest.mark.slow
+
 COLUMNS = ["clean", "PGD", "OM-PGD", "mean"]
 
 

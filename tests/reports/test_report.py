@@ -20,6 +20,8 @@ from dmat_ray.models import trained_settings
 from dmat_ray.reports import report
 from dmat_ray.storage import at
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def config(make_config: Callable[..., Config]) -> Config:

@@ -16,6 +16,8 @@ from dmat_ray.evaluation import units
 from dmat_ray.models import checkpoint
 from dmat_ray.reports import gallery
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def config(make_config: Callable[..., Config]) -> Config:

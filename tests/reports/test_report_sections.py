@@ -21,6 +21,8 @@ from dmat_ray.evaluation.metrics import Results
 from dmat_ray.evaluation.units import rows_to_run
 from dmat_ray.reports import report_text, report_values
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def config(make_config: Callable[..., Config]) -> Config:

@@ -34,6 +34,7 @@ def program(code: str, *arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_readers_see_the_old_or_the_new(place: Location) -> None:
     """The content says how long it is."""
     contents = [str(k).encode() * ((3 << 20) + 1000 * k) for k in range(10)]

@@ -59,6 +59,7 @@ def timeless(metrics: Mapping[str, float]) -> dict[str, float]:
     return {key: value for key, value in metrics.items() if key != "examples_per_second"}
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_training(train: Train, make_config: MakeConfig, tmp_path: Path) -> None:
     one, two = train(make_config(), tmp_path / "one"), train(make_config(), tmp_path / "two")
     assert timeless(one) == timeless(two)
