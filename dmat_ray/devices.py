@@ -57,8 +57,6 @@ def tf32(allowed: bool) -> Iterator[None]:
     try:
         torch.set_float32_matmul_precision("high" if allowed else "highest")
         torch.backends.cudnn.allow_tf32 = allowed  # PyTorch's own default is to allow it
-        if not allowed:
-            _all_float32()  # the older ones have left convolutions to a setting for all
         yield
     finally:
         torch.set_float32_matmul_precision(products)

@@ -237,5 +237,8 @@ def test_a_terminal_that_is_gone_keeps_nobody_waiting(client, tmp_path, monkeypa
         waiting.start()
         waiting.join(30)
         assert not waiting.is_alive()
-    (kept,) = tmp_path.glob("mlflow_unsent_*.jsonl")
-    assert json.loads(kept.read_text())["key"] == "a"
+        (kept,) = tmp_path.glob("mlflow_unsent_*.jsonl")
+        assert json.loads(kept.read_text())["key"] == "a"
+        client.answer = staticmethod(lambda what: None)
+        assert no_files_soon(tmp_path), "it is still at work when the server is back"
+    assert client.sent == ["a=1"]
